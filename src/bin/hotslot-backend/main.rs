@@ -1,0 +1,2 @@
+//! hotslot-backend.
+fn main() {}

@@ -1,0 +1,2 @@
+//! hotslot.
+fn main() {}
