@@ -1,1 +1,5 @@
 //! hotslot.
+
+pub mod bus;
+pub mod memory;
+pub mod virtio;

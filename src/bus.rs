@@ -1,0 +1,173 @@
+//! Address ranges to handlers: one [`Bus`] for I/O ports, one for memory-mapped registers.
+//!
+//! The vCPU threads call [`Bus::read`] and [`Bus::write`] with what KVM_EXIT_IO and KVM_EXIT_MMIO tell. The bus finds
+//! the handler, lets go of its own lock, and only then calls it: a handler may take as long as it needs, and may
+//! itself add to or look at the bus.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use thiserror::Error;
+
+/// What a guest's access means for the whole machine. A handler returns it as data; the vCPU loop acts on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The guest switched itself off (ACPI S5).
+    PowerOff,
+    /// The guest asked for a reset (ACPI reset register, keyboard controller).
+    Reset,
+    /// The guest's kernel panicked and said so (pvpanic).
+    Panicked,
+    /// The guest wrote this byte to the debug-exit port.
+    DebugExit(u8),
+}
+
+/// Something with registers on a bus.
+///
+/// Both methods are called by a vCPU thread, with no lock of ours held, possibly by several threads at once: a
+/// handler has its own lock. `offset` counts from the start of the range; the access never leaves the range.
+/// `data` is 1 to 8 bytes, little endian, of whatever width the guest chose. There is no way to fail: a guest's
+/// nonsense is answered as the device's specification says, else reads give all-ones and writes do nothing.
+pub trait BusDevice: Send + Sync {
+    /// The guest reads `data.len()` bytes at `offset`.
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// The guest writes `data` at `offset`; the answer says whether that ends or resets the machine.
+    fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent>;
+}
+
+/// Why a range could not be put on a bus.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum BusError {
+    /// The range is empty or ends beyond 2^64.
+    #[error("the range {0:#x}, {1:#x} bytes long, is empty or beyond the address space")]
+    BadRange(u64, u64),
+    /// Somebody else has part of the range.
+    #[error("the range {0:#x}, {1:#x} bytes long, overlaps one that starts at {2:#x}")]
+    Overlap(u64, u64, u64),
+}
+
+struct Entry {
+    len: u64,
+    device: Arc<dyn BusDevice>,
+}
+
+/// A set of disjoint address ranges, each with its handler.
+#[derive(Default)]
+pub struct Bus {
+    /// Lock order: innermost. Never held while a handler runs.
+    ranges: RwLock<BTreeMap<u64, Entry>>,
+}
+
+impl Bus {
+    /// Gives the `len` addresses from `start` on to `device`.
+    pub fn insert(&self, start: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
+        let last = len
+            .checked_sub(1)
+            .and_then(|len| start.checked_add(len))
+            .ok_or(BusError::BadRange(start, len))?;
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some((&other, entry)) = ranges.range(..=last).next_back() {
+            if other >= start || start - other < entry.len {
+                return Err(BusError::Overlap(start, len, other));
+            }
+        }
+        ranges.insert(start, Entry { len, device });
+        Ok(())
+    }
+
+    /// Reads for the guest. False where nobody answers (all of) these addresses: `data` is then all-ones.
+    pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
+        match self.find(addr, data.len()) {
+            Some((offset, device)) => {
+                device.read(offset, data);
+                true
+            }
+            None => {
+                data.fill(0xff);
+                false
+            }
+        }
+    }
+
+    /// Writes for the guest. `Err` where nobody answers (all of) these addresses: the write is dropped.
+    pub fn write(&self, addr: u64, data: &[u8]) -> Result<Option<MachineEvent>, Unclaimed> {
+        match self.find(addr, data.len()) {
+            Some((offset, device)) => Ok(device.write(offset, data)),
+            None => Err(Unclaimed),
+        }
+    }
+
+    fn find(&self, addr: u64, len: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let (&start, entry) = ranges.range(..=addr).next_back()?;
+        let offset = addr - start;
+        let end = offset.checked_add(u64::try_from(len).ok()?)?;
+        (end <= entry.len).then(|| (offset, Arc::clone(&entry.device)))
+    }
+}
+
+/// Nobody on the bus answers the address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unclaimed;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<(u64, Vec<u8>)>>);
+
+    impl BusDevice for Recorder {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            data.fill(offset as u8);
+        }
+
+        fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent> {
+            self.0.lock().unwrap().push((offset, data.to_vec()));
+            Some(MachineEvent::DebugExit(data[0]))
+        }
+    }
+
+    #[test]
+    fn accesses_reach_the_handler_with_offsets_of_its_range() {
+        let (bus, device) = (Bus::default(), Arc::new(Recorder::default()));
+        bus.insert(0x1000, 0x100, device.clone()).unwrap();
+        let mut data = [0; 2];
+        assert!(bus.read(0x1042, &mut data));
+        assert_eq!(data, [0x42; 2]);
+        assert_eq!(bus.write(0x10ff, &[7]), Ok(Some(MachineEvent::DebugExit(7))));
+        assert_eq!(*device.0.lock().unwrap(), [(0xff, vec![7])]);
+    }
+
+    #[test]
+    fn unclaimed_addresses_read_all_ones() {
+        let bus = Bus::default();
+        bus.insert(0x1000, 0x100, Arc::new(Recorder::default())).unwrap();
+        for addr in [0, 0xfff, 0x1100, 0x10fd, u64::MAX] {
+            let mut data = [0; 4];
+            assert!(!bus.read(addr, &mut data), "{addr:#x}");
+            assert_eq!(data, [0xff; 4]);
+            assert_eq!(bus.write(addr, &[0; 4]), Err(Unclaimed));
+        }
+    }
+
+    #[test]
+    fn overlapping_or_impossible_ranges_are_refused() {
+        let bus = Bus::default();
+        let device = Arc::new(Recorder::default());
+        bus.insert(0x1000, 0x100, device.clone()).unwrap();
+        for (start, len) in [(0x1000, 1), (0xfff, 2), (0x10ff, 1), (0, 0x2000), (0x1010, 0x10)] {
+            let error = bus.insert(start, len, device.clone()).unwrap_err();
+            assert_eq!(error, BusError::Overlap(start, len, 0x1000));
+        }
+        for (start, len) in [(0, 0), (u64::MAX, 2)] {
+            let error = bus.insert(start, len, device.clone()).unwrap_err();
+            assert_eq!(error, BusError::BadRange(start, len));
+        }
+        bus.insert(0xf00, 0x100, device.clone()).unwrap();
+        bus.insert(0x1100, 0x100, device).unwrap();
+    }
+}

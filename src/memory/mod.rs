@@ -1,0 +1,82 @@
+//! Guest physical memory: RAM, the windows of shared memory regions, and what is mapped inside them.
+//!
+//! Nothing here knows KVM. What puts host memory in front of the guest is the trait [`GuestMapper`]: `kvm::slots`
+//! implements it, tests record with a fake.
+
+use std::io;
+
+/// The page size of everything here: x86-64's smallest page, 4 KiB.
+pub const PAGE_SIZE: u64 = 1 << 12;
+
+/// A non-empty range of guest physical addresses that does not wrap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GuestRange {
+    start: u64,
+    len: u64,
+}
+
+impl GuestRange {
+    /// The `len` bytes from `start` on; `None` if empty or ending beyond 2^64.
+    pub fn new(start: u64, len: u64) -> Option<Self> {
+        let _last = start.checked_add(len.checked_sub(1)?)?;
+        Some(GuestRange { start, len })
+    }
+
+    /// The first address.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// The length in bytes, at least 1.
+    // There is no `is_empty`: a range is never empty.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The last address, inclusive.
+    pub fn last(&self) -> u64 {
+        self.start + (self.len - 1)
+    }
+
+    /// Whether the two share an address.
+    pub fn overlaps(&self, other: &GuestRange) -> bool {
+        self.start <= other.last() && other.start <= self.last()
+    }
+}
+
+/// What the guest may do with a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reads work; writes become exits, and are dropped.
+    ReadOnly,
+    /// Reads and writes work.
+    ReadWrite,
+}
+
+/// The name of one live mapping in guest physical memory: a KVM memory slot number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SlotId(pub u32);
+
+/// Puts ranges of host memory into guest physical memory, and takes them away again.
+///
+/// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. Neither method waits for
+/// another process. The guest sees a mapping when `map` has returned, and no longer sees it when `unmap` has: no vCPU
+/// can reach the memory then.
+pub trait GuestMapper: Send + Sync {
+    /// Lets the guest see the memory at `host` as the addresses `guest`.
+    ///
+    /// Fails with ENOSPC when no slot is left, EEXIST when something is there already, and with what KVM says
+    /// otherwise; nothing is changed then.
+    ///
+    /// # Safety
+    ///
+    /// `guest.len()` bytes from `host` on must stay an address range of the caller's (mapped or reserved) until
+    /// `unmap` has succeeded or the machine is gone, and nobody may hold a Rust reference into them: the guest reads
+    /// and, with [`Access::ReadWrite`], writes them at any time.
+    unsafe fn map(&self, guest: GuestRange, host: *mut u8, access: Access) -> io::Result<SlotId>;
+
+    /// Takes a mapping away. Fails with ENOENT for a slot that is not live; with what KVM says otherwise, and then
+    /// the mapping stays.
+    fn unmap(&self, slot: SlotId) -> io::Result<()>;
+}

@@ -1,0 +1,3 @@
+//! The virtio transport over MMIO, and what a device is to it.
+
+pub mod device;
