@@ -3,6 +3,10 @@
 //! Nothing here knows KVM. What puts host memory in front of the guest is the trait [`GuestMapper`]: `kvm::slots`
 //! implements it, tests record with a fake.
 
+pub mod alloc;
+pub mod shmem;
+pub mod window;
+
 use std::io;
 
 /// The page size of everything here: x86-64's smallest page, 4 KiB.

@@ -1,0 +1,3 @@
+//! KVM: the virtual machine, its memory slots, its vCPUs.
+
+pub mod slots;

@@ -1,0 +1,338 @@
+//! Windows: host address space reserved for the shared memory regions of VIRTIO section 2.10.
+//!
+//! A [`Window`] is a guest physical range and, of the same size, a range of host addresses in which nothing can be
+//! accessed (PROT_NONE). A file that a back-end hands over is placed inside it, at the offset that the guest sees it
+//! at. A [`Span`] is a part of a window; it cannot be built without the range checks, and it alone can place and
+//! clear, so nothing that a back-end sends turns into an address before it was checked (SHM-50).
+//!
+//! `memory::shmem` is the only caller.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+
+use super::{Access, GuestRange, PAGE_SIZE};
+
+/// Host and guest addresses of a window agree modulo this (1 GiB, x86-64's largest page), so that huge pages can be
+/// used on both levels.
+const CONGRUENCE: u64 = 1 << 30;
+
+/// From statfs(2): files made of huge pages, which can only be mapped in whole huge pages.
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+
+/// A guest physical range with host addresses reserved for it.
+#[derive(Debug)]
+pub struct Window {
+    guest: GuestRange,
+    host: *mut u8,
+}
+
+// SAFETY: the pointer is the address of a reservation that the window owns until it is dropped; it is never
+// dereferenced, and the system calls that take it may come from any thread.
+unsafe impl Send for Window {}
+// SAFETY: as above; `&Window` only gives addresses away.
+unsafe impl Sync for Window {}
+
+impl Window {
+    /// Reserves host addresses for `guest`, whose start and length are multiples of [`PAGE_SIZE`].
+    ///
+    /// Fails with EINVAL where they are not, with ENOMEM where there is no room.
+    pub fn reserve(guest: GuestRange) -> io::Result<Window> {
+        let len = host_len(guest.len())?;
+        if guest.start() % PAGE_SIZE != 0 || guest.len() % PAGE_SIZE != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        // The reservation starts anywhere: one unit more than needed holds a congruent start.
+        let slack = host_len(CONGRUENCE)?;
+        let padded = len.checked_add(slack).ok_or(io::Error::from_raw_os_error(libc::ENOMEM))?;
+        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
+        let start = unsafe { reserve_at(ptr::null_mut(), padded, 0) }?;
+        let ahead = (guest.start() % CONGRUENCE + CONGRUENCE - start as u64 % CONGRUENCE) % CONGRUENCE;
+        let ahead = host_len(ahead)?;
+        let host = start.wrapping_add(ahead);
+        // SAFETY: the two ends lie in the reservation just made, which nothing else uses, and outside `host..+len`.
+        unsafe {
+            unmap(start, ahead);
+            unmap(host.wrapping_add(len), slack - ahead);
+        }
+        Ok(Window { guest, host })
+    }
+
+    /// Where the guest sees the window.
+    pub fn guest(&self) -> GuestRange {
+        self.guest
+    }
+
+    /// The `len` bytes at `offset`; `None` where that is empty, not made of whole pages, or not all inside.
+    pub fn span(&self, offset: u64, len: u64) -> Option<Span<'_>> {
+        let aligned = offset % PAGE_SIZE == 0 && len % PAGE_SIZE == 0;
+        let inside = len > 0 && offset.checked_add(len)? <= self.guest.len();
+        (aligned && inside).then_some(Span { window: self, offset, len })
+    }
+
+    /// All of it.
+    pub fn whole(&self) -> Span<'_> {
+        Span { window: self, offset: 0, len: self.guest.len() }
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: the reservation is ours, and who mapped parts of it for the guest promised the mapper
+        // (`GuestMapper::map`) to have taken them away by now.
+        unsafe { unmap(self.host, self.guest.len() as usize) };
+    }
+}
+
+/// Whole pages inside a [`Window`].
+#[derive(Clone, Copy, Debug)]
+pub struct Span<'w> {
+    window: &'w Window,
+    offset: u64,
+    len: u64,
+}
+
+impl Span<'_> {
+    /// Where the guest sees it.
+    pub fn guest(&self) -> GuestRange {
+        GuestRange { start: self.window.guest.start + self.offset, len: self.len }
+    }
+
+    /// Its host address.
+    pub fn host(&self) -> *mut u8 {
+        self.window.host.wrapping_add(self.offset as usize)
+    }
+
+    /// Maps `file` from `file_offset` on into the span, shared, in place of the reservation.
+    ///
+    /// The file's size does not matter (SHM-44). Fails with EINVAL for what is not a regular file or for part of a
+    /// huge page, and with what mmap(2) says; the reservation stays then.
+    pub fn place(&self, file: BorrowedFd<'_>, file_offset: u64, access: Access) -> io::Result<()> {
+        self.check_file(file, file_offset)?;
+        let protection = match access {
+            Access::ReadOnly => libc::PROT_READ,
+            Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        let len = self.len as usize;
+        let offset = libc::off_t::try_from(file_offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // First to where the kernel likes, then moved: an mmap(MAP_FIXED) that fails may already have removed what was
+        // there, and another thread's memory could get into the gap.
+        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
+        let address = unsafe {
+            libc::mmap(ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), offset)
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the source is the mapping just made; the target lies in the window's own reservation, and `len` bytes
+        // do not leave it (`check_file` ruled out that the kernel rounds it up).
+        let moved = unsafe {
+            libc::mremap(address, len, len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, self.host())
+        };
+        if moved == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            // SAFETY: the mapping made above, which nobody else knows.
+            unsafe { unmap(address.cast(), len) };
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Puts the reservation back in place of whatever is in the span.
+    pub fn clear(&self) -> io::Result<()> {
+        // SAFETY: the span lies in the window's own reservation; see `Window::drop` for the guest's view of it.
+        unsafe { reserve_at(self.host(), self.len as usize, libc::MAP_FIXED) }.map(drop)
+    }
+
+    /// Where the file under the span became shorter than the span: puts zero pages in place of what is missing, and
+    /// tells how many bytes that was (SHM-45). Does nothing where all pages are there.
+    pub fn fill_missing(&self, access: Access) -> io::Result<u64> {
+        let missing_from = self.first_missing_page();
+        let missing = self.len - missing_from;
+        if missing == 0 {
+            return Ok(0);
+        }
+        let protection = match access {
+            Access::ReadOnly => libc::PROT_READ,
+            Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        let at = self.host().wrapping_add(missing_from as usize).cast();
+        // SAFETY: the range is the end of the span, which lies in the window's own reservation.
+        let address = unsafe { libc::mmap(at, missing as usize, protection, flags, -1, 0) };
+        if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(missing) }
+    }
+
+    /// The offset of the first page that cannot be read; the length where all can. Pages go missing from the end of a
+    /// file, so a binary search finds the edge.
+    fn first_missing_page(&self) -> u64 {
+        let (mut present, mut missing) = (0, self.len / PAGE_SIZE);
+        if self.can_read(self.len - PAGE_SIZE) {
+            return self.len;
+        }
+        while present < missing {
+            let middle = present + (missing - present) / 2;
+            if self.can_read(middle * PAGE_SIZE) {
+                present = middle + 1;
+            } else {
+                missing = middle;
+            }
+        }
+        missing * PAGE_SIZE
+    }
+
+    /// Whether the byte at `offset` can be read, without the SIGBUS that a plain access would raise.
+    fn can_read(&self, offset: u64) -> bool {
+        let mut byte = 0u8;
+        let local = libc::iovec { iov_base: ptr::from_mut(&mut byte).cast(), iov_len: 1 };
+        let remote =
+            libc::iovec { iov_base: self.host().wrapping_add(offset as usize).cast(), iov_len: 1 };
+        // SAFETY: `local` is one byte on our stack; `remote` is only read, and a bad address is an error, not a fault.
+        unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) == 1 }
+    }
+
+    /// Refuses what mmap(2) would take but the guest must not get.
+    fn check_file(&self, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
+        let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+        let mut stat = MaybeUninit::<libc::stat>::uninit();
+        // SAFETY: the descriptor is open, and the kernel fills the structure in where it answers 0.
+        if unsafe { libc::fstat(file.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: filled in, see above.
+        if unsafe { stat.assume_init() }.st_mode & libc::S_IFMT != libc::S_IFREG {
+            return Err(invalid());
+        }
+        let mut fs = MaybeUninit::<libc::statfs>::uninit();
+        // SAFETY: the descriptor is open, and the kernel fills the structure in where it answers 0.
+        if unsafe { libc::fstatfs(file.as_raw_fd(), fs.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: filled in, see above.
+        let fs = unsafe { fs.assume_init() };
+        if fs.f_type == HUGETLBFS_MAGIC {
+            // mmap(2) rounds a huge page file's length up to whole huge pages: past the span, if we let it.
+            let page = u64::try_from(fs.f_bsize).map_err(|_| invalid())?;
+            if [self.offset, self.len, file_offset].iter().any(|n| n % page != 0) {
+                return Err(invalid());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn host_len(len: u64) -> io::Result<usize> {
+    usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))
+}
+
+/// Maps `len` inaccessible bytes that cost nothing, at `address` where `extra_flags` has MAP_FIXED.
+///
+/// # Safety
+///
+/// With MAP_FIXED, the range is the caller's to replace.
+unsafe fn reserve_at(address: *mut u8, len: usize, extra_flags: i32) -> io::Result<*mut u8> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | extra_flags;
+    // SAFETY: the caller's promise, or a range that the kernel chooses.
+    let address = unsafe { libc::mmap(address.cast(), len, libc::PROT_NONE, flags, -1, 0) };
+    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address.cast()) }
+}
+
+/// Unmaps a range; an empty one is fine.
+///
+/// # Safety
+///
+/// The range is the caller's, and nobody uses it any more.
+unsafe fn unmap(address: *mut u8, len: usize) {
+    if len > 0 {
+        // SAFETY: the caller's promise. It fails only for unaligned ranges, and ours are made of pages.
+        unsafe { libc::munmap(address.cast(), len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn window(start: u64, len: u64) -> Window {
+        Window::reserve(GuestRange::new(start, len).unwrap()).unwrap()
+    }
+
+    fn file(contents: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(contents).unwrap();
+        file
+    }
+
+    fn peek(span: &Span<'_>, offset: u64) -> Option<u8> {
+        span.can_read(offset).then(|| {
+            // SAFETY: `can_read` said that it can be read, and the test changes no file meanwhile.
+            unsafe { span.host().wrapping_add(offset as usize).read_volatile() }
+        })
+    }
+
+    #[test]
+    fn host_and_guest_agree_modulo_1_gib() {
+        for start in [0, 0x20_0000, 0x4000_0000, 0x1_2345_6000] {
+            let window = window(start, 0x40_0000);
+            assert_eq!(window.host as u64 % CONGRUENCE, start % CONGRUENCE, "{start:#x}");
+        }
+    }
+
+    #[test]
+    fn spans_are_whole_pages_inside() {
+        let window = window(0x4000_0000, 0x4000);
+        assert_eq!(window.span(0x1000, 0x3000).unwrap().guest(), GuestRange::new(0x4000_1000, 0x3000).unwrap());
+        for (offset, len) in [(0, 0), (0, 1), (1, 0x1000), (0, 0x5000), (0x4000, 0x1000), (u64::MAX - 0xfff, 0x1000)]
+        {
+            assert!(window.span(offset, len).is_none(), "{offset:#x} {len:#x}");
+        }
+    }
+
+    #[test]
+    fn what_is_placed_is_seen_at_its_offset_and_nothing_else_is() {
+        let window = window(0x4000_0000, 0x4000);
+        let contents: Vec<u8> = (0..3u8).flat_map(|page| vec![page + 1; 0x1000]).collect();
+        let span = window.span(0x1000, 0x2000).unwrap();
+        span.place(file(&contents).as_fd(), 0x1000, Access::ReadOnly).unwrap();
+        let whole = window.whole();
+        let seen: Vec<_> = (0..4).map(|page| peek(&whole, page * 0x1000)).collect();
+        assert_eq!(seen, [None, Some(2), Some(3), None]);
+        span.clear().unwrap();
+        assert_eq!(peek(&whole, 0x1000), None);
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_refused_and_the_reservation_stays() {
+        let window = window(0x4000_0000, 0x1000);
+        let (socket, _) = UnixStream::pair().unwrap();
+        let others: [OwnedFd; 3] = [
+            socket.into(),
+            File::open("/").unwrap().into(),
+            File::open("/dev/zero").unwrap().into(),
+        ];
+        for fd in others {
+            window.whole().place(fd.as_fd(), 0, Access::ReadOnly).unwrap_err();
+            assert_eq!(peek(&window.whole(), 0), None);
+        }
+    }
+
+    #[test]
+    fn missing_pages_become_zeroes_and_present_ones_stay() {
+        let window = window(0x4000_0000, 0x8000);
+        for present in [0u64, 1, 3, 7, 8] {
+            let file = file(&vec![9; (present * 0x1000) as usize]);
+            let whole = window.whole();
+            whole.place(file.as_fd(), 0, Access::ReadOnly).unwrap();
+            assert_eq!(whole.fill_missing(Access::ReadOnly).unwrap(), (8 - present) * 0x1000);
+            let seen: Vec<_> = (0..8).map(|page| peek(&whole, page * 0x1000)).collect();
+            let expected: Vec<_> = (0..8).map(|page| Some(if page < present { 9 } else { 0 })).collect();
+            assert_eq!(seen, expected, "{present} pages present");
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The back-end's requests, on the backend channel (vhost-user "Back-end message types"): SHMEM_MAP and SHMEM_UNMAP.
+//!
+//! A device's own thread ([`super::watch`]) serves the channel from the moment the back-end has its end (SHM-68). At a
+//! reset the vCPU thread serves what is still queued (SHM-71). Each well framed request is answered if it asks for it,
+//! however wrong it is (SHM-63); what is not well framed ends the channel (SHM-64).
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::connection::{Connection, ConnectionError, Deadline, Message};
+use super::message::{BackendRequest, Header, MMAP_LEN, MMap, U64_LEN, protocol_features as protocol};
+use super::negotiate::Agreement;
+use crate::memory::Access;
+use crate::memory::shmem::{MapRequest, SharedMemory, ShmemError};
+
+/// How long a back-end may leave a full socket of answers unread (SHM-66).
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why the channel cannot go on.
+#[derive(Debug, Error)]
+pub enum ChannelError {
+    /// The stream ended, or is out of step.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    /// SHM-64: the back-end answered a question that nobody asked.
+    #[error("the back-end sent a reply (to message {0}) on the backend channel, where only requests belong")]
+    Reply(u32),
+}
+
+/// Why a request is refused.
+#[derive(Debug, Error)]
+enum Refusal {
+    /// SHM-63.
+    #[error("its id is unknown")]
+    Unknown,
+    /// SHM-6.
+    #[error("SHMEM was not negotiated")]
+    NotNegotiated,
+    /// SHM-25.
+    #[error("its payload has {0} bytes, not {MMAP_LEN}")]
+    Size(usize),
+    /// SHM-27, SHM-54.
+    #[error("{got} file descriptors came with it, not {expected}")]
+    Descriptors { got: usize, expected: usize },
+    /// SHM-48.
+    #[error("this process has no room for its file descriptor")]
+    DescriptorLost,
+    /// SHM-42.
+    #[error("it has unknown flags ({0:#x})")]
+    Flags(u64),
+    #[error(transparent)]
+    Shmem(#[from] ShmemError),
+}
+
+impl Refusal {
+    fn errno(&self) -> i32 {
+        match self {
+            Refusal::Unknown | Refusal::NotNegotiated => libc::EOPNOTSUPP,
+            Refusal::Size(_) => libc::EPROTO,
+            Refusal::Descriptors { .. } => libc::EBADF,
+            Refusal::DescriptorLost => libc::EMFILE,
+            Refusal::Flags(_) => libc::EINVAL,
+            Refusal::Shmem(error) => error.errno(),
+        }
+    }
+}
+
+/// Our end of a backend channel.
+pub struct BackendChannel {
+    name: String,
+    reply_ack: bool,
+    shmem: Option<Arc<SharedMemory>>,
+    /// Lock order: before `SharedMemory`'s. Held while requests are handled, which waits for no answer of the back-end;
+    /// for room in its socket no longer than [`ANSWER_TIMEOUT`].
+    inbox: Mutex<Inbox>,
+}
+
+struct Inbox {
+    connection: Connection,
+    /// Whether the message that is half here was begun before the device was last reset.
+    stale: bool,
+}
+
+impl BackendChannel {
+    /// Serves `socket` for the device `name`; `shmem` is where mappings go.
+    pub fn new(name: &str, agreement: &Agreement, socket: UnixStream, shmem: Arc<SharedMemory>) -> Self {
+        BackendChannel {
+            name: name.to_string(),
+            reply_ack: agreement.has(protocol::REPLY_ACK),
+            shmem: agreement.has_shmem().then_some(shmem),
+            inbox: Mutex::new(Inbox { connection: Connection::new(socket, MMAP_LEN), stale: false }),
+        }
+    }
+
+    /// Handles what is there, at least one request if all of one is; never waits for more. Afterwards the socket tells
+    /// when there is more.
+    pub fn serve(&self) -> Result<(), ChannelError> {
+        let mut inbox = self.lock();
+        while self.serve_one(&mut inbox)? && inbox.connection.is_inside_message() {}
+        Ok(())
+    }
+
+    /// Handles all that is queued, but not what comes after `deadline`. What is only half here by then is refused when
+    /// its other half comes (SHM-71). The gate of the shared memory is closed, so none of it leaves a mapping behind.
+    pub fn drain(&self, deadline: Deadline) -> Result<(), ChannelError> {
+        let mut inbox = self.lock();
+        while !deadline.has_passed() && self.serve_one(&mut inbox)? {}
+        inbox.stale = inbox.connection.is_inside_message();
+        Ok(())
+    }
+
+    /// Handles the next request. False where there is none, or not all of it.
+    fn serve_one(&self, inbox: &mut Inbox) -> Result<bool, ChannelError> {
+        let Some(message) = inbox.connection.try_receive()? else { return Ok(false) };
+        let stale = std::mem::take(&mut inbox.stale);
+        let (request, needs_reply) = (message.header.request, message.header.needs_reply());
+        if message.header.is_reply() {
+            return Err(ChannelError::Reply(request));
+        }
+        let result = if stale { Err(ShmemError::GateClosed.into()) } else { self.handle(message) };
+        if let Err(refusal) = &result {
+            self.log(request, refusal);
+        }
+        if needs_reply && self.reply_ack {
+            // SHM-58: 0, or a negative errno as a u64.
+            let value = result.map_or_else(|refusal| i64::from(-refusal.errno()) as u64, |()| 0);
+            let header = Header::reply(request, U64_LEN);
+            inbox.connection.send(header, &value.to_ne_bytes(), &[], Deadline::after(ANSWER_TIMEOUT))?;
+        }
+        Ok(true)
+    }
+
+    /// A copy of the socket, to wait on.
+    pub fn watch_fd(&self) -> std::io::Result<OwnedFd> {
+        self.lock().connection.as_fd().try_clone_to_owned()
+    }
+
+    /// Ends the channel: the back-end sees a hang-up.
+    pub fn shut_down(&self) {
+        self.lock().connection.shut_down();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its descriptors are closed when this returns, whatever it returns (SHM-27, SHM-46).
+    fn handle(&self, message: Message) -> Result<(), Refusal> {
+        match BackendRequest::from_id(message.header.request) {
+            Some(BackendRequest::ShmemMap) => self.map(message),
+            Some(BackendRequest::ShmemUnmap) => self.unmap(message),
+            None => Err(Refusal::Unknown),
+        }
+    }
+
+    fn map(&self, message: Message) -> Result<(), Refusal> {
+        let (shmem, request) = self.shmem_request(&message)?;
+        if message.fds_lost {
+            return Err(Refusal::DescriptorLost);
+        }
+        let [file] = message.fds.as_slice() else {
+            return Err(Refusal::Descriptors { got: message.fds.len(), expected: 1 });
+        };
+        let access = match request.flags {
+            0 => Access::ReadOnly,
+            MMap::READ_WRITE => Access::ReadWrite,
+            flags => return Err(Refusal::Flags(flags)),
+        };
+        shmem.map(&MapRequest {
+            shmid: request.shmid,
+            shm_offset: request.shm_offset,
+            len: request.len,
+            file: file.as_fd(),
+            file_offset: request.fd_offset,
+            access,
+        })?;
+        Ok(())
+    }
+
+    fn unmap(&self, message: Message) -> Result<(), Refusal> {
+        let (shmem, request) = self.shmem_request(&message)?;
+        if !message.fds.is_empty() || message.fds_lost {
+            return Err(Refusal::Descriptors { got: message.fds.len().max(1), expected: 0 });
+        }
+        Ok(shmem.unmap(request.shmid, request.shm_offset, request.len)?)
+    }
+
+    fn shmem_request(&self, message: &Message) -> Result<(&SharedMemory, MMap), Refusal> {
+        let shmem = self.shmem.as_ref().ok_or(Refusal::NotNegotiated)?;
+        let request = MMap::decode(&message.payload).ok_or(Refusal::Size(message.payload.len()))?;
+        Ok((shmem, request))
+    }
+
+    fn log(&self, request: u32, refusal: &Refusal) {
+        let cause = std::error::Error::source(refusal).map(|source| format!(": {source}")).unwrap_or_default();
+        match BackendRequest::from_id(request) {
+            Some(known) => log::warn!("{}: {known} is refused: {refusal}{cause}", self.name),
+            None => log::warn!("{}: backend request {request} is refused: {refusal}{cause}", self.name),
+        }
+    }
+}

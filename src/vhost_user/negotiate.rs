@@ -1,0 +1,127 @@
+//! What is agreed with a back-end, as a pure function of what it offers (SHM-1 to SHM-6).
+//!
+//! `frontend` asks the back-end and calls [`negotiate`]; no I/O happens here.
+
+use thiserror::Error;
+use virtio_bindings::virtio_config::{
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_NOTIF_CONFIG_DATA, VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_RING_PACKED,
+    VIRTIO_F_RING_RESET, VIRTIO_F_SR_IOV, VIRTIO_F_VERSION_1,
+};
+
+use super::kind::DeviceKind;
+use super::message::{F_LOG_ALL, F_PROTOCOL_FEATURES, protocol_features as protocol};
+
+/// What a back-end offers.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer {
+    /// The answer to GET_FEATURES.
+    pub features: u64,
+    /// The answer to GET_PROTOCOL_FEATURES; 0 where it must not be asked (SHM-2).
+    pub protocol_features: u64,
+}
+
+/// What was agreed. The default is nothing: that is how a connection starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Agreement {
+    /// Feature bits for the driver to choose from.
+    pub guest_features: u64,
+    /// Feature bits that the back-end may be told: its own offer.
+    pub backend_features: u64,
+    /// What SET_PROTOCOL_FEATURES says; `None` where it must not be sent (SHM-2).
+    pub protocol_features: Option<u64>,
+    shmem: bool,
+}
+
+impl Agreement {
+    /// Whether a protocol feature, given as its mask, was agreed on.
+    pub fn has(&self, feature: u64) -> bool {
+        self.protocol_features.is_some_and(|acked| acked & feature == feature)
+    }
+
+    /// Whether SHMEM was, under whatever bit it has for this device.
+    pub fn has_shmem(&self) -> bool {
+        self.shmem
+    }
+
+    /// The feature bits to tell the back-end of those that the driver accepted.
+    pub fn features_for_backend(&self, accepted: u64) -> u64 {
+        (accepted | F_PROTOCOL_FEATURES) & self.backend_features
+    }
+}
+
+/// Why a back-end cannot be used.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum NegotiationError {
+    /// A back-end for legacy drivers only.
+    #[error("the back-end does not offer VIRTIO_F_VERSION_1 (its features are {0:#x})")]
+    NoVersion1(u64),
+    /// The device type cannot do without a feature.
+    #[error("the back-end does not offer {feature}, which a {kind} device needs (it offers {offered:#x})")]
+    Missing {
+        /// What is missing.
+        feature: &'static str,
+        /// The device type.
+        kind: DeviceKind,
+        /// The features, or protocol features, that it does offer.
+        offered: u64,
+    },
+}
+
+/// Feature bits of the transport that the front-end provides by itself, whatever the back-end offers.
+const OURS: u64 = 1 << VIRTIO_F_RING_RESET;
+
+/// Feature bits that are not passed on to the driver.
+const NOT_PASSED_ON: u64 = F_PROTOCOL_FEATURES
+    | F_LOG_ALL
+    // There is no IOMMU, and no PCI.
+    | 1 << VIRTIO_F_ACCESS_PLATFORM
+    | 1 << VIRTIO_F_SR_IOV
+    // A notification that carries data would not match the ioeventfd of its queue.
+    | 1 << VIRTIO_F_NOTIFICATION_DATA
+    | 1 << VIRTIO_F_NOTIF_CONFIG_DATA
+    // A packed ring starts with other ring indices than those that we give a back-end.
+    | 1 << VIRTIO_F_RING_PACKED;
+
+/// Agrees with a back-end for a device of type `kind`, whose SHMEM bit is `shmem_bit` (SHM-1).
+pub fn negotiate(offer: Offer, kind: DeviceKind, shmem_bit: u32) -> Result<Agreement, NegotiationError> {
+    let Offer { features, protocol_features: offered } = offer;
+    if features & 1 << VIRTIO_F_VERSION_1 == 0 {
+        return Err(NegotiationError::NoVersion1(features));
+    }
+    for &(feature, mask) in kind.required_features() {
+        if features & mask == 0 {
+            return Err(NegotiationError::Missing { feature, kind, offered: features });
+        }
+    }
+    let has_protocol = features & F_PROTOCOL_FEATURES != 0;
+    // The back-end channel exists for SHMEM; without BACKEND_REQ there is no SHMEM (SHM-4).
+    let shmem_mask = 1u64 << shmem_bit;
+    let shmem = has_protocol && offered & shmem_mask != 0 && offered & protocol::BACKEND_REQ != 0;
+    let wanted = protocol::MQ
+        | protocol::REPLY_ACK
+        | protocol::BACKEND_REQ
+        | protocol::BACKEND_SEND_FD
+        | protocol::CONFIG
+        | protocol::RESET_DEVICE
+        | protocol::STATUS
+        | if shmem { shmem_mask } else { 0 };
+    let acked = if has_protocol { offered & wanted } else { 0 };
+
+    let missing = |feature| NegotiationError::Missing { feature, kind, offered };
+    if kind.needs_shmem() && !shmem {
+        let feature = match offered & shmem_mask {
+            0 => "protocol feature SHMEM",
+            _ => "protocol feature BACKEND_REQ",
+        };
+        return Err(missing(feature));
+    }
+    if kind.needs_config() && acked & protocol::CONFIG == 0 {
+        return Err(missing("protocol feature CONFIG"));
+    }
+    Ok(Agreement {
+        guest_features: features & !NOT_PASSED_ON | OURS,
+        backend_features: features,
+        protocol_features: has_protocol.then_some(acked),
+        shmem,
+    })
+}
