@@ -1,6 +1,6 @@
 //! What a device says to its driver on its own: used buffers, a changed configuration, that it needs a reset.
 //!
-//! VIRTIO 1.3, sections 2.1, 2.3, 3.2.1 and 4.2.3.3. Shared by the transport, the device, and the threads that listen
+//! VIRTIO 1.3, sections 2.1, 2.3, 3.2.1 and 4.2.3.4. Shared by the transport, the device, and the threads that listen
 //! to the device's back-end.
 //!
 //! ```text
@@ -100,7 +100,9 @@ impl Interrupt {
 
     /// The driver wrote `bits` to InterruptACK.
     pub(super) fn acknowledge(&self, bits: u32) {
-        self.page.lock().clear_bits(Register::InterruptStatus, bits & VIRTIO_MMIO_INT_CONFIG);
+        self.page
+            .lock()
+            .clear_bits(Register::InterruptStatus, bits & VIRTIO_MMIO_INT_CONFIG);
     }
 
     /// Clears InterruptStatus and Status, as the last step of a reset.

@@ -20,17 +20,31 @@ pub(super) struct MisuseLog {
 
 impl MisuseLog {
     pub(super) fn new(device: &str) -> Self {
-        let budget = Budget { lines: BURST, since: Instant::now(), dropped: 0 };
-        MisuseLog { device: device.to_owned(), budget: Mutex::new(budget) }
+        let budget = Budget {
+            lines: BURST,
+            since: Instant::now(),
+            dropped: 0,
+        };
+        MisuseLog {
+            device: device.to_owned(),
+            budget: Mutex::new(budget),
+        }
     }
 
     /// Logs a line that starts with the device's name, if there is room for one.
     pub(super) fn warn(&self, message: fmt::Arguments) {
-        let dropped = self.budget.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now());
+        let dropped = self
+            .budget
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take(Instant::now());
         match dropped {
             None => {}
             Some(0) => warn!("{}: {message}", self.device),
-            Some(dropped) => warn!("{}: {message} ({dropped} lines before this one left out)", self.device),
+            Some(dropped) => warn!(
+                "{}: {message} ({dropped} lines before this one left out)",
+                self.device
+            ),
         }
     }
 }
@@ -70,7 +84,11 @@ mod tests {
     #[test]
     fn a_burst_then_one_line_a_second_that_counts_what_was_left_out() {
         let start = Instant::now();
-        let mut budget = Budget { lines: BURST, since: start, dropped: 0 };
+        let mut budget = Budget {
+            lines: BURST,
+            since: start,
+            dropped: 0,
+        };
         for _ in 0..BURST {
             assert_eq!(budget.take(start), Some(0));
         }

@@ -121,7 +121,9 @@ impl Register {
 
     /// The register that starts at this offset.
     pub fn at(offset: u64) -> Option<Register> {
-        Register::ALL.into_iter().find(|register| register.offset() == offset)
+        Register::ALL
+            .into_iter()
+            .find(|register| register.offset() == offset)
     }
 
     const fn word(self) -> usize {
@@ -170,7 +172,12 @@ impl RegisterPage {
         file.set_len(size_of::<[Frame; 2]>() as u64)?;
         let frames = map(&file, size_of::<[Frame; 2]>(), libc::PROT_READ | libc::PROT_WRITE)?.cast();
         let view = map(&file, BLOCK_SIZE, libc::PROT_READ).inspect_err(|_| unmap(frames))?;
-        Ok(Arc::new(RegisterPage { frames, view, file, front: Mutex::new(0) }))
+        Ok(Arc::new(RegisterPage {
+            frames,
+            view,
+            file,
+            front: Mutex::new(0),
+        }))
     }
 
     /// The page's address in the VMM: [`BLOCK_SIZE`] bytes, mapped read-only, for a read-only slot.
@@ -182,7 +189,9 @@ impl RegisterPage {
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let registers = self.lock();
         for (position, byte) in (offset..).zip(data) {
-            let word = usize::try_from(position).ok().and_then(|at| registers.frame().get(at / WORD));
+            let word = usize::try_from(position)
+                .ok()
+                .and_then(|at| registers.frame().get(at / WORD));
             let bytes = word.map_or([0; WORD], |word| word.load(Ordering::SeqCst).to_le_bytes());
             *byte = bytes[position as usize % WORD];
         }
@@ -222,7 +231,11 @@ impl RegisterPage {
                 offset as libc::off_t,
             )
         };
-        if view == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if view == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -312,8 +325,16 @@ fn bump_generation(frame: &Frame) {
 
 fn map(file: &File, len: usize, protection: i32) -> io::Result<NonNull<u8>> {
     // SAFETY: a new mapping where the kernel finds room; it replaces nothing.
-    let address =
-        unsafe { libc::mmap(ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    let address = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            len,
+            protection,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -343,7 +364,11 @@ mod tests {
     fn the_registers_are_where_the_specification_puts_them() {
         let offsets = Register::ALL.map(Register::offset);
         assert!(offsets.is_sorted());
-        assert!(offsets.iter().all(|offset| offset % 4 == 0 && *offset < CONFIG_START as u64));
+        assert!(
+            offsets
+                .iter()
+                .all(|offset| offset % 4 == 0 && *offset < CONFIG_START as u64)
+        );
         for register in Register::ALL {
             assert_eq!(Register::at(register.offset()), Some(register));
             assert_eq!(Register::at(register.offset() + 1), None);
@@ -400,18 +425,18 @@ mod tests {
 
     #[test]
     fn one_generation_is_one_configuration_while_it_changes_under_the_reader() {
-        let page = RegisterPage::new().unwrap();
+        let page = &RegisterPage::new().unwrap();
         thread::scope(|scope| {
             let end = Instant::now() + Duration::from_millis(300);
-            scope.spawn(|| {
+            scope.spawn(move || {
                 for value in (0u32..).take_while(|_| Instant::now() < end) {
                     page.lock().set_config(&[value.to_le_bytes(); 2].concat());
                 }
             });
             while Instant::now() < end {
-                let before = peek(&page, 0xfc);
-                let (first, second) = (peek(&page, 0x100), peek(&page, 0x104));
-                if peek(&page, 0xfc) == before {
+                let before = peek(page, 0xfc);
+                let (first, second) = (peek(page, 0x100), peek(page, 0x104));
+                if peek(page, 0xfc) == before {
                     assert_eq!(first, second, "generation {before}");
                 }
             }
