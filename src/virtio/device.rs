@@ -18,15 +18,16 @@ use crate::memory::GuestRange;
 pub struct QueueSetup<'a> {
     /// The queue's index.
     pub index: u16,
-    /// The number of descriptors: a power of two, at most what the device allows.
+    /// The number of descriptors: 1 to what the device allows, and a power of two unless VIRTIO_F_RING_PACKED was
+    /// negotiated.
     pub size: u16,
-    /// The descriptor table's address (a multiple of 16).
+    /// The descriptor area's address (a multiple of 16).
     pub descriptors: u64,
-    /// The driver area's (available ring's) address (a multiple of 2).
+    /// The driver area's (available ring's) address (a multiple of 2; of 4 in a packed queue).
     pub driver_area: u64,
     /// The device area's (used ring's) address (a multiple of 4).
     pub device_area: u64,
-    /// Signalled by the guest's QueueNotify writes.
+    /// Signalled by the guest's QueueNotify writes, also before the start. Non-blocking; the same one at each start.
     pub kick: &'a EventFd,
 }
 
@@ -45,33 +46,42 @@ pub trait VirtioDevice: Send {
     /// The virtio device type (VIRTIO section 5).
     fn device_type(&self) -> u32;
 
-    /// The feature bits that are offered to the driver. They do not change.
+    /// The feature bits to offer to the driver, VIRTIO_F_VERSION_1 among them. They do not change. The transport
+    /// leaves out those that it cannot carry, such as VIRTIO_F_NOTIFICATION_DATA.
     fn features(&self) -> u64;
 
-    /// The largest size of each queue; its length is the number of queues. It does not change.
+    /// The largest size of each queue, at most 32768, 0 for one that is not there; its length is the number of queues.
+    /// It does not change.
     fn queue_sizes(&self) -> &[u16];
 
-    /// A copy of the configuration space; at most 0xf00 bytes (what fits in the register block).
+    /// A copy of the configuration space; at most 0xf00 bytes (what fits in the register block). It does not wait for
+    /// a back-end. A thread that changes it calls `Interrupt::config_changed` afterwards.
     fn config(&self) -> Vec<u8>;
 
-    /// The driver writes to the configuration space. `offset + data.len()` may be beyond its end: such a write
-    /// does nothing. The transport shows [`Self::config`] anew afterwards.
+    /// The driver writes to the configuration space, after FEATURES_OK. `offset + data.len()` may be beyond its end:
+    /// such a write does nothing. The transport shows [`Self::config`] anew afterwards.
     fn write_config(&mut self, offset: u64, data: &[u8]) -> Result<(), DeviceError>;
 
     /// Where a shared memory region is (VIRTIO section 2.10); `None` for an id that is absent. It does not change.
     fn shared_memory(&self, id: u8) -> Option<GuestRange>;
 
-    /// The driver set DRIVER_OK, after it accepted `features`; `queues` are those that it enabled. Stopped → running.
+    /// The driver set DRIVER_OK, after it accepted `features`, a subset of those offered with VIRTIO_F_VERSION_1;
+    /// `queues` are those that it enabled, maybe none. Stopped → running. The driver can already be interrupted.
     /// On an error the device is still running for the sake of the diagram: a `reset` follows before any `start`.
     fn start(&mut self, features: u64, queues: &[QueueSetup]) -> Result<(), DeviceError>;
 
-    /// The driver wrote 0 to Status. Any state → stopped. When it returns every mapping in the device's shared
-    /// memory is gone (SHM-69). It cannot fail: a device that no longer answers is cut off.
+    /// The driver wrote 0 to Status. Any state, also stopped → stopped. When it returns every mapping in the device's
+    /// shared memory is gone (SHM-69), and no other thread reports anything about the time before (Status would show
+    /// it to the next driver). It cannot fail: a device that no longer answers is cut off. The transport
+    /// shows [`Self::config`] anew afterwards.
     fn reset(&mut self);
 
-    /// The driver reset one queue (VIRTIO section 2.6.1). Running only; when it returns the device no longer uses the queue.
+    /// The driver reset one queue (VIRTIO section 2.6.1), or set its QueueReady to 0, which it may do without
+    /// VIRTIO_F_RING_RESET too. Running only, and only for a queue that was started; when it returns, with an error
+    /// or not, the device no longer uses the queue. Mappings stay (SHM-74).
     fn stop_queue(&mut self, index: u16) -> Result<(), DeviceError>;
 
-    /// The driver enabled a queue again after its reset. Running only.
+    /// The driver enabled a queue, again after its reset or for the first time. Running only, with
+    /// VIRTIO_F_RING_RESET negotiated.
     fn start_queue(&mut self, queue: QueueSetup) -> Result<(), DeviceError>;
 }

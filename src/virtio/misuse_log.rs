@@ -1,0 +1,103 @@
+//! Warnings that a guest can provoke, at a rate that it cannot choose.
+
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::warn;
+
+/// So many lines at once,
+const BURST: u32 = 10;
+/// and one more after each so much time. A reset gives no new ones: a guest can reset as often as it likes.
+const REFILL: Duration = Duration::from_secs(1);
+
+/// The log lines about one device.
+pub(super) struct MisuseLog {
+    device: String,
+    /// Lock order: innermost; held for a few comparisons.
+    budget: Mutex<Budget>,
+}
+
+impl MisuseLog {
+    pub(super) fn new(device: &str) -> Self {
+        let budget = Budget {
+            lines: BURST,
+            since: Instant::now(),
+            dropped: 0,
+        };
+        MisuseLog {
+            device: device.to_owned(),
+            budget: Mutex::new(budget),
+        }
+    }
+
+    /// Logs a line that starts with the device's name, if there is room for one.
+    pub(super) fn warn(&self, message: fmt::Arguments) {
+        let dropped = self
+            .budget
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take(Instant::now());
+        match dropped {
+            None => {}
+            Some(0) => warn!("{}: {message}", self.device),
+            Some(dropped) => warn!(
+                "{}: {message} ({dropped} lines before this one left out)",
+                self.device
+            ),
+        }
+    }
+}
+
+struct Budget {
+    lines: u32,
+    /// When `lines` was last right.
+    since: Instant,
+    dropped: u64,
+}
+
+impl Budget {
+    /// Takes a line out; says how many were refused since the last one. `None` if this one is refused.
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        let earned = now.saturating_duration_since(self.since).as_secs() / REFILL.as_secs();
+        if earned > 0 {
+            self.lines = BURST.min(self.lines.saturating_add(u32::try_from(earned).unwrap_or(BURST)));
+            self.since = now;
+        }
+        match self.lines.checked_sub(1) {
+            Some(left) => {
+                self.lines = left;
+                Some(std::mem::take(&mut self.dropped))
+            }
+            None => {
+                self.dropped = self.dropped.saturating_add(1);
+                None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_then_one_line_a_second_that_counts_what_was_left_out() {
+        let start = Instant::now();
+        let mut budget = Budget {
+            lines: BURST,
+            since: start,
+            dropped: 0,
+        };
+        for _ in 0..BURST {
+            assert_eq!(budget.take(start), Some(0));
+        }
+        for _ in 0..1000 {
+            assert_eq!(budget.take(start + REFILL / 2), None);
+        }
+        assert_eq!(budget.take(start + REFILL), Some(1000));
+        assert_eq!(budget.take(start + REFILL), None);
+        assert_eq!(budget.take(start + REFILL * 1000), Some(1));
+        assert_eq!(budget.lines, BURST - 1, "never more than a burst");
+    }
+}

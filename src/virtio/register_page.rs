@@ -1,0 +1,446 @@
+//! The register block of a virtio-mmio device as a page of memory (VIRTIO 1.3, section 4.2.2).
+//!
+//! The guest sees the page at [`RegisterPage::host_ptr`] through a read-only slot: its reads are plain memory reads
+//! and never exit. So the page must hold at every instant what a read has to return. The handlers of the guest's writes (`super::mmio`)
+//! and the device's own events (`super::interrupt`) rewrite it; nobody else touches it.
+//!
+//! # Why there are two frames
+//!
+//! ConfigGeneration promises that a driver which reads the same value before and after it read the configuration
+//! space saw one state of it. With reads that do not exit, no order of plain stores can keep that promise: a driver that reads
+//! everything between two of our stores sees half of a change, and one generation at both ends, wherever the bumps
+//! are. (With a bump before the bytes and another one after them, a guest that did nothing but look saw about 200 torn states in 17 million changes.)
+//!
+//! So a changed configuration is written, with its new generation, into a second frame, and that frame is then put in
+//! the place of the first by one `mmap`. KVM follows the address, not the frame: while the mapping is replaced, it makes
+//! every vCPU let go of the old frame before one can get at the new. All reads of one generation are reads of one frame.
+//!
+//! ```text
+//!    guest page ──slot──▶ host_ptr() ──┬──▶ frame 0   ◀── front: every store goes here too
+//!                                      └╌╌▶ frame 1   ◀── the next configuration is made here
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use log::warn;
+use virtio_bindings::virtio_mmio::*;
+
+use crate::memory::PAGE_SIZE;
+
+/// The size of the register block: control registers, then the configuration space, 4 KiB together.
+pub const BLOCK_SIZE: usize = PAGE_SIZE as usize;
+
+/// Where the configuration space starts in the block.
+pub const CONFIG_START: usize = VIRTIO_MMIO_CONFIG as usize;
+
+/// The largest configuration space: what is left of the block, 0x1000 - 0x100.
+pub const CONFIG_MAX: usize = BLOCK_SIZE - CONFIG_START;
+
+/// QueueReset's offset (VIRTIO 1.3, table 4.1); the kernel's header does not have it.
+const VIRTIO_MMIO_QUEUE_RESET: u32 = 0x0c0;
+
+/// The control registers, each 4 bytes, by the names and at the offsets of VIRTIO 1.3, table 4.1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+#[allow(missing_docs)] // The specification's table is their documentation.
+pub enum Register {
+    MagicValue = VIRTIO_MMIO_MAGIC_VALUE,
+    Version = VIRTIO_MMIO_VERSION,
+    DeviceID = VIRTIO_MMIO_DEVICE_ID,
+    VendorID = VIRTIO_MMIO_VENDOR_ID,
+    DeviceFeatures = VIRTIO_MMIO_DEVICE_FEATURES,
+    DeviceFeaturesSel = VIRTIO_MMIO_DEVICE_FEATURES_SEL,
+    DriverFeatures = VIRTIO_MMIO_DRIVER_FEATURES,
+    DriverFeaturesSel = VIRTIO_MMIO_DRIVER_FEATURES_SEL,
+    QueueSel = VIRTIO_MMIO_QUEUE_SEL,
+    QueueSizeMax = VIRTIO_MMIO_QUEUE_NUM_MAX,
+    QueueSize = VIRTIO_MMIO_QUEUE_NUM,
+    QueueReady = VIRTIO_MMIO_QUEUE_READY,
+    QueueNotify = VIRTIO_MMIO_QUEUE_NOTIFY,
+    InterruptStatus = VIRTIO_MMIO_INTERRUPT_STATUS,
+    InterruptACK = VIRTIO_MMIO_INTERRUPT_ACK,
+    Status = VIRTIO_MMIO_STATUS,
+    QueueDescLow = VIRTIO_MMIO_QUEUE_DESC_LOW,
+    QueueDescHigh = VIRTIO_MMIO_QUEUE_DESC_HIGH,
+    QueueDriverLow = VIRTIO_MMIO_QUEUE_AVAIL_LOW,
+    QueueDriverHigh = VIRTIO_MMIO_QUEUE_AVAIL_HIGH,
+    QueueDeviceLow = VIRTIO_MMIO_QUEUE_USED_LOW,
+    QueueDeviceHigh = VIRTIO_MMIO_QUEUE_USED_HIGH,
+    SHMSel = VIRTIO_MMIO_SHM_SEL,
+    SHMLenLow = VIRTIO_MMIO_SHM_LEN_LOW,
+    SHMLenHigh = VIRTIO_MMIO_SHM_LEN_HIGH,
+    SHMBaseLow = VIRTIO_MMIO_SHM_BASE_LOW,
+    SHMBaseHigh = VIRTIO_MMIO_SHM_BASE_HIGH,
+    QueueReset = VIRTIO_MMIO_QUEUE_RESET,
+    ConfigGeneration = VIRTIO_MMIO_CONFIG_GENERATION,
+}
+
+impl Register {
+    /// All of them, in the order of the block.
+    pub const ALL: [Register; 29] = [
+        Register::MagicValue,
+        Register::Version,
+        Register::DeviceID,
+        Register::VendorID,
+        Register::DeviceFeatures,
+        Register::DeviceFeaturesSel,
+        Register::DriverFeatures,
+        Register::DriverFeaturesSel,
+        Register::QueueSel,
+        Register::QueueSizeMax,
+        Register::QueueSize,
+        Register::QueueReady,
+        Register::QueueNotify,
+        Register::InterruptStatus,
+        Register::InterruptACK,
+        Register::Status,
+        Register::QueueDescLow,
+        Register::QueueDescHigh,
+        Register::QueueDriverLow,
+        Register::QueueDriverHigh,
+        Register::QueueDeviceLow,
+        Register::QueueDeviceHigh,
+        Register::SHMSel,
+        Register::SHMLenLow,
+        Register::SHMLenHigh,
+        Register::SHMBaseLow,
+        Register::SHMBaseHigh,
+        Register::QueueReset,
+        Register::ConfigGeneration,
+    ];
+
+    /// The register's offset in the block.
+    pub const fn offset(self) -> u64 {
+        self as u64
+    }
+
+    /// The register that starts at this offset.
+    pub fn at(offset: u64) -> Option<Register> {
+        Register::ALL
+            .into_iter()
+            .find(|register| register.offset() == offset)
+    }
+
+    const fn word(self) -> usize {
+        self as usize / WORD
+    }
+}
+
+const WORD: usize = size_of::<AtomicU32>();
+const CONFIG_WORD: usize = CONFIG_START / WORD;
+
+type Frame = [AtomicU32; BLOCK_SIZE / WORD];
+
+/// The page, its two frames, and which of them the guest sees.
+///
+/// Whoever puts [`Self::host_ptr`] into a slot keeps the page alive for as long as the slot is.
+pub struct RegisterPage {
+    /// Both frames, mapped for us, readable and writable.
+    frames: NonNull<[Frame; 2]>,
+    /// One frame, mapped for the guest, readable. The VMM itself never reads or writes there.
+    view: NonNull<u8>,
+    /// The memory of the frames.
+    file: File,
+    /// The index of the frame that `view` shows.
+    ///
+    /// Lock order: innermost. Every access to the frames is made under it, for the length of a few loads and stores
+    /// (and one `mmap`); nothing of anybody else's is called meanwhile.
+    front: Mutex<usize>,
+}
+
+// SAFETY: both pointers are to mappings that the page owns until it is dropped; the frames are only ever accessed as
+// atomics, and `view` not at all.
+unsafe impl Send for RegisterPage {}
+// SAFETY: as above.
+unsafe impl Sync for RegisterPage {}
+
+impl RegisterPage {
+    /// A page of zeroes: no device is behind it yet (a driver that sees MagicValue 0 goes away).
+    pub fn new() -> io::Result<Arc<RegisterPage>> {
+        // SAFETY: the name is a C string; the call touches no memory of ours.
+        let fd = unsafe { libc::memfd_create(c"hotslot-registers".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and has no other owner.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(size_of::<[Frame; 2]>() as u64)?;
+        let frames = map(&file, size_of::<[Frame; 2]>(), libc::PROT_READ | libc::PROT_WRITE)?.cast();
+        let view = map(&file, BLOCK_SIZE, libc::PROT_READ).inspect_err(|_| unmap(frames))?;
+        Ok(Arc::new(RegisterPage {
+            frames,
+            view,
+            file,
+            front: Mutex::new(0),
+        }))
+    }
+
+    /// The page's address in the VMM: [`BLOCK_SIZE`] bytes, mapped read-only, for a read-only slot.
+    pub fn host_ptr(&self) -> *mut u8 {
+        self.view.as_ptr()
+    }
+
+    /// What a guest's read of `data.len()` bytes at `offset` returns; zeroes beyond the block.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        let registers = self.lock();
+        for (position, byte) in (offset..).zip(data) {
+            let word = usize::try_from(position)
+                .ok()
+                .and_then(|at| registers.frame().get(at / WORD));
+            let bytes = word.map_or([0; WORD], |word| word.load(Ordering::SeqCst).to_le_bytes());
+            *byte = bytes[position as usize % WORD];
+        }
+    }
+
+    /// One register as the guest sees it now.
+    pub fn get(&self, register: Register) -> u32 {
+        self.lock().get(register)
+    }
+
+    /// Access to all registers, while nobody else rewrites one.
+    pub(super) fn lock(&self) -> Registers<'_> {
+        let front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
+        Registers { page: self, front }
+    }
+
+    fn frames(&self) -> &[Frame; 2] {
+        // SAFETY: the mapping is as large and as aligned as the type, zeroes and any other bytes are valid atomics,
+        // and the page owns it until it is dropped. Who else reads the memory (the guest) does not write it.
+        unsafe { self.frames.as_ref() }
+    }
+
+    /// Replaces what the guest sees by the frame `index`, all at once.
+    ///
+    /// An error (ENOMEM, when the process has as many mappings as it may have) comes before the old mapping is touched.
+    fn show(&self, index: usize) -> io::Result<()> {
+        let offset = index * BLOCK_SIZE;
+        // SAFETY: the range is the view, which the page owns and into which no Rust reference exists; it stays a
+        // mapping of the same size, so the promise to the slot holds.
+        let view = unsafe {
+            libc::mmap(
+                self.view.as_ptr().cast(),
+                BLOCK_SIZE,
+                libc::PROT_READ,
+                libc::MAP_SHARED | libc::MAP_FIXED,
+                self.file.as_raw_fd(),
+                offset as libc::off_t,
+            )
+        };
+        if view == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+impl Drop for RegisterPage {
+    fn drop(&mut self) {
+        unmap(self.frames);
+        unmap::<Frame>(self.view.cast());
+    }
+}
+
+/// The registers, with the page's lock held.
+pub(super) struct Registers<'a> {
+    page: &'a RegisterPage,
+    front: MutexGuard<'a, usize>,
+}
+
+impl Registers<'_> {
+    pub(super) fn get(&self, register: Register) -> u32 {
+        self.frame()[register.word()].load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set(&mut self, register: Register, value: u32) {
+        self.frame()[register.word()].store(value, Ordering::SeqCst);
+    }
+
+    pub(super) fn set_bits(&mut self, register: Register, bits: u32) {
+        self.set(register, self.get(register) | bits);
+    }
+
+    pub(super) fn clear_bits(&mut self, register: Register, bits: u32) {
+        self.set(register, self.get(register) & !bits);
+    }
+
+    /// A 64-bit value in a pair of registers.
+    pub(super) fn set_pair(&mut self, low: Register, high: Register, value: u64) {
+        self.set(low, value as u32);
+        self.set(high, (value >> 32) as u32);
+    }
+
+    /// Makes `config`, then zeroes, the configuration space, with a new ConfigGeneration if that changes anything.
+    /// What is beyond [`CONFIG_MAX`] bytes has no place in the block and is left out.
+    pub(super) fn set_config(&mut self, config: &[u8]) {
+        let mut new = [0; CONFIG_MAX / WORD];
+        for (word, bytes) in new.iter_mut().zip(config.chunks(WORD)) {
+            let mut padded = [0; WORD];
+            padded[..bytes.len()].copy_from_slice(bytes);
+            *word = u32::from_le_bytes(padded);
+        }
+        let unchanged = |(old, new): (&AtomicU32, &u32)| old.load(Ordering::SeqCst) == *new;
+        if self.frame()[CONFIG_WORD..].iter().zip(&new).all(unchanged) {
+            return;
+        }
+
+        let back = 1 - *self.front;
+        let frame = &self.page.frames()[back];
+        for (to, from) in frame.iter().zip(&self.frame()[..CONFIG_WORD]) {
+            to.store(from.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+        store_config(frame, &new);
+        bump_generation(frame);
+        match self.page.show(back) {
+            Ok(()) => *self.front = back,
+            Err(error) => {
+                // Second best: a driver that began before the change, or ends after it, still sees the generation move.
+                warn!("a changed configuration is shown word by word: {error}");
+                bump_generation(self.frame());
+                store_config(self.frame(), &new);
+                bump_generation(self.frame());
+            }
+        }
+    }
+
+    fn frame(&self) -> &Frame {
+        &self.page.frames()[*self.front]
+    }
+}
+
+fn store_config(frame: &Frame, config: &[u32]) {
+    for (to, word) in frame[CONFIG_WORD..].iter().zip(config) {
+        to.store(*word, Ordering::SeqCst);
+    }
+}
+
+fn bump_generation(frame: &Frame) {
+    frame[Register::ConfigGeneration.word()].fetch_add(1, Ordering::SeqCst);
+}
+
+fn map(file: &File, len: usize, protection: i32) -> io::Result<NonNull<u8>> {
+    // SAFETY: a new mapping where the kernel finds room; it replaces nothing.
+    let address = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            len,
+            protection,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    if address == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(address.cast()).ok_or_else(|| io::Error::other("a mapping at address 0"))
+}
+
+fn unmap<T>(address: NonNull<T>) {
+    // SAFETY: called once for each mapping that `map` made, by its owner at its end.
+    unsafe { libc::munmap(address.as_ptr().cast(), size_of::<T>()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// Reads a word as the guest does: from the memory behind the slot.
+    fn peek(page: &RegisterPage, offset: usize) -> u32 {
+        assert!(offset + WORD <= BLOCK_SIZE);
+        // SAFETY: inside the view, which `page` owns; nobody holds a reference into it.
+        unsafe { page.host_ptr().add(offset).cast::<u32>().read_volatile() }
+    }
+
+    #[test]
+    fn the_registers_are_where_the_specification_puts_them() {
+        let offsets = Register::ALL.map(Register::offset);
+        assert!(offsets.is_sorted());
+        assert!(
+            offsets
+                .iter()
+                .all(|offset| offset % 4 == 0 && *offset < CONFIG_START as u64)
+        );
+        for register in Register::ALL {
+            assert_eq!(Register::at(register.offset()), Some(register));
+            assert_eq!(Register::at(register.offset() + 1), None);
+        }
+        assert_eq!(Register::at(VIRTIO_MMIO_GUEST_PAGE_SIZE.into()), None);
+        assert_eq!(Register::at(CONFIG_START as u64), None);
+    }
+
+    #[test]
+    fn what_is_stored_is_what_the_guest_reads_before_and_after_a_configuration_change() {
+        let page = RegisterPage::new().unwrap();
+        page.lock().set(Register::Status, 0x11);
+        assert_eq!(peek(&page, 0x70), 0x11);
+        for round in 1..5u8 {
+            page.lock().set_config(&[round; 5]);
+            page.lock().set(Register::QueueSizeMax, round.into());
+            assert_eq!(peek(&page, 0x70), 0x11, "carried over");
+            assert_eq!(peek(&page, 0x34), round.into());
+            assert_eq!(peek(&page, 0xfc), round.into());
+            assert_eq!(peek(&page, 0x100), u32::from_le_bytes([round; 4]));
+            assert_eq!(peek(&page, 0x104), round.into(), "padded with zeroes");
+        }
+    }
+
+    #[test]
+    fn an_equal_configuration_keeps_its_generation_and_a_shorter_one_leaves_zeroes() {
+        let page = RegisterPage::new().unwrap();
+        page.lock().set_config(&[]);
+        assert_eq!(page.get(Register::ConfigGeneration), 0);
+        page.lock().set_config(&[9; CONFIG_MAX + 7]);
+        page.lock().set_config(&[9; CONFIG_MAX]);
+        assert_eq!(page.get(Register::ConfigGeneration), 1);
+        assert_eq!(peek(&page, BLOCK_SIZE - 4), 0x0909_0909);
+        page.lock().set_config(&[1]);
+        let mut data = [0xff; 8];
+        page.read(0x100, &mut data);
+        assert_eq!(data, [1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(peek(&page, BLOCK_SIZE - 4), 0);
+    }
+
+    #[test]
+    fn reads_of_any_width_and_place_are_answered() {
+        let page = RegisterPage::new().unwrap();
+        page.lock().set(Register::MagicValue, 0x74726976);
+        page.lock().set(Register::Version, 2);
+        let mut data = [0; 8];
+        page.read(2, &mut data[..3]);
+        assert_eq!(data[..3], *b"rt\x02");
+        for offset in [BLOCK_SIZE as u64 - 1, BLOCK_SIZE as u64, u64::MAX - 7] {
+            page.read(offset, &mut data);
+            assert_eq!(data, [0; 8]);
+        }
+    }
+
+    #[test]
+    fn one_generation_is_one_configuration_while_it_changes_under_the_reader() {
+        let page = &RegisterPage::new().unwrap();
+        thread::scope(|scope| {
+            let end = Instant::now() + Duration::from_millis(300);
+            scope.spawn(move || {
+                for value in (0u32..).take_while(|_| Instant::now() < end) {
+                    page.lock().set_config(&[value.to_le_bytes(); 2].concat());
+                }
+            });
+            while Instant::now() < end {
+                let before = peek(page, 0xfc);
+                let (first, second) = (peek(page, 0x100), peek(page, 0x104));
+                if peek(page, 0xfc) == before {
+                    assert_eq!(first, second, "generation {before}");
+                }
+            }
+        });
+        assert!(page.get(Register::ConfigGeneration) > 10);
+    }
+}
