@@ -29,7 +29,11 @@ struct State {
 impl Slots {
     /// The slots of `vm`, at most `limit` (KVM_CAP_NR_MEMSLOTS) of them.
     pub fn new(vm: Arc<VmFd>, limit: u32) -> Self {
-        Slots { vm, limit, state: Mutex::default() }
+        Slots {
+            vm,
+            limit,
+            state: Mutex::default(),
+        }
     }
 
     fn set(&self, slot: u32, guest: GuestRange, len: u64, host: *mut u8, flags: u32) -> io::Result<()> {

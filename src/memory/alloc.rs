@@ -11,7 +11,9 @@ const LARGE: u64 = 1 << 30;
 
 /// There is no room for a window.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("no room for {len:#x} bytes: {free:#x} bytes are left below the guest's physical address limit {limit:#x}")]
+#[error(
+    "no room for {len:#x} bytes: {free:#x} bytes are left below the guest's physical address limit {limit:#x}"
+)]
 pub struct NoRoom {
     len: u64,
     free: u64,
@@ -33,11 +35,18 @@ impl WindowAllocator {
 
     /// A range for a window of `len` bytes, at least 2 MiB aligned, disjoint from all others.
     pub fn place(&mut self, len: u64) -> Result<GuestRange, NoRoom> {
-        let no_room = NoRoom { len, free: self.limit.saturating_sub(self.next), limit: self.limit };
+        let no_room = NoRoom {
+            len,
+            free: self.limit.saturating_sub(self.next),
+            limit: self.limit,
+        };
         let alignment = if len < LARGE { SMALL } else { LARGE };
         let start = self.next.checked_next_multiple_of(alignment).ok_or(no_room)?;
         let range = GuestRange::new(start, len).ok_or(no_room)?;
-        let end = start.checked_add(len).filter(|&end| end <= self.limit).ok_or(no_room)?;
+        let end = start
+            .checked_add(len)
+            .filter(|&end| end <= self.limit)
+            .ok_or(no_room)?;
         self.next = end;
         Ok(range)
     }

@@ -22,7 +22,9 @@ pub const MAX_REGIONS: usize = 256;
 #[derive(Debug, Error)]
 pub enum LayoutError {
     /// SHM-15.
-    #[error("shared memory region {shmid} has {size:#x} bytes, which is not a multiple of the page size {PAGE_SIZE:#x}")]
+    #[error(
+        "shared memory region {shmid} has {size:#x} bytes, which is not a multiple of the page size {PAGE_SIZE:#x}"
+    )]
     NotPages {
         /// The region's id.
         shmid: u8,
@@ -145,9 +147,10 @@ impl ShmemError {
             ShmemError::FileRange { .. } => libc::EOVERFLOW,
             ShmemError::Overlap { .. } => libc::EEXIST,
             ShmemError::Quota(_) => libc::ENOSPC,
-            ShmemError::Place(error) | ShmemError::Guest(error) => {
-                error.raw_os_error().filter(|&errno| errno > 0).unwrap_or(libc::EIO)
-            }
+            ShmemError::Place(error) | ShmemError::Guest(error) => error
+                .raw_os_error()
+                .filter(|&errno| errno > 0)
+                .unwrap_or(libc::EIO),
         }
     }
 }
@@ -218,24 +221,45 @@ impl SharedMemory {
             if size % PAGE_SIZE != 0 {
                 return Err(LayoutError::NotPages { shmid, size });
             }
-            let guest =
-                windows.place(size).map_err(|source| LayoutError::NoGuestAddresses { shmid, source })?;
-            let window = Window::reserve(guest)
-                .map_err(|source| LayoutError::NoHostAddresses { shmid, size, source })?;
-            regions.insert(shmid, Region { window, mappings: BTreeMap::new() });
+            let guest = windows
+                .place(size)
+                .map_err(|source| LayoutError::NoGuestAddresses { shmid, source })?;
+            let window = Window::reserve(guest).map_err(|source| LayoutError::NoHostAddresses {
+                shmid,
+                size,
+                source,
+            })?;
+            regions.insert(
+                shmid,
+                Region {
+                    window,
+                    mappings: BTreeMap::new(),
+                },
+            );
         }
-        let state = Mutex::new(State { accepting: true, live: 0, regions });
+        let state = Mutex::new(State {
+            accepting: true,
+            live: 0,
+            regions,
+        });
         Ok(SharedMemory { mapper, quota, state })
     }
 
     /// Where a region is; `None` for an id that has none.
     pub fn region(&self, shmid: u8) -> Option<GuestRange> {
-        self.lock().regions.get(&shmid).map(|region| region.window.guest())
+        self.lock()
+            .regions
+            .get(&shmid)
+            .map(|region| region.window.guest())
     }
 
     /// All regions, by id.
     pub fn regions(&self) -> Vec<(u8, GuestRange)> {
-        self.lock().regions.iter().map(|(&shmid, region)| (shmid, region.window.guest())).collect()
+        self.lock()
+            .regions
+            .iter()
+            .map(|(&shmid, region)| (shmid, region.window.guest()))
+            .collect()
     }
 
     /// The live mappings, by region and address.
@@ -243,7 +267,9 @@ impl SharedMemory {
         let mut list = Vec::new();
         for (&shmid, region) in &self.lock().regions {
             for (&offset, mapping) in &region.mappings {
-                let Some(span) = region.window.span(offset, mapping.span_len()) else { continue };
+                let Some(span) = region.window.span(offset, mapping.span_len()) else {
+                    continue;
+                };
                 list.push(MappingInfo {
                     shmid,
                     guest: span.guest(),
@@ -258,7 +284,14 @@ impl SharedMemory {
 
     /// Maps a file; the guest sees it when this returns (SHM-60).
     pub fn map(&self, request: &MapRequest<'_>) -> Result<(), ShmemError> {
-        let &MapRequest { shmid, shm_offset, len, file, file_offset, access } = request;
+        let &MapRequest {
+            shmid,
+            shm_offset,
+            len,
+            file,
+            file_offset,
+            access,
+        } = request;
         let mut state = self.lock();
         if !state.accepting {
             return Err(ShmemError::GateClosed);
@@ -269,23 +302,38 @@ impl SharedMemory {
         if len == 0 {
             return Err(ShmemError::Empty);
         }
-        for (name, offset) in [("offset in the region", shm_offset), ("offset in the file", file_offset)] {
+        for (name, offset) in [
+            ("offset in the region", shm_offset),
+            ("offset in the file", file_offset),
+        ] {
             if offset % PAGE_SIZE != 0 {
                 return Err(ShmemError::Unaligned(name, offset));
             }
         }
-        let out_of_bounds = ShmemError::OutOfBounds { shmid, shm_offset, len, size };
+        let out_of_bounds = ShmemError::OutOfBounds {
+            shmid,
+            shm_offset,
+            len,
+            size,
+        };
         let Some(end) = shm_offset.checked_add(len).filter(|&end| end <= size) else {
             return Err(out_of_bounds);
         };
         let span_len = len.next_multiple_of(PAGE_SIZE);
-        let file_end = file_offset.checked_add(span_len).and_then(|end| i64::try_from(end).ok());
+        let file_end = file_offset
+            .checked_add(span_len)
+            .and_then(|end| i64::try_from(end).ok());
         if file_end.is_none() {
             return Err(ShmemError::FileRange { file_offset, len });
         }
         if let Some((&other, before)) = region.mappings.range(..end).next_back() {
             if other + before.span_len() > shm_offset {
-                return Err(ShmemError::Overlap { shmid, shm_offset, len, other });
+                return Err(ShmemError::Overlap {
+                    shmid,
+                    shm_offset,
+                    len,
+                    other,
+                });
             }
         }
         if live >= self.quota {
@@ -303,7 +351,16 @@ impl SharedMemory {
                 return Err(ShmemError::Guest(error));
             }
         };
-        region.mappings.insert(shm_offset, Mapping { len, file_offset, access, slot, filled: 0 });
+        region.mappings.insert(
+            shm_offset,
+            Mapping {
+                len,
+                file_offset,
+                access,
+                slot,
+                filled: 0,
+            },
+        );
         state.live += 1;
         Ok(())
     }
@@ -316,7 +373,11 @@ impl SharedMemory {
             .mappings
             .get(&shm_offset)
             .filter(|mapping| mapping.len == len)
-            .ok_or(ShmemError::NoMapping { shmid, shm_offset, len })?;
+            .ok_or(ShmemError::NoMapping {
+                shmid,
+                shm_offset,
+                len,
+            })?;
         self.mapper.unmap(mapping.slot).map_err(ShmemError::Guest)?;
         if let Some(span) = region.window.span(shm_offset, mapping.span_len()) {
             release(&span.clear());
@@ -343,18 +404,20 @@ impl SharedMemory {
         let before = state.live;
         let mut result = Ok(());
         for region in state.regions.values_mut() {
-            region.mappings.retain(|&offset, mapping| match self.mapper.unmap(mapping.slot) {
-                Ok(()) => {
-                    if let Some(span) = region.window.span(offset, mapping.span_len()) {
-                        release(&span.clear());
+            region
+                .mappings
+                .retain(|&offset, mapping| match self.mapper.unmap(mapping.slot) {
+                    Ok(()) => {
+                        if let Some(span) = region.window.span(offset, mapping.span_len()) {
+                            release(&span.clear());
+                        }
+                        false
                     }
-                    false
-                }
-                Err(error) => {
-                    result = Err(ShmemError::Guest(error));
-                    true
-                }
-            });
+                    Err(error) => {
+                        result = Err(ShmemError::Guest(error));
+                        true
+                    }
+                });
         }
         state.live = state.regions.values().map(|region| region.mappings.len()).sum();
         let gone = before - state.live;
@@ -367,14 +430,18 @@ impl SharedMemory {
         let mut filled = Vec::new();
         for (&shmid, region) in &mut self.lock().regions {
             for (&offset, mapping) in &mut region.mappings {
-                let Some(span) = region.window.span(offset, mapping.span_len()) else { continue };
+                let Some(span) = region.window.span(offset, mapping.span_len()) else {
+                    continue;
+                };
                 match span.fill_missing(mapping.access) {
                     Ok(0) => {}
                     Ok(missing) => {
                         mapping.filled = missing;
                         filled.push((shmid, span.guest(), missing));
                     }
-                    Err(error) => log::error!("cannot put zeroes under region {shmid} + {offset:#x}: {error}"),
+                    Err(error) => {
+                        log::error!("cannot put zeroes under region {shmid} + {offset:#x}: {error}")
+                    }
                 }
             }
         }

@@ -45,7 +45,9 @@ impl Window {
         }
         // The reservation starts anywhere: one unit more than needed holds a congruent start.
         let slack = host_len(CONGRUENCE)?;
-        let padded = len.checked_add(slack).ok_or(io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let padded = len
+            .checked_add(slack)
+            .ok_or(io::Error::from_raw_os_error(libc::ENOMEM))?;
         // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
         let start = unsafe { reserve_at(ptr::null_mut(), padded, 0) }?;
         let ahead = (guest.start() % CONGRUENCE + CONGRUENCE - start as u64 % CONGRUENCE) % CONGRUENCE;
@@ -68,12 +70,20 @@ impl Window {
     pub fn span(&self, offset: u64, len: u64) -> Option<Span<'_>> {
         let aligned = offset % PAGE_SIZE == 0 && len % PAGE_SIZE == 0;
         let inside = len > 0 && offset.checked_add(len)? <= self.guest.len();
-        (aligned && inside).then_some(Span { window: self, offset, len })
+        (aligned && inside).then_some(Span {
+            window: self,
+            offset,
+            len,
+        })
     }
 
     /// All of it.
     pub fn whole(&self) -> Span<'_> {
-        Span { window: self, offset: 0, len: self.guest.len() }
+        Span {
+            window: self,
+            offset: 0,
+            len: self.guest.len(),
+        }
     }
 }
 
@@ -96,7 +106,10 @@ pub struct Span<'w> {
 impl Span<'_> {
     /// Where the guest sees it.
     pub fn guest(&self) -> GuestRange {
-        GuestRange { start: self.window.guest.start + self.offset, len: self.len }
+        GuestRange {
+            start: self.window.guest.start + self.offset,
+            len: self.len,
+        }
     }
 
     /// Its host address.
@@ -120,7 +133,14 @@ impl Span<'_> {
         // there, and another thread's memory could get into the gap.
         // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
         let address = unsafe {
-            libc::mmap(ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), offset)
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                protection,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                offset,
+            )
         };
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -128,7 +148,13 @@ impl Span<'_> {
         // SAFETY: the source is the mapping just made; the target lies in the window's own reservation, and `len` bytes
         // do not leave it (`check_file` ruled out that the kernel rounds it up).
         let moved = unsafe {
-            libc::mremap(address, len, len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, self.host())
+            libc::mremap(
+                address,
+                len,
+                len,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                self.host(),
+            )
         };
         if moved == libc::MAP_FAILED {
             let error = io::Error::last_os_error();
@@ -161,7 +187,11 @@ impl Span<'_> {
         let at = self.host().wrapping_add(missing_from as usize).cast();
         // SAFETY: the range is the end of the span, which lies in the window's own reservation.
         let address = unsafe { libc::mmap(at, missing as usize, protection, flags, -1, 0) };
-        if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(missing) }
+        if address == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(missing)
+        }
     }
 
     /// The offset of the first page that cannot be read; the length where all can. Pages go missing from the end of a
@@ -185,9 +215,14 @@ impl Span<'_> {
     /// Whether the byte at `offset` can be read, without the SIGBUS that a plain access would raise.
     fn can_read(&self, offset: u64) -> bool {
         let mut byte = 0u8;
-        let local = libc::iovec { iov_base: ptr::from_mut(&mut byte).cast(), iov_len: 1 };
-        let remote =
-            libc::iovec { iov_base: self.host().wrapping_add(offset as usize).cast(), iov_len: 1 };
+        let local = libc::iovec {
+            iov_base: ptr::from_mut(&mut byte).cast(),
+            iov_len: 1,
+        };
+        let remote = libc::iovec {
+            iov_base: self.host().wrapping_add(offset as usize).cast(),
+            iov_len: 1,
+        };
         // SAFETY: `local` is one byte on our stack; `remote` is only read, and a bad address is an error, not a fault.
         unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) == 1 }
     }
@@ -235,7 +270,11 @@ unsafe fn reserve_at(address: *mut u8, len: usize, extra_flags: i32) -> io::Resu
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | extra_flags;
     // SAFETY: the caller's promise, or a range that the kernel chooses.
     let address = unsafe { libc::mmap(address.cast(), len, libc::PROT_NONE, flags, -1, 0) };
-    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address.cast()) }
+    if address == libc::MAP_FAILED {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(address.cast())
+    }
 }
 
 /// Unmaps a range; an empty one is fine.
@@ -287,9 +326,18 @@ mod tests {
     #[test]
     fn spans_are_whole_pages_inside() {
         let window = window(0x4000_0000, 0x4000);
-        assert_eq!(window.span(0x1000, 0x3000).unwrap().guest(), GuestRange::new(0x4000_1000, 0x3000).unwrap());
-        for (offset, len) in [(0, 0), (0, 1), (1, 0x1000), (0, 0x5000), (0x4000, 0x1000), (u64::MAX - 0xfff, 0x1000)]
-        {
+        assert_eq!(
+            window.span(0x1000, 0x3000).unwrap().guest(),
+            GuestRange::new(0x4000_1000, 0x3000).unwrap()
+        );
+        for (offset, len) in [
+            (0, 0),
+            (0, 1),
+            (1, 0x1000),
+            (0, 0x5000),
+            (0x4000, 0x1000),
+            (u64::MAX - 0xfff, 0x1000),
+        ] {
             assert!(window.span(offset, len).is_none(), "{offset:#x} {len:#x}");
         }
     }
@@ -299,7 +347,8 @@ mod tests {
         let window = window(0x4000_0000, 0x4000);
         let contents: Vec<u8> = (0..3u8).flat_map(|page| vec![page + 1; 0x1000]).collect();
         let span = window.span(0x1000, 0x2000).unwrap();
-        span.place(file(&contents).as_fd(), 0x1000, Access::ReadOnly).unwrap();
+        span.place(file(&contents).as_fd(), 0x1000, Access::ReadOnly)
+            .unwrap();
         let whole = window.whole();
         let seen: Vec<_> = (0..4).map(|page| peek(&whole, page * 0x1000)).collect();
         assert_eq!(seen, [None, Some(2), Some(3), None]);
@@ -329,9 +378,14 @@ mod tests {
             let file = file(&vec![9; (present * 0x1000) as usize]);
             let whole = window.whole();
             whole.place(file.as_fd(), 0, Access::ReadOnly).unwrap();
-            assert_eq!(whole.fill_missing(Access::ReadOnly).unwrap(), (8 - present) * 0x1000);
+            assert_eq!(
+                whole.fill_missing(Access::ReadOnly).unwrap(),
+                (8 - present) * 0x1000
+            );
             let seen: Vec<_> = (0..8).map(|page| peek(&whole, page * 0x1000)).collect();
-            let expected: Vec<_> = (0..8).map(|page| Some(if page < present { 9 } else { 0 })).collect();
+            let expected: Vec<_> = (0..8)
+                .map(|page| Some(if page < present { 9 } else { 0 }))
+                .collect();
             assert_eq!(seen, expected, "{present} pages present");
         }
     }

@@ -92,7 +92,10 @@ impl BackendChannel {
             name: name.to_string(),
             reply_ack: agreement.has(protocol::REPLY_ACK),
             shmem: agreement.has_shmem().then_some(shmem),
-            inbox: Mutex::new(Inbox { connection: Connection::new(socket, MMAP_LEN), stale: false }),
+            inbox: Mutex::new(Inbox {
+                connection: Connection::new(socket, MMAP_LEN),
+                stale: false,
+            }),
         }
     }
 
@@ -115,13 +118,19 @@ impl BackendChannel {
 
     /// Handles the next request. False where there is none, or not all of it.
     fn serve_one(&self, inbox: &mut Inbox) -> Result<bool, ChannelError> {
-        let Some(message) = inbox.connection.try_receive()? else { return Ok(false) };
+        let Some(message) = inbox.connection.try_receive()? else {
+            return Ok(false);
+        };
         let stale = std::mem::take(&mut inbox.stale);
         let (request, needs_reply) = (message.header.request, message.header.needs_reply());
         if message.header.is_reply() {
             return Err(ChannelError::Reply(request));
         }
-        let result = if stale { Err(ShmemError::GateClosed.into()) } else { self.handle(message) };
+        let result = if stale {
+            Err(ShmemError::GateClosed.into())
+        } else {
+            self.handle(message)
+        };
         if let Err(refusal) = &result {
             self.log(request, refusal);
         }
@@ -129,7 +138,9 @@ impl BackendChannel {
             // SHM-58: 0, or a negative errno as a u64.
             let value = result.map_or_else(|refusal| i64::from(-refusal.errno()) as u64, |()| 0);
             let header = Header::reply(request, U64_LEN);
-            inbox.connection.send(header, &value.to_ne_bytes(), &[], Deadline::after(ANSWER_TIMEOUT))?;
+            inbox
+                .connection
+                .send(header, &value.to_ne_bytes(), &[], Deadline::after(ANSWER_TIMEOUT))?;
         }
         Ok(true)
     }
@@ -163,7 +174,10 @@ impl BackendChannel {
             return Err(Refusal::DescriptorLost);
         }
         let [file] = message.fds.as_slice() else {
-            return Err(Refusal::Descriptors { got: message.fds.len(), expected: 1 });
+            return Err(Refusal::Descriptors {
+                got: message.fds.len(),
+                expected: 1,
+            });
         };
         let access = match request.flags {
             0 => Access::ReadOnly,
@@ -184,7 +198,10 @@ impl BackendChannel {
     fn unmap(&self, message: Message) -> Result<(), Refusal> {
         let (shmem, request) = self.shmem_request(&message)?;
         if !message.fds.is_empty() || message.fds_lost {
-            return Err(Refusal::Descriptors { got: message.fds.len().max(1), expected: 0 });
+            return Err(Refusal::Descriptors {
+                got: message.fds.len().max(1),
+                expected: 0,
+            });
         }
         Ok(shmem.unmap(request.shmid, request.shm_offset, request.len)?)
     }
@@ -196,10 +213,15 @@ impl BackendChannel {
     }
 
     fn log(&self, request: u32, refusal: &Refusal) {
-        let cause = std::error::Error::source(refusal).map(|source| format!(": {source}")).unwrap_or_default();
+        let cause = std::error::Error::source(refusal)
+            .map(|source| format!(": {source}"))
+            .unwrap_or_default();
         match BackendRequest::from_id(request) {
             Some(known) => log::warn!("{}: {known} is refused: {refusal}{cause}", self.name),
-            None => log::warn!("{}: backend request {request} is refused: {refusal}{cause}", self.name),
+            None => log::warn!(
+                "{}: backend request {request} is refused: {refusal}{cause}",
+                self.name
+            ),
         }
     }
 }

@@ -37,7 +37,9 @@ pub enum ConnectionError {
         version: u32,
     },
     /// The peer announced a payload larger than any message has (SHM-64).
-    #[error("the back-end announced {size} bytes of payload for message {request}: the limit is {MAX_PAYLOAD}")]
+    #[error(
+        "the back-end announced {size} bytes of payload for message {request}: the limit is {MAX_PAYLOAD}"
+    )]
     Oversized {
         /// The message's id.
         request: u32,
@@ -62,7 +64,10 @@ pub struct Deadline {
 impl Deadline {
     /// `limit` from now.
     pub fn after(limit: Duration) -> Self {
-        Deadline { at: Instant::now() + limit, limit }
+        Deadline {
+            at: Instant::now() + limit,
+            limit,
+        }
     }
 
     /// Whether it is over.
@@ -182,7 +187,9 @@ impl Connection {
 
     /// Bytes that the next message has, as far as known.
     fn needed(&self) -> Result<usize, ConnectionError> {
-        let Some(header) = self.buffer.first_chunk::<HEADER_LEN>() else { return Ok(HEADER_LEN) };
+        let Some(header) = self.buffer.first_chunk::<HEADER_LEN>() else {
+            return Ok(HEADER_LEN);
+        };
         let header = Header::decode(header);
         let (request, size, version) = (header.request, header.size, header.version());
         if version != 1 {
@@ -203,14 +210,21 @@ impl Connection {
         let bytes = std::mem::replace(&mut self.buffer, rest);
         self.position += needed as u64;
         let (head, payload) = bytes.split_at(HEADER_LEN);
-        let Some(head) = head.first_chunk() else { return Ok(None) };
+        let Some(head) = head.first_chunk() else {
+            return Ok(None);
+        };
         let mut message = Message {
             header: Header::decode(head),
             payload: payload.to_vec(),
             fds: Vec::new(),
             fds_lost: false,
         };
-        while let Some(arrived) = self.descriptors.pop_front_if(|d| d.position <= self.position) {
+        let ours = self
+            .descriptors
+            .iter()
+            .take_while(|arrived| arrived.position <= self.position)
+            .count();
+        for arrived in self.descriptors.drain(..ours) {
             message.fds.extend(arrived.fds);
             message.fds_lost |= arrived.lost;
         }
@@ -232,7 +246,11 @@ impl Connection {
         }
         if !received.fds.is_empty() || received.fds_lost {
             let position = self.position + self.buffer.len() as u64;
-            self.descriptors.push_back(Descriptors { position, fds: received.fds, lost: received.fds_lost });
+            self.descriptors.push_back(Descriptors {
+                position,
+                fds: received.fds,
+                lost: received.fds_lost,
+            });
         }
         Ok(true)
     }
@@ -252,7 +270,10 @@ impl AsFd for Connection {
 }
 
 fn is_hang_up(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 /// Waits until the socket is ready for `events`, or the deadline.
@@ -262,7 +283,11 @@ fn wait(socket: BorrowedFd<'_>, events: i16, deadline: Deadline) -> Result<(), C
         if left.is_zero() {
             return Err(deadline.timed_out());
         }
-        let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: socket.as_raw_fd(),
+            events,
+            revents: 0,
+        };
         // Rounded up, so that the last wait is not a busy one.
         let timeout = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
         // SAFETY: one pollfd, on our stack.
@@ -287,7 +312,10 @@ struct Control([MaybeUninit<u8>; CONTROL_LEN]);
 const CONTROL_LEN: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
 
 fn send_some(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
-    let mut vector = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    let mut vector = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
     let mut control = Control([MaybeUninit::zeroed(); CONTROL_LEN]);
     // SAFETY: a msghdr of zeroes is an empty one.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -313,8 +341,13 @@ fn send_some(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::R
         }
     }
     // SAFETY: everything that `message` points to lives until the call returns.
-    let sent =
-        unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+    let sent = unsafe {
+        libc::sendmsg(
+            socket.as_raw_fd(),
+            &message,
+            libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
+        )
+    };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
@@ -328,7 +361,10 @@ struct Received {
 fn receive_some(socket: &UnixStream, buffer: &mut Vec<u8>, want: usize) -> io::Result<Received> {
     buffer.reserve(want);
     let room = buffer.spare_capacity_mut();
-    let mut vector = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: want };
+    let mut vector = libc::iovec {
+        iov_base: room.as_mut_ptr().cast(),
+        iov_len: want,
+    };
     let mut control = Control([MaybeUninit::uninit(); CONTROL_LEN]);
     // SAFETY: a msghdr of zeroes is an empty one.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -359,5 +395,9 @@ fn receive_some(socket: &UnixStream, buffer: &mut Vec<u8>, want: usize) -> io::R
             header = libc::CMSG_NXTHDR(&message, header);
         }
     }
-    Ok(Received { count, fds, fds_lost: message.msg_flags & libc::MSG_CTRUNC != 0 })
+    Ok(Received {
+        count,
+        fds,
+        fds_lost: message.msg_flags & libc::MSG_CTRUNC != 0,
+    })
 }

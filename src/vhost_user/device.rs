@@ -61,7 +61,12 @@ impl VhostUserDevice {
         shmem: Arc<SharedMemory>,
         interrupt: Arc<Interrupt>,
     ) -> Result<VhostUserDevice, DeviceError> {
-        let Handshake { mut frontend, queues, config, .. } = handshake;
+        let Handshake {
+            mut frontend,
+            queues,
+            config,
+            ..
+        } = handshake;
         let health = Arc::new(Health::new(&spec.name, Arc::clone(&interrupt)));
         let main = frontend.as_fd().try_clone_to_owned()?;
         let (channel, watch) = if frontend.agreement().has(protocol::BACKEND_REQ) {
@@ -141,13 +146,17 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
-        let Ok(start) = usize::try_from(offset) else { return Ok(()) };
+        let Ok(start) = usize::try_from(offset) else {
+            return Ok(());
+        };
         let end = start.saturating_add(data.len());
         if self.config.get(start..end).is_none() || !self.frontend.agreement().has(protocol::CONFIG) {
             return Ok(());
         }
         self.talk(|device| {
-            device.frontend.set_config(start as u32, data, Deadline::after(CONTROL_TIMEOUT))?;
+            device
+                .frontend
+                .set_config(start as u32, data, Deadline::after(CONTROL_TIMEOUT))?;
             device.config[start..end].copy_from_slice(data);
             Ok(())
         })

@@ -124,7 +124,10 @@ pub enum FrontendError {
 impl FrontendError {
     /// Whether the connection is of no use any more: the stream is broken, out of step, or nobody answers.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, FrontendError::Connection { .. } | FrontendError::WrongReply { .. })
+        matches!(
+            self,
+            FrontendError::Connection { .. } | FrontendError::WrongReply { .. }
+        )
     }
 }
 
@@ -156,12 +159,20 @@ impl Frontend {
         let queues = frontend.queue_count(spec)?;
         let region_sizes = frontend.region_sizes()?;
         let config = frontend.config(&spec.name, spec.kind)?;
-        Ok(Handshake { frontend, queues, config, region_sizes })
+        Ok(Handshake {
+            frontend,
+            queues,
+            config,
+            region_sizes,
+        })
     }
 
     fn negotiate(socket: UnixStream, spec: &DeviceSpec) -> Result<Frontend, FrontendError> {
         let nothing_yet = Agreement::default();
-        let mut frontend = Frontend { connection: Connection::new(socket, U64_LEN), agreement: nothing_yet };
+        let mut frontend = Frontend {
+            connection: Connection::new(socket, U64_LEN),
+            agreement: nothing_yet,
+        };
         let deadline = Deadline::after(SETUP_REPLY_TIMEOUT);
         frontend.tell(FrontendRequest::SetOwner, &[], &[], deadline)?;
         let features = frontend.ask_u64(FrontendRequest::GetFeatures, deadline)?;
@@ -169,10 +180,22 @@ impl Frontend {
             0 => 0,
             _ => frontend.ask_u64(FrontendRequest::GetProtocolFeatures, deadline)?,
         };
-        let agreement = negotiate(Offer { features, protocol_features }, spec.kind, spec.shmem_bit)?;
+        let agreement = negotiate(
+            Offer {
+                features,
+                protocol_features,
+            },
+            spec.kind,
+            spec.shmem_bit,
+        )?;
         if let Some(acked) = agreement.protocol_features {
             // Before the agreement holds: a back-end need not know NEED_REPLY yet.
-            frontend.tell(FrontendRequest::SetProtocolFeatures, &Payload::default().u64(acked), &[], deadline)?;
+            frontend.tell(
+                FrontendRequest::SetProtocolFeatures,
+                &Payload::default().u64(acked),
+                &[],
+                deadline,
+            )?;
         }
         frontend.agreement = agreement;
         Ok(frontend)
@@ -196,12 +219,20 @@ impl Frontend {
             return Ok(Vec::new());
         }
         let request = FrontendRequest::GetShmemConfig;
-        let reply = self.ask(request, &[], SHMEM_CONFIG_LEN, Deadline::after(SETUP_REPLY_TIMEOUT))?;
-        let ShmemConfig { nregions, sizes } = ShmemConfig::decode(&reply)
-            .ok_or_else(|| wrong_size(request, reply.len(), SHMEM_CONFIG_LEN))?;
+        let reply = self.ask(
+            request,
+            &[],
+            SHMEM_CONFIG_LEN,
+            Deadline::after(SETUP_REPLY_TIMEOUT),
+        )?;
+        let ShmemConfig { nregions, sizes } =
+            ShmemConfig::decode(&reply).ok_or_else(|| wrong_size(request, reply.len(), SHMEM_CONFIG_LEN))?;
         let counted = sizes.iter().filter(|&&size| size > 0).count();
         if counted as u64 != u64::from(nregions) {
-            return Err(FrontendError::RegionCount { announced: nregions, counted });
+            return Err(FrontendError::RegionCount {
+                announced: nregions,
+                counted,
+            });
         }
         Ok(sizes)
     }
@@ -212,7 +243,11 @@ impl Frontend {
             return Ok(vec![0; kind.config_len().unwrap_or(0)]);
         }
         let request = FrontendRequest::GetConfig;
-        let payload = Payload::default().u32(0).u32(len as u32).u32(0).bytes(&vec![0; len]);
+        let payload = Payload::default()
+            .u32(0)
+            .u32(len as u32)
+            .u32(0)
+            .bytes(&vec![0; len]);
         let deadline = Deadline::after(SETUP_REPLY_TIMEOUT);
         let reply = self.exchange(request, &payload, deadline)?;
         match reply.get(CONFIG_HEADER..) {
@@ -235,13 +270,28 @@ impl Frontend {
     /// send requests before it answers this one (SHM-67). The caller closes its copy, so that the back-end's death is
     /// seen (SHM-8).
     pub fn set_backend_channel(&mut self, theirs: BorrowedFd<'_>) -> Result<(), FrontendError> {
-        self.tell(FrontendRequest::SetBackendReqFd, &[], &[theirs], Deadline::after(SETUP_REPLY_TIMEOUT))
+        self.tell(
+            FrontendRequest::SetBackendReqFd,
+            &[],
+            &[theirs],
+            Deadline::after(SETUP_REPLY_TIMEOUT),
+        )
     }
 
     /// Tells the back-end the features and the memory with which it is to start.
-    pub fn set_up(&mut self, accepted: u64, memory: &MemoryTable, deadline: Deadline) -> Result<(), FrontendError> {
+    pub fn set_up(
+        &mut self,
+        accepted: u64,
+        memory: &MemoryTable,
+        deadline: Deadline,
+    ) -> Result<(), FrontendError> {
         let features = self.agreement.features_for_backend(accepted);
-        self.tell(FrontendRequest::SetFeatures, &Payload::default().u64(features), &[], deadline)?;
+        self.tell(
+            FrontendRequest::SetFeatures,
+            &Payload::default().u64(features),
+            &[],
+            deadline,
+        )?;
         let regions = memory.regions();
         let table = Payload::default().u32(regions.len() as u32).u32(0);
         let table = regions.iter().fold(table, Payload::region);
@@ -260,11 +310,13 @@ impl Frontend {
         let index = u32::from(queue.index);
         let state = |value: u32| Payload::default().u32(index).u32(value);
         let place = |part, address, len| {
-            memory.user_address(address, len).ok_or(FrontendError::RingOutsideRam {
-                index: queue.index,
-                part,
-                address,
-            })
+            memory
+                .user_address(address, len)
+                .ok_or(FrontendError::RingOutsideRam {
+                    index: queue.index,
+                    part,
+                    address,
+                })
         };
         // VIRTIO section 2.7: sizes of the three parts of a split virtqueue.
         let size = u64::from(queue.size);
@@ -272,10 +324,18 @@ impl Frontend {
         let driver_area = place("available ring", queue.driver_area, 6 + 2 * size)?;
         let device_area = place("used ring", queue.device_area, 6 + 8 * size)?;
         let (flags, log) = (0, 0);
-        let addresses =
-            state(flags).u64(descriptors).u64(device_area).u64(driver_area).u64(log);
+        let addresses = state(flags)
+            .u64(descriptors)
+            .u64(device_area)
+            .u64(driver_area)
+            .u64(log);
 
-        self.tell(FrontendRequest::SetVringNum, &state(u32::from(queue.size)), &[], deadline)?;
+        self.tell(
+            FrontendRequest::SetVringNum,
+            &state(u32::from(queue.size)),
+            &[],
+            deadline,
+        )?;
         self.tell(FrontendRequest::SetVringBase, &state(0), &[], deadline)?;
         self.tell(FrontendRequest::SetVringAddr, &addresses, &[], deadline)?;
         let event = Payload::default().u64(u64::from(queue.index));
@@ -292,7 +352,8 @@ impl Frontend {
     /// Stops a ring: the back-end no longer uses it when this returns.
     pub fn stop_ring(&mut self, index: u16, deadline: Deadline) -> Result<(), FrontendError> {
         let state = Payload::default().u32(u32::from(index)).u32(0);
-        self.ask(FrontendRequest::GetVringBase, &state, VRING_STATE_LEN, deadline).map(drop)
+        self.ask(FrontendRequest::GetVringBase, &state, VRING_STATE_LEN, deadline)
+            .map(drop)
     }
 
     /// Tells the back-end of the device's Status, where that was agreed on (SHM-70).
@@ -300,7 +361,12 @@ impl Frontend {
         if !self.agreement.has(protocol::STATUS) {
             return Ok(());
         }
-        self.tell(FrontendRequest::SetStatus, &Payload::default().u64(u64::from(status)), &[], deadline)
+        self.tell(
+            FrontendRequest::SetStatus,
+            &Payload::default().u64(u64::from(status)),
+            &[],
+            deadline,
+        )
     }
 
     /// Tells the back-end that the device is reset, in the way or ways that were agreed on (SHM-70).
@@ -314,8 +380,11 @@ impl Frontend {
     /// Writes to the configuration space.
     pub fn set_config(&mut self, offset: u32, data: &[u8], deadline: Deadline) -> Result<(), FrontendError> {
         let flags_of_a_driver = 0;
-        let payload =
-            Payload::default().u32(offset).u32(data.len() as u32).u32(flags_of_a_driver).bytes(data);
+        let payload = Payload::default()
+            .u32(offset)
+            .u32(data.len() as u32)
+            .u32(flags_of_a_driver)
+            .bytes(data);
         self.tell(FrontendRequest::SetConfig, &payload, &[], deadline)
     }
 
@@ -345,7 +414,13 @@ impl Frontend {
     }
 
     fn ask_u64(&mut self, request: FrontendRequest, deadline: Deadline) -> Result<u64, FrontendError> {
-        self.send(request, Header::request(request as u32, 0, false), &[], &[], deadline)?;
+        self.send(
+            request,
+            Header::request(request as u32, 0, false),
+            &[],
+            &[],
+            deadline,
+        )?;
         self.reply_u64(request, deadline)
     }
 
@@ -371,7 +446,13 @@ impl Frontend {
         payload: &[u8],
         deadline: Deadline,
     ) -> Result<Vec<u8>, FrontendError> {
-        self.send(request, Header::request(request as u32, payload.len(), false), payload, &[], deadline)?;
+        self.send(
+            request,
+            Header::request(request as u32, payload.len(), false),
+            payload,
+            &[],
+            deadline,
+        )?;
         self.reply(request, deadline)
     }
 
@@ -390,7 +471,10 @@ impl Frontend {
 
     fn reply_u64(&mut self, request: FrontendRequest, deadline: Deadline) -> Result<u64, FrontendError> {
         let reply = self.reply(request, deadline)?;
-        let value = reply.as_slice().try_into().map_err(|_| wrong_size(request, reply.len(), U64_LEN))?;
+        let value = reply
+            .as_slice()
+            .try_into()
+            .map_err(|_| wrong_size(request, reply.len(), U64_LEN))?;
         Ok(u64::from_ne_bytes(value))
     }
 
@@ -400,16 +484,28 @@ impl Frontend {
             .connection
             .receive(deadline)
             .map_err(|source| FrontendError::Connection { request, source })?;
-        let wrong = |got, expected| Err(FrontendError::WrongReply { request, got, expected });
+        let wrong = |got, expected| {
+            Err(FrontendError::WrongReply {
+                request,
+                got,
+                expected,
+            })
+        };
         if message.header.request != request as u32 {
             let id = message.header.request;
-            return wrong(format!("a message with id {id}"), format!("id {}", request as u32));
+            return wrong(
+                format!("a message with id {id}"),
+                format!("id {}", request as u32),
+            );
         }
         if !message.header.is_reply() {
             return wrong("a request".to_string(), "a reply".to_string());
         }
         if !message.fds.is_empty() || message.fds_lost {
-            return wrong(format!("{} file descriptors", message.fds.len()), "none".to_string());
+            return wrong(
+                format!("{} file descriptors", message.fds.len()),
+                "none".to_string(),
+            );
         }
         Ok(message.payload)
     }
@@ -422,7 +518,11 @@ impl AsFd for Frontend {
 }
 
 fn wrong_size(request: FrontendRequest, got: usize, expected: usize) -> FrontendError {
-    FrontendError::WrongReply { request, got: format!("{got} bytes"), expected: format!("{expected} bytes") }
+    FrontendError::WrongReply {
+        request,
+        got: format!("{got} bytes"),
+        expected: format!("{expected} bytes"),
+    }
 }
 
 /// Connects, trying again while nobody listens; says so each second.
@@ -436,17 +536,26 @@ fn connect(name: &str, path: &Path, patience: Duration) -> Result<UnixStream, Fr
             Ok(socket) => return Ok(socket),
             Err(source) => source,
         };
-        if !matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) {
+        if !matches!(
+            source.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+        ) {
             return Err(FrontendError::Connect(source));
         }
         let waited = start.elapsed();
         if waited >= patience {
-            return Err(FrontendError::NobodyListens { waited: patience, source });
+            return Err(FrontendError::NobodyListens {
+                waited: patience,
+                source,
+            });
         }
         let seconds = waited.as_secs() / TELL.as_secs();
         if seconds > told {
             told = seconds;
-            eprintln!("hotslot: {name}: waiting for a back-end on {} ({seconds} s)", path.display());
+            eprintln!(
+                "hotslot: {name}: waiting for a back-end on {} ({seconds} s)",
+                path.display()
+            );
         }
         thread::sleep(RETRY.min(patience - waited));
     }

@@ -34,12 +34,47 @@ enum Config {
 
 /// The types that have a name; sizes are those of VIRTIO 1.3.
 const KINDS: &[Kind] = &[
-    Kind { name: "blk", id: 2, queues: 1, config: Config::Needed(60), needs_shmem: false, features: &[] },
-    Kind { name: "console", id: 3, queues: 2, config: Config::Optional(12), needs_shmem: false, features: &[] },
-    Kind { name: "rng", id: 4, queues: 1, config: Config::Optional(0), needs_shmem: false, features: &[] },
-    Kind { name: "vsock", id: 19, queues: 3, config: Config::Needed(8), needs_shmem: false, features: &[] },
+    Kind {
+        name: "blk",
+        id: 2,
+        queues: 1,
+        config: Config::Needed(60),
+        needs_shmem: false,
+        features: &[],
+    },
+    Kind {
+        name: "console",
+        id: 3,
+        queues: 2,
+        config: Config::Optional(12),
+        needs_shmem: false,
+        features: &[],
+    },
+    Kind {
+        name: "rng",
+        id: 4,
+        queues: 1,
+        config: Config::Optional(0),
+        needs_shmem: false,
+        features: &[],
+    },
+    Kind {
+        name: "vsock",
+        id: 19,
+        queues: 3,
+        config: Config::Needed(8),
+        needs_shmem: false,
+        features: &[],
+    },
     // VIRTIO section 5.11.4: a tag of 36 bytes and the number of request queues. Two queues: hiprio and one for requests.
-    Kind { name: "fs", id: 26, queues: 2, config: Config::Needed(40), needs_shmem: false, features: &[] },
+    Kind {
+        name: "fs",
+        id: 26,
+        queues: 2,
+        config: Config::Needed(40),
+        needs_shmem: false,
+        features: &[],
+    },
     // VIRTIO section 5.19.4: start and size, which the shared memory region replaces. Persistent memory that is no
     // shared memory region would be memory of ours, not of a back-end.
     Kind {
@@ -82,7 +117,8 @@ impl DeviceKind {
 
     /// Whether the device is of no use without its configuration space.
     pub fn needs_config(self) -> bool {
-        self.known().is_some_and(|kind| matches!(kind.config, Config::Needed(_)))
+        self.known()
+            .is_some_and(|kind| matches!(kind.config, Config::Needed(_)))
     }
 
     /// Whether the device is of no use without shared memory.

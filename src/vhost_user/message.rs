@@ -44,12 +44,20 @@ impl Header {
     /// A request's header.
     pub fn request(request: u32, size: usize, need_reply: bool) -> Self {
         let need_reply = if need_reply { flags::NEED_REPLY } else { 0 };
-        Header { request, flags: flags::VERSION | need_reply, size: size as u32 }
+        Header {
+            request,
+            flags: flags::VERSION | need_reply,
+            size: size as u32,
+        }
     }
 
     /// A reply's header.
     pub fn reply(request: u32, size: usize) -> Self {
-        Header { request, flags: flags::VERSION | flags::REPLY, size: size as u32 }
+        Header {
+            request,
+            flags: flags::VERSION | flags::REPLY,
+            size: size as u32,
+        }
     }
 
     /// The version: 1 is the only one there is.
@@ -70,13 +78,20 @@ impl Header {
     /// From the wire.
     pub fn decode(bytes: &[u8; HEADER_LEN]) -> Self {
         let mut fields = Fields::new(bytes);
-        Header { request: fields.u32(), flags: fields.u32(), size: fields.u32() }
+        Header {
+            request: fields.u32(),
+            flags: fields.u32(),
+            size: fields.u32(),
+        }
     }
 
     /// To the wire.
     pub fn encode(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
-        for (chunk, field) in bytes.chunks_exact_mut(4).zip([self.request, self.flags, self.size]) {
+        for (chunk, field) in bytes
+            .chunks_exact_mut(4)
+            .zip([self.request, self.flags, self.size])
+        {
             chunk.copy_from_slice(&field.to_ne_bytes());
         }
         bytes
@@ -225,7 +240,10 @@ impl ShmemConfig {
         let mut fields = Fields::new(payload);
         let nregions = fields.u32();
         let _padding = fields.u32();
-        Some(ShmemConfig { nregions, sizes: (0..256).map(|_| fields.u64()).collect() })
+        Some(ShmemConfig {
+            nregions,
+            sizes: (0..256).map(|_| fields.u64()).collect(),
+        })
     }
 }
 
@@ -267,7 +285,10 @@ impl Payload {
 
     /// Appends a memory region.
     pub fn region(self, region: &MemoryRegion) -> Self {
-        self.u64(region.guest_addr).u64(region.size).u64(region.user_addr).u64(region.mmap_offset)
+        self.u64(region.guest_addr)
+            .u64(region.size)
+            .u64(region.user_addr)
+            .u64(region.mmap_offset)
     }
 }
 

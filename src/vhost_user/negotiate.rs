@@ -35,7 +35,8 @@ pub struct Agreement {
 impl Agreement {
     /// Whether a protocol feature, given as its mask, was agreed on.
     pub fn has(&self, feature: u64) -> bool {
-        self.protocol_features.is_some_and(|acked| acked & feature == feature)
+        self.protocol_features
+            .is_some_and(|acked| acked & feature == feature)
     }
 
     /// Whether SHMEM was, under whatever bit it has for this device.
@@ -84,13 +85,20 @@ const NOT_PASSED_ON: u64 = F_PROTOCOL_FEATURES
 
 /// Agrees with a back-end for a device of type `kind`, whose SHMEM bit is `shmem_bit` (SHM-1).
 pub fn negotiate(offer: Offer, kind: DeviceKind, shmem_bit: u32) -> Result<Agreement, NegotiationError> {
-    let Offer { features, protocol_features: offered } = offer;
+    let Offer {
+        features,
+        protocol_features: offered,
+    } = offer;
     if features & 1 << VIRTIO_F_VERSION_1 == 0 {
         return Err(NegotiationError::NoVersion1(features));
     }
     for &(feature, mask) in kind.required_features() {
         if features & mask == 0 {
-            return Err(NegotiationError::Missing { feature, kind, offered: features });
+            return Err(NegotiationError::Missing {
+                feature,
+                kind,
+                offered: features,
+            });
         }
     }
     let has_protocol = features & F_PROTOCOL_FEATURES != 0;
@@ -107,7 +115,11 @@ pub fn negotiate(offer: Offer, kind: DeviceKind, shmem_bit: u32) -> Result<Agree
         | if shmem { shmem_mask } else { 0 };
     let acked = if has_protocol { offered & wanted } else { 0 };
 
-    let missing = |feature| NegotiationError::Missing { feature, kind, offered };
+    let missing = |feature| NegotiationError::Missing {
+        feature,
+        kind,
+        offered,
+    };
     if kind.needs_shmem() && !shmem {
         let feature = match offered & shmem_mask {
             0 => "protocol feature SHMEM",

@@ -25,7 +25,11 @@ pub struct Health {
 impl Health {
     /// A back-end that just connected.
     pub fn new(name: &str, interrupt: Arc<Interrupt>) -> Self {
-        Health { name: name.to_string(), lost: AtomicBool::new(false), interrupt }
+        Health {
+            name: name.to_string(),
+            lost: AtomicBool::new(false),
+            interrupt,
+        }
     }
 
     /// Whether the back-end is gone, or was cut off.
@@ -59,11 +63,20 @@ impl Watch {
     ) -> io::Result<Watch> {
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let channel_fd = channel.as_ref().map(|channel| channel.watch_fd()).transpose()?;
-        let watched = Watched { stop: stop.try_clone()?, main, channel, channel_fd, health };
+        let watched = Watched {
+            stop: stop.try_clone()?,
+            main,
+            channel,
+            channel_fd,
+            health,
+        };
         let thread = std::thread::Builder::new()
             .name(format!("vhost-{}", watched.health.name))
             .spawn(move || watched.run())?;
-        Ok(Watch { stop, thread: Some(thread) })
+        Ok(Watch {
+            stop,
+            thread: Some(thread),
+        })
     }
 }
 
@@ -91,7 +104,11 @@ impl Watched {
         loop {
             // poll(2) passes over a negative descriptor.
             let channel_fd = self.channel_fd.as_ref().map_or(-1, |fd| fd.as_raw_fd());
-            let poll = |fd, events| libc::pollfd { fd, events, revents: 0 };
+            let poll = |fd, events| libc::pollfd {
+                fd,
+                events,
+                revents: 0,
+            };
             let mut polled = [
                 poll(self.stop.as_raw_fd(), libc::POLLIN),
                 poll(channel_fd, libc::POLLIN),
