@@ -203,14 +203,10 @@ impl Connection {
 
     fn take_message(&mut self) -> Result<Option<Message>, ConnectionError> {
         let needed = self.needed()?;
-        if needed > self.buffer.len() || self.buffer.len() < HEADER_LEN {
+        let Some(bytes) = self.buffer.get(..needed) else {
             return Ok(None);
-        }
-        let rest = self.buffer.split_off(needed);
-        let bytes = std::mem::replace(&mut self.buffer, rest);
-        self.position += needed as u64;
-        let (head, payload) = bytes.split_at(HEADER_LEN);
-        let Some(head) = head.first_chunk() else {
+        };
+        let Some((head, payload)) = bytes.split_first_chunk() else {
             return Ok(None);
         };
         let mut message = Message {
@@ -219,6 +215,8 @@ impl Connection {
             fds: Vec::new(),
             fds_lost: false,
         };
+        self.buffer.drain(..needed);
+        self.position += needed as u64;
         let ours = self
             .descriptors
             .iter()
