@@ -82,6 +82,6 @@ pub trait VirtioDevice: Send {
     fn stop_queue(&mut self, index: u16) -> Result<(), DeviceError>;
 
     /// The driver enabled a queue, again after its reset or for the first time. Running only, with
-    /// VIRTIO_F_RING_RESET negotiated.
+    /// VIRTIO_F_RING_RESET negotiated. After an error the queue is not in use, and none is started until a `reset`.
     fn start_queue(&mut self, queue: QueueSetup) -> Result<(), DeviceError>;
 }

@@ -126,7 +126,7 @@ enum Misuse {
     },
     #[error("FEATURES_OK stays clear: VIRTIO_F_VERSION_1 is not among the accepted features {0:#x}")]
     NoVersion1(u64),
-    #[error("FEATURES_OK stays clear: the device needs a reset")]
+    #[error("the device needs a reset; until then neither FEATURES_OK nor QueueReady can be set")]
     Broken,
     #[error("the driver gave up on the device")]
     GaveUp,
@@ -434,6 +434,9 @@ impl MmioTransport {
         }
         if status & FEATURES_OK == 0 {
             return Err(Misuse::QueueTooEarly);
+        }
+        if status & DEVICE_NEEDS_RESET != 0 {
+            return Err(Misuse::Broken);
         }
         if status & DRIVER_OK != 0 && features & RING_RESET == 0 {
             return Err(Misuse::QueueTooLate);

@@ -188,12 +188,11 @@ impl RegisterPage {
     /// What a guest's read of `data.len()` bytes at `offset` returns; zeroes beyond the block.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let registers = self.lock();
-        for (position, byte) in (offset..).zip(data) {
-            let word = usize::try_from(position)
-                .ok()
-                .and_then(|at| registers.frame().get(at / WORD));
+        for (index, byte) in (0u64..).zip(data) {
+            let position = usize::try_from(offset.saturating_add(index)).unwrap_or(usize::MAX);
+            let word = registers.frame().get(position / WORD);
             let bytes = word.map_or([0; WORD], |word| word.load(Ordering::SeqCst).to_le_bytes());
-            *byte = bytes[position as usize % WORD];
+            *byte = bytes[position % WORD];
         }
     }
 
