@@ -5,6 +5,8 @@
 
 use std::io;
 
+pub mod ram;
+
 /// The page size of everything here: x86-64's smallest page, 4 KiB.
 pub const PAGE_SIZE: u64 = 1 << 12;
 
