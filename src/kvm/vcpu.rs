@@ -84,7 +84,7 @@ pub struct Machine {
     /// Counts what nobody answered.
     pub unclaimed: Unclaimed,
     /// Set before the processors are kicked for the last time; then none goes back to the guest.
-    pub stopping: AtomicBool,
+    pub stopping: Arc<AtomicBool>,
 }
 
 /// Why a processor stopped for good without being told to.
