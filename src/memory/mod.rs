@@ -4,6 +4,7 @@
 //! implements it, tests record with a fake.
 
 pub mod alloc;
+pub mod ram;
 pub mod shmem;
 pub mod window;
 

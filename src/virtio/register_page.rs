@@ -383,12 +383,12 @@ mod tests {
         assert_eq!(peek(&page, 0x70), 0x11);
         for round in 1..5u8 {
             page.lock().set_config(&[round; 5]);
-            page.lock().set(Register::QueueSizeMax, round.into());
+            page.lock().set(Register::QueueSizeMax, u32::from(round));
             assert_eq!(peek(&page, 0x70), 0x11, "carried over");
-            assert_eq!(peek(&page, 0x34), round.into());
-            assert_eq!(peek(&page, 0xfc), round.into());
+            assert_eq!(peek(&page, 0x34), u32::from(round));
+            assert_eq!(peek(&page, 0xfc), u32::from(round));
             assert_eq!(peek(&page, 0x100), u32::from_le_bytes([round; 4]));
-            assert_eq!(peek(&page, 0x104), round.into(), "padded with zeroes");
+            assert_eq!(peek(&page, 0x104), u32::from(round), "padded with zeroes");
         }
     }
 

@@ -1,0 +1,3 @@
+//! What the machine looks like to a kernel.
+
+pub mod x86_64;

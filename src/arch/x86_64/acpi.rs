@@ -1,0 +1,331 @@
+//! The ACPI tables: how a kernel learns about processors, interrupts and devices that no bus would show it.
+//!
+//! Hardware-reduced ACPI (ACPI 6.5, section 4.1): no power-management timer, no system control interrupt, no legacy
+//! registers; a sleep control register, a sleep status register and a reset register are all there is. What is not
+//! there is said, because a kernel that looks for a clock chip or a keyboard controller waits for it.
+
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate, Scope, ZERO,
+};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
+use thiserror::Error;
+
+use super::layout;
+use crate::memory::PAGE_SIZE;
+
+const OEM_ID: [u8; 6] = *b"HOTSLT";
+const OEM_TABLE_ID: [u8; 8] = *b"HOTSLOT ";
+const OEM_REVISION: u32 = 1;
+
+/// The sleep type of S5, soft off: what the guest writes to switch itself off, as `\_S5` tells it.
+pub const SLEEP_TYPE_S5: u8 = 5;
+/// What the guest writes to the reset register.
+pub const RESET_VALUE: u8 = 1;
+
+/// FADT, IAPC_BOOT_ARCH: do not look for a VGA adapter.
+const NO_VGA: u16 = 1 << 2;
+/// FADT, IAPC_BOOT_ARCH: there is no CMOS clock. Without it Linux waits a second for one.
+const NO_CMOS_RTC: u16 = 1 << 5;
+
+/// A virtio-mmio device for the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioDevice {
+    /// The guest physical address of its register page, below 4 GiB.
+    pub registers: u64,
+    /// Its global system interrupt.
+    pub gsi: u32,
+}
+
+/// Why the tables cannot be made.
+#[derive(Debug, Error)]
+pub enum AcpiError {
+    /// They would run into what follows.
+    #[error("the ACPI tables take {size} bytes, more than the {space} that are there for them")]
+    TooLarge {
+        /// What they take.
+        size: usize,
+        /// What is there.
+        space: u64,
+    },
+}
+
+/// The tables in one piece, for the guest address `base`; the root pointer comes first.
+pub fn tables(base: u64, vcpus: u32, devices: &[VirtioDevice]) -> Result<Vec<u8>, AcpiError> {
+    let mut tables = Tables {
+        base,
+        // The root pointer comes last in time, because it needs the address of what it points to.
+        bytes: vec![0; Rsdp::len()],
+    };
+    let dsdt = tables.add(&dsdt(devices));
+    let fadt = tables.add(&fadt(dsdt));
+    let madt = tables.add(&madt(vcpus));
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = tables.add(&xsdt);
+    let mut bytes = tables.bytes;
+    bytes[..Rsdp::len()].copy_from_slice(&to_bytes(&Rsdp::new(OEM_ID, xsdt)));
+    if bytes.len() as u64 > layout::ACPI_SPACE {
+        return Err(AcpiError::TooLarge {
+            size: bytes.len(),
+            space: layout::ACPI_SPACE,
+        });
+    }
+    Ok(bytes)
+}
+
+struct Tables {
+    base: u64,
+    bytes: Vec<u8>,
+}
+
+impl Tables {
+    /// Appends a table on a 16-byte boundary, and says where in the guest it is.
+    fn add(&mut self, table: &dyn Aml) -> u64 {
+        self.bytes.resize(self.bytes.len().next_multiple_of(16), 0);
+        let address = self.base + self.bytes.len() as u64;
+        table.to_aml_bytes(&mut self.bytes);
+        address
+    }
+}
+
+fn to_bytes(aml: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    aml.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+/// The fixed description: what is there, what is not, and the power registers.
+fn fadt(dsdt: u64) -> impl Aml {
+    let register = |number: u16| {
+        let port = layout::ACPI_POWER + number;
+        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into())
+    };
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Headless)
+        // There is a fixed button unless these are set.
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton);
+    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
+    fadt.sleep_control_reg = register(0);
+    fadt.sleep_status_reg = register(1);
+    fadt.reset_reg = register(2);
+    fadt.reset_value = RESET_VALUE;
+    fadt.finalize()
+}
+
+/// The interrupt controllers: a local APIC for each processor, and the IOAPIC.
+fn madt(vcpus: u32) -> impl Aml {
+    let mut madt = MADT::new(
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+        LocalInterruptController::Address(layout::LOCAL_APIC as u32),
+    );
+    for id in 0..vcpus.min(layout::MAX_VCPUS) as u8 {
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    // Its id is only a name, which must not be a processor's where the APIC bus of old is meant; there is none.
+    madt.add_structure(IoApic::new(0, layout::IOAPIC as u32, 0));
+    madt
+}
+
+/// The devices.
+fn dsdt(devices: &[VirtioDevice]) -> Sdt {
+    let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let mut aml = Vec::new();
+    let mut children = [serial_port(), pvpanic()].concat();
+    for (number, device) in devices.iter().enumerate() {
+        children.extend(virtio_device(number, device));
+    }
+    Scope::new("\\_SB_".into(), vec![&Raw(children)]).to_aml_bytes(&mut aml);
+    sleep_state_s5().to_aml_bytes(&mut aml);
+    dsdt.append_slice(&aml);
+    dsdt
+}
+
+/// AML that is made already.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// An interrupt as all devices here have it: a pulse (edge) upwards, nobody else's.
+fn interrupt(gsi: u32) -> Interrupt {
+    let (consumer, edge, active_low, shared) = (true, true, false, false);
+    Interrupt::new(consumer, edge, active_low, shared, gsi)
+}
+
+/// `\_S5`: the sleep type for "off", for both of ACPI's possible registers.
+fn sleep_state_s5() -> impl Aml {
+    Name::new(
+        "_S5_".into(),
+        &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]),
+    )
+}
+
+fn serial_port() -> Vec<u8> {
+    let ports = IO::new(layout::COM1, layout::COM1, 1, layout::COM1_LEN as u8);
+    to_bytes(&Device::new(
+        "COM1".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&ports, &interrupt(layout::COM1_GSI)]),
+            ),
+        ],
+    ))
+}
+
+/// As QEMU describes its pvpanic device, for which Linux has the driver.
+fn pvpanic() -> Vec<u8> {
+    let port = IO::new(layout::PVPANIC, layout::PVPANIC, 1, 1);
+    to_bytes(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port])),
+        ],
+    ))
+}
+
+/// LNRO0005 is the id under which Linux (and QEMU) know virtio-mmio devices.
+fn virtio_device(number: usize, device: &VirtioDevice) -> Vec<u8> {
+    let registers = Memory32Fixed::new(true, device.registers as u32, PAGE_SIZE as u32);
+    to_bytes(&Device::new(
+        Path::new(&format!("V{number:03}")),
+        vec![
+            &Name::new("_HID".into(), &"LNRO0005"),
+            &Name::new("_UID".into(), &number),
+            // Its accesses to memory are coherent with the processors' caches.
+            &Name::new("_CCA".into(), &ONE),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&registers, &interrupt(device.gsi)]),
+            ),
+        ],
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BASE: u64 = layout::ACPI;
+
+    fn devices(count: usize) -> Vec<VirtioDevice> {
+        (0..count)
+            .map(|number| layout::virtio_device(number).unwrap())
+            .map(|(registers, gsi)| VirtioDevice { registers, gsi })
+            .collect()
+    }
+
+    fn u32_at(bytes: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+
+    fn u64_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    /// The table at a guest address, after the checks that a kernel makes.
+    fn table(bytes: &[u8], address: u64) -> &[u8] {
+        let table = &bytes[(address - BASE) as usize..];
+        let table = &table[..u32_at(table, 4) as usize];
+        assert_eq!(sum(table), 0, "{:?}", std::str::from_utf8(&table[..4]));
+        table
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
+    }
+
+    /// FADT, MADT and DSDT, found as a kernel finds them.
+    fn walk(bytes: &[u8]) -> [&[u8]; 3] {
+        assert_eq!(&bytes[..8], b"RSD PTR ");
+        assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
+        let xsdt = table(bytes, u64_at(bytes, 24));
+        assert_eq!((&xsdt[..4], xsdt.len()), (&b"XSDT"[..], 36 + 2 * 8));
+        let fadt = table(bytes, u64_at(xsdt, 36));
+        let madt = table(bytes, u64_at(xsdt, 44));
+        let dsdt = table(bytes, u64_at(fadt, 140));
+        assert_eq!([&fadt[..4], &madt[..4], &dsdt[..4]], [b"FACP", b"APIC", b"DSDT"]);
+        [fadt, madt, dsdt]
+    }
+
+    #[test]
+    fn a_kernel_finds_each_table_and_its_checksum() {
+        for (vcpus, count) in [(1, 0), (4, 1), (layout::MAX_VCPUS, layout::MAX_DEVICES)] {
+            let bytes = tables(BASE, vcpus, &devices(count)).unwrap();
+            walk(&bytes);
+            assert!(bytes.len() as u64 <= layout::ACPI_SPACE);
+        }
+    }
+
+    #[test]
+    fn the_fadt_says_what_is_not_there() {
+        let bytes = tables(BASE, 1, &[]).unwrap();
+        let [fadt, ..] = walk(&bytes);
+        // ACPI 6.5, table 5.9: IAPC_BOOT_ARCH at 109, Flags at 112, RESET_REG at 116, SLEEP_CONTROL_REG at 244.
+        assert_eq!(u16::from_le_bytes([fadt[109], fadt[110]]), 0b10_0100);
+        let flags = u32_at(fadt, 112);
+        assert_ne!(flags & 1 << 20, 0, "hardware-reduced");
+        assert_ne!(flags & 1 << 10, 0, "reset register");
+        let io_port = |at: usize| (fadt[at], u64_at(fadt, at + 4));
+        assert_eq!((io_port(116), fadt[128]), ((1, 0x602), RESET_VALUE));
+        assert_eq!((io_port(244), io_port(256)), ((1, 0x600), (1, 0x601)));
+    }
+
+    #[test]
+    fn the_madt_has_a_local_apic_for_each_processor() {
+        let bytes = tables(BASE, 3, &[]).unwrap();
+        let [_, madt, _] = walk(&bytes);
+        assert_eq!(u32_at(madt, 36), 0xfee0_0000);
+        let apics: Vec<_> = madt[44..44 + 3 * 8]
+            .chunks(8)
+            .map(|apic| (apic[0], apic[1], apic[2], apic[3], apic[4]))
+            .collect();
+        assert_eq!(apics, [(0, 8, 0, 0, 1), (0, 8, 1, 1, 1), (0, 8, 2, 2, 1)]);
+        let ioapic = &madt[68..];
+        assert_eq!(
+            (ioapic[0], ioapic[1], u32_at(ioapic, 4), u32_at(ioapic, 8)),
+            (1, 12, 0xfec0_0000, 0)
+        );
+    }
+
+    #[test]
+    fn the_dsdt_describes_each_device_with_its_registers_and_interrupt() {
+        let bytes = tables(BASE, 1, &devices(2)).unwrap();
+        let [_, _, dsdt] = walk(&bytes);
+        let find = |what: &[u8]| dsdt.windows(what.len()).filter(|window| *window == what).count();
+        assert_eq!(find(b"LNRO0005\0"), 2);
+        assert_eq!(find(b"QEMU0001\0"), 1);
+        assert_eq!(find(b"_S5_"), 1);
+        for (name, registers, gsi) in [("V000", 0xd000_0000_u32, 5_u32), ("V001", 0xd000_1000, 6)] {
+            assert_eq!(find(name.as_bytes()), 1);
+            // A 32-bit fixed memory descriptor (6.4.3.4), writable; an extended interrupt descriptor (6.4.3.6): consumer, edge.
+            let memory = [
+                &[0x86, 9, 0, 1][..],
+                &registers.to_le_bytes(),
+                &0x1000_u32.to_le_bytes(),
+            ]
+            .concat();
+            let interrupt = [&[0x89, 6, 0, 0b0011, 1][..], &gsi.to_le_bytes()].concat();
+            assert_eq!(find(&[memory, interrupt].concat()), 1);
+        }
+    }
+}

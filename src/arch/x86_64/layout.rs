@@ -1,0 +1,218 @@
+//! Every fixed address, I/O port and interrupt of the machine, with its arithmetic.
+//!
+//! ```text
+//!             0  RAM: boot structures below 1 MiB, the kernel where it wants to be, the initramfs at the top
+//!         3 GiB  hole: device registers, IOAPIC, local APICs, KVM's own pages
+//!         4 GiB  RAM: what is beyond 3 GiB
+//!   end of RAM,
+//!    up to 1 GiB  windows of shared memory regions
+//! ```
+
+use std::fmt;
+
+use crate::memory::PAGE_SIZE;
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// The global descriptor table: 4 descriptors of 8 bytes. Above the real-mode interrupt table and BIOS data (0x500
+/// bytes), which nobody writes here but a kernel may expect to own.
+pub const GDT: u64 = 0x500;
+/// The boot parameters ("zero page") of Linux' boot protocol: one page.
+pub const BOOT_PARAMS: u64 = 28 * KIB;
+/// Page tables for the first instructions: 6 pages, see `regs::page_tables`.
+pub const PAGE_TABLES: u64 = 36 * KIB;
+/// The kernel command line, with its final NUL.
+pub const CMDLINE: u64 = 128 * KIB;
+/// The space for it. Linux itself takes 2 KiB.
+pub const CMDLINE_SPACE: u64 = 64 * KIB;
+/// Where RAM below 1 MiB ends: 1 KiB below 640 KiB, as on a PC with an extended BIOS data area.
+pub const LOW_RAM_END: u64 = 639 * KIB;
+/// The ACPI tables, root pointer first: the last 128 KiB below 1 MiB, where a BIOS would have put the root pointer.
+pub const ACPI: u64 = 896 * KIB;
+/// The space for them. A table for 254 processors takes 2 KiB, a device 64 bytes.
+pub const ACPI_SPACE: u64 = 128 * KIB;
+/// Where RAM goes on, and the lowest place for a kernel.
+pub const HIGH_RAM: u64 = MIB;
+
+/// Where RAM below 4 GiB ends at the latest, and the hole starts.
+pub const HOLE: u64 = 3 * GIB;
+/// Where the hole ends, and RAM goes on.
+pub const HOLE_END: u64 = 4 * GIB;
+
+/// The first virtio-mmio register block. Each is a page of its own, so that it can be a memory slot.
+pub const VIRTIO_REGISTERS: u64 = HOLE + 256 * MIB;
+/// The IOAPIC's registers; KVM has them there.
+pub const IOAPIC: u64 = 0xfec0_0000;
+/// The number of its inputs: global system interrupts 0 to 23.
+pub const IOAPIC_INPUTS: u32 = 24;
+/// The local APICs' registers; reset value of the processors' APIC base.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Four pages that KVM uses itself on Intel processors: below where a BIOS would be mapped (256 KiB below 4 GiB).
+pub const KVM_PAGES: u64 = HOLE_END - 256 * KIB - KVM_PAGES_LEN;
+/// An identity map and three pages of TSS.
+pub const KVM_PAGES_LEN: u64 = 4 * PAGE_SIZE;
+
+/// The first serial port's registers.
+pub const COM1: u16 = 0x3f8;
+/// The number of its registers.
+pub const COM1_LEN: u16 = 8;
+/// Its interrupt.
+pub const COM1_GSI: u32 = 4;
+/// The keyboard controller: data port here, command port 4 above. Only its reset command works.
+pub const I8042: u16 = 0x60;
+/// Its ports.
+pub const I8042_LEN: u16 = 5;
+/// The debug-exit port: where QEMU's isa-debug-exit usually is, so that test kernels need no change.
+pub const DEBUG_EXIT: u16 = 0xf4;
+/// The pvpanic port: where QEMU has it.
+pub const PVPANIC: u16 = 0x505;
+/// ACPI's sleep control register, then its sleep status register, then the reset register.
+pub const ACPI_POWER: u16 = 0x600;
+/// Their number.
+pub const ACPI_POWER_LEN: u16 = 3;
+
+/// The first interrupt for devices. Those below belong to what PCs always had there, COM1 among it; with
+/// hardware-reduced ACPI those above do not.
+pub const FIRST_DEVICE_GSI: u32 = 5;
+/// How many devices can be attached: one interrupt each. 24 - 5 = 19.
+pub const MAX_DEVICES: usize = (IOAPIC_INPUTS - FIRST_DEVICE_GSI) as usize;
+
+/// Local APIC ids have 8 bits, and 255 means all processors.
+pub const MAX_VCPUS: u32 = 254;
+
+/// The page with the registers of virtio device `index`, and its interrupt; `None` from [`MAX_DEVICES`] on.
+pub fn virtio_device(index: usize) -> Option<(u64, u32)> {
+    (index < MAX_DEVICES).then(|| {
+        (
+            VIRTIO_REGISTERS + index as u64 * PAGE_SIZE,
+            FIRST_DEVICE_GSI + index as u32,
+        )
+    })
+}
+
+/// Where the windows of shared memory regions can start, for RAM that ends at `ram_end`: the next GiB, and never
+/// below 4 GiB, so that huge pages of every size fit.
+pub fn windows_start(ram_end: u64) -> u64 {
+    ram_end.max(HOLE_END).next_multiple_of(GIB)
+}
+
+/// The fixed part of the machine, for `--print-layout`.
+pub struct Layout;
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "guest physical memory:")?;
+        for (name, start, len) in MEMORY {
+            writeln!(f, "  {start:#011x}..{:#011x}  {name}", start + len)?;
+        }
+        writeln!(f, "I/O ports:")?;
+        for (name, start, len) in PORTS {
+            writeln!(f, "  {start:#05x}..{:#05x}  {name}", start + len)?;
+        }
+        writeln!(f, "interrupts:")?;
+        writeln!(f, "  {COM1_GSI}       serial port COM1")?;
+        write!(
+            f,
+            "  {FIRST_DEVICE_GSI} to {}  virtio devices, in the order of the command line",
+            IOAPIC_INPUTS - 1
+        )
+    }
+}
+
+const MEMORY: [(&str, u64, u64); 12] = [
+    ("global descriptor table", GDT, 32),
+    ("boot parameters", BOOT_PARAMS, PAGE_SIZE),
+    (
+        "page tables of the first instructions",
+        PAGE_TABLES,
+        6 * PAGE_SIZE,
+    ),
+    ("kernel command line", CMDLINE, CMDLINE_SPACE),
+    ("ACPI tables", ACPI, ACPI_SPACE),
+    (
+        "RAM, with the kernel and the initramfs",
+        HIGH_RAM,
+        HOLE - HIGH_RAM,
+    ),
+    (
+        "virtio devices' registers, a page each",
+        VIRTIO_REGISTERS,
+        MAX_DEVICES as u64 * PAGE_SIZE,
+    ),
+    ("IOAPIC", IOAPIC, PAGE_SIZE),
+    ("local APICs", LOCAL_APIC, PAGE_SIZE),
+    ("KVM's own pages", KVM_PAGES, KVM_PAGES_LEN),
+    ("RAM beyond 3 GiB", HOLE_END, 0),
+    (
+        "then, from the next GiB on: windows of shared memory regions",
+        HOLE_END,
+        0,
+    ),
+];
+
+const PORTS: [(&str, u16, u16); 6] = [
+    ("keyboard controller, reset only", I8042, I8042_LEN),
+    ("debug exit, with --debug-exit", DEBUG_EXIT, 1),
+    ("serial port COM1", COM1, COM1_LEN),
+    ("pvpanic", PVPANIC, 1),
+    ("ACPI sleep control and status", ACPI_POWER, 2),
+    ("ACPI reset", ACPI_POWER + 2, 1),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assert_disjoint(ranges: &[(&str, u64, u64)]) {
+        for (number, (name, start, len)) in ranges.iter().enumerate() {
+            for (other, other_start, other_len) in &ranges[number + 1..] {
+                assert!(
+                    start + len <= *other_start || other_start + other_len <= *start,
+                    "{name} and {other} overlap"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_overlaps() {
+        assert_disjoint(&MEMORY);
+        assert_disjoint(&PORTS.map(|(name, start, len)| (name, start.into(), len.into())));
+    }
+
+    #[test]
+    fn boot_structures_are_in_low_ram_and_registers_in_the_hole() {
+        for (name, start, len) in &MEMORY[..4] {
+            assert!(start + len <= LOW_RAM_END, "{name}");
+        }
+        for (name, start, len) in &MEMORY[6..10] {
+            assert!(HOLE <= *start && start + len <= HOLE_END, "{name}");
+            assert_eq!(start % PAGE_SIZE, 0, "{name}");
+        }
+        assert!(LOW_RAM_END <= ACPI && ACPI + ACPI_SPACE <= HIGH_RAM);
+    }
+
+    #[test]
+    fn each_device_has_a_page_and_an_interrupt_of_its_own() {
+        let devices: Vec<_> = (0..).map_while(virtio_device).collect();
+        assert_eq!(devices.len(), 19);
+        for (number, (address, gsi)) in devices.iter().enumerate() {
+            assert!(*gsi != COM1_GSI && *gsi < IOAPIC_INPUTS);
+            assert!(
+                devices[..number]
+                    .iter()
+                    .all(|(other, taken)| other != address && taken != gsi)
+            );
+        }
+    }
+
+    #[test]
+    fn windows_start_above_all_ram() {
+        assert_eq!(windows_start(128 * MIB), 4 * GIB);
+        assert_eq!(windows_start(HOLE), 4 * GIB);
+        assert_eq!(windows_start(4 * GIB + 4096), 5 * GIB);
+        assert_eq!(windows_start(7 * GIB), 7 * GIB);
+    }
+}

@@ -1,0 +1,203 @@
+//! The command line, which is all the configuration there is. Its help text is made of the comments here.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Parser, ValueEnum};
+
+use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, parse_duration, parse_memory};
+use crate::vhost_user::frontend::DeviceSpec;
+
+/// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
+///
+/// The guest's output goes to stdout, everything of ours to stderr, whose last line says how it ended. On a terminal,
+/// Ctrl-a x quits and Ctrl-a h helps.
+#[derive(Debug, Parser)]
+#[command(version, name = "hotslot", max_term_width = 110, after_help = STATUSES)]
+pub struct Cli {
+    /// The kernel: an ELF vmlinux or a bzImage
+    #[arg(short, long, value_name = "FILE", required_unless_present = "print_layout")]
+    pub kernel: Option<PathBuf>,
+
+    /// The initial RAM file system
+    #[arg(short, long, value_name = "FILE")]
+    pub initramfs: Option<PathBuf>,
+
+    /// Kernel command line, appended to the default "console=ttyS0 8250.nr_uarts=1 panic=-1"
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+
+    /// Leave the default kernel command line out
+    #[arg(long)]
+    pub no_default_cmdline: bool,
+
+    /// Guest memory: bytes, or a number with the unit K, M, G or T
+    #[arg(short, long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
+    pub memory: u64,
+
+    /// Number of virtual processors
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub cpus: u32,
+
+    /// Add a virtio device whose back-end listens on a Unix socket
+    ///
+    /// PATH,type=fs|pmem|blk|rng|vsock|console|...|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20][,name=NAME].
+    /// Can be given several times; the guest finds the devices in this order.
+    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...")]
+    pub vhost_user: Vec<DeviceSpec>,
+
+    /// The serial port's other end: stdio, off or file=PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub serial: SerialLine,
+
+    // Only one of its two values is there yet, which is the default: not worth a line in the help.
+    #[arg(long, value_name = "exit|reset", default_value = "exit", value_parser = parse_on_reboot, hide = true)]
+    on_reboot: (),
+
+    /// How long to wait for a back-end's socket: 5s, 500ms
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    pub connect_timeout: Duration,
+
+    /// Add a debug-exit port: the byte that the guest writes to I/O port 0xf4 is the exit status
+    #[arg(long)]
+    pub debug_exit: bool,
+
+    /// Log more; twice for debug messages
+    #[arg(short, long, action = ArgAction::Count, conflicts_with = "log")]
+    pub verbose: u8,
+
+    /// Log as this says: LEVEL or MODULE=LEVEL, comma-separated
+    #[arg(long, value_name = "SPEC")]
+    pub log: Option<String>,
+
+    /// Log to this file instead of stderr
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+
+    /// Print the machine's fixed addresses, ports and interrupts, and its default kernel command line
+    #[arg(long)]
+    pub print_layout: bool,
+}
+
+const STATUSES: &str = "Exit status:
+  0 the guest switched itself off       32 it reset itself
+  1 an error of the VMM                 33 it crashed (triple fault, KVM internal error)
+  2 wrong usage or configuration        34 its kernel panicked (pvpanic)
+  128+n signal n                         n its byte on the port of --debug-exit";
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OnReboot {
+    Exit,
+    Reset,
+}
+
+fn parse_on_reboot(text: &str) -> Result<(), String> {
+    match OnReboot::from_str(text, false) {
+        Ok(OnReboot::Exit) => Ok(()),
+        Ok(OnReboot::Reset) => Err("a reset in place is not supported yet".into()),
+        Err(_) => Err("it is exit or reset".into()),
+    }
+}
+
+impl Cli {
+    /// The machine that was asked for; `None` without a kernel, which only `--print-layout` allows.
+    pub fn into_config(self) -> Option<Config> {
+        let default = (!self.no_default_cmdline).then(|| DEFAULT_CMDLINE.to_owned());
+        let cmdline: Vec<String> = default.into_iter().chain(self.cmdline).collect();
+        Some(Config {
+            kernel: self.kernel?,
+            initramfs: self.initramfs,
+            cmdline: cmdline.join(" "),
+            memory: self.memory,
+            cpus: self.cpus,
+            devices: self.vhost_user,
+            serial: self.serial,
+            connect_timeout: self.connect_timeout,
+            debug_exit: self.debug_exit,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["hotslot"], arguments].concat())
+    }
+
+    fn config(arguments: &[&str]) -> Config {
+        parse(arguments).unwrap().into_config().unwrap()
+    }
+
+    #[test]
+    fn the_command_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_kernel_command_line_is_the_default_and_then_the_users() {
+        assert_eq!(config(&["-k", "k"]).cmdline, DEFAULT_CMDLINE);
+        assert_eq!(
+            config(&["-k", "k", "-c", "quiet"]).cmdline,
+            format!("{DEFAULT_CMDLINE} quiet")
+        );
+        assert_eq!(
+            config(&["-k", "k", "-c", "--", "--no-default-cmdline"]).cmdline,
+            "--"
+        );
+        assert_eq!(config(&["-k", "k", "--no-default-cmdline"]).cmdline, "");
+    }
+
+    #[test]
+    fn the_help_shows_the_default_command_line_and_nothing_unfinished() {
+        let help = Cli::command().render_long_help().to_string().replace('\n', " ");
+        let squeezed = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(squeezed.contains(&format!("\"{DEFAULT_CMDLINE}\"")), "{help}");
+        for unfinished in [
+            "on-reboot",
+            "sandbox",
+            "trace-vhost-user",
+            "backend-loss",
+            "reconnect",
+            "share-shmem",
+        ] {
+            assert!(!help.contains(unfinished), "{unfinished}");
+        }
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_their_option() {
+        for (arguments, parts) in [
+            (&["-m", "lots"][..], ["--memory", "\"lots\" is not a size"]),
+            (&["-m", "16777216T"], ["--memory", "more than 2^64 - 1 bytes"]),
+            (&["--cpus", "0"], ["--cpus", "0 is not in 1.."]),
+            (&["--cpus", "-1"], ["--cpus", "-1"]),
+            (&["--cpus", "many"], ["--cpus", "many"]),
+            (
+                &["--vhost-user", "a,type=fs,x=1"],
+                ["--vhost-user", "unknown key `x`"],
+            ),
+            (
+                &["--serial", "pty"],
+                ["--serial", "`pty` is not a good serial line"],
+            ),
+            (
+                &["--connect-timeout", "soon"],
+                ["--connect-timeout", "`soon` is not a good time span"],
+            ),
+            (&["--on-reboot", "reset"], ["--on-reboot", "not supported yet"]),
+            (&["--on-reboot", "panic"], ["--on-reboot", "it is exit or reset"]),
+        ] {
+            let error = parse(&[&["-k", "k"], arguments].concat()).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            for part in parts {
+                assert!(error.to_string().contains(part), "{arguments:?}: {error}");
+            }
+        }
+        assert!(parse(&[]).unwrap_err().to_string().contains("--kernel"));
+        assert!(parse(&["--print-layout"]).unwrap().into_config().is_none());
+    }
+}

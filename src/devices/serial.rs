@@ -1,0 +1,327 @@
+//! The serial port: a 16550A at COM1, with the host's ends of its two lines.
+//!
+//! The vCPUs write; the main loop brings input. A vCPU may have to wait for whoever reads the output (that is the
+//! back-pressure a terminal or a pipe exerts), but with no lock held, and a kick ends the wait. Output that nobody can
+//! take any more is dropped, and the guest goes on.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::{BusDevice, MachineEvent};
+
+/// The registers that we look at ourselves, by their offsets.
+const INTERRUPT_ENABLE: u8 = 1;
+const LINE_CONTROL: u8 = 3;
+const MODEM_CONTROL: u8 = 4;
+
+/// INTERRUPT_ENABLE: interrupt me when there is input.
+const RECEIVED_DATA: u8 = 1 << 0;
+/// LINE_CONTROL: offsets 0 and 1 are the speed.
+const DIVISOR_LATCH: u8 = 1 << 7;
+/// MODEM_CONTROL: the port talks to itself.
+const LOOPBACK: u8 = 1 << 4;
+
+/// The serial port.
+pub struct SerialPort {
+    /// Lock order: innermost. Not held while output is written.
+    state: Mutex<State>,
+    output: Output,
+    wants_input: Arc<EventFd>,
+}
+
+struct State {
+    uart: Serial<InterruptLine, WantsInput, Vec<u8>>,
+    line_control: u8,
+    modem_control: u8,
+    /// The guest once asked for interrupts by input. Before that its driver is not there, and when it comes it throws
+    /// away what it finds in the port.
+    listening: bool,
+}
+
+impl SerialPort {
+    /// A port that pulses `interrupt`, and signals `wants_input` whenever there may be room for more input.
+    pub fn new(interrupt: EventFd, output: Output, wants_input: Arc<EventFd>) -> Self {
+        let events = WantsInput(Arc::clone(&wants_input));
+        SerialPort {
+            state: Mutex::new(State {
+                uart: Serial::with_events(InterruptLine(interrupt), events, Vec::new()),
+                line_control: 0,
+                modem_control: 0,
+                listening: false,
+            }),
+            output,
+            wants_input,
+        }
+    }
+
+    /// How many bytes of input the guest can take now.
+    pub fn room(&self) -> usize {
+        let state = self.state();
+        if state.listening && state.modem_control & LOOPBACK == 0 {
+            state.uart.fifo_capacity()
+        } else {
+            0
+        }
+    }
+
+    /// Gives input to the guest; what it could take is the result.
+    pub fn enqueue(&self, bytes: &[u8]) -> usize {
+        self.state().uart.enqueue_raw_bytes(bytes).unwrap_or(0)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes one register; what came out of the line is the result.
+    fn write_register(&self, register: u8, value: u8) -> Vec<u8> {
+        let mut state = self.state();
+        match register {
+            INTERRUPT_ENABLE if state.line_control & DIVISOR_LATCH == 0 => {
+                state.listening |= value & RECEIVED_DATA != 0;
+            }
+            LINE_CONTROL => state.line_control = value,
+            MODEM_CONTROL => state.modem_control = value,
+            _ => {}
+        }
+        if let Err(error) = state.uart.write(register, value) {
+            log::debug!("serial port: register {register}: {error:?}");
+        }
+        if matches!(register, INTERRUPT_ENABLE | MODEM_CONTROL) {
+            signal(&self.wants_input);
+        }
+        std::mem::take(state.uart.writer_mut())
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut state = self.state();
+        // A wide access is one to each register it covers.
+        for (register, byte) in (offset as u8..).zip(data) {
+            *byte = state.uart.read(register);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent> {
+        for (register, value) in (offset as u8..).zip(data) {
+            self.output.write(&self.write_register(register, *value));
+        }
+        None
+    }
+}
+
+struct InterruptLine(EventFd);
+
+impl Trigger for InterruptLine {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+struct WantsInput(Arc<EventFd>);
+
+impl SerialEvents for WantsInput {
+    fn buffer_read(&self) {}
+
+    fn out_byte(&self) {}
+
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        signal(&self.0);
+    }
+}
+
+/// Signals an eventfd. It fails only when 2^64 - 2 signals wait already, and then one more tells nothing new.
+fn signal(event: &EventFd) {
+    let _full = event.write(1);
+}
+
+/// Where the guest's output goes.
+pub struct Output {
+    file: Option<File>,
+    /// Set when the machine stops: waits end then.
+    stopping: Arc<AtomicBool>,
+    broken: AtomicBool,
+}
+
+impl Output {
+    /// Output to a file, or to nobody.
+    pub fn new(file: Option<File>, stopping: Arc<AtomicBool>) -> Self {
+        Output {
+            file,
+            stopping,
+            broken: AtomicBool::new(false),
+        }
+    }
+
+    /// Writes all of it, or drops the rest once the reader is gone or the machine stops.
+    fn write(&self, mut bytes: &[u8]) {
+        let Some(mut file) = self.file.as_ref() else {
+            return;
+        };
+        while !bytes.is_empty() && !self.broken.load(Ordering::Relaxed) {
+            match file.write(bytes) {
+                Ok(written) if written > 0 => bytes = &bytes[written..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                    if self.stopping.load(Ordering::SeqCst) {
+                        return;
+                    }
+                }
+                // Somebody who shares the file made it non-blocking.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.stopping.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    wait_until_writable(file);
+                }
+                result => {
+                    self.broken.store(true, Ordering::Relaxed);
+                    let why = result.map_or_else(|error| error.to_string(), |_| "nothing was written".into());
+                    log::warn!("the guest's serial output is dropped from here on: {why}");
+                }
+            }
+        }
+    }
+}
+
+/// Waits until the file takes more, a signal comes or a tenth of a second is over.
+fn wait_until_writable(file: &File) {
+    let mut poll = libc::pollfd {
+        fd: file.as_raw_fd(),
+        events: libc::POLLOUT,
+        revents: 0,
+    };
+    // SAFETY: one pollfd, ours, which lives through the call.
+    let _the_caller_tries_anyway = unsafe { libc::poll(&mut poll, 1, 100) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    struct Bench {
+        port: SerialPort,
+        interrupt: EventFd,
+        wants_input: Arc<EventFd>,
+    }
+
+    fn bench(output: Option<File>) -> Bench {
+        let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let wants_input = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let output = Output::new(output, Arc::default());
+        let port = SerialPort::new(interrupt.try_clone().unwrap(), output, Arc::clone(&wants_input));
+        Bench {
+            port,
+            interrupt,
+            wants_input,
+        }
+    }
+
+    fn pipe() -> (File, File) {
+        let (reader, writer) = io::pipe().unwrap();
+        (
+            File::from(OwnedFd::from(reader)),
+            File::from(OwnedFd::from(writer)),
+        )
+    }
+
+    #[test]
+    fn output_reaches_the_file() {
+        let (mut reader, writer) = pipe();
+        let bench = bench(Some(writer));
+        for byte in b"hello" {
+            bench.port.write(0, &[*byte]);
+        }
+        drop(bench);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello");
+    }
+
+    #[test]
+    fn output_without_a_reader_is_dropped() {
+        let (reader, writer) = pipe();
+        drop(reader);
+        let bench = bench(Some(writer));
+        for _ in 0..3 {
+            assert_eq!(bench.port.write(0, b"x"), None);
+        }
+    }
+
+    #[test]
+    fn a_stopping_machine_does_not_wait_for_the_reader() {
+        let (_reader, writer) = pipe();
+        // SAFETY: F_SETFL takes an int and touches no memory of ours.
+        unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+        let stopping = Arc::new(AtomicBool::new(false));
+        let output = Output::new(Some(writer), Arc::clone(&stopping));
+        let thread = std::thread::spawn(move || output.write(&vec![0; 1 << 20]));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(!thread.is_finished());
+        stopping.store(true, Ordering::SeqCst);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn input_waits_for_the_driver_and_for_room() {
+        let bench = bench(None);
+        assert_eq!(bench.port.room(), 0);
+        // The speed has the same offset, and does not count.
+        bench.port.write(3, &[DIVISOR_LATCH]);
+        bench.port.write(1, &[1]);
+        bench.port.write(3, &[3]);
+        assert_eq!(bench.port.room(), 0);
+        bench.port.write(1, &[RECEIVED_DATA]);
+        assert_eq!(bench.wants_input.read().unwrap(), 1);
+        let room = bench.port.room();
+        assert_eq!(room, 64);
+
+        assert_eq!(bench.port.enqueue(&[b'x'; 100]), room);
+        assert_eq!(bench.port.room(), 0);
+        assert!(bench.interrupt.read().is_ok());
+        for left in (0..room).rev() {
+            let mut byte = [0];
+            bench.port.read(0, &mut byte);
+            assert_eq!(byte, *b"x");
+            assert_eq!(bench.wants_input.read().is_ok(), left == 0, "{left}");
+        }
+    }
+
+    #[test]
+    fn a_port_that_talks_to_itself_takes_no_input() {
+        let bench = bench(None);
+        bench.port.write(1, &[RECEIVED_DATA]);
+        bench.port.write(4, &[LOOPBACK]);
+        assert_eq!(bench.port.room(), 0);
+        let _seen = bench.wants_input.read();
+        bench.port.write(4, &[0]);
+        assert!(bench.wants_input.read().is_ok());
+        assert_eq!(bench.port.room(), 64);
+    }
+
+    #[test]
+    fn any_access_is_answered() {
+        let bench = bench(None);
+        for offset in 0..8 {
+            for len in 0..=8 - offset {
+                let mut data = vec![0; len];
+                bench.port.read(offset as u64, &mut data);
+                assert_eq!(bench.port.write(offset as u64, &data), None);
+            }
+        }
+    }
+}

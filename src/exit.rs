@@ -1,0 +1,97 @@
+//! How a machine ends, and the exit status that says so.
+
+use std::fmt;
+use std::process::ExitCode;
+
+/// The exit status of an error of the VMM itself.
+pub const STATUS_ERROR: u8 = 1;
+/// The exit status of a wrong command line, of files that cannot be used, of a host that lacks something.
+pub const STATUS_USAGE: u8 = 2;
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest reset itself.
+    Reset,
+    /// The guest could not go on; why.
+    Crash(String),
+    /// The guest's kernel panicked and said so.
+    Panicked,
+    /// The guest wrote this to the debug-exit port.
+    DebugExit(u8),
+    /// The user typed Ctrl-a x.
+    Quit,
+    /// This signal ended us.
+    Signal(i32),
+}
+
+impl From<&Exit> for u8 {
+    fn from(exit: &Exit) -> u8 {
+        match exit {
+            Exit::PowerOff => 0,
+            Exit::Reset => 32,
+            Exit::Crash(_) => 33,
+            Exit::Panicked => 34,
+            Exit::DebugExit(status) => *status,
+            // As if it had been Ctrl-C, which belongs to the guest then.
+            Exit::Quit => 128 + libc::SIGINT as u8,
+            // As a shell says it.
+            Exit::Signal(signal) => 128_u8.saturating_add(u8::try_from(*signal).unwrap_or(u8::MAX)),
+        }
+    }
+}
+
+impl From<&Exit> for ExitCode {
+    fn from(exit: &Exit) -> ExitCode {
+        ExitCode::from(u8::from(exit))
+    }
+}
+
+/// The last line on stderr.
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exit::PowerOff => write!(f, "the guest switched itself off"),
+            Exit::Reset => write!(f, "the guest reset itself"),
+            Exit::Crash(why) => write!(f, "the guest crashed: {why}"),
+            Exit::Panicked => write!(f, "the guest's kernel panicked"),
+            Exit::DebugExit(status) => write!(f, "the guest ended with status {status} (debug exit)"),
+            Exit::Quit => write!(f, "ended by Ctrl-a x"),
+            Exit::Signal(signal) => write!(f, "ended by {}", signal_name(*signal)),
+        }
+    }
+}
+
+fn signal_name(signal: i32) -> String {
+    match signal {
+        libc::SIGHUP => "SIGHUP".into(),
+        libc::SIGINT => "SIGINT".into(),
+        libc::SIGQUIT => "SIGQUIT".into(),
+        libc::SIGTERM => "SIGTERM".into(),
+        other => format!("signal {other}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_are_as_documented() {
+        let crash = Exit::Crash("triple fault".into());
+        for (exit, status) in [
+            (Exit::PowerOff, 0),
+            (Exit::Reset, 32),
+            (crash, 33),
+            (Exit::Panicked, 34),
+            (Exit::DebugExit(77), 77),
+            (Exit::Signal(libc::SIGTERM), 143),
+            (Exit::Signal(libc::SIGINT), 130),
+            (Exit::Quit, 130),
+        ] {
+            assert_eq!(u8::from(&exit), status, "{exit}");
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! `/dev/kvm`, what we need of it, and the machine made with it.
+//!
+//! Called by the set-up in `vmm`. Documentation/virt/kvm/api.rst in the Linux sources is the reference.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap,
+};
+use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
+use thiserror::Error;
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Why KVM cannot be used as we need it.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    /// There is no such file.
+    #[error("/dev/kvm does not exist")]
+    Missing,
+    /// The file is there and may not be opened.
+    #[error("/dev/kvm may not be opened by this user")]
+    NoPermission,
+    /// The file is there and cannot be opened for another reason.
+    #[error("cannot open /dev/kvm")]
+    Open(#[source] io::Error),
+    /// It is no KVM, or one that nobody has seen since 2007.
+    #[error("/dev/kvm speaks version {0} of the KVM interface, not {KVM_API_VERSION}")]
+    ApiVersion(i32),
+    /// Something that we use is not offered.
+    #[error("this KVM lacks {0}, {1}")]
+    Capability(&'static str, &'static str),
+    /// More processors than KVM can do.
+    #[error("{asked} vCPUs are more than the {most} that this KVM can do")]
+    TooManyVcpus {
+        /// What was asked for.
+        asked: u32,
+        /// What KVM can do.
+        most: u32,
+    },
+    /// An ioctl failed.
+    #[error("KVM cannot {0}")]
+    Ioctl(String, #[source] io::Error),
+}
+
+impl KvmError {
+    /// What the user could do about it.
+    pub fn hint(&self) -> Option<String> {
+        let text = match self {
+            KvmError::Missing => {
+                "load the module (`modprobe kvm_intel` or `kvm_amd`), switch virtualisation on in the firmware, or pass \
+                 --device /dev/kvm to the container"
+            }
+            KvmError::NoPermission => {
+                "add yourself to the group that owns it: `sudo usermod -aG kvm $USER`, then log in again"
+            }
+            KvmError::Capability(..) => "Linux 4.11 or later on an x86-64 processor has all that is needed",
+            _ => return None,
+        };
+        Some(text.into())
+    }
+
+    /// Whether the fault is with the machine's set-up or the user's wishes, and not with KVM at work.
+    pub fn is_configuration(&self) -> bool {
+        !matches!(self, KvmError::Ioctl(..))
+    }
+}
+
+/// For `map_err`: an ioctl that failed at `what`.
+pub(super) fn failed_to(what: impl Into<String>) -> impl FnOnce(errno::Error) -> KvmError {
+    |error| KvmError::Ioctl(what.into(), error.into())
+}
+
+/// What is used, and what for. All of it is in Linux 4.11.
+const NEEDED: [(Cap, &str, &str); 9] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "which is guest memory"),
+    (
+        Cap::ReadonlyMem,
+        "KVM_CAP_READONLY_MEM",
+        "without which a read-only mapping could be written",
+    ),
+    (
+        Cap::Irqchip,
+        "KVM_CAP_IRQCHIP",
+        "which are the interrupt controllers",
+    ),
+    (
+        Cap::Irqfd,
+        "KVM_CAP_IRQFD",
+        "which lets another process interrupt the guest",
+    ),
+    (
+        Cap::Ioeventfd,
+        "KVM_CAP_IOEVENTFD",
+        "which lets the guest wake another process",
+    ),
+    (
+        Cap::ImmediateExit,
+        "KVM_CAP_IMMEDIATE_EXIT",
+        "without which a vCPU cannot be stopped for sure",
+    ),
+    (
+        Cap::ExtCpuid,
+        "KVM_CAP_EXT_CPUID",
+        "which says what processor the guest can have",
+    ),
+    (
+        Cap::SetTssAddr,
+        "KVM_CAP_SET_TSS_ADDR",
+        "without which KVM's own pages have no place",
+    ),
+    (
+        Cap::SetIdentityMapAddr,
+        "KVM_CAP_SET_IDENTITY_MAP_ADDR",
+        "without which KVM's own pages have no place",
+    ),
+];
+
+/// An open `/dev/kvm` that can do all we need.
+pub struct Kvm {
+    kvm: kvm_ioctls::Kvm,
+}
+
+impl Kvm {
+    /// Opens `/dev/kvm` and checks what it can do.
+    pub fn open() -> Result<Kvm, KvmError> {
+        let kvm = kvm_ioctls::Kvm::new().map_err(|error| match error.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
+            libc::EACCES | libc::EPERM => KvmError::NoPermission,
+            _ => KvmError::Open(error.into()),
+        })?;
+        let version = kvm.get_api_version();
+        if version != KVM_API_VERSION as i32 {
+            return Err(KvmError::ApiVersion(version));
+        }
+        for (capability, name, purpose) in NEEDED {
+            if !kvm.check_extension(capability) {
+                return Err(KvmError::Capability(name, purpose));
+            }
+        }
+        Ok(Kvm { kvm })
+    }
+
+    /// The processor features that a guest can have here.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed_to("say which processor features it supports"))
+    }
+
+    /// Whether local timers can run by the time stamp counter. KVM does not say so in its CPUID.
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// Refuses a number of vCPUs that is beyond this KVM.
+    pub fn check_vcpus(&self, asked: u32) -> Result<(), KvmError> {
+        // Ids are given out from 0 on, so that both limits are limits of the number.
+        let most = self.kvm.get_max_vcpus().min(self.kvm.get_max_vcpu_id()) as u32;
+        if asked > most {
+            return Err(KvmError::TooManyVcpus { asked, most });
+        }
+        Ok(())
+    }
+
+    /// The number of memory slots that a machine can have.
+    pub fn max_slots(&self) -> u32 {
+        self.kvm.get_nr_memslots() as u32
+    }
+}
+
+/// A machine without memory and processors, with interrupt controllers.
+pub struct Vm {
+    vm: Arc<VmFd>,
+}
+
+impl Vm {
+    /// Makes the machine. `own_pages` is where KVM may put the four pages that Intel's processors need to run real-mode
+    /// code: the identity-map page, then three for a TSS. No RAM may be there.
+    ///
+    /// There is no PIT: a kernel that finds hardware-reduced ACPI does not look for one, and gets its time from the
+    /// KVM clock and its ticks from the local timers. The emulation would cost a host thread, and its ports stay free.
+    pub fn new(kvm: &Kvm, own_pages: u64) -> Result<Vm, KvmError> {
+        let vm = loop {
+            match kvm.kvm.create_vm() {
+                // Documented: a signal may interrupt it.
+                Err(error) if error.errno() == libc::EINTR => continue,
+                result => break result.map_err(failed_to("create a machine"))?,
+            }
+        };
+        vm.set_identity_map_address(own_pages).map_err(failed_to(format!(
+            "use the page at {own_pages:#x} for its identity map"
+        )))?;
+        let tss = own_pages + 0x1000;
+        vm.set_tss_address(tss as usize)
+            .map_err(failed_to(format!("use the pages at {tss:#x} for its TSS")))?;
+        vm.create_irq_chip()
+            .map_err(failed_to("create the interrupt controllers"))?;
+        keep_page_tables_on_slot_deletion(&vm)?;
+        Ok(Vm { vm: Arc::new(vm) })
+    }
+
+    /// The file, for memory slots.
+    pub fn fd(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
+    /// Adds the processor with this id, which is its APIC id too.
+    pub fn create_vcpu(&self, id: u32) -> Result<VcpuFd, KvmError> {
+        self.vm
+            .create_vcpu(u64::from(id))
+            .map_err(failed_to(format!("create vCPU {id}")))
+    }
+
+    /// A write to `event`, by whatever process, pulses interrupt line `gsi`.
+    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
+        self.vm
+            .register_irqfd(event, gsi)
+            .map_err(failed_to(format!("connect an eventfd to interrupt {gsi}")))
+    }
+
+    /// A guest's write of `value`, 4 bytes wide, to `address` signals `event` instead of making an exit.
+    pub fn register_ioeventfd(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
+        self.vm
+            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(failed_to(format!(
+                "connect an eventfd to writes of {value:#x} at {address:#x}"
+            )))
+    }
+}
+
+/// Deleting one slot shall not throw away the page tables of all others. Offered by Linux 6.12 and later; before that,
+/// a deletion costs the guest its time and nothing else.
+fn keep_page_tables_on_slot_deletion(vm: &VmFd) -> Result<(), KvmError> {
+    let quirks = vm.check_extension_raw(u64::from(KVM_CAP_DISABLE_QUIRKS2)).max(0) as u32;
+    if quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL == 0 {
+        log::debug!("this KVM always zaps all page tables when it deletes a memory slot");
+        return Ok(());
+    }
+    let mut capability = kvm_enable_cap {
+        cap: KVM_CAP_DISABLE_QUIRKS2,
+        ..Default::default()
+    };
+    capability.args[0] = u64::from(KVM_X86_QUIRK_SLOT_ZAP_ALL);
+    vm.enable_cap(&capability)
+        .map_err(failed_to("disable KVM_X86_QUIRK_SLOT_ZAP_ALL"))
+}

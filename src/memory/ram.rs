@@ -1,0 +1,266 @@
+//! Guest RAM: one sealed memfd, seen by the guest below and above the hole that ends at 4 GiB.
+//!
+//! The memory is always shareable, because every device is another process. It is sealed against growing and
+//! shrinking, so that no peer who gets the file can take pages away under us. Called by the set-up in `vmm`;
+//! `vhost_user` sends the regions and the file to back-ends.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use super::{GuestRange, PAGE_SIZE};
+
+/// The least RAM that is accepted: the boot structures (see `arch::layout`) are in the first MiB, and a kernel starts
+/// at the second.
+pub const SMALLEST: u64 = 2 << 20;
+
+/// Why there is no RAM of that size.
+#[derive(Debug, Error)]
+pub enum RamError {
+    /// Less than [`SMALLEST`], zero among it.
+    #[error("{0} bytes of guest memory are too few: the least is {SMALLEST}")]
+    TooSmall(u64),
+    /// Not a whole number of pages.
+    #[error("{0} bytes of guest memory are not a multiple of the page size, {PAGE_SIZE}")]
+    Unaligned(u64),
+    /// More than the host could ever fill.
+    #[error("{asked} bytes of guest memory are more than the {host} bytes that this host has, swap included")]
+    MoreThanHost {
+        /// What was asked for.
+        asked: u64,
+        /// The host's memory and swap.
+        host: u64,
+    },
+    /// The kernel refused.
+    #[error("cannot {what} for {size} bytes of guest memory")]
+    Os {
+        /// What we tried.
+        what: &'static str,
+        /// The RAM's size.
+        size: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl RamError {
+    /// What the user could do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            RamError::TooSmall(_) => Some("a stock Linux kernel wants 128M or more".into()),
+            RamError::Unaligned(size) => {
+                let below = size / PAGE_SIZE * PAGE_SIZE;
+                Some(format!(
+                    "the nearest sizes are {below} and {}",
+                    below.saturating_add(PAGE_SIZE)
+                ))
+            }
+            RamError::MoreThanHost { .. } => None,
+            RamError::Os { .. } => Some("try a smaller --memory, or look at `ulimit -v`".into()),
+        }
+    }
+}
+
+/// One piece of RAM, as KVM slots and vhost-user memory tables want it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamRegion {
+    /// Where the guest sees it.
+    pub guest: GuestRange,
+    /// Where it is mapped in this process, until the [`Ram`] is dropped.
+    pub host: *mut u8,
+    /// Where it starts in [`Ram::file`].
+    pub file_offset: u64,
+}
+
+// SAFETY: a region is a description; `host` is only a number until somebody dereferences it in an unsafe block of their own.
+unsafe impl Send for RamRegion {}
+// SAFETY: as above.
+unsafe impl Sync for RamRegion {}
+
+/// The guest's RAM. Unmapped when the last clone of [`Ram::memory`] is gone.
+#[derive(Debug)]
+pub struct Ram {
+    file: Arc<File>,
+    memory: GuestMemoryMmap,
+    regions: Vec<RamRegion>,
+}
+
+/// Splits `size` bytes into guest ranges: from 0 up to `hole_start`, the rest from `hole_end` on.
+fn split(size: u64, hole_start: u64, hole_end: u64) -> Vec<GuestRange> {
+    let low = size.min(hole_start);
+    [GuestRange::new(0, low), GuestRange::new(hole_end, size - low)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+impl Ram {
+    /// Makes `size` bytes of RAM that leave the addresses from `hole_start` to `hole_end` free. Nothing is touched
+    /// yet, so nothing is resident.
+    ///
+    /// # Errors
+    ///
+    /// Sizes that are too small, no multiple of the page size, or more than the host's memory and swap; and what the
+    /// host's kernel refuses.
+    pub fn new(size: u64, hole_start: u64, hole_end: u64) -> Result<Ram, RamError> {
+        check_size(size, host_memory())?;
+        let os = |what| move |source| RamError::Os { what, size, source };
+        let file = Arc::new(sealed_memfd(c"guest-ram", size).map_err(os("make a memfd"))?);
+        let (mut regions, mut mapped, mut file_offset) = (Vec::new(), Vec::new(), 0);
+        for guest in split(size, hole_start, hole_end) {
+            let mapping = MmapRegionBuilder::new(guest.len() as usize)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), file_offset))
+                .build()
+                .map_err(|error| os("map addresses")(io::Error::other(error)))?;
+            regions.push(RamRegion {
+                guest,
+                host: mapping.as_ptr(),
+                file_offset,
+            });
+            mapped.push(
+                GuestRegionMmap::new(mapping, GuestAddress(guest.start()))
+                    .expect("invariant: a GuestRange does not wrap"),
+            );
+            file_offset += guest.len();
+        }
+        let memory = GuestMemoryMmap::from_regions(mapped)
+            .expect("invariant: one or two regions, disjoint and in order");
+        Ok(Ram {
+            file,
+            memory,
+            regions,
+        })
+    }
+
+    /// Access to RAM by guest physical address, for loading and for reading what a guest names.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The pieces, by rising guest address.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// The memfd behind all of it.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// The first address after the RAM below the hole.
+    pub fn low_end(&self) -> u64 {
+        self.regions[0].guest.len()
+    }
+
+    /// The first address after all RAM.
+    pub fn end(&self) -> u64 {
+        let last = self.regions[self.regions.len() - 1].guest;
+        last.start() + last.len()
+    }
+}
+
+fn check_size(size: u64, host: u64) -> Result<(), RamError> {
+    if size < SMALLEST {
+        Err(RamError::TooSmall(size))
+    } else if size % PAGE_SIZE != 0 {
+        Err(RamError::Unaligned(size))
+    } else if size > host {
+        Err(RamError::MoreThanHost { asked: size, host })
+    } else {
+        Ok(())
+    }
+}
+
+/// The host's memory and swap in bytes; no limit where it does not say.
+fn host_memory() -> u64 {
+    // SAFETY: sysinfo is plain numbers, for which all-zero is a value.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the struct is ours and lives through the call, which fills it.
+    if unsafe { libc::sysinfo(&mut info) } != 0 {
+        return u64::MAX;
+    }
+    info.totalram
+        .saturating_add(info.totalswap)
+        .saturating_mul(u64::from(info.mem_unit))
+}
+
+/// An anonymous file of `size` bytes that can neither grow nor shrink, for good.
+fn sealed_memfd(name: &CStr, size: u64) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a C string that lives through the call.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes an int and touches no memory of ours.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn ram_leaves_the_hole_free() {
+        let ranges = |size| -> Vec<(u64, u64)> {
+            split(size, 3 * GIB, 4 * GIB)
+                .iter()
+                .map(|range| (range.start(), range.len()))
+                .collect()
+        };
+        assert_eq!(ranges(128 << 20), [(0, 128 << 20)]);
+        assert_eq!(ranges(3 * GIB), [(0, 3 * GIB)]);
+        assert_eq!(ranges(3 * GIB + 4096), [(0, 3 * GIB), (4 * GIB, 4096)]);
+        assert_eq!(ranges(6 * GIB), [(0, 3 * GIB), (4 * GIB, 3 * GIB)]);
+    }
+
+    #[test]
+    fn sizes_that_make_no_sense_are_refused_with_their_numbers() {
+        let message = |size, host| check_size(size, host).unwrap_err().to_string();
+        assert!(message(0, GIB).starts_with("0 bytes of guest memory are too few"));
+        assert!(message(GIB + 1, 2 * GIB).contains("1073741825 bytes of guest memory are not a multiple"));
+        assert!(
+            message(2 * GIB, GIB).contains("2147483648 bytes of guest memory are more than the 1073741824")
+        );
+        assert!(check_size(GIB, GIB).is_ok());
+    }
+
+    #[test]
+    fn both_pieces_are_one_file_that_cannot_change_its_size() {
+        // A hole at 4 MiB stands in for the one at 3 GiB.
+        let ram = Ram::new(6 << 20, 4 << 20, 16 << 20).unwrap();
+        let offsets: Vec<_> = ram.regions().iter().map(|region| region.file_offset).collect();
+        assert_eq!(offsets, [0, 4 << 20]);
+        assert_eq!((ram.low_end(), ram.end()), (4 << 20, 18 << 20));
+        ram.memory()
+            .write_obj(0x1234_u16, GuestAddress(16 << 20))
+            .unwrap();
+        let mut bytes = [0; 2];
+        std::os::unix::fs::FileExt::read_exact_at(&**ram.file(), &mut bytes, 4 << 20).unwrap();
+        assert_eq!(u16::from_le_bytes(bytes), 0x1234);
+        assert!(ram.memory().write_obj(0_u8, GuestAddress(4 << 20)).is_err());
+        for size in [0, 5 << 20, 7 << 20] {
+            let error = ram.file().set_len(size).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{size}");
+        }
+    }
+}
