@@ -143,12 +143,10 @@ fn code() -> Result<Vec<u8>, IcedError> {
 
     // al: the next byte
     a.set_label(&mut get_byte)?;
-    let mut none_yet = a.create_label();
-    a.set_label(&mut none_yet)?;
     a.mov(edx, LINE_STATUS)?;
     a.in_(al, dx)?;
     a.test(al, 1)?;
-    a.je(none_yet)?;
+    a.je(get_byte)?;
     a.mov(edx, COM1)?;
     a.in_(al, dx)?;
     a.ret()?;
