@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser, ValueEnum};
+use clap::{ArgAction, Parser};
 
 use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, VhostUser, parse_duration, parse_memory};
 
@@ -50,8 +50,8 @@ pub struct Cli {
     pub serial: SerialLine,
 
     // Only one of its two values is there yet, which is the default: not worth a line in the help.
-    #[arg(long, value_name = "exit|reset", default_value = "exit", value_parser = parse_on_reboot, hide = true)]
-    on_reboot: (),
+    #[arg(long, value_name = "exit|reset", value_parser = parse_on_reboot, hide = true)]
+    on_reboot: Option<OnReboot>,
 
     /// How long to wait for a back-end's socket: 5s, 500ms
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
@@ -84,17 +84,17 @@ const STATUSES: &str = "Exit status:
   2 wrong usage or configuration        34 its kernel panicked (pvpanic)
   128+n signal n                         n its byte on the port of --debug-exit";
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+/// What follows a reset of the guest.
+#[derive(Clone, Copy, Debug)]
 enum OnReboot {
     Exit,
-    Reset,
 }
 
-fn parse_on_reboot(text: &str) -> Result<(), String> {
-    match OnReboot::from_str(text, false) {
-        Ok(OnReboot::Exit) => Ok(()),
-        Ok(OnReboot::Reset) => Err("a reset in place is not supported yet".into()),
-        Err(_) => Err("it is exit or reset".into()),
+fn parse_on_reboot(text: &str) -> Result<OnReboot, &'static str> {
+    match text {
+        "exit" => Ok(OnReboot::Exit),
+        "reset" => Err("a reset in place is not supported yet"),
+        _ => Err("it is exit or reset"),
     }
 }
 
@@ -139,8 +139,14 @@ mod tests {
     #[test]
     fn the_kernel_command_line_is_the_default_and_then_the_users() {
         assert_eq!(config(&["-k", "k"]).cmdline, DEFAULT_CMDLINE);
-        assert_eq!(config(&["-k", "k", "-c", "quiet"]).cmdline, format!("{DEFAULT_CMDLINE} quiet"));
-        assert_eq!(config(&["-k", "k", "-c", "--", "--no-default-cmdline"]).cmdline, "--");
+        assert_eq!(
+            config(&["-k", "k", "-c", "quiet"]).cmdline,
+            format!("{DEFAULT_CMDLINE} quiet")
+        );
+        assert_eq!(
+            config(&["-k", "k", "-c", "--", "--no-default-cmdline"]).cmdline,
+            "--"
+        );
         assert_eq!(config(&["-k", "k", "--no-default-cmdline"]).cmdline, "");
     }
 
@@ -149,7 +155,14 @@ mod tests {
         let help = Cli::command().render_long_help().to_string().replace('\n', " ");
         let squeezed = help.split_whitespace().collect::<Vec<_>>().join(" ");
         assert!(squeezed.contains(&format!("\"{DEFAULT_CMDLINE}\"")), "{help}");
-        for unfinished in ["on-reboot", "sandbox", "trace-vhost-user", "backend-loss", "reconnect", "share-shmem"] {
+        for unfinished in [
+            "on-reboot",
+            "sandbox",
+            "trace-vhost-user",
+            "backend-loss",
+            "reconnect",
+            "share-shmem",
+        ] {
             assert!(!help.contains(unfinished), "{unfinished}");
         }
     }
@@ -162,9 +175,18 @@ mod tests {
             (&["--cpus", "0"], ["--cpus", "0 is not in 1.."]),
             (&["--cpus", "-1"], ["--cpus", "-1"]),
             (&["--cpus", "many"], ["--cpus", "many"]),
-            (&["--vhost-user", "a,type=fs,x=1"], ["--vhost-user", "unknown key `x`"]),
-            (&["--serial", "pty"], ["--serial", "`pty` is not a good serial line"]),
-            (&["--connect-timeout", "soon"], ["--connect-timeout", "`soon` is not a good time span"]),
+            (
+                &["--vhost-user", "a,type=fs,x=1"],
+                ["--vhost-user", "unknown key `x`"],
+            ),
+            (
+                &["--serial", "pty"],
+                ["--serial", "`pty` is not a good serial line"],
+            ),
+            (
+                &["--connect-timeout", "soon"],
+                ["--connect-timeout", "`soon` is not a good time span"],
+            ),
             (&["--on-reboot", "reset"], ["--on-reboot", "not supported yet"]),
             (&["--on-reboot", "panic"], ["--on-reboot", "it is exit or reset"]),
         ] {

@@ -141,9 +141,12 @@ impl FromStr for VhostUser {
             return Err(ConfigError::NoPath);
         }
         let socket = PathBuf::from(path);
-        let (mut device_type, mut name, mut queues, mut queue_size, mut shmem_bit) = (None, None, None, None, None);
+        let (mut device_type, mut name, mut queues, mut queue_size, mut shmem_bit) =
+            (None, None, None, None, None);
         for part in parts {
-            let (key, value) = part.split_once('=').ok_or_else(|| ConfigError::NotAPair(part.into()))?;
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| ConfigError::NotAPair(part.into()))?;
             let twice = match key {
                 "type" => device_type.replace(parse_type(value)?).is_some(),
                 "name" => name.replace(parse_name(value)?).is_some(),
@@ -252,9 +255,13 @@ pub fn parse_duration(text: &str) -> Result<Duration, ConfigError> {
         None => (text.strip_suffix('s').unwrap_or(text), Duration::from_secs),
     };
     let number = number.parse::<u64>().ok().filter(|_| !number.starts_with('+'));
-    number
-        .map(unit)
-        .ok_or_else(|| bad("time span", text, "it is a whole number of seconds, as in 5s, or of milliseconds, as in 500ms"))
+    number.map(unit).ok_or_else(|| {
+        bad(
+            "time span",
+            text,
+            "it is a whole number of seconds, as in 5s, or of milliseconds, as in 500ms",
+        )
+    })
 }
 
 /// A size of RAM.
@@ -309,7 +316,10 @@ mod tests {
             ("a.sock,type=fs,name=", "`` is not a good name"),
             ("a.sock,type=fs,type=fs", "`type` is given twice"),
             ("a.sock,type=fs,reconnect=5", "`reconnect` is not supported yet"),
-            ("a.sock,type=fs,share-shmem=on", "`share-shmem` is not supported yet"),
+            (
+                "a.sock,type=fs,share-shmem=on",
+                "`share-shmem` is not supported yet",
+            ),
         ] {
             let error = text.parse::<VhostUser>().unwrap_err().to_string();
             assert!(error.contains(part), "{text}: {error}");

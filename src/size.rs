@@ -7,7 +7,9 @@
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
     /// No digits before the unit, or something else than digits.
-    #[error("{0:?} is not a size: expected a whole number of bytes with an optional unit K, M, G or T, as in 16M")]
+    #[error(
+        "{0:?} is not a size: expected a whole number of bytes with an optional unit K, M, G or T, as in 16M"
+    )]
     NotANumber(String),
     /// The number, or the number times its unit, does not fit in 64 bits.
     #[error("{0:?} is more than 2^64 - 1 bytes")]
@@ -73,11 +75,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit() {
-        for text in [
-            "18446744073709551616",
-            "16777216T",
-            "99999999999999999999999K",
-        ] {
+        for text in ["18446744073709551616", "16777216T", "99999999999999999999999K"] {
             assert_eq!(parse(text), Err(SizeError::TooLarge(text.to_owned())), "{text}");
         }
     }

@@ -11,7 +11,13 @@ static SAVED: OnceLock<libc::termios> = OnceLock::new();
 static IS_RAW: AtomicBool = AtomicBool::new(false);
 
 /// What ends a process without its destructors, if it is a bug of ours.
-const FATAL: [libc::c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
+const FATAL: [libc::c_int; 5] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGABRT,
+];
 
 /// While it lives, the terminal on stdin is raw: each key goes to the guest at once, Ctrl-C too.
 #[derive(Debug)]

@@ -28,7 +28,12 @@ mod tests {
     #[test]
     fn only_the_reset_command_does_something() {
         assert_eq!(I8042.write(COMMAND, &[PULSE_RESET]), Some(MachineEvent::Reset));
-        for (offset, data) in [(0, &[PULSE_RESET][..]), (COMMAND, &[0xd1]), (COMMAND, &[]), (3, &[0, 0xfe])] {
+        for (offset, data) in [
+            (0, &[PULSE_RESET][..]),
+            (COMMAND, &[0xd1]),
+            (COMMAND, &[]),
+            (3, &[0, 0xfe]),
+        ] {
             assert_eq!(I8042.write(offset, data), None);
         }
         let mut status = [0xff];

@@ -233,7 +233,10 @@ mod tests {
 
     fn pipe() -> (File, File) {
         let (reader, writer) = io::pipe().unwrap();
-        (File::from(OwnedFd::from(reader)), File::from(OwnedFd::from(writer)))
+        (
+            File::from(OwnedFd::from(reader)),
+            File::from(OwnedFd::from(writer)),
+        )
     }
 
     #[test]

@@ -36,7 +36,11 @@ impl GuestMapper for Slots {
         }
         let region = kvm_userspace_memory_region {
             slot,
-            flags: if access == Access::ReadOnly { KVM_MEM_READONLY } else { 0 },
+            flags: if access == Access::ReadOnly {
+                KVM_MEM_READONLY
+            } else {
+                0
+            },
             guest_phys_addr: guest.start(),
             memory_size: guest.len(),
             userspace_addr: host as u64,
@@ -49,7 +53,9 @@ impl GuestMapper for Slots {
 
     fn unmap(&self, slot: SlotId) -> io::Result<()> {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut region = *live.get(&slot.0).ok_or(io::Error::from_raw_os_error(libc::ENOENT))?;
+        let mut region = *live
+            .get(&slot.0)
+            .ok_or(io::Error::from_raw_os_error(libc::ENOENT))?;
         region.memory_size = 0;
         // SAFETY: a size of 0 removes the slot.
         unsafe { self.vm.set_user_memory_region(region) }?;

@@ -215,12 +215,20 @@ impl Runner {
         let set = self.fd.set_msrs(&state.msrs).map_err(fails("MSRs"))?;
         if let Some(refused) = wanted.get(set) {
             // Not the end: the guest sees the reset value. Software KVMs know few of them.
-            log::debug!("vCPU {vcpu}: KVM does not take MSR {:#x} = {:#x}", refused.index, refused.data);
+            log::debug!(
+                "vCPU {vcpu}: KVM does not take MSR {:#x} = {:#x}",
+                refused.index,
+                refused.data
+            );
         }
         if let Some(boot) = &state.boot {
-            self.fd.set_sregs(&boot.sregs).map_err(fails("system registers"))?;
+            self.fd
+                .set_sregs(&boot.sregs)
+                .map_err(fails("system registers"))?;
             self.fd.set_regs(&boot.regs).map_err(fails("registers"))?;
-            self.fd.set_fpu(&boot.fpu).map_err(fails("floating point registers"))?;
+            self.fd
+                .set_fpu(&boot.fpu)
+                .map_err(fails("floating point registers"))?;
         }
         Ok(())
     }
@@ -294,13 +302,15 @@ impl Runner {
                 }
                 None
             }
-            Port::Out(data) => data.chunks(size).find_map(|item| match ports.write(port.into(), item) {
-                Ok(event) => event.map(Outcome::Event),
-                Err(_) => {
-                    unclaimed.fetch_add(1, Ordering::Relaxed);
-                    None
-                }
-            }),
+            Port::Out(data) => data
+                .chunks(size)
+                .find_map(|item| match ports.write(port.into(), item) {
+                    Ok(event) => event.map(Outcome::Event),
+                    Err(_) => {
+                        unclaimed.fetch_add(1, Ordering::Relaxed);
+                        None
+                    }
+                }),
         }
     }
 
@@ -341,12 +351,42 @@ impl fmt::Display for Registers<'_> {
             return write!(f, "(its registers cannot be read)");
         };
         let rows = [
-            [("rip", regs.rip), ("rsp", regs.rsp), ("rflags", regs.rflags), ("rbp", regs.rbp)],
-            [("rax", regs.rax), ("rbx", regs.rbx), ("rcx", regs.rcx), ("rdx", regs.rdx)],
-            [("rsi", regs.rsi), ("rdi", regs.rdi), ("r8", regs.r8), ("r9", regs.r9)],
-            [("r10", regs.r10), ("r11", regs.r11), ("r12", regs.r12), ("r13", regs.r13)],
-            [("r14", regs.r14), ("r15", regs.r15), ("cr0", sregs.cr0), ("cr2", sregs.cr2)],
-            [("cr3", sregs.cr3), ("cr4", sregs.cr4), ("efer", sregs.efer), ("cs", sregs.cs.selector.into())],
+            [
+                ("rip", regs.rip),
+                ("rsp", regs.rsp),
+                ("rflags", regs.rflags),
+                ("rbp", regs.rbp),
+            ],
+            [
+                ("rax", regs.rax),
+                ("rbx", regs.rbx),
+                ("rcx", regs.rcx),
+                ("rdx", regs.rdx),
+            ],
+            [
+                ("rsi", regs.rsi),
+                ("rdi", regs.rdi),
+                ("r8", regs.r8),
+                ("r9", regs.r9),
+            ],
+            [
+                ("r10", regs.r10),
+                ("r11", regs.r11),
+                ("r12", regs.r12),
+                ("r13", regs.r13),
+            ],
+            [
+                ("r14", regs.r14),
+                ("r15", regs.r15),
+                ("cr0", sregs.cr0),
+                ("cr2", sregs.cr2),
+            ],
+            [
+                ("cr3", sregs.cr3),
+                ("cr4", sregs.cr4),
+                ("efer", sregs.efer),
+                ("cs", sregs.cs.selector.into()),
+            ],
         ];
         for (number, row) in rows.iter().enumerate() {
             if number > 0 {

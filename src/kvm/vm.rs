@@ -5,7 +5,9 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap,
+};
 use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::errno;
@@ -50,7 +52,9 @@ impl KvmError {
                 "load the module (`modprobe kvm_intel` or `kvm_amd`), switch virtualisation on in the firmware, or pass \
                  --device /dev/kvm to the container"
             }
-            KvmError::NoPermission => "add yourself to the group that owns it: `sudo usermod -aG kvm $USER`, then log in again",
+            KvmError::NoPermission => {
+                "add yourself to the group that owns it: `sudo usermod -aG kvm $USER`, then log in again"
+            }
             KvmError::Capability(..) => "Linux 4.11 or later on an x86-64 processor has all that is needed",
             _ => return None,
         };
@@ -71,13 +75,41 @@ pub(super) fn failed_to(what: impl Into<String>) -> impl FnOnce(errno::Error) ->
 /// What is used, and what for. All of it is in Linux 4.11.
 const NEEDED: [(Cap, &str, &str); 9] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "which is guest memory"),
-    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM", "without which a read-only mapping could be written"),
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP", "which are the interrupt controllers"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD", "which lets another process interrupt the guest"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD", "which lets the guest wake another process"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "without which a vCPU cannot be stopped for sure"),
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "which says what processor the guest can have"),
-    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "without which KVM's own pages have no place"),
+    (
+        Cap::ReadonlyMem,
+        "KVM_CAP_READONLY_MEM",
+        "without which a read-only mapping could be written",
+    ),
+    (
+        Cap::Irqchip,
+        "KVM_CAP_IRQCHIP",
+        "which are the interrupt controllers",
+    ),
+    (
+        Cap::Irqfd,
+        "KVM_CAP_IRQFD",
+        "which lets another process interrupt the guest",
+    ),
+    (
+        Cap::Ioeventfd,
+        "KVM_CAP_IOEVENTFD",
+        "which lets the guest wake another process",
+    ),
+    (
+        Cap::ImmediateExit,
+        "KVM_CAP_IMMEDIATE_EXIT",
+        "without which a vCPU cannot be stopped for sure",
+    ),
+    (
+        Cap::ExtCpuid,
+        "KVM_CAP_EXT_CPUID",
+        "which says what processor the guest can have",
+    ),
+    (
+        Cap::SetTssAddr,
+        "KVM_CAP_SET_TSS_ADDR",
+        "without which KVM's own pages have no place",
+    ),
     (
         Cap::SetIdentityMapAddr,
         "KVM_CAP_SET_IDENTITY_MAP_ADDR",
@@ -157,8 +189,9 @@ impl Vm {
                 result => break result.map_err(failed_to("create a machine"))?,
             }
         };
-        vm.set_identity_map_address(own_pages)
-            .map_err(failed_to(format!("use the page at {own_pages:#x} for its identity map")))?;
+        vm.set_identity_map_address(own_pages).map_err(failed_to(format!(
+            "use the page at {own_pages:#x} for its identity map"
+        )))?;
         let tss = own_pages + 0x1000;
         vm.set_tss_address(tss as usize)
             .map_err(failed_to(format!("use the pages at {tss:#x} for its TSS")))?;

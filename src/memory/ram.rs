@@ -56,7 +56,10 @@ impl RamError {
             RamError::TooSmall(_) => Some("a stock Linux kernel wants 128M or more".into()),
             RamError::Unaligned(size) => {
                 let below = size / PAGE_SIZE * PAGE_SIZE;
-                Some(format!("the nearest sizes are {below} and {}", below.saturating_add(PAGE_SIZE)))
+                Some(format!(
+                    "the nearest sizes are {below} and {}",
+                    below.saturating_add(PAGE_SIZE)
+                ))
             }
             RamError::MoreThanHost { .. } => None,
             RamError::Os { .. } => Some("try a smaller --memory, or look at `ulimit -v`".into()),
@@ -128,8 +131,8 @@ impl Ram {
             );
             file_offset += guest.len();
         }
-        let memory =
-            GuestMemoryMmap::from_regions(mapped).expect("invariant: one or two regions, disjoint and in order");
+        let memory = GuestMemoryMmap::from_regions(mapped)
+            .expect("invariant: one or two regions, disjoint and in order");
         Ok(Ram {
             file,
             memory,
@@ -235,7 +238,9 @@ mod tests {
         let message = |size, host| check_size(size, host).unwrap_err().to_string();
         assert!(message(0, GIB).starts_with("0 bytes of guest memory are too few"));
         assert!(message(GIB + 1, 2 * GIB).contains("1073741825 bytes of guest memory are not a multiple"));
-        assert!(message(2 * GIB, GIB).contains("2147483648 bytes of guest memory are more than the 1073741824"));
+        assert!(
+            message(2 * GIB, GIB).contains("2147483648 bytes of guest memory are more than the 1073741824")
+        );
         assert!(check_size(GIB, GIB).is_ok());
     }
 
@@ -246,7 +251,9 @@ mod tests {
         let offsets: Vec<_> = ram.regions().iter().map(|region| region.file_offset).collect();
         assert_eq!(offsets, [0, 4 << 20]);
         assert_eq!((ram.low_end(), ram.end()), (4 << 20, 18 << 20));
-        ram.memory().write_obj(0x1234_u16, GuestAddress(16 << 20)).unwrap();
+        ram.memory()
+            .write_obj(0x1234_u16, GuestAddress(16 << 20))
+            .unwrap();
         let mut bytes = [0; 2];
         std::os::unix::fs::FileExt::read_exact_at(&**ram.file(), &mut bytes, 4 << 20).unwrap();
         assert_eq!(u16::from_le_bytes(bytes), 0x1234);

@@ -170,7 +170,10 @@ fn interrupt(gsi: u32) -> Interrupt {
 
 /// `\_S5`: the sleep type for "off", for both of ACPI's possible registers.
 fn sleep_state_s5() -> impl Aml {
-    Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
+    Name::new(
+        "_S5_".into(),
+        &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]),
+    )
 }
 
 fn serial_port() -> Vec<u8> {
@@ -298,7 +301,10 @@ mod tests {
             .collect();
         assert_eq!(apics, [(0, 8, 0, 0, 1), (0, 8, 1, 1, 1), (0, 8, 2, 2, 1)]);
         let ioapic = &madt[68..];
-        assert_eq!((ioapic[0], ioapic[1], u32_at(ioapic, 4), u32_at(ioapic, 8)), (1, 12, 0xfec0_0000, 0));
+        assert_eq!(
+            (ioapic[0], ioapic[1], u32_at(ioapic, 4), u32_at(ioapic, 8)),
+            (1, 12, 0xfec0_0000, 0)
+        );
     }
 
     #[test]
@@ -312,7 +318,12 @@ mod tests {
         for (name, registers, gsi) in [("V000", 0xd000_0000_u32, 5_u32), ("V001", 0xd000_1000, 6)] {
             assert_eq!(find(name.as_bytes()), 1);
             // A 32-bit fixed memory descriptor (6.4.3.4), writable; an extended interrupt descriptor (6.4.3.6): consumer, edge.
-            let memory = [&[0x86, 9, 0, 1][..], &registers.to_le_bytes(), &0x1000_u32.to_le_bytes()].concat();
+            let memory = [
+                &[0x86, 9, 0, 1][..],
+                &registers.to_le_bytes(),
+                &0x1000_u32.to_le_bytes(),
+            ]
+            .concat();
             let interrupt = [&[0x89, 6, 0, 0b0011, 1][..], &gsi.to_le_bytes()].concat();
             assert_eq!(find(&[memory, interrupt].concat()), 1);
         }

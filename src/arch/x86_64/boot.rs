@@ -50,7 +50,9 @@ pub enum BootError {
         start: Vec<u8>,
     },
     /// An ELF file for something else.
-    #[error("the kernel {path} is an ELF file for {found}, not for a 64-bit x86-64 (ELF machine {EM_X86_64})")]
+    #[error(
+        "the kernel {path} is an ELF file for {found}, not for a 64-bit x86-64 (ELF machine {EM_X86_64})"
+    )]
     OtherMachine {
         /// The file.
         path: PathBuf,
@@ -86,7 +88,9 @@ pub enum BootError {
         want: u64,
     },
     /// The kernel needs more RAM than there is.
-    #[error("the kernel {path} needs the guest addresses up to {end:#x}, and RAM below 4 GiB ends at {ram:#x}")]
+    #[error(
+        "the kernel {path} needs the guest addresses up to {end:#x}, and RAM below 4 GiB ends at {ram:#x}"
+    )]
     KernelTooLarge {
         /// The file.
         path: PathBuf,
@@ -341,7 +345,11 @@ pub fn load(
     write("command line", &cmdline, layout::CMDLINE)?;
     let params = boot_parameters(header, ram, initrd);
     write("boot parameters", params.as_slice(), layout::BOOT_PARAMS)?;
-    write("page tables", &le_bytes(&regs::page_tables()), layout::PAGE_TABLES)?;
+    write(
+        "page tables",
+        &le_bytes(&regs::page_tables()),
+        layout::PAGE_TABLES,
+    )?;
     write("descriptor table", &le_bytes(&regs::gdt()), layout::GDT)?;
     Ok(EntryPoint {
         entry,
@@ -388,7 +396,11 @@ const E820_RESERVED: u32 = 2;
 fn memory_map(ram: &Ram) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, layout::LOW_RAM_END, E820_RAM),
-        (layout::LOW_RAM_END, layout::HIGH_RAM - layout::LOW_RAM_END, E820_RESERVED),
+        (
+            layout::LOW_RAM_END,
+            layout::HIGH_RAM - layout::LOW_RAM_END,
+            E820_RESERVED,
+        ),
         (layout::HIGH_RAM, ram.low_end() - layout::HIGH_RAM, E820_RAM),
     ];
     let above = ram.regions()[1..].iter().map(|region| region.guest);
@@ -434,7 +446,8 @@ fn read_setup_header(path: &Path, file: &File, len: u64) -> Result<Option<setup_
     if len < SETUP_HEADER + bytes.len() as u64 {
         return Ok(None);
     }
-    file.read_exact_at(bytes, SETUP_HEADER).map_err(read_error(path))?;
+    file.read_exact_at(bytes, SETUP_HEADER)
+        .map_err(read_error(path))?;
     Ok((header.header == HDRS).then_some(header))
 }
 
@@ -448,7 +461,12 @@ fn check_bzimage(path: &Path, header: &setup_header, have: u64) -> Result<(), Bo
         });
     }
     // In sectors of 512 bytes, 4 of them where it says 0, and one more for the boot sector; then units of 16 bytes.
-    let setup = 512 * (1 + u64::from(if header.setup_sects == 0 { 4 } else { header.setup_sects }));
+    let setup = 512
+        * (1 + u64::from(if header.setup_sects == 0 {
+            4
+        } else {
+            header.setup_sects
+        }));
     let want = setup + 16 * u64::from(header.syssize);
     if have < want {
         return Err(BootError::Truncated {
@@ -539,7 +557,9 @@ fn check_elf(path: &Path, file: &File, have: u64) -> Result<Format, BootError> {
         kernel_end = kernel_end.max(end);
     }
     if !entry_found {
-        return Err(bad(format!("its entry point {entry:#x} is in none of its segments")));
+        return Err(bad(format!(
+            "its entry point {entry:#x} is in none of its segments"
+        )));
     }
     Ok(Format::Elf { end: kernel_end })
 }

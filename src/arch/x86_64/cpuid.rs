@@ -105,7 +105,11 @@ fn patch(entry: &mut kvm_cpuid_entry2, topology: Topology, id: u32) {
         // Caches, Intel's and AMD's. EAX: level 7:5, processors that share it - 1 in 25:14, and with Intel cores in
         // the package - 1 in 31:26. The first two levels are a core's own.
         0x4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
-            let shared_by = if entry.eax >> 5 & 0x7 >= 3 { 1 << topology.id_bits() } else { 1 };
+            let shared_by = if entry.eax >> 5 & 0x7 >= 3 {
+                1 << topology.id_bits()
+            } else {
+                1
+            };
             entry.eax = entry.eax & 0x3fff | (shared_by - 1) << 14;
             if entry.function == 0x4 {
                 entry.eax |= ((1 << topology.id_bits()) - 1_u32).min(63) << 26;
@@ -243,8 +247,14 @@ mod tests {
         };
         let entries = of_vcpu(&supported(), without, 0);
         assert_eq!(leaf(entries.as_slice(), 0x1, 0).ecx & TSC_DEADLINE, 0);
-        assert_eq!(leaf(entries.as_slice(), 0x4000_0000, 0).ebx.to_le_bytes(), *b"KVMK");
-        assert_ne!(leaf(entries.as_slice(), 0x4000_0001, 0).eax & KVM_FEATURE_CLOCKSOURCE2, 0);
+        assert_eq!(
+            leaf(entries.as_slice(), 0x4000_0000, 0).ebx.to_le_bytes(),
+            *b"KVMK"
+        );
+        assert_ne!(
+            leaf(entries.as_slice(), 0x4000_0001, 0).eax & KVM_FEATURE_CLOCKSOURCE2,
+            0
+        );
     }
 
     #[test]

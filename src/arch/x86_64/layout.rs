@@ -124,10 +124,18 @@ impl fmt::Display for Layout {
 const MEMORY: [(&str, u64, u64); 12] = [
     ("global descriptor table", GDT, 32),
     ("boot parameters", BOOT_PARAMS, PAGE_SIZE),
-    ("page tables of the first instructions", PAGE_TABLES, 6 * PAGE_SIZE),
+    (
+        "page tables of the first instructions",
+        PAGE_TABLES,
+        6 * PAGE_SIZE,
+    ),
     ("kernel command line", CMDLINE, CMDLINE_SPACE),
     ("ACPI tables", ACPI, ACPI_SPACE),
-    ("RAM, with the kernel and the initramfs", HIGH_RAM, HOLE - HIGH_RAM),
+    (
+        "RAM, with the kernel and the initramfs",
+        HIGH_RAM,
+        HOLE - HIGH_RAM,
+    ),
     (
         "virtio devices' registers, a page each",
         VIRTIO_REGISTERS,
@@ -137,7 +145,11 @@ const MEMORY: [(&str, u64, u64); 12] = [
     ("local APICs", LOCAL_APIC, PAGE_SIZE),
     ("KVM's own pages", KVM_PAGES, KVM_PAGES_LEN),
     ("RAM beyond 3 GiB", HOLE_END, 0),
-    ("then, from the next GiB on: windows of shared memory regions", HOLE_END, 0),
+    (
+        "then, from the next GiB on: windows of shared memory regions",
+        HOLE_END,
+        0,
+    ),
 ];
 
 const PORTS: [(&str, u16, u16); 6] = [
@@ -179,7 +191,7 @@ mod tests {
             assert!(HOLE <= *start && start + len <= HOLE_END, "{name}");
             assert_eq!(start % PAGE_SIZE, 0, "{name}");
         }
-        assert!(LOW_RAM_END <= ACPI && ACPI + ACPI_SPACE <= HIGH_RAM);
+        const { assert!(LOW_RAM_END <= ACPI && ACPI + ACPI_SPACE <= HIGH_RAM) };
     }
 
     #[test]
@@ -188,7 +200,11 @@ mod tests {
         assert_eq!(devices.len(), 19);
         for (number, (address, gsi)) in devices.iter().enumerate() {
             assert!(*gsi != COM1_GSI && *gsi < IOAPIC_INPUTS);
-            assert!(devices[..number].iter().all(|(other, taken)| other != address && taken != gsi));
+            assert!(
+                devices[..number]
+                    .iter()
+                    .all(|(other, taken)| other != address && taken != gsi)
+            );
         }
     }
 
