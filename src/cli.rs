@@ -31,11 +31,11 @@ pub struct Cli {
     pub no_default_cmdline: bool,
 
     /// Guest memory: bytes, or a number with the unit K, M, G or T
-    #[arg(short, long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
+    #[arg(short, long, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = parse_memory)]
     pub memory: u64,
 
     /// Number of virtual processors
-    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: u32,
 
     /// Add a virtio device whose back-end listens on a Unix socket
