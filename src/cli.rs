@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser, ValueEnum};
+use clap::{ArgAction, Parser};
 
 use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, parse_duration, parse_memory};
 use crate::vhost_user::frontend::DeviceSpec;
@@ -32,11 +32,11 @@ pub struct Cli {
     pub no_default_cmdline: bool,
 
     /// Guest memory: bytes, or a number with the unit K, M, G or T
-    #[arg(short, long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
+    #[arg(short, long, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = parse_memory)]
     pub memory: u64,
 
     /// Number of virtual processors
-    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: u32,
 
     /// Add a virtio device whose back-end listens on a Unix socket
@@ -51,8 +51,8 @@ pub struct Cli {
     pub serial: SerialLine,
 
     // Only one of its two values is there yet, which is the default: not worth a line in the help.
-    #[arg(long, value_name = "exit|reset", default_value = "exit", value_parser = parse_on_reboot, hide = true)]
-    on_reboot: (),
+    #[arg(long, value_name = "exit|reset", value_parser = parse_on_reboot, hide = true)]
+    on_reboot: Option<OnReboot>,
 
     /// How long to wait for a back-end's socket: 5s, 500ms
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
@@ -85,17 +85,17 @@ const STATUSES: &str = "Exit status:
   2 wrong usage or configuration        34 its kernel panicked (pvpanic)
   128+n signal n                         n its byte on the port of --debug-exit";
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+/// What follows a reset of the guest.
+#[derive(Clone, Copy, Debug)]
 enum OnReboot {
     Exit,
-    Reset,
 }
 
-fn parse_on_reboot(text: &str) -> Result<(), String> {
-    match OnReboot::from_str(text, false) {
-        Ok(OnReboot::Exit) => Ok(()),
-        Ok(OnReboot::Reset) => Err("a reset in place is not supported yet".into()),
-        Err(_) => Err("it is exit or reset".into()),
+fn parse_on_reboot(text: &str) -> Result<OnReboot, &'static str> {
+    match text {
+        "exit" => Ok(OnReboot::Exit),
+        "reset" => Err("a reset in place is not supported yet"),
+        _ => Err("it is exit or reset"),
     }
 }
 

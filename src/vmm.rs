@@ -5,17 +5,17 @@
 //! the main loop, until somebody says how the machine ends.
 
 mod backends;
+mod main_loop;
 
-use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, IsTerminal, Read};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
+use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
@@ -26,7 +26,7 @@ use crate::arch::x86_64::acpi::{self, AcpiError};
 use crate::arch::x86_64::boot::{self, BootError, EntryPoint, Initramfs, Kernel};
 use crate::arch::x86_64::cpuid::{self, Topology};
 use crate::arch::x86_64::{layout, msr, regs};
-use crate::bus::{Bus, BusDevice, BusError, MachineEvent};
+use crate::bus::{Bus, BusDevice, BusError};
 use crate::config::{Config, SerialLine};
 use crate::devices::debug_exit::DebugExit;
 use crate::devices::i8042::I8042;
@@ -35,13 +35,14 @@ use crate::devices::pvpanic::Pvpanic;
 use crate::devices::serial::{Output, SerialPort};
 use crate::exit::{Exit, STATUS_ERROR, STATUS_USAGE};
 use crate::kvm::slots::Slots;
-use crate::kvm::vcpu::{BootRegisters, Machine, Outcome, Unclaimed, Vcpu, VcpuState};
+use crate::kvm::vcpu::{BootRegisters, Machine, Unclaimed, Vcpu, VcpuState};
 use crate::kvm::vm::{Kvm, KvmError, Vm};
 use crate::memory::alloc::WindowAllocator;
 use crate::memory::ram::{Ram, RamError, RamRegion};
 use crate::memory::{Access, GuestMapper};
-use crate::terminal::{self, Command, EscapeFilter, RawTerminal};
+
 use backends::{AttachError, Attached, BackendError, MissingPages};
+use main_loop::{Console, ConsoleInput, End, EndWatch, Signals};
 
 /// Why a machine could not be built, or could not go on.
 #[derive(Debug, Error)]
@@ -133,6 +134,10 @@ fn os(what: &'static str) -> impl FnOnce(io::Error) -> VmmError {
     move |error| VmmError::Os(what, error)
 }
 
+fn eventfd() -> Result<EventFd, VmmError> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("make an eventfd"))
+}
+
 /// A machine that is ready to run.
 pub struct Vmm {
     machine: Arc<Machine>,
@@ -222,11 +227,8 @@ impl Vmm {
     /// Runs the machine until it ends.
     pub fn run(self) -> Result<Exit, VmmError> {
         let end = Arc::new(End::new()?);
-        let memory_map = MemoryMap {
-            ram: self.ram.regions().to_vec(),
-            devices: Arc::clone(&self.devices),
-        };
-        let signals = Signals::new(Arc::clone(&end), memory_map)?;
+        let (ram, devices) = (self.ram.regions().to_vec(), Arc::clone(&self.devices));
+        let signals = Signals::new(Arc::clone(&end), Box::new(move || memory_map(&ram, &devices)))?;
         let mut events: EventManager<Box<dyn MutEventSubscriber>> =
             EventManager::new().map_err(|error| os("make the main loop")(io::Error::other(error)))?;
         events.add_subscriber(Box::new(EndWatch(Arc::clone(&end))));
@@ -235,11 +237,14 @@ impl Vmm {
         events.add_subscriber(Box::new(ConsoleInput::new(self.console, Arc::clone(&end))));
 
         let vcpus = start(self.vcpus, &self.machine, &end);
-        while !end.has_come() {
+        let result = loop {
+            if let Some(result) = end.take() {
+                break result;
+            }
             if let Err(error) = events.run() {
                 end.fail(os("wait for events")(io::Error::other(error)));
             }
-        }
+        };
         stop(vcpus, &self.machine);
 
         drop(raw_terminal);
@@ -249,30 +254,20 @@ impl Vmm {
         drop((events, self.machine));
         drop((self.mapper, self.vm));
         drop((self.devices, self.ram));
-        end.result()
+        result
     }
 }
 
-/// The guest physical memory map: RAM, and what the devices have of it now.
-struct MemoryMap {
-    ram: Vec<RamRegion>,
-    devices: Arc<Vec<Attached>>,
-}
-
-impl MemoryMap {
-    fn print(&self) {
-        eprintln!("guest physical memory:");
-        for region in &self.ram {
-            eprintln!(
-                "  {} RAM, memfd offset {:#x}",
-                backends::show(&region.guest),
-                region.file_offset
-            );
-        }
-        for line in self.devices.iter().flat_map(Attached::memory_map) {
-            eprintln!("  {line}");
-        }
-    }
+/// The guest physical memory map, a line each: RAM, and what the devices have of it now.
+fn memory_map(ram: &[RamRegion], devices: &[Attached]) -> Vec<String> {
+    let ram = ram
+        .iter()
+        .map(|region| format!("  {} RAM", backends::show(&region.guest)));
+    let devices = devices
+        .iter()
+        .flat_map(Attached::memory_map)
+        .map(|line| format!("  {line}"));
+    ram.chain(devices).collect()
 }
 
 fn check_numbers(config: &Config) -> Result<(), VmmError> {
@@ -309,7 +304,6 @@ fn attach_serial_port(
     config: &Config,
     stopping: Arc<AtomicBool>,
 ) -> Result<Console, VmmError> {
-    let eventfd = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("make an eventfd"));
     let (interrupt, wants_input) = (eventfd()?, Arc::new(eventfd()?));
     vm.register_irqfd(&interrupt, layout::COM1_GSI)?;
     // A descriptor of our own, so that nothing of ours is buffered in between.
@@ -419,310 +413,11 @@ fn stop(vcpus: Vec<Vcpu>, machine: &Machine) {
 }
 
 fn log_unclaimed(unclaimed: &Unclaimed) {
-    let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     log::info!(
         "nobody answered {} memory reads, {} memory writes and {} port accesses",
         count(&unclaimed.mmio_reads),
         count(&unclaimed.mmio_writes),
         count(&unclaimed.ports)
     );
-}
-
-/// How the machine ends: whoever says it first is right.
-struct End {
-    result: OnceLock<Result<Exit, VmmError>>,
-    event: EventFd,
-}
-
-impl End {
-    fn new() -> Result<End, VmmError> {
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("make an eventfd"))?;
-        let result = OnceLock::new();
-        Ok(End { result, event })
-    }
-
-    fn come(&self, exit: Exit) {
-        self.set(Ok(exit));
-    }
-
-    fn fail(&self, error: VmmError) {
-        self.set(Err(error));
-    }
-
-    fn set(&self, result: Result<Exit, VmmError>) {
-        if let Err(late) = self.result.set(result) {
-            log::debug!("too late to end the machine: {late:?}");
-        }
-        // It fails only when 2^64 - 2 signals wait already.
-        let _full = self.event.write(1);
-    }
-
-    /// Called by a vCPU's thread, last.
-    fn tell(&self, outcome: Outcome) {
-        match outcome {
-            Outcome::Stopped => {}
-            Outcome::Event(MachineEvent::PowerOff) => self.come(Exit::PowerOff),
-            Outcome::Event(MachineEvent::Reset) => self.come(Exit::Reset),
-            Outcome::Event(MachineEvent::Panicked) => self.come(Exit::Panicked),
-            Outcome::Event(MachineEvent::DebugExit(status)) => self.come(Exit::DebugExit(status)),
-            Outcome::Crash(crash) => self.come(Exit::Crash(crash.to_string())),
-            Outcome::Failed(error) => self.fail(error.into()),
-        }
-    }
-
-    fn has_come(&self) -> bool {
-        self.result.get().is_some()
-    }
-
-    fn result(self: Arc<Self>) -> Result<Exit, VmmError> {
-        let result = Arc::into_inner(self).and_then(|end| end.result.into_inner());
-        result.unwrap_or_else(|| Err(os("tell how the machine ended")(io::ErrorKind::Other.into())))
-    }
-}
-
-/// Wakes the main loop when the end has come.
-struct EndWatch(Arc<End>);
-
-impl MutEventSubscriber for EndWatch {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        // The loop looks itself.
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        watch(ops, Events::new(&self.0.event, EventSet::IN));
-    }
-}
-
-/// Adds a descriptor to the main loop; false where it cannot be waited for (a regular file is always ready).
-fn watch(ops: &mut EventOps, events: Events) -> bool {
-    ops.add(events).is_ok()
-}
-
-/// Those that end the machine.
-const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
-/// The one that prints the memory map.
-const REPORT: libc::c_int = libc::SIGUSR1;
-
-/// The signals of the process, read as data.
-struct Signals {
-    file: File,
-    end: Arc<End>,
-    memory_map: MemoryMap,
-}
-
-impl Signals {
-    /// Takes the signals away from their default actions, on this thread and all that it starts later. Threads that it
-    /// started before leave them alone too, see [`crate::thread`].
-    fn new(end: Arc<End>, memory_map: MemoryMap) -> Result<Signals, VmmError> {
-        // SAFETY: a sigset_t is plain bits, for which all-zero is a value.
-        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: the set is ours and lives through the calls; signalfd makes a descriptor that is nobody else's.
-        let fd: RawFd = unsafe {
-            libc::sigemptyset(&mut set);
-            for signal in ENDING.into_iter().chain([REPORT]) {
-                libc::sigaddset(&mut set, signal);
-            }
-            libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
-            libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
-        };
-        if fd < 0 {
-            return Err(os("make a signalfd")(io::Error::last_os_error()));
-        }
-        Ok(Signals {
-            // SAFETY: the descriptor is new and nobody else's.
-            file: unsafe { File::from_raw_fd(fd) },
-            end,
-            memory_map,
-        })
-    }
-}
-
-impl MutEventSubscriber for Signals {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
-        while let Ok(len) = self.file.read(&mut info) {
-            if len < info.len() {
-                break;
-            }
-            // The first field, ssi_signo.
-            let [a, b, c, d, ..] = info;
-            match i32::from_ne_bytes([a, b, c, d]) {
-                REPORT => self.memory_map.print(),
-                signal => self.end.come(Exit::Signal(signal)),
-            }
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        watch(ops, Events::new(&self.file, EventSet::IN));
-    }
-}
-
-/// The serial port with the host's end of its input line.
-struct Console {
-    port: Arc<SerialPort>,
-    input: Option<File>,
-    wants_input: Arc<EventFd>,
-}
-
-impl Console {
-    fn make_raw(&self) -> Result<Option<RawTerminal>, VmmError> {
-        if self.input.is_none() {
-            return Ok(None);
-        }
-        RawTerminal::new().map_err(os("make the terminal raw"))
-    }
-}
-
-/// How much typed input is kept for a guest that does not read; the rest is dropped, as a terminal drops it. Whoever
-/// types can always quit. A pipe or a file is not read further while the guest does not read.
-const TYPED_AHEAD: usize = 4096;
-
-/// Brings input to the serial port.
-struct ConsoleInput {
-    console: Console,
-    end: Arc<End>,
-    pending: VecDeque<u8>,
-    /// `Some` on a terminal.
-    escape: Option<EscapeFilter>,
-    line: Line,
-}
-
-/// The state of the input line.
-#[derive(PartialEq, Eq)]
-enum Line {
-    /// The main loop tells when there is input.
-    Watched,
-    /// There is input as long as it has not ended (a regular file), or nobody wants it yet (a pipe).
-    Unwatched,
-    /// It has ended.
-    Ended,
-}
-
-impl ConsoleInput {
-    fn new(console: Console, end: Arc<End>) -> Self {
-        let terminal = console.input.as_ref().is_some_and(|input| input.is_terminal());
-        ConsoleInput {
-            line: if console.input.is_some() {
-                Line::Unwatched
-            } else {
-                Line::Ended
-            },
-            escape: terminal.then(EscapeFilter::default),
-            pending: VecDeque::new(),
-            console,
-            end,
-        }
-    }
-
-    /// Gives the guest what it can take of what is pending.
-    fn feed(&mut self) {
-        let room = self.console.port.room().min(self.pending.len());
-        if room > 0 {
-            let bytes: Vec<u8> = self.pending.iter().take(room).copied().collect();
-            let taken = self.console.port.enqueue(&bytes);
-            self.pending.drain(..taken);
-        }
-    }
-
-    /// Reads once, a terminal's keys or what is next in a pipe or a file.
-    fn read(&mut self) {
-        let Some(mut input) = self.console.input.as_ref() else {
-            return;
-        };
-        let mut buffer = [0; 256];
-        match input.read(&mut buffer) {
-            Ok(0) => self.line = Line::Ended,
-            Ok(len) => buffer[..len].iter().for_each(|byte| self.take(*byte)),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                ) => {}
-            Err(error) => {
-                log::info!("no more input: {error}");
-                self.line = Line::Ended;
-            }
-        }
-    }
-
-    fn take(&mut self, byte: u8) {
-        let byte = match self
-            .escape
-            .as_mut()
-            .map_or(Ok(Some(byte)), |escape| escape.key(byte))
-        {
-            Ok(byte) => byte,
-            Err(Command::Quit) => return self.end.come(Exit::Quit),
-            Err(Command::Help) => {
-                eprintln!("\n{}", terminal::HELP);
-                None
-            }
-        };
-        if self.pending.len() < TYPED_AHEAD {
-            self.pending.extend(byte);
-        }
-    }
-
-    /// Whether input shall be read: a terminal always, for the escape key; anything else when the guest wants more.
-    fn wants_more(&self) -> bool {
-        self.escape.is_some() || self.pending.is_empty() && self.console.port.room() > 0
-    }
-
-    /// Brings the watching of the line in accord with what is wanted.
-    fn watch_line(&mut self, ops: &mut EventOps) {
-        let Some(input) = self.console.input.as_ref() else {
-            return;
-        };
-        let events = Events::new(input, EventSet::IN);
-        match self.line {
-            Line::Ended => {
-                // Not watched any more, if it was; its hang-up would wake us again and again.
-                let _was_not_watched = ops.remove(events);
-                self.console.input = None;
-            }
-            Line::Watched if !self.wants_more() => {
-                if ops.remove(events).is_ok() {
-                    self.line = Line::Unwatched;
-                }
-            }
-            Line::Unwatched if self.wants_more() => {
-                if watch(ops, events) {
-                    self.line = Line::Watched;
-                } else {
-                    self.read_file(ops);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// A file cannot be waited for: it is read as far as the guest takes it.
-    fn read_file(&mut self, ops: &mut EventOps) {
-        while self.line == Line::Unwatched && self.wants_more() {
-            self.read();
-            self.feed();
-        }
-        if self.line == Line::Ended {
-            self.watch_line(ops);
-        }
-    }
-}
-
-impl MutEventSubscriber for ConsoleInput {
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if events.fd() == self.console.wants_input.as_raw_fd() {
-            // It says "look again"; how often it said so does not matter.
-            let _count = self.console.wants_input.read();
-        } else {
-            self.read();
-        }
-        self.feed();
-        self.watch_line(ops);
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        watch(ops, Events::new(&*self.console.wants_input, EventSet::IN));
-        self.watch_line(ops);
-    }
 }

@@ -31,8 +31,8 @@ const SPARE_AREAS: usize = 1024;
 #[derive(Debug, Error)]
 #[error("device {name} (back-end at {socket})", name = .spec.name, socket = .spec.socket.display())]
 pub struct BackendError {
-    spec: DeviceSpec,
-    source: Cause,
+    spec: Box<DeviceSpec>,
+    source: Box<Cause>,
 }
 
 /// What went wrong with it.
@@ -47,9 +47,16 @@ enum Cause {
 }
 
 impl BackendError {
+    fn new(spec: &DeviceSpec, source: Cause) -> Self {
+        BackendError {
+            spec: Box::new(spec.clone()),
+            source: Box::new(source),
+        }
+    }
+
     /// What the user could do about it.
     pub fn hint(&self) -> Option<String> {
-        match &self.source {
+        match &*self.source {
             Cause::Frontend(FrontendError::NobodyListens { .. }) => Some(format!(
                 "start the back-end on {}, or wait longer with --connect-timeout",
                 self.spec.socket.display()
@@ -81,14 +88,11 @@ pub fn connect(
     let quota = mapping_quota(slots, specs.len());
     let mut backends = Vec::new();
     for spec in specs {
-        let failed = |source| BackendError {
-            spec: spec.clone(),
-            source,
-        };
-        let handshake = Frontend::connect(spec, patience).map_err(|error| failed(error.into()))?;
+        let handshake =
+            Frontend::connect(spec, patience).map_err(|error| BackendError::new(spec, error.into()))?;
         let sizes = (0..=u8::MAX).zip(handshake.region_sizes.iter().copied());
         let shmem = SharedMemory::new(sizes, windows, Arc::clone(mapper), quota)
-            .map_err(|error| failed(error.into()))?;
+            .map_err(|error| BackendError::new(spec, error.into()))?;
         for (shmid, range) in shmem.regions() {
             log::info!("{}: shared memory region {shmid} is {}", spec.name, show(&range));
         }
@@ -169,10 +173,7 @@ pub fn attach(
             Arc::clone(&shmem),
             Arc::clone(&interrupt),
         )
-        .map_err(|error| BackendError {
-            spec: spec.clone(),
-            source: Cause::Device(error),
-        })?;
+        .map_err(|error| BackendError::new(&spec, Cause::Device(error)))?;
         let transport = MmioTransport::new(Arc::clone(&page), interrupt, Box::new(device))
             .map_err(AttachError::Registers)?;
         for bell in transport.doorbells() {

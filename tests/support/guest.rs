@@ -40,19 +40,30 @@ impl Guest {
             .spawn()
             .unwrap();
         let (stdin, stdout) = (hotslot.stdin.take().unwrap(), hotslot.stdout.take().unwrap());
-        Guest { hotslot, stdin, stdout, _kernel: kernel, log }
+        Guest {
+            hotslot,
+            stdin,
+            stdout,
+            _kernel: kernel,
+            log,
+        }
     }
 
     /// Boots it with one device whose back-end listens on `socket`; `extra` are further keys of the device string.
     pub fn with_device(socket: &Path, extra: &str) -> Guest {
-        Guest::boot(["--vhost-user".to_string(), format!("{},{extra}", socket.display())])
+        Guest::boot([
+            "--vhost-user".to_string(),
+            format!("{},{extra}", socket.display()),
+        ])
     }
 
     fn ask(&mut self, operation: Operation, width: u8, address: u64, value: u64) -> u64 {
         let mut request = vec![operation as u8, width];
         request.extend(address.to_le_bytes());
         request.extend(value.to_le_bytes());
-        self.stdin.write_all(&request).unwrap_or_else(|error| self.fail(&error.to_string()));
+        self.stdin
+            .write_all(&request)
+            .unwrap_or_else(|error| self.fail(&error.to_string()));
         let mut answer = [0; 8];
         for byte in &mut answer {
             self.wait_for_output();
@@ -64,7 +75,11 @@ impl Guest {
     }
 
     fn wait_for_output(&self) {
-        let mut poll = libc::pollfd { fd: self.stdout.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: self.stdout.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         // SAFETY: one pollfd, on our stack.
         if unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) } != 1 {
             self.fail("the guest does not answer");
@@ -129,7 +144,13 @@ impl Guest {
     }
 
     /// Sends an operation whose answer never comes because the machine ends, and waits for that.
-    pub fn end_with(mut self, operation: Operation, width: u8, address: u64, value: u64) -> (ExitStatus, String) {
+    pub fn end_with(
+        mut self,
+        operation: Operation,
+        width: u8,
+        address: u64,
+        value: u64,
+    ) -> (ExitStatus, String) {
         let mut request = vec![operation as u8, width];
         request.extend(address.to_le_bytes());
         request.extend(value.to_le_bytes());
@@ -239,7 +260,12 @@ impl Guest {
         self.set_wide_register(register::QUEUE_DEVICE, 0x100_2000);
         self.set_register(register::QUEUE_READY, 1);
         self.set_register(register::STATUS, status | DRIVER_OK);
-        assert_eq!(self.register(register::STATUS), status | DRIVER_OK, "{}", self.log());
+        assert_eq!(
+            self.register(register::STATUS),
+            status | DRIVER_OK,
+            "{}",
+            self.log()
+        );
     }
 
     /// The base and length of a shared memory region, as the registers tell; all-ones where there is none.

@@ -191,7 +191,7 @@ mod tests {
             assert!(HOLE <= *start && start + len <= HOLE_END, "{name}");
             assert_eq!(start % PAGE_SIZE, 0, "{name}");
         }
-        assert!(LOW_RAM_END <= ACPI && ACPI + ACPI_SPACE <= HIGH_RAM);
+        const { assert!(LOW_RAM_END <= ACPI && ACPI + ACPI_SPACE <= HIGH_RAM) };
     }
 
     #[test]
