@@ -1,8 +1,8 @@
 //! PID 1: from the kernel's hand-over to the end of the machine.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::symlink;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, symlink};
 
 use crate::parameters::{self, Parameters};
 use crate::{Outcome, console, finish, lab, modules, sys};
@@ -14,23 +14,28 @@ const COMMAND: &str = "/etc/hotslot/command";
 const SHELL: &str = "/bin/sh";
 
 /// The kernel's file systems: type, place, options.
-const MOUNTS: [(&str, &str, &str); 8] = [
+const MOUNTS: [(&str, &str, &str); 6] = [
     ("proc", "/proc", ""),
     ("sysfs", "/sys", ""),
     ("devtmpfs", "/dev", "mode=755"),
     // ptmxmode: without it only root of the first instance could open a pseudo-terminal.
     ("devpts", "/dev/pts", "mode=620,ptmxmode=666"),
     ("tmpfs", "/dev/shm", "mode=1777"),
-    ("tmpfs", "/run", "mode=755"),
-    ("tmpfs", "/tmp", "mode=1777"),
     ("debugfs", "/sys/kernel/debug", ""),
 ];
+
+/// Directories, with their modes. The root is a tmpfs already, and the image may have put files here: a mount would
+/// hide them.
+const DIRECTORIES: [(&str, u32); 3] = [("/run", 0o755), ("/tmp", 0o1777), ("/root", 0o700)];
 
 /// The whole life of the machine, as its user space sees it.
 pub fn run() -> ! {
     for (kind, place, options) in MOUNTS {
         // A kernel without one of them (debugfs, say) is still of use.
         complain(sys::mount(kind, place, options));
+    }
+    for (place, mode) in DIRECTORIES {
+        complain(make_directory(place, mode));
     }
     take_console();
     link_descriptors();
@@ -65,6 +70,12 @@ pub fn run() -> ! {
     finish::end_machine(status, parameters.debug_exit);
 }
 
+fn make_directory(place: &str, mode: u32) -> Outcome<()> {
+    fs::create_dir_all(place)
+        .and_then(|()| fs::set_permissions(place, fs::Permissions::from_mode(mode)))
+        .map_err(|error| format!("cannot make {place}: {error}"))
+}
+
 /// The command line's command, else the image's, else a shell.
 fn choose_command(parameters: &Parameters) -> Vec<String> {
     if !parameters.command.is_empty() {
@@ -95,7 +106,6 @@ fn take_console() {
     else {
         return;
     };
-    use std::os::fd::AsRawFd;
     for standard in 0..=2 {
         // SAFETY: `console` is open; descriptors 0 to 2 are nobody's but ours to replace, nothing runs beside us yet.
         unsafe { libc::dup2(console.as_raw_fd(), standard) };
