@@ -11,6 +11,7 @@
 #   --timeout SECONDS  time limit for all of it (default: 300; with --tty none)
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the lab)
 #   --icount           the clock counts instructions: slower, but repeated runs measure the same
+#   --append WORDS     adds to the emulated host's kernel command line
 #   --log FILE         writes the emulated host's kernel log there
 #   --verbose          says when the emulated host is up
 #
@@ -39,7 +40,7 @@ main() {
         --) shift && break ;;
         --tty) terminal=1 options+=(--tty) && shift && continue ;;
         --icount | --verbose) options+=("$1") && shift && continue ;;
-        --file | --out | --memory | --env | --timeout | --log) (($# > 1)) || fail "$1 needs a value (--help says which)" ;;
+        --file | --out | --memory | --env | --timeout | --append | --log) (($# > 1)) || fail "$1 needs a value (--help says which)" ;;
         *) fail "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
         esac
         case $1 in
@@ -59,16 +60,17 @@ main() {
     command=$1
     shift
     if [[ $command == */* ]]; then
-        path=$(realpath -s "$command")
+        path=$(realpath -ms "$command")
     elif has_applet "$command"; then
         path=''
     else
         path=$(command -v -- "$command") || fail "$command: not found, neither here nor in busybox"
     fi
-    if [[ -n $path ]]; then
+    # One that is not here may still be there.
+    if [[ -e $path ]]; then
         packed+=(--exec "$path")
-        command=$path
     fi
+    command=${path:-$command}
 
     local kernel init base extra
     kernel=$("$PROJECT/scripts/kernel.sh") || exit 125
@@ -102,7 +104,8 @@ base_image() {
 }
 
 kernel_file() {
-    if [[ -e $1/bzImage ]]; then echo "$1/bzImage"; else echo "$1/vmlinux"; fi
+    # The unpacked one: a second less than to unpack it under emulation.
+    echo "$1/vmlinux"
 }
 
 main "$@"

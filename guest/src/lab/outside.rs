@@ -38,7 +38,7 @@ const ESCAPE: u8 = 0x1d;
 const ESCAPES: usize = 3;
 
 const USAGE: &str = "usage: init lab --qemu PATH --kernel FILE --initramfs FILE... [--memory MIB] [--icount]
-    [--timeout SECONDS] [--tty] [--env NAME=VALUE]... [--out PATH]... [--log FILE] [--verbose] -- COMMAND [ARG...]
+    [--append WORDS] [--timeout SECONDS] [--tty] [--env NAME=VALUE]... [--out PATH]... [--log FILE] [--verbose] -- COMMAND [ARG...]
 (scripts/lab.sh makes the files and starts it)";
 
 /// What `scripts/lab.sh` asked for.
@@ -49,6 +49,7 @@ struct Options {
     initramfs: Vec<PathBuf>,
     memory: String,
     icount: bool,
+    append: OsString,
     timeout: Option<Duration>,
     log: Option<PathBuf>,
     verbose: bool,
@@ -110,6 +111,7 @@ fn parse(arguments: &[OsString]) -> Outcome<Options> {
             "--tty" => options.terminal = true,
             "--env" => options.start.environment.push(value()?.into_vec()),
             "--out" => options.start.outputs.push(value()?.into_vec()),
+            "--append" => options.append = value()?,
             "--log" => options.log = Some(value()?.into()),
             "--verbose" => options.verbose = true,
             "--" => break,
@@ -305,7 +307,8 @@ fn start_qemu(
     .arg("-kernel")
     .arg(&options.kernel)
     .args(["-initrd", &initramfs_path])
-    .args(["-append", &kernel_command_line()])
+    .arg("-append")
+    .arg(kernel_command_line(&options.append))
     .args([
         "-chardev",
         &format!("socket,id=log,fd={}", log.as_raw_fd()),
@@ -336,14 +339,13 @@ fn start_qemu(
         .map_err(|error| format!("cannot run {}: {error}", options.qemu.display()))
 }
 
-fn kernel_command_line() -> String {
-    [
-        "console=ttyS0 quiet reboot=t panic=-1",
-        // Nothing here is worth protecting from the one program that it runs, and emulation is slow enough.
-        "mitigations=off",
-        "hotslot.link=lab hotslot.hold_vm",
-    ]
-    .join(" ")
+/// The emulated host's kernel command line; `append` is the user's.
+fn kernel_command_line(append: &OsStr) -> OsString {
+    let mut line = OsString::from(
+        "console=ttyS0 quiet reboot=t panic=-1 mitigations=off hotslot.link=lab hotslot.hold_vm ",
+    );
+    line.push(append);
+    line
 }
 
 /// In QEMU's process, before it becomes QEMU: keeps the descriptors that its options name, and dies with us.
