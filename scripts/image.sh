@@ -174,9 +174,9 @@ add_file() {
 
 copy_collected() {
     ((${#collected[@]})) || return 0
-    # Each once: cp warns otherwise. (With --parents, its -t fails for absolute paths.)
-    mapfile -t -d '' collected < <(printf '%s\0' "${collected[@]}" | sort -zu)
-    cp -RH --preserve=mode,timestamps --parents "${collected[@]}" "$stage"
+    # Each once: cp warns otherwise. From /: with --parents and --preserve, cp 9.1 fails for absolute paths elsewhere.
+    mapfile -t -d '' collected < <(printf '%s\0' "${collected[@]#/}" | sort -zu)
+    (cd / && cp -RH --preserve=mode,timestamps --parents -- "${collected[@]}" "$stage")
 }
 
 add_executable() {
