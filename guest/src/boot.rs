@@ -1,0 +1,159 @@
+//! PID 1: from the kernel's hand-over to the end of the machine.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+use crate::parameters::{self, Parameters};
+use crate::{Outcome, console, finish, lab, modules, sys};
+
+/// Where `scripts/image.sh` puts a command: its words, each followed by a NUL.
+const COMMAND: &str = "/etc/hotslot/command";
+
+/// What runs when nobody asked for anything.
+const SHELL: &str = "/bin/sh";
+
+/// The kernel's file systems: type, place, options.
+const MOUNTS: [(&str, &str, &str); 6] = [
+    ("proc", "/proc", ""),
+    ("sysfs", "/sys", ""),
+    ("devtmpfs", "/dev", "mode=755"),
+    // ptmxmode: without it only root of the first instance could open a pseudo-terminal.
+    ("devpts", "/dev/pts", "mode=620,ptmxmode=666"),
+    ("tmpfs", "/dev/shm", "mode=1777"),
+    ("debugfs", "/sys/kernel/debug", ""),
+];
+
+/// Directories, with their modes. The root is a tmpfs already, and the image may have put files here: a mount would
+/// hide them.
+const DIRECTORIES: [(&str, u32); 3] = [("/run", 0o755), ("/tmp", 0o1777), ("/root", 0o700)];
+
+/// The whole life of the machine, as its user space sees it.
+pub fn run() -> ! {
+    for (kind, place, options) in MOUNTS {
+        // A kernel without one of them (debugfs, say) is still of use.
+        complain(sys::mount(kind, place, options));
+    }
+    for (place, mode) in DIRECTORIES {
+        complain(make_directory(place, mode));
+    }
+    take_console();
+    link_descriptors();
+    sys::loopback_up();
+
+    let parameters = read_parameters();
+    for sentence in &parameters.complaints {
+        eprintln!("init: {sentence}");
+    }
+    for sentence in modules::load(parameters.modules.as_deref()) {
+        eprintln!("init: {sentence}");
+    }
+    // Held until the machine ends: the kernel patches itself at each first and last machine, and under emulation
+    // some runs hung there.
+    let _idle_vm = if parameters.hold_vm {
+        complain(hold_vm())
+    } else {
+        None
+    };
+    set_environment();
+
+    if let Some(port) = &parameters.link {
+        let sentence = lab::inside::serve(port);
+        eprintln!("init: {sentence}");
+        finish::end_machine(1, None);
+    }
+    let command = choose_command(&parameters);
+    let status = console::run(&command);
+    if status != 0 && parameters.debug_exit.is_none() {
+        eprintln!("init: {} ended with status {status}", command.join(" "));
+    }
+    finish::end_machine(status, parameters.debug_exit);
+}
+
+fn make_directory(place: &str, mode: u32) -> Outcome<()> {
+    fs::create_dir_all(place)
+        .and_then(|()| fs::set_permissions(place, fs::Permissions::from_mode(mode)))
+        .map_err(|error| format!("cannot make {place}: {error}"))
+}
+
+/// The command line's command, else the image's, else a shell.
+fn choose_command(parameters: &Parameters) -> Vec<String> {
+    if !parameters.command.is_empty() {
+        return parameters.command.clone();
+    }
+    match fs::read(COMMAND) {
+        Ok(words) => {
+            let text = String::from_utf8_lossy(&words);
+            text.split_terminator('\0').map(str::to_owned).collect()
+        }
+        Err(_) => vec![SHELL.to_owned()],
+    }
+}
+
+fn read_parameters() -> Parameters {
+    let line = fs::read_to_string("/proc/cmdline")
+        .map_err(|error| format!("cannot read /proc/cmdline: {error}"));
+    parameters::parse(&complain(line).unwrap_or_default())
+}
+
+/// Opens the console of the `/dev` that we have just mounted as our standard files. (The kernel did it from the
+/// image's `/dev`, which may not have had one.)
+fn take_console() {
+    let Ok(console) = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/console")
+    else {
+        return;
+    };
+    for standard in 0..=2 {
+        // SAFETY: `console` is open; descriptors 0 to 2 are nobody's but ours to replace, nothing runs beside us yet.
+        unsafe { libc::dup2(console.as_raw_fd(), standard) };
+    }
+}
+
+/// What udev would link: scripts expect these names.
+fn link_descriptors() {
+    let links = [
+        ("/proc/self/fd", "/dev/fd"),
+        ("/proc/self/fd/0", "/dev/stdin"),
+        ("/proc/self/fd/1", "/dev/stdout"),
+        ("/proc/self/fd/2", "/dev/stderr"),
+    ];
+    for (target, link) in links {
+        complain(symlink(target, link).map_err(|error| format!("cannot link {link}: {error}")));
+    }
+}
+
+fn hold_vm() -> Outcome<OwnedFd> {
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .map_err(|error| format!("cannot open /dev/kvm: {error}"))?;
+    sys::create_vm(&kvm).map_err(|error| format!("cannot create a machine on /dev/kvm: {error}"))
+}
+
+/// What every command starts with, unless the kernel's command line said otherwise (`NAME=VALUE` there reaches us).
+fn set_environment() {
+    let defaults = [
+        (
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        ),
+        ("HOME", "/root"),
+    ];
+    for (name, value) in defaults {
+        if name == "PATH" || std::env::var_os(name).is_none_or(|value| value == "/") {
+            // SAFETY: no other thread exists yet that could read the environment.
+            unsafe { std::env::set_var(name, value) };
+        }
+    }
+}
+
+/// Says what went wrong, and goes on.
+fn complain<T>(outcome: Outcome<T>) -> Option<T> {
+    outcome
+        .map_err(|sentence| eprintln!("init: {sentence}"))
+        .ok()
+}

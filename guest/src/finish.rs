@@ -1,0 +1,44 @@
+//! The two ways in which a guest ends: a status written to the debug-exit port, or the power switched off.
+
+use std::arch::asm;
+use std::io;
+use std::time::Duration;
+
+use crate::sys;
+
+/// Ends the machine: `status` to the I/O port `debug_exit` where there is one, otherwise (or where nothing listens
+/// at that port) by switching it off.
+pub fn end_machine(status: u8, debug_exit: Option<u16>) -> ! {
+    sys::sync();
+    if let Some(port) = debug_exit {
+        match write_port(port, status) {
+            Ok(()) => {
+                eprintln!("init: nothing listens at I/O port {port:#x} (--debug-exit adds it)")
+            }
+            Err(error) => eprintln!("init: cannot write to I/O port {port:#x}: {error}"),
+        }
+    }
+    // SAFETY: no memory is involved. On success it does not return.
+    unsafe { libc::reboot(libc::RB_POWER_OFF) };
+    eprintln!(
+        "init: cannot switch the power off: {}",
+        io::Error::last_os_error()
+    );
+    // PID 1 must not end: the kernel would panic, and hide the sentence above.
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+/// Writes one byte to an I/O port.
+fn write_port(port: u16, value: u8) -> io::Result<()> {
+    // SAFETY: no memory is involved; it allows this process this one port.
+    if unsafe { libc::ioperm(port.into(), 1, 1) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the port was allowed above; `out` touches neither memory, stack nor flags.
+    unsafe {
+        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+    };
+    Ok(())
+}

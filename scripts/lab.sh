@@ -1,0 +1,111 @@
+#!/bin/bash
+# usage: lab.sh [OPTION]... -- COMMAND [ARG...]
+#
+# Runs COMMAND on an emulated host that has KVM: QEMU without KVM, with nested SVM, and a stock Debian kernel. Its
+# standard input, output and error and its exit status are COMMAND's there.
+#
+#   --file PATH        copies this file or directory in, at the same absolute path
+#   --out PATH         copies this file or directory back at the end, from the same absolute path
+#   --memory SIZE      memory of the emulated host, in MiB or with a suffix (default: 2G)
+#   --env NAME=VALUE   adds to COMMAND's environment
+#   --timeout SECONDS  time limit for all of it (default: 300; with --tty none)
+#   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the lab)
+#   --icount           the clock counts instructions: slower, but repeated runs measure the same
+#   --append WORDS     adds to the emulated host's kernel command line
+#   --log FILE         writes the emulated host's kernel log there
+#   --verbose          says when the emulated host is up
+#
+# COMMAND is copied in with its shared libraries when it is a path, or a name that busybox does not have. It runs as
+# root, in a directory of the same name as this one, in which there is nothing but what --file brought.
+#
+# Exit status: COMMAND's (128+n for signal n); 124 at the time limit; 125 when the lab itself failed, with the last
+# lines of the kernel's log on standard error; 126 or 127 when COMMAND cannot be run.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "$0")/lib.sh"
+
+# irqbypass, ccp and kvm come with it.
+BASE_MODULES=(kvm-amd)
+
+fail() {
+    say "$*"
+    exit 125
+}
+
+main() {
+    local options=() packed=() limit='' terminal='' path command
+    while (($#)); do
+        case $1 in
+        -h | --help) usage && return ;;
+        --) shift && break ;;
+        --tty) terminal=1 options+=(--tty) && shift && continue ;;
+        --icount | --verbose) options+=("$1") && shift && continue ;;
+        --file | --out | --memory | --env | --timeout | --append | --log) (($# > 1)) || fail "$1 needs a value (--help says which)" ;;
+        *) fail "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
+        esac
+        case $1 in
+        --file) packed+=(--file "$(realpath -s "$2")") ;;
+        --out) options+=(--out "$(realpath -ms "$2")") ;;
+        --timeout) limit=$2 ;;
+        *) options+=("$1" "$2") ;;
+        esac
+        shift 2
+    done
+    (($#)) || fail "there is no COMMAND to run (--help says how)"
+    need qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio
+    [[ -n $limit || -n $terminal ]] || limit=300
+    [[ -z $limit ]] || options+=(--timeout "$limit")
+    [[ -z $terminal ]] || options+=(--env "TERM=${TERM:-vt100}")
+
+    command=$1
+    shift
+    if [[ $command == */* ]]; then
+        path=$(realpath -ms "$command")
+    elif has_applet "$command"; then
+        path=''
+    else
+        path=$(command -v -- "$command") || fail "$command: not found, neither here nor in busybox"
+    fi
+    # One that is not here may still be there.
+    if [[ -e $path ]]; then
+        packed+=(--exec "$path")
+    fi
+    command=${path:-$command}
+
+    local kernel init base extra
+    kernel=$("$PROJECT/scripts/kernel.sh") || exit 125
+    init=$(guest_init) || exit 125
+    base=$(base_image "$kernel" "$init") || exit 125
+    options+=(--initramfs "$base")
+    if ((${#packed[@]})); then
+        # Open, and without a name from now on: nothing to clean up, whatever ends us.
+        extra=$(mktemp)
+        exec 9<>"$extra"
+        rm "$extra"
+        "$PROJECT/scripts/image.sh" --bare "${packed[@]}" -o - >&9 </dev/null || exit 125
+        options+=(--initramfs /dev/fd/9)
+    fi
+    exec "$init" lab --qemu "$(command -v qemu-system-x86_64)" --kernel "$(kernel_file "$kernel")" \
+        "${options[@]}" -- "$command" "$@"
+}
+
+has_applet() { busybox --list | grep -qxF -- "$1"; }
+
+# The image that every run begins with; packed anew when something in it is newer.
+base_image() {
+    local kernel=$1 init=$2 base=$TARGET/images/lab-${1##*/}.cpio
+    local script=$PROJECT/scripts/image.sh name modules=()
+    for name in "${BASE_MODULES[@]}"; do modules+=(--module "$name"); done
+    if [[ ! $base -nt $init || ! $base -nt $kernel/complete || ! $base -nt $script || ! $base -nt $0 ]]; then
+        mkdir -p "$TARGET/images"
+        "$script" -o "$base" "${modules[@]}" </dev/null || return 1
+    fi
+    printf '%s\n' "$base"
+}
+
+kernel_file() {
+    # The unpacked one: a second less than to unpack it under emulation.
+    echo "$1/vmlinux"
+}
+
+main "$@"
