@@ -1,1 +1,3 @@
 //! hotslot.
+
+pub mod size;
