@@ -112,7 +112,7 @@ impl Backend {
             stderr,
             _alive,
         };
-        backend.wait_for("listening: ");
+        backend.wait_for("listening on ");
         backend
     }
 
@@ -1022,7 +1022,7 @@ fn assert_refused(dir: &TempDir, args: &str, sentence: &str) {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
     assert!(stderr.contains(sentence), "{args:?}: {stderr}");
-    assert!(!stderr.contains("listening:"), "{args:?}: {stderr}");
+    assert!(!stderr.contains("listening on "), "{args:?}: {stderr}");
 }
 
 #[test]

@@ -102,7 +102,7 @@ impl Error {
 pub fn run(args: &Args) -> Result<(), Error> {
     let backing = Backing::open(&args.backing)?;
     let listening = server::listen(&args.server)?;
-    say(format_args!("{NAME}: listening: {backing}"));
+    say(format_args!("{NAME}: {listening}: {backing}"));
     for note in backing.notes() {
         say(format_args!("{NAME}: note: {note}"));
     }

@@ -100,11 +100,11 @@ pub fn say(line: impl Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// A listening socket; its file goes when this does.
+/// A listening socket; its file goes when this does. From its making on, SIGINT and SIGTERM end [`serve`] only.
 pub struct Listening {
     listener: Listener,
     once: bool,
-    _file: SocketFile,
+    file: SocketFile,
 }
 
 /// Listens on the socket of the command line.
@@ -140,12 +140,20 @@ pub fn listen(options: &Options) -> Result<Listening, Error> {
             Err(e) => return Err(bind_error(e)),
         },
     }
+    // Before there is a socket: whoever sees it, or reads that we listen, may send a signal.
+    end_event();
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        register_signal_handler(signal, on_signal).map_err(|e| Error::SetUp {
+            what: "the signal handlers",
+            source: e.into(),
+        })?;
+    }
     let listener = UnixListener::bind(path).map_err(bind_error)?;
     let file = SocketFile::new(path).map_err(bind_error)?;
     Ok(Listening {
         listener: Listener::from(listener),
         once: options.once,
-        _file: file,
+        file,
     })
 }
 
@@ -168,6 +176,12 @@ impl SocketFile {
     }
 }
 
+impl Display for Listening {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "listening on {:?}", self.file.path)
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
         // Someone may have removed ours and started a successor under the same name.
@@ -187,6 +201,12 @@ extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
     }
 }
 
+fn end_event() -> &'static EventFd {
+    END.get_or_init(|| {
+        EventFd::new(libc::EFD_CLOEXEC).expect("invariant: the first eventfd of a process")
+    })
+}
+
 /// Serves one front-end after another, each with a device from `make`, until SIGINT or SIGTERM; with `--once`, until
 /// the first one has disconnected.
 ///
@@ -200,19 +220,12 @@ where
     F: Fn(Memory) -> D + Send + 'static,
 {
     let set_up = |what| move |source| Error::SetUp { what, source };
-
-    let end = END.get_or_init(|| {
-        EventFd::new(libc::EFD_CLOEXEC).expect("invariant: the first eventfd of a process")
-    });
-    for signal in [libc::SIGINT, libc::SIGTERM] {
-        register_signal_handler(signal, on_signal)
-            .map_err(|e| set_up("the signal handlers")(e.into()))?;
-    }
+    let end = end_event();
 
     let Listening {
         mut listener,
         once,
-        _file,
+        file: _file,
     } = listening;
     let outcome = Arc::new(Mutex::new(None));
     let outcome_of_thread = Arc::clone(&outcome);
