@@ -1,0 +1,328 @@
+//! The socket of a back-end, and one front-end after another on it.
+//!
+//! vhost-user, "Communication": the back-end listens, a front-end connects, and the end of the connection is the end
+//! of the session. Called by each device's `run`; what a device does is in its own module.
+//!
+//! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts and waits for each session; the
+//! `vhost-user-backend` crate adds, for each session, one that reads the socket and one that reads the queues.
+
+use std::fmt::Display;
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+
+use vhost::vhost_user::{Error as ProtocolError, Listener};
+use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringMutex};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::register_signal_handler;
+
+/// The guest's memory as the front-end describes it; empty until its first SET_MEM_TABLE.
+pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// `sun_path` of `sockaddr_un` has 108 bytes, one of which is the terminating zero.
+const SOCKET_PATH_MAX: usize = 107;
+
+/// Where a back-end listens, and for how long.
+#[derive(clap::Args)]
+#[group(skip)]
+pub struct Options {
+    /// Unix socket to listen on; left-overs of a dead back-end are removed, and so is the socket at the end
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+
+    /// End when the first front-end has disconnected, instead of waiting for the next one
+    #[arg(long)]
+    once: bool,
+}
+
+/// What the server asks of a device, besides being one. One value serves one front-end.
+pub trait Device: VhostUserBackend<Bitmap = (), Vring = VringMutex> {
+    /// The number that [`VhostUserBackend::handle_event`] is given when the worker thread is to end: it has to
+    /// return an error then. The crate reserves 0 to the number of queues.
+    fn end_event(&self) -> u16;
+
+    /// Whether the front-end asked for anything at all. One that did not was only looking whether someone listens.
+    fn was_asked(&self) -> bool;
+}
+
+/// Why nothing is served, or nothing any more.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "the socket path {path:?} has {len} bytes, more than the {SOCKET_PATH_MAX} that fit in a socket address"
+    )]
+    PathTooLong { path: PathBuf, len: usize },
+    #[error("cannot listen on {0:?}: another process is listening there")]
+    InUse(PathBuf),
+    #[error("cannot listen on {0:?}: there is a file that is not a socket")]
+    NotASocket(PathBuf),
+    #[error("cannot listen on {path:?}")]
+    Bind { path: PathBuf, source: io::Error },
+    #[error("cannot set up {what}")]
+    SetUp {
+        what: &'static str,
+        source: io::Error,
+    },
+    #[error("{0}")]
+    Session(String),
+}
+
+impl Error {
+    /// The exit status: 2 where another command line would have helped.
+    pub fn status(&self) -> u8 {
+        match self {
+            Error::SetUp { .. } | Error::Session(_) => 1,
+            _ => 2,
+        }
+    }
+
+    /// What the user could do.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Error::PathTooLong { .. } => {
+                Some("a path relative to the working directory may be shorter")
+            }
+            Error::InUse(_) => Some("each back-end needs a socket of its own"),
+            _ => None,
+        }
+    }
+}
+
+/// A line of ours, on stderr. Unlike `eprintln!` it does not end the program when nobody reads stderr any more.
+pub fn say(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// A listening socket; its file goes when this does. From its making on, SIGINT and SIGTERM end [`serve`] only.
+pub struct Listening {
+    listener: Listener,
+    once: bool,
+    file: SocketFile,
+}
+
+/// Listens on the socket of the command line.
+///
+/// # Errors
+///
+/// See [`Error`]; nothing is left behind, and nothing but a socket on which nobody listens is removed.
+pub fn listen(options: &Options) -> Result<Listening, Error> {
+    let path = &options.socket;
+    let bind_error = |source| Error::Bind {
+        path: path.clone(),
+        source,
+    };
+
+    let len = path.as_os_str().len();
+    if len > SOCKET_PATH_MAX {
+        return Err(Error::PathTooLong {
+            path: path.clone(),
+            len,
+        });
+    }
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(bind_error(e)),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(Error::NotASocket(path.clone()));
+        }
+        Ok(_) => match UnixStream::connect(path) {
+            Ok(_) => return Err(Error::InUse(path.clone())),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path).map_err(bind_error)?
+            }
+            Err(e) => return Err(bind_error(e)),
+        },
+    }
+    // Before there is a socket: whoever sees it, or reads that we listen, may send a signal.
+    end_event();
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        register_signal_handler(signal, on_signal).map_err(|e| Error::SetUp {
+            what: "the signal handlers",
+            source: e.into(),
+        })?;
+    }
+    let listener = UnixListener::bind(path).map_err(bind_error)?;
+    let file = SocketFile::new(path).map_err(bind_error)?;
+    Ok(Listening {
+        listener: Listener::from(listener),
+        once: options.once,
+        file,
+    })
+}
+
+/// The name of our socket in the file system.
+struct SocketFile {
+    path: PathBuf,
+    id: (u64, u64),
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> io::Result<Self> {
+        Ok(SocketFile {
+            path: path.to_owned(),
+            id: Self::id(path)?,
+        })
+    }
+
+    fn id(path: &Path) -> io::Result<(u64, u64)> {
+        fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+    }
+}
+
+impl Display for Listening {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "listening on {:?}", self.file.path)
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Someone may have removed ours and started a successor under the same name.
+        if Self::id(&self.path).ok() == Some(self.id) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Written by the signal handler and by the end of the `front-ends` thread.
+static END: OnceLock<EventFd> = OnceLock::new();
+
+extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // An atomic load and a write(2): both may be done in a signal handler.
+    if let Some(end) = END.get() {
+        let _ = end.write(1);
+    }
+}
+
+fn end_event() -> &'static EventFd {
+    END.get_or_init(|| {
+        EventFd::new(libc::EFD_CLOEXEC).expect("invariant: the first eventfd of a process")
+    })
+}
+
+/// Serves one front-end after another, each with a device from `make`, until SIGINT or SIGTERM; with `--once`, until
+/// the first one has disconnected.
+///
+/// # Errors
+///
+/// A socket that cannot be accepted from, threads or descriptors that cannot be made; with `--once` also a session
+/// that ended otherwise than by a hang-up.
+pub fn serve<D, F>(name: &'static str, listening: Listening, make: F) -> Result<(), Error>
+where
+    D: Device + 'static,
+    F: Fn(Memory) -> D + Send + 'static,
+{
+    let set_up = |what| move |source| Error::SetUp { what, source };
+    let end = end_event();
+
+    let Listening {
+        mut listener,
+        once,
+        file: _file,
+    } = listening;
+    let outcome = Arc::new(Mutex::new(None));
+    let outcome_of_thread = Arc::clone(&outcome);
+    thread::Builder::new()
+        .name("front-ends".to_owned())
+        .spawn(move || {
+            let result = loop {
+                match session(name, &mut listener, &make) {
+                    Ok(Session::NothingAsked) => {}
+                    Ok(Session::Ended) if once => break Ok(()),
+                    Ok(Session::Ended) => {}
+                    Ok(Session::Broken(why)) if once => break Err(Error::Session(why)),
+                    Ok(Session::Broken(why)) => say(format_args!(
+                        "{name}: {why}; waiting for the next front-end"
+                    )),
+                    Err(e) => break Err(e),
+                }
+            };
+            *outcome_of_thread
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = Some(result);
+            let _ = end.write(1);
+        })
+        .map_err(set_up("the thread that serves front-ends"))?;
+
+    while let Err(e) = end.read() {
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(set_up("the wait for signals")(e));
+        }
+    }
+    // A session in progress ends with the process: its front-end sees a hang-up.
+    outcome
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take()
+        .unwrap_or(Ok(()))
+}
+
+/// How a session ended.
+enum Session {
+    /// The peer hung up without a request.
+    NothingAsked,
+    /// The peer hung up.
+    Ended,
+    /// The peer sent what cannot be served.
+    Broken(String),
+}
+
+/// Accepts one front-end and serves it until it disconnects.
+///
+/// The daemon is a new one each time: the crate's keeps who owns it, and would refuse the second SET_OWNER.
+fn session<D: Device + 'static>(
+    name: &'static str,
+    listener: &mut Listener,
+    make: impl Fn(Memory) -> D,
+) -> Result<Session, Error> {
+    let memory = Memory::new(GuestMemoryMmap::new());
+    let device = Arc::new(make(memory.clone()));
+    let end_worker =
+        EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(|source| Error::SetUp {
+            what: "an eventfd",
+            source,
+        })?;
+    let mut daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(&device), memory)
+        .map_err(|e| Error::Session(format!("cannot set up a session: {e}")))?;
+
+    // The crate's own way to end its worker (`exit_event`) loses a descriptor each time.
+    for worker in daemon.get_epoll_handlers() {
+        if let Err(source) = worker.register_listener(
+            end_worker.as_raw_fd(),
+            EventSet::IN,
+            device.end_event().into(),
+        ) {
+            // Its drop would wait for a worker that nobody can end.
+            std::mem::forget(daemon);
+            return Err(Error::SetUp {
+                what: "the end of a session",
+                source,
+            });
+        }
+    }
+
+    let result = daemon.start(listener).and_then(|()| daemon.wait());
+    let _ = end_worker.write(1);
+    drop(daemon);
+
+    match result {
+        Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => {
+            Ok(if device.was_asked() {
+                Session::Ended
+            } else {
+                Session::NothingAsked
+            })
+        }
+        Err(DaemonError::HandleRequest(e)) => Ok(Session::Broken(format!(
+            "a request of the front-end cannot be served: {e}"
+        ))),
+        Err(e) => Err(Error::Session(e.to_string())),
+    }
+}
