@@ -19,7 +19,7 @@
 //! ```
 //!
 //! What a driver must not do is answered as the specification says: FEATURES_OK that stays clear, QueueReady that
-//! reads 0. Where it says nothing the write changes nothing, except the log, which says so ([`Misuse`]).
+//! reads 0. Where it says nothing the write changes nothing, except the log, which says so (`Misuse`).
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};

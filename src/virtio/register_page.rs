@@ -359,6 +359,11 @@ mod tests {
         unsafe { page.host_ptr().add(offset).cast::<u32>().read_volatile() }
     }
 
+    /// A configuration whose change takes as long as it can: every word of it is `value`.
+    fn everywhere(value: u32) -> Vec<u8> {
+        value.to_le_bytes().repeat(CONFIG_MAX / WORD)
+    }
+
     #[test]
     fn the_registers_are_where_the_specification_puts_them() {
         let offsets = Register::ALL.map(Register::offset);
@@ -429,15 +434,85 @@ mod tests {
             let end = Instant::now() + Duration::from_millis(300);
             scope.spawn(move || {
                 for value in (0u32..).take_while(|_| Instant::now() < end) {
-                    page.lock().set_config(&[value.to_le_bytes(); 2].concat());
+                    page.lock().set_config(&everywhere(value));
                 }
             });
             while Instant::now() < end {
                 let before = peek(page, 0xfc);
-                let (first, second) = (peek(page, 0x100), peek(page, 0x104));
+                let (first, second) = (peek(page, 0x100), peek(page, 0xffc));
                 if peek(page, 0xfc) == before {
                     assert_eq!(first, second, "generation {before}");
                 }
+            }
+        });
+        assert!(page.get(Register::ConfigGeneration) > 10);
+    }
+
+    /// The same with a guest that reads through a read-only slot: 38 bytes of real-mode code on any `/dev/kvm`.
+    #[test]
+    fn a_guest_sees_one_configuration_in_one_generation() {
+        use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+        use kvm_ioctls::{Kvm, VcpuExit};
+
+        const CODE: [u8; 38] = [
+            0xa1, 0xfc, 0x30, //             again: mov ax, [0x30fc]   ConfigGeneration
+            0x8b, 0x1e, 0x00, 0x31, //              mov bx, [0x3100]
+            0x8b, 0x0e, 0xfc, 0x3f, //              mov cx, [0x3ffc]
+            0x8b, 0x16, 0xfc, 0x30, //              mov dx, [0x30fc]
+            0x39, 0xd0, 0x75, 0xed, //              cmp ax, dx; jne again
+            0x39, 0xcb, 0x75, 0x08, //              cmp bx, cx; jne torn
+            0x81, 0xfb, 0xff, 0xff, //              cmp bx, 0xffff
+            0x74, 0x06, 0xeb, 0xe1, //              je done; jmp again
+            0xe6, 0x10, 0xeb, 0xdd, //        torn: out 0x10, al; jmp again
+            0xe6, 0x11, 0xf4, //              done: out 0x11, al; hlt
+        ];
+        let kvm = match Kvm::new() {
+            Ok(kvm) => kvm,
+            Err(error) if std::env::var_os("REQUIRE_KVM").is_none() => {
+                eprintln!("skipped: /dev/kvm cannot be opened: {error}");
+                return;
+            }
+            Err(error) => panic!("/dev/kvm: {error}"),
+        };
+        let (ram, page) = (RegisterPage::new().unwrap(), RegisterPage::new().unwrap());
+        for (at, bytes) in CODE.chunks(WORD).enumerate() {
+            let mut word = [0; WORD];
+            word[..bytes.len()].copy_from_slice(bytes);
+            ram.frames()[0][at].store(u32::from_le_bytes(word), Ordering::SeqCst);
+        }
+        let vm = kvm.create_vm().unwrap();
+        for (slot, guest_phys_addr, page) in [(0, 0x1000, &ram), (1, 0x3000, &page)] {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: KVM_MEM_READONLY,
+                guest_phys_addr,
+                memory_size: BLOCK_SIZE as u64,
+                userspace_addr: page.host_ptr() as u64,
+            };
+            // SAFETY: both pages outlive the VM, which is declared after them.
+            unsafe { vm.set_user_memory_region(region) }.unwrap();
+        }
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        let mut sregs = vcpu.get_sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        vcpu.set_sregs(&sregs).unwrap();
+        let mut regs = vcpu.get_regs().unwrap();
+        // Bit 1 of RFLAGS is always 1.
+        (regs.rip, regs.rflags) = (0x1000, 2);
+        vcpu.set_regs(&regs).unwrap();
+
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let end = Instant::now() + Duration::from_millis(500);
+                for value in (0u32..).take_while(|_| Instant::now() < end) {
+                    page.lock().set_config(&everywhere(value % 0xffff));
+                }
+                page.lock().set_config(&everywhere(0xffff));
+            });
+            match vcpu.run().unwrap() {
+                VcpuExit::IoOut(0x11, _) => {}
+                VcpuExit::IoOut(0x10, _) => panic!("the guest saw half of a change"),
+                exit => panic!("unexpected: {exit:?}"),
             }
         });
         assert!(page.get(Register::ConfigGeneration) > 10);
