@@ -474,3 +474,6 @@ fn release(cleared: &io::Result<()>) {
         log::warn!("an unmapped file stays in the VMM's address space for now: {error}");
     }
 }
+
+#[cfg(test)]
+mod tests;
