@@ -433,11 +433,16 @@ impl SharedMemory {
                 let Some(span) = region.window.span(offset, mapping.span_len()) else {
                     continue;
                 };
-                match span.fill_missing(mapping.access) {
+                // What was filled before is no longer the file's: only what is ahead of it can have gone missing.
+                let Some(of_the_file) = region.window.span(offset, span.guest().len() - mapping.filled)
+                else {
+                    continue;
+                };
+                match of_the_file.fill_missing(mapping.access) {
                     Ok(0) => {}
                     Ok(missing) => {
-                        mapping.filled = missing;
-                        filled.push((shmid, span.guest(), missing));
+                        mapping.filled += missing;
+                        filled.push((shmid, span.guest(), mapping.filled));
                     }
                     Err(error) => {
                         log::error!("cannot put zeroes under region {shmid} + {offset:#x}: {error}")
@@ -469,3 +474,6 @@ fn release(cleared: &io::Result<()>) {
         log::warn!("an unmapped file stays in the VMM's address space for now: {error}");
     }
 }
+
+#[cfg(test)]
+mod tests;

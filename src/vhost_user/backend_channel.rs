@@ -4,7 +4,9 @@
 //! reset the vCPU thread serves what is still queued (SHM-71). Each well framed request is answered if it asks for it,
 //! however wrong it is (SHM-63); what is not well framed ends the channel (SHM-64).
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -74,6 +76,8 @@ pub struct BackendChannel {
     name: String,
     reply_ack: bool,
     shmem: Option<Arc<SharedMemory>>,
+    /// A copy of the socket, to wait on and to end it without the lock.
+    socket: UnixStream,
     /// Lock order: before `SharedMemory`'s. Held while requests are handled, which waits for no answer of the back-end;
     /// for room in its socket no longer than [`ANSWER_TIMEOUT`].
     inbox: Mutex<Inbox>,
@@ -87,23 +91,29 @@ struct Inbox {
 
 impl BackendChannel {
     /// Serves `socket` for the device `name`; `shmem` is where mappings go.
-    pub fn new(name: &str, agreement: &Agreement, socket: UnixStream, shmem: Arc<SharedMemory>) -> Self {
-        BackendChannel {
+    pub fn new(
+        name: &str,
+        agreement: &Agreement,
+        socket: UnixStream,
+        shmem: Arc<SharedMemory>,
+    ) -> io::Result<Self> {
+        Ok(BackendChannel {
             name: name.to_string(),
             reply_ack: agreement.has(protocol::REPLY_ACK),
             shmem: agreement.has_shmem().then_some(shmem),
+            socket: socket.try_clone()?,
             inbox: Mutex::new(Inbox {
                 connection: Connection::new(socket, MMAP_LEN),
                 stale: false,
             }),
-        }
+        })
     }
 
-    /// Handles what is there, at least one request if all of one is; never waits for more. Afterwards the socket tells
-    /// when there is more.
+    /// Handles the next request, if all of it is there, and those that were read with it; never waits for more.
+    /// Afterwards the socket tells when there is more. A back-end that never pauses keeps nobody from the lock.
     pub fn serve(&self) -> Result<(), ChannelError> {
         let mut inbox = self.lock();
-        while self.serve_one(&mut inbox)? && inbox.connection.is_inside_message() {}
+        while self.serve_one(&mut inbox)? && inbox.connection.has_message() {}
         Ok(())
     }
 
@@ -145,14 +155,10 @@ impl BackendChannel {
         Ok(true)
     }
 
-    /// A copy of the socket, to wait on.
-    pub fn watch_fd(&self) -> std::io::Result<OwnedFd> {
-        self.lock().connection.as_fd().try_clone_to_owned()
-    }
-
-    /// Ends the channel: the back-end sees a hang-up.
+    /// Ends the channel: the back-end sees a hang-up, and an answer that waits for room is given up.
     pub fn shut_down(&self) {
-        self.lock().connection.shut_down();
+        // It fails only where the peer was faster.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inbox> {
@@ -223,5 +229,12 @@ impl BackendChannel {
                 self.name
             ),
         }
+    }
+}
+
+/// To wait on.
+impl AsFd for BackendChannel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }

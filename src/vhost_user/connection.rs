@@ -89,7 +89,7 @@ pub struct Message {
     pub payload: Vec<u8>,
     /// The file descriptors that came with it, close-on-exec (SHM-28), closed when dropped (SHM-27).
     pub fds: Vec<OwnedFd>,
-    /// Whether more descriptors came than this process could take (SHM-48).
+    /// Whether more descriptors came than this process could take (SHM-48), or than one sendmsg(2) carries.
     pub fds_lost: bool,
 }
 
@@ -174,15 +174,15 @@ impl Connection {
         }
     }
 
-    /// Whether part of a message is here, but not all of it.
+    /// Whether part of a message is here, or several.
     pub fn is_inside_message(&self) -> bool {
         !self.buffer.is_empty()
     }
 
-    /// Ends both directions, for our side and the peer's, and for every copy of the socket.
-    pub fn shut_down(&self) {
-        // It fails only where the peer was faster.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    /// Whether the next call of [`Self::try_receive`] need not read.
+    pub fn has_message(&self) -> bool {
+        // What is wrong with a message is for `try_receive` to say.
+        self.buffer.len() >= HEADER_LEN && self.needed().map_or(true, |needed| needed <= self.buffer.len())
     }
 
     /// Bytes that the next message has, as far as known.
@@ -244,11 +244,18 @@ impl Connection {
         }
         if !received.fds.is_empty() || received.fds_lost {
             let position = self.position + self.buffer.len() as u64;
-            self.descriptors.push_back(Descriptors {
+            let mut arrived = Descriptors {
                 position,
                 fds: received.fds,
                 lost: received.fds_lost,
-            });
+            };
+            // Each byte of a message can bring as many, and the whole process would soon have none left for others.
+            let waiting: usize = self.descriptors.iter().map(|waiting| waiting.fds.len()).sum();
+            if waiting + arrived.fds.len() > MAX_FDS {
+                arrived.fds.clear();
+                arrived.lost = true;
+            }
+            self.descriptors.push_back(arrived);
         }
         Ok(true)
     }

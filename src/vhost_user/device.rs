@@ -67,18 +67,21 @@ impl VhostUserDevice {
             config,
             ..
         } = handshake;
-        let health = Arc::new(Health::new(&spec.name, Arc::clone(&interrupt)));
-        let main = frontend.as_fd().try_clone_to_owned()?;
-        let (channel, watch) = if frontend.agreement().has(protocol::BACKEND_REQ) {
+        let (channel, theirs) = if frontend.agreement().has(protocol::BACKEND_REQ) {
             let (ours, theirs) = UnixStream::pair()?;
-            let channel = BackendChannel::new(&spec.name, frontend.agreement(), ours, Arc::clone(&shmem));
-            let channel = Arc::new(channel);
-            let watch = Watch::start(Arc::clone(&health), main, Some(Arc::clone(&channel)))?;
-            frontend.set_backend_channel(theirs.as_fd())?;
-            (Some(channel), watch)
+            let shmem = Arc::clone(&shmem);
+            let channel = BackendChannel::new(&spec.name, frontend.agreement(), ours, shmem)?;
+            (Some(Arc::new(channel)), Some(theirs))
         } else {
-            (None, Watch::start(Arc::clone(&health), main, None)?)
+            (None, None)
         };
+        let main = frontend.as_fd().try_clone_to_owned()?;
+        let health = Health::new(&spec.name, Arc::clone(&interrupt), main, channel.clone());
+        let health = Arc::new(health);
+        let watch = Watch::start(Arc::clone(&health))?;
+        if let Some(theirs) = theirs {
+            frontend.set_backend_channel(theirs.as_fd())?;
+        }
         Ok(VhostUserDevice {
             name: spec.name.clone(),
             device_type: spec.kind.id(),
@@ -105,10 +108,6 @@ impl VhostUserDevice {
         }
         conversation(self).map_err(|error| {
             if error.is_fatal() {
-                self.frontend.shut_down();
-                if let Some(channel) = &self.channel {
-                    channel.shut_down();
-                }
                 self.health.give_up(&error);
             }
             error.into()
@@ -118,9 +117,12 @@ impl VhostUserDevice {
     fn start_ring(&mut self, queue: &QueueSetup<'_>, deadline: Deadline) -> Result<(), FrontendError> {
         // SAFETY: the interrupt owns the event, and outlives the call.
         let call = unsafe { BorrowedFd::borrow_raw(self.interrupt.call().as_raw_fd()) };
-        self.frontend.start_ring(queue, &self.memory, call, deadline)?;
-        self.running.insert(queue.index);
-        Ok(())
+        let started = self.frontend.start_ring(queue, &self.memory, call, deadline);
+        // A ring that is told of half way may run as well, and is to be stopped.
+        if !matches!(started, Err(FrontendError::RingOutsideRam { .. })) {
+            self.running.insert(queue.index);
+        }
+        started
     }
 }
 
@@ -169,8 +171,8 @@ impl VirtioDevice for VhostUserDevice {
     fn start(&mut self, features: u64, queues: &[QueueSetup<'_>]) -> Result<(), DeviceError> {
         // SHM-75: from the first of these messages on, and every one of them is answered before DRIVER_OK is through
         // where REPLY_ACK allows. So what the back-end maps when it is started is there for the driver.
-        self.shmem.open_gate();
         self.talk(|device| {
+            device.shmem.open_gate();
             let deadline = Deadline::after(START_TIMEOUT);
             device.frontend.set_up(features, &device.memory, deadline)?;
             for queue in queues {
@@ -185,17 +187,22 @@ impl VirtioDevice for VhostUserDevice {
         let deadline = Deadline::after(CONTROL_TIMEOUT);
         let running = std::mem::take(&mut self.running);
         if !self.health.is_lost() {
-            // What fails here has cut the back-end off, and said so.
-            let _ = self.talk(|device| {
+            let told = self.talk(|device| {
                 for index in running {
                     device.frontend.stop_ring(index, deadline)?;
                 }
                 device.frontend.reset_device(deadline)
             });
+            match told {
+                // The back-end is cut off, and the log says so.
+                Err(_) if self.health.is_lost() => {}
+                Err(error) => log::warn!("{}: while the device is reset: {error}", self.name),
+                Ok(()) => {}
+            }
         }
         if let Some(channel) = &self.channel {
             if let Err(error) = channel.drain(deadline) {
-                log::debug!("{}: while the device is reset: {error}", self.name);
+                self.health.channel_ended(&error);
             }
         }
         match self.shmem.unmap_all() {

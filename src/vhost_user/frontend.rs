@@ -371,10 +371,15 @@ impl Frontend {
 
     /// Tells the back-end that the device is reset, in the way or ways that were agreed on (SHM-70).
     pub fn reset_device(&mut self, deadline: Deadline) -> Result<(), FrontendError> {
-        if self.agreement.has(protocol::RESET_DEVICE) {
-            self.tell(FrontendRequest::ResetDevice, &[], &[], deadline)?;
+        let reset = match self.agreement.has(protocol::RESET_DEVICE) {
+            true => self.tell(FrontendRequest::ResetDevice, &[], &[], deadline),
+            false => Ok(()),
+        };
+        if reset.as_ref().is_err_and(FrontendError::is_fatal) {
+            return reset;
         }
-        self.set_status(0, deadline)
+        self.set_status(0, deadline)?;
+        reset
     }
 
     /// Writes to the configuration space.
@@ -386,11 +391,6 @@ impl Frontend {
             .u32(flags_of_a_driver)
             .bytes(data);
         self.tell(FrontendRequest::SetConfig, &payload, &[], deadline)
-    }
-
-    /// Ends the connection: the back-end sees a hang-up.
-    pub fn shut_down(&self) {
-        self.connection.shut_down();
     }
 
     /// Sends a request that by itself has no reply. Where REPLY_ACK was agreed on, asks for one and waits for it.

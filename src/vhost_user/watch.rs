@@ -4,7 +4,9 @@
 //! maps while we wait for its answer on the main socket is served here).
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -15,20 +17,30 @@ use super::backend_channel::{BackendChannel, ChannelError};
 use super::connection::ConnectionError;
 use crate::virtio::interrupt::Interrupt;
 
-/// Whether a device's back-end can still be used.
+/// Whether a device's back-end can still be used, and the way to end that.
 pub struct Health {
     name: String,
     lost: AtomicBool,
     interrupt: Arc<Interrupt>,
+    /// A copy of the main socket.
+    main: UnixStream,
+    channel: Option<Arc<BackendChannel>>,
 }
 
 impl Health {
-    /// A back-end that just connected.
-    pub fn new(name: &str, interrupt: Arc<Interrupt>) -> Self {
+    /// A back-end that just connected. `main` is a copy of the main socket.
+    pub fn new(
+        name: &str,
+        interrupt: Arc<Interrupt>,
+        main: OwnedFd,
+        channel: Option<Arc<BackendChannel>>,
+    ) -> Self {
         Health {
             name: name.to_string(),
             lost: AtomicBool::new(false),
             interrupt,
+            main: main.into(),
+            channel,
         }
     }
 
@@ -37,13 +49,30 @@ impl Health {
         self.lost.load(Ordering::Acquire)
     }
 
-    /// Gives the back-end up: says why, once, and tells the driver (SHM-76). Its mappings stay until the reset.
+    /// Gives the back-end up: says why, once, tells the driver (SHM-76), and hangs up on both sockets, since one that
+    /// is no longer told to stop must not go on either. Its mappings stay until the reset.
     pub fn give_up(&self, why: &dyn std::error::Error) {
         if !self.lost.swap(true, Ordering::AcqRel) {
             let causes = std::iter::successors(why.source(), |error| error.source());
             let why = causes.fold(why.to_string(), |text, cause| format!("{text}: {cause}"));
             log::error!("{}: {why}; the device needs a reset", self.name);
             self.interrupt.needs_reset();
+            // It fails only where the peer was faster.
+            let _ = self.main.shutdown(Shutdown::Both);
+            if let Some(channel) = &self.channel {
+                channel.shut_down();
+            }
+        }
+    }
+
+    /// The backend channel ended. A back-end may do without it; if it is gone as a whole, the main socket tells.
+    pub fn channel_ended(&self, why: &ChannelError) {
+        match why {
+            ChannelError::Connection(ConnectionError::HungUp) => {
+                log::debug!("{}: the back-end closed the backend channel", self.name);
+            }
+            // SHM-64
+            why => self.give_up(why),
         }
     }
 }
@@ -55,19 +84,12 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts the thread. `main` is a copy of the main socket, whose hang-up it looks for.
-    pub fn start(
-        health: Arc<Health>,
-        main: OwnedFd,
-        channel: Option<Arc<BackendChannel>>,
-    ) -> io::Result<Watch> {
+    /// Starts the thread.
+    pub fn start(health: Arc<Health>) -> io::Result<Watch> {
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-        let channel_fd = channel.as_ref().map(|channel| channel.watch_fd()).transpose()?;
         let watched = Watched {
             stop: stop.try_clone()?,
-            main,
-            channel,
-            channel_fd,
+            channel: health.channel.clone(),
             health,
         };
         let thread = std::thread::Builder::new()
@@ -93,9 +115,8 @@ impl Drop for Watch {
 
 struct Watched {
     stop: EventFd,
-    main: OwnedFd,
+    /// `None` once it ended.
     channel: Option<Arc<BackendChannel>>,
-    channel_fd: Option<OwnedFd>,
     health: Arc<Health>,
 }
 
@@ -103,7 +124,8 @@ impl Watched {
     fn run(mut self) {
         loop {
             // poll(2) passes over a negative descriptor.
-            let channel_fd = self.channel_fd.as_ref().map_or(-1, |fd| fd.as_raw_fd());
+            let channel = self.channel.as_deref();
+            let channel_fd = channel.map_or(-1, |channel| channel.as_fd().as_raw_fd());
             let poll = |fd, events| libc::pollfd {
                 fd,
                 events,
@@ -112,7 +134,7 @@ impl Watched {
             let mut polled = [
                 poll(self.stop.as_raw_fd(), libc::POLLIN),
                 poll(channel_fd, libc::POLLIN),
-                poll(self.main.as_raw_fd(), libc::POLLRDHUP),
+                poll(self.health.main.as_raw_fd(), libc::POLLRDHUP),
             ];
             // SAFETY: the array is on our stack, and the descriptors live as long as `self`.
             if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, -1) } < 0 {
@@ -138,17 +160,8 @@ impl Watched {
     fn serve(&mut self) {
         let Some(channel) = &self.channel else { return };
         if let Err(error) = channel.serve() {
-            match error {
-                // A back-end may do without the channel; if it is gone as a whole, the main socket tells.
-                ChannelError::Connection(ConnectionError::HungUp) => {
-                    log::debug!("{}: the back-end closed the backend channel", self.health.name);
-                }
-                error => {
-                    channel.shut_down();
-                    self.health.give_up(&error);
-                }
-            }
-            self.channel_fd = None;
+            self.health.channel_ended(&error);
+            self.channel = None;
         }
     }
 }
