@@ -20,9 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
-};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -132,9 +130,7 @@ impl Backend {
     }
 
     fn descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid()))
-            .unwrap()
-            .count()
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
     fn is_running(&self) -> bool {
@@ -380,12 +376,7 @@ impl Machine {
         self.avail = 0;
     }
 
-    fn descriptor_at(
-        &self,
-        table: u64,
-        index: u16,
-        (address, len, flags, next): (u64, u32, u16, u16),
-    ) {
+    fn descriptor_at(&self, table: u64, index: u16, (address, len, flags, next): (u64, u32, u16, u16)) {
         let mut bytes = Vec::new();
         bytes.extend(address.to_le_bytes());
         bytes.extend(len.to_le_bytes());
@@ -422,10 +413,7 @@ impl Machine {
         wait_until("a used buffer", || self.used_index() == self.avail);
         wait_until("a call", || self.call.read().is_ok());
         let slot = u64::from((self.avail - 1) % QUEUE_SIZE);
-        let [id, written]: [u32; 2] = self
-            .ram
-            .read_obj(GuestAddress(USED + 4 + 8 * slot))
-            .unwrap();
+        let [id, written]: [u32; 2] = self.ram.read_obj(GuestAddress(USED + 4 + 8 * slot)).unwrap();
         assert_eq!(id, u32::from(head));
         (written, self.ram.read_obj(GuestAddress(ANSWER)).unwrap())
     }
@@ -485,11 +473,7 @@ fn offers_the_device_and_its_region() {
     let config = ask(44, &[], true);
     assert_eq!(config.len(), 2056);
     assert_eq!(config[..4], 1u32.to_ne_bytes(), "nregions");
-    assert_eq!(
-        config[8..16],
-        (16 * MIB).to_ne_bytes(),
-        "the size of region 0"
-    );
+    assert_eq!(config[8..16], (16 * MIB).to_ne_bytes(), "the size of region 0");
     assert!(
         config[16..].iter().all(|byte| *byte == 0),
         "all other regions are absent"
@@ -533,11 +517,7 @@ fn sizes() {
         let config = machine.front_end.get_shmem_config().unwrap();
         assert_eq!(config.memory_sizes[0], region, "{len:?} {args:?}");
         assert_eq!(machine.map(0).u64_at(24), region, "{len:?} {args:?}");
-        assert_eq!(
-            fs::metadata(&path).unwrap().len(),
-            file_len,
-            "{len:?} {args:?}"
-        );
+        assert_eq!(fs::metadata(&path).unwrap().len(), file_len, "{len:?} {args:?}");
         let notes = backend.stderr().matches("note:").count();
         assert_eq!(notes, usize::from(!note.is_empty()), "{}", backend.stderr());
         assert!(backend.stderr().contains(note), "{}", backend.stderr());
@@ -583,8 +563,7 @@ fn maps_read_only_with_a_descriptor_that_cannot_write() {
     request.assert_is(4 * MIB, 0, &path);
     let file = request.file.unwrap();
     file.read_exact_at(&mut [0; 16], 0).unwrap();
-    file.write_all_at(b"x", 0)
-        .expect_err("the descriptor can write");
+    file.write_all_at(b"x", 0).expect_err("the descriptor can write");
     machine.start_queue();
     assert_eq!(machine.request(0), (4, 0), "a flush has nothing to do");
 }
@@ -661,9 +640,7 @@ fn a_second_memory_table_without_a_reset_does_not_unmap() {
     let mut machine = Machine::connect(&backend);
     machine.map(0);
     machine.start_queue();
-    machine
-        .map(-libc::EEXIST as u64)
-        .assert_is(2 * MIB, 1, &path);
+    machine.map(-libc::EEXIST as u64).assert_is(2 * MIB, 1, &path);
     assert!(machine.channel.is_silent());
     assert_eq!(machine.request(0), (4, 0));
     backend.wait_for("it was mapped before");
@@ -698,13 +675,7 @@ fn dirty(path: &Path) -> u64 {
         .skip(1)
         .take_while(|line| !line.starts_with("VmFlags"))
         .filter(|line| line.starts_with("Shared_Dirty:") || line.starts_with("Private_Dirty:"))
-        .map(|line| {
-            line.split_whitespace()
-                .nth(1)
-                .unwrap()
-                .parse::<u64>()
-                .unwrap()
-        })
+        .map(|line| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap())
         .sum()
 }
 
@@ -840,11 +811,7 @@ fn malformed_chains_are_survived() {
         assert_eq!(machine.request(0), (4, 0), "after: {what}");
     }
     let complaints = backend.stderr().matches("pmem: a").count();
-    assert!(
-        complaints <= 10,
-        "a guest filled stderr:\n{}",
-        backend.stderr()
-    );
+    assert!(complaints <= 10, "a guest filled stderr:\n{}", backend.stderr());
 }
 
 /// A ring that lies is no reason to stop for good: a reset makes it right.
@@ -858,10 +825,7 @@ fn a_broken_ring_is_survived() {
     machine.start_queue();
 
     // More is available than the queue can hold.
-    machine
-        .ram
-        .write_obj(1000u16, GuestAddress(AVAIL + 2))
-        .unwrap();
+    machine.ram.write_obj(1000u16, GuestAddress(AVAIL + 2)).unwrap();
     machine.kick.write(1).unwrap();
     backend.wait_for("the request queue is broken");
     machine.reset();
@@ -929,10 +893,7 @@ fn serves_one_front_end_after_another_and_loses_no_descriptor() {
         machine.start_queue();
         assert_eq!(machine.request(0), (4, 0));
         // The same point of each session.
-        assert_eq!(
-            *count.get_or_insert(backend.descriptors()),
-            backend.descriptors()
-        );
+        assert_eq!(*count.get_or_insert(backend.descriptors()), backend.descriptors());
     }
     assert!(backend.is_running());
 }
@@ -979,13 +940,7 @@ fn signals_end_it_with_status_zero_and_no_socket() {
                 machine.map(0);
             }
             let kill = format!("kill -{signal} {}", backend.pid());
-            assert!(
-                Command::new("sh")
-                    .args(["-c", &kill])
-                    .status()
-                    .unwrap()
-                    .success()
-            );
+            assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
             let status = backend.wait();
             assert_eq!(
                 (status.code(), status.signal()),

@@ -60,19 +60,12 @@ impl Error {
     /// What the user could do.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Error::NoFile {
-                read_only: false, ..
-            } => Some("--size SIZE creates it"),
-            Error::Empty {
-                read_only: false, ..
-            } => Some("--size SIZE extends it"),
+            Error::NoFile { read_only: false, .. } => Some("--size SIZE creates it"),
+            Error::Empty { read_only: false, .. } => Some("--size SIZE extends it"),
             Error::NotRegular {
-                kind: "block device",
-                ..
+                kind: "block device", ..
             } => Some("serve a disk through a vhost-user block back-end"),
-            Error::File {
-                what: OPEN_WRITE, ..
-            } => Some("--read-only needs no write permission"),
+            Error::File { what: OPEN_WRITE, .. } => Some("--read-only needs no write permission"),
             _ => None,
         }
     }
@@ -154,11 +147,7 @@ impl Backing {
 
     /// For messages.
     pub fn access(&self) -> &'static str {
-        if self.read_only {
-            "read-only"
-        } else {
-            "read-write"
-        }
+        if self.read_only { "read-only" } else { "read-write" }
     }
 
     /// What works, but perhaps not as expected.

@@ -33,9 +33,7 @@ enum Device {
 
 fn main() -> ExitCode {
     let failure = match Cli::parse().device {
-        Device::Pmem(args) => pmem::run(&args)
-            .err()
-            .map(|e| (e.status(), e.hint(), chain(&e))),
+        Device::Pmem(args) => pmem::run(&args).err().map(|e| (e.status(), e.hint(), chain(&e))),
     };
     let Some((status, hint, sentence)) = failure else {
         return ExitCode::SUCCESS;

@@ -106,9 +106,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     for note in backing.notes() {
         say(format_args!("{NAME}: note: {note}"));
     }
-    server::serve(NAME, listening, move |memory| {
-        Pmem::new(backing.clone(), memory)
-    })?;
+    server::serve(NAME, listening, move |memory| Pmem::new(backing.clone(), memory))?;
     Ok(())
 }
 
@@ -251,9 +249,7 @@ impl Pmem {
                 return 0;
             }
             Err(e) => {
-                self.complain(format_args!(
-                    "the answer of a request has no valid place: {e}"
-                ));
+                self.complain(format_args!("the answer of a request has no valid place: {e}"));
                 return 0;
             }
         };
@@ -314,10 +310,7 @@ impl Pmem {
 
 /// What the crate makes of an answer. It keeps the value to itself.
 fn map_failure(error: &io::Error) -> String {
-    match error
-        .get_ref()
-        .and_then(|e| e.downcast_ref::<ProtocolError>())
-    {
+    match error.get_ref().and_then(|e| e.downcast_ref::<ProtocolError>()) {
         Some(ProtocolError::FrontendInternalError) => "the front-end refused".to_owned(),
         Some(ProtocolError::PartialMessage) => "the front-end closed the channel".to_owned(),
         _ => error.to_string(),
@@ -418,13 +411,7 @@ impl VhostUserBackend for Pmem {
     }
 
     /// Called by the worker for a kick, and at the end of the session. An error ends the worker.
-    fn handle_event(
-        &self,
-        event: u16,
-        _: EventSet,
-        vrings: &[VringMutex],
-        _: usize,
-    ) -> io::Result<()> {
+    fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], _: usize) -> io::Result<()> {
         match (event, vrings.first()) {
             (REQUEST_QUEUE, Some(vring)) => {
                 let _answering = lock(&self.answering);

@@ -66,10 +66,7 @@ pub enum Error {
     #[error("cannot listen on {path:?}")]
     Bind { path: PathBuf, source: io::Error },
     #[error("cannot set up {what}")]
-    SetUp {
-        what: &'static str,
-        source: io::Error,
-    },
+    SetUp { what: &'static str, source: io::Error },
     #[error("{0}")]
     Session(String),
 }
@@ -86,9 +83,7 @@ impl Error {
     /// What the user could do.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Error::PathTooLong { .. } => {
-                Some("a path relative to the working directory may be shorter")
-            }
+            Error::PathTooLong { .. } => Some("a path relative to the working directory may be shorter"),
             Error::InUse(_) => Some("each back-end needs a socket of its own"),
             _ => None,
         }
@@ -202,9 +197,7 @@ extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
 }
 
 fn end_event() -> &'static EventFd {
-    END.get_or_init(|| {
-        EventFd::new(libc::EFD_CLOEXEC).expect("invariant: the first eventfd of a process")
-    })
+    END.get_or_init(|| EventFd::new(libc::EFD_CLOEXEC).expect("invariant: the first eventfd of a process"))
 }
 
 /// Serves one front-end after another, each with a device from `make`, until SIGINT or SIGTERM; with `--once`, until
@@ -238,15 +231,13 @@ where
                     Ok(Session::Ended) if once => break Ok(()),
                     Ok(Session::Ended) => {}
                     Ok(Session::Broken(why)) if once => break Err(Error::Session(why)),
-                    Ok(Session::Broken(why)) => say(format_args!(
-                        "{name}: {why}; waiting for the next front-end"
-                    )),
+                    Ok(Session::Broken(why)) => {
+                        say(format_args!("{name}: {why}; waiting for the next front-end"))
+                    }
                     Err(e) => break Err(e),
                 }
             };
-            *outcome_of_thread
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner) = Some(result);
+            *outcome_of_thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
             let _ = end.write(1);
         })
         .map_err(set_up("the thread that serves front-ends"))?;
@@ -284,21 +275,18 @@ fn session<D: Device + 'static>(
 ) -> Result<Session, Error> {
     let memory = Memory::new(GuestMemoryMmap::new());
     let device = Arc::new(make(memory.clone()));
-    let end_worker =
-        EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(|source| Error::SetUp {
-            what: "an eventfd",
-            source,
-        })?;
+    let end_worker = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(|source| Error::SetUp {
+        what: "an eventfd",
+        source,
+    })?;
     let mut daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(&device), memory)
         .map_err(|e| Error::Session(format!("cannot set up a session: {e}")))?;
 
     // The crate's own way to end its worker (`exit_event`) loses a descriptor each time.
     for worker in daemon.get_epoll_handlers() {
-        if let Err(source) = worker.register_listener(
-            end_worker.as_raw_fd(),
-            EventSet::IN,
-            device.end_event().into(),
-        ) {
+        if let Err(source) =
+            worker.register_listener(end_worker.as_raw_fd(), EventSet::IN, device.end_event().into())
+        {
             // Its drop would wait for a worker that nobody can end.
             std::mem::forget(daemon);
             return Err(Error::SetUp {
@@ -313,13 +301,11 @@ fn session<D: Device + 'static>(
     drop(daemon);
 
     match result {
-        Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => {
-            Ok(if device.was_asked() {
-                Session::Ended
-            } else {
-                Session::NothingAsked
-            })
-        }
+        Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => Ok(if device.was_asked() {
+            Session::Ended
+        } else {
+            Session::NothingAsked
+        }),
         Err(DaemonError::HandleRequest(e)) => Ok(Session::Broken(format!(
             "a request of the front-end cannot be served: {e}"
         ))),
