@@ -44,7 +44,7 @@ const REQUEST_QUEUE: u16 = 0;
 const NUM_QUEUES: u16 = 1;
 const END_EVENT: u16 = NUM_QUEUES + 1;
 /// Linux keeps one request per flushing thread in flight; 64 is plenty.
-const QUEUE_SIZE: usize = 64;
+const QUEUE_SIZE: usize = 1024;
 
 /// How long SET_MEM_TABLE waits for the answer to SHMEM_MAP. A front-end that serves our requests only once it has
 /// the answer to its own gets that answer after this time, and the mapping a moment later.
