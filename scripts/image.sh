@@ -193,7 +193,7 @@ add_executable() {
         # `#!/usr/bin/env bash` needs both; busybox has many of them already.
         read -ra words < <(head -n 1 "$src" | cut -c 3-)
         for word in "${words[@]:0:2}"; do
-            if busybox --list 2>/dev/null | grep -qxF -- "${word##*/}"; then continue; fi
+            if busybox --list | grep -xF -- "${word##*/}" >/dev/null; then continue; fi
             word=$(command -v -- "$word" 2>/dev/null) || continue
             [[ $word != /* ]] || add_executable "$word"
         done

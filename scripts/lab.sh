@@ -89,7 +89,7 @@ main() {
         "${options[@]}" -- "$command" "$@"
 }
 
-has_applet() { busybox --list | grep -qxF -- "$1"; }
+has_applet() { busybox --list | grep -xF -- "$1" >/dev/null; }
 
 # The image that every run begins with; packed anew when something in it is newer.
 base_image() {

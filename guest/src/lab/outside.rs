@@ -297,7 +297,7 @@ fn start_qemu(
         "-accel",
         "tcg,thread=single",
         "-cpu",
-        "max,+svm",
+        "max,+svm,-xsave",
         "-smp",
         "1",
         "-M",
