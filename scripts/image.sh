@@ -131,8 +131,8 @@ unpack_module() {
     mkdir -p "${module%/*}"
     case $packed in
     *.ko) cp "$packed" "$module" ;;
-    *.xz) xz -dc "$packed" >"$module" ;;
-    *.zst) zstd -dcq "$packed" >"$module" ;;
+    *.xz) need xz:xz-utils && xz -dc "$packed" >"$module" ;;
+    *.zst) need zstd:zstd && zstd -dcq "$packed" >"$module" ;;
     *.gz) gzip -dc "$packed" >"$module" ;;
     *) die "$packed: a compression that this script does not know" ;;
     esac
