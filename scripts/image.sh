@@ -131,8 +131,8 @@ unpack_module() {
     mkdir -p "${module%/*}"
     case $packed in
     *.ko) cp "$packed" "$module" ;;
-    *.xz) xz -dc "$packed" >"$module" ;;
-    *.zst) zstd -dcq "$packed" >"$module" ;;
+    *.xz) need xz:xz-utils && xz -dc "$packed" >"$module" ;;
+    *.zst) need zstd:zstd && zstd -dcq "$packed" >"$module" ;;
     *.gz) gzip -dc "$packed" >"$module" ;;
     *) die "$packed: a compression that this script does not know" ;;
     esac
@@ -193,7 +193,7 @@ add_executable() {
         # `#!/usr/bin/env bash` needs both; busybox has many of them already.
         read -ra words < <(head -n 1 "$src" | cut -c 3-)
         for word in "${words[@]:0:2}"; do
-            if busybox --list 2>/dev/null | grep -qxF -- "${word##*/}"; then continue; fi
+            if busybox --list | grep -xF -- "${word##*/}" >/dev/null; then continue; fi
             word=$(command -v -- "$word" 2>/dev/null) || continue
             [[ $word != /* ]] || add_executable "$word"
         done

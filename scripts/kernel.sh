@@ -174,7 +174,7 @@ unpack_bzimage() {
     # All but gzip have the unpacked size behind them, four bytes that their tools take for damage.
     length=$((length - 4))
     case $magic in
-    7f454c46) filter=cat ;;
+    7f454c46) filter='cat' ;;
     1f8b*) filter='gzip -dc' length=$((length + 4)) ;;
     28b52ffd) filter='zstd -dcq' && need zstd:zstd ;;
     fd377a58) filter='xz -dc' && need xz:xz-utils ;;

@@ -5,6 +5,7 @@
 # standard input, output and error and its exit status are COMMAND's there.
 #
 #   --file PATH        copies this file or directory in, at the same absolute path
+#   --exec PATH        copies this executable in, with its shared libraries, at the same absolute path
 #   --out PATH         copies this file or directory back at the end, from the same absolute path
 #   --memory SIZE      memory of the emulated host, in MiB or with a suffix (default: 2G)
 #   --env NAME=VALUE   adds to COMMAND's environment
@@ -27,10 +28,11 @@ source "$(dirname "$0")/lib.sh"
 # irqbypass, ccp and kvm come with it.
 BASE_MODULES=(kvm-amd)
 
-fail() {
-    say "$*"
-    exit 125
-}
+# An error of ours must not look like one of COMMAND's.
+DIE_STATUS=125
+
+# These choose the guest's kernel; the emulated host's is always the stock one.
+unset KERNEL MODULES
 
 main() {
     local options=() packed=() limit='' terminal='' path command
@@ -40,18 +42,19 @@ main() {
         --) shift && break ;;
         --tty) terminal=1 options+=(--tty) && shift && continue ;;
         --icount | --verbose) options+=("$1") && shift && continue ;;
-        --file | --out | --memory | --env | --timeout | --append | --log) (($# > 1)) || fail "$1 needs a value (--help says which)" ;;
-        *) fail "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
+        --file | --exec | --out | --memory | --env | --timeout | --append | --log) (($# > 1)) || die "$1 needs a value (--help says which)" ;;
+        *) die "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
         esac
         case $1 in
         --file) packed+=(--file "$(realpath -s "$2")") ;;
+        --exec) packed+=(--exec "$(realpath -s "$2")") ;;
         --out) options+=(--out "$(realpath -ms "$2")") ;;
         --timeout) limit=$2 ;;
         *) options+=("$1" "$2") ;;
         esac
         shift 2
     done
-    (($#)) || fail "there is no COMMAND to run (--help says how)"
+    (($#)) || die "there is no COMMAND to run (--help says how)"
     need qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio
     [[ -n $limit || -n $terminal ]] || limit=300
     [[ -z $limit ]] || options+=(--timeout "$limit")
@@ -64,7 +67,7 @@ main() {
     elif has_applet "$command"; then
         path=''
     else
-        path=$(command -v -- "$command") || fail "$command: not found, neither here nor in busybox"
+        path=$(command -v -- "$command") || die "$command: not found, neither here nor in busybox"
     fi
     # One that is not here may still be there.
     if [[ -e $path ]]; then
@@ -89,7 +92,7 @@ main() {
         "${options[@]}" -- "$command" "$@"
 }
 
-has_applet() { busybox --list | grep -qxF -- "$1"; }
+has_applet() { busybox --list | grep -xF -- "$1" >/dev/null; }
 
 # The image that every run begins with; packed anew when something in it is newer.
 base_image() {

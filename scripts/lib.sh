@@ -15,7 +15,7 @@ ME=${0##*/}
 say() { printf '%s: %s\n' "$ME" "$*" >&2; }
 die() {
     say "$*"
-    exit 1
+    exit "${DIE_STATUS:-1}"
 }
 
 # The header comment of the script that calls it, as its help.
