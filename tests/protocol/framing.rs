@@ -1,0 +1,249 @@
+//! Messages in pieces, messages that are none, and peers that stop in the middle.
+
+use std::os::fd::AsRawFd;
+use std::sync::mpsc;
+use std::thread;
+
+use hotslot::virtio::device::VirtioDevice;
+
+use crate::bench::*;
+use crate::wire::{Leash, MAP, NEED_REPLY, PATIENCE, REPLY, UNMAP, VERSION_1, message, words};
+
+#[test]
+fn a_message_may_come_in_any_two_pieces_with_its_descriptor_in_either() {
+    // SHM-65
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let file = file_of(1, 1);
+    let map = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+    let unmap = message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+    for at in 1..map.len() {
+        let (first, second) = map.split_at(at);
+        let fd = [file.as_raw_fd()];
+        if at % 2 == 0 {
+            channel.send_with(first, &fd).unwrap();
+            channel.send(second);
+        } else {
+            channel.send(first);
+            channel.send_with(second, &fd).unwrap();
+        }
+        assert_eq!(answer(&channel, MAP), 0, "split at {at}");
+        channel.send(&unmap[..at]);
+        channel.send(&unmap[at..]);
+        assert_eq!(answer(&channel, UNMAP), 0, "split at {at}");
+    }
+}
+
+#[test]
+fn a_message_may_come_byte_by_byte() {
+    // SHM-65
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let file = file_of(1, 1);
+    let map = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+    for (at, byte) in map.iter().enumerate() {
+        let fds = [file.as_raw_fd()];
+        let fds = if at == 30 { &fds[..] } else { &[] };
+        channel.send_with(&[*byte], fds).unwrap();
+    }
+    assert_eq!(answer(&channel, MAP), 0);
+}
+
+#[test]
+fn several_messages_in_one_write_keep_their_descriptors() {
+    // SHM-61, SHM-65: the last of them has the descriptor, then the others wait for none.
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let file = file_of(1, 1);
+    let map = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+    let unknown = message(50, VERSION_1 | NEED_REPLY, &[]);
+    channel.send(&[&unknown[..], &unknown].concat());
+    channel.send_with(&map, &[file.as_raw_fd()]).unwrap();
+    channel.send(&[&unknown[..], &map].concat());
+    let ids = [50, 50, MAP, 50, MAP];
+    let (no, ebadf) = (-i64::from(libc::EOPNOTSUPP), -i64::from(libc::EBADF));
+    assert_eq!(ids.map(|id| answer(&channel, id)), [no, no, 0, no, ebadf]);
+}
+
+#[test]
+fn what_is_no_message_ends_the_channel_and_fails_the_device_alone() {
+    // SHM-64
+    let other = Setup::new().start();
+    let page = page_at(0).bytes();
+    let no_messages = [
+        ("version 0", message(MAP, NEED_REPLY, &page)),
+        ("version 2", message(MAP, 2 | NEED_REPLY, &page)),
+        ("version 3", message(MAP, 3 | NEED_REPLY, &page)),
+        ("a reply", message(MAP, VERSION_1 | REPLY, &page)),
+        (
+            "a reply that wants one",
+            message(99, VERSION_1 | REPLY | NEED_REPLY, &[]),
+        ),
+        ("oversized", words([MAP, VERSION_1 | NEED_REPLY, 4097])),
+        (
+            "as large as can be",
+            words([MAP, VERSION_1 | NEED_REPLY, u32::MAX]),
+        ),
+    ];
+    for (what, bytes) in no_messages {
+        let bench = Setup::new().start();
+        bench.start().unwrap();
+        assert_eq!(bench.map_page(3, 3), 0);
+        let (fd, leash) = Leash::new();
+        let channel = bench.channel();
+        channel.send_with(&bytes, &[fd.as_raw_fd()]).unwrap();
+        channel.wait_for_end();
+        bench.wait_until_failed();
+        drop(fd);
+        assert_eq!(bench.reads(0, 3 * PAGE), Some(3), "{what}"); // SHM-76
+        bench.reset();
+        assert_eq!(bench.guest().count(), 0, "{what}"); // SHM-69
+        assert!(bench.start().is_err(), "{what}");
+        drop(bench.end());
+        leash.wait_until_closed(); // SHM-27
+        other.assert_works();
+    }
+}
+
+#[test]
+fn a_device_that_fails_hangs_up_on_the_main_socket_too() {
+    // SHM-64: nobody could tell its back-end to stop any more.
+    let (tell, told) = mpsc::channel();
+    let bench = Setup::new()
+        .script(move |message, peer| {
+            if message.request == 21 {
+                let _ = tell.send(peer.main.try_clone());
+            }
+            Answer::Usual
+        })
+        .start();
+    bench.channel().send(&message(MAP, 0, &[]));
+    let main = told.recv_timeout(PATIENCE).unwrap();
+    bench.wait_until_failed();
+    main.wait_for_end();
+}
+
+#[test]
+fn the_end_inside_a_message_fails_the_device_and_between_two_it_does_not() {
+    for cut in [1, 11, 12, 51] {
+        // SHM-64
+        let bench = Setup::new().start();
+        let channel = bench.channel();
+        channel.send(&message(UNMAP, VERSION_1, &page_at(0).bytes())[..cut]);
+        channel.socket().shutdown(std::net::Shutdown::Write).unwrap();
+        bench.wait_until_failed();
+        channel.wait_for_end();
+    }
+    // A back-end may do without the channel.
+    let bench = Setup::new().start();
+    assert_eq!(bench.map_page(0, 1), 0);
+    bench
+        .channel()
+        .socket()
+        .shutdown(std::net::Shutdown::Both)
+        .unwrap();
+    bench.start().unwrap();
+    bench.reset();
+    assert_eq!((bench.guest().count(), bench.needs_reset()), (0, false));
+}
+
+#[test]
+fn what_came_before_the_noise_is_done_and_answered() {
+    // SHM-61, SHM-64
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let unmap = message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+    assert_eq!(bench.map_page(0, 1), 0);
+    channel.send(&[&unmap[..], &words([1, 0, 0])].concat());
+    assert_eq!(answer(&channel, UNMAP), 0);
+    bench.wait_until_failed();
+}
+
+#[test]
+fn a_peer_that_stalls_inside_a_message_keeps_nobody_waiting() {
+    // SHM-66
+    let bench = Setup::new().start();
+    let other = Setup::new().start();
+    bench.start().unwrap();
+    for stop in [1, 12, 30, 51] {
+        let channel = bench.channel();
+        let unmap = message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+        channel.send(&unmap[..stop]);
+        other.assert_works();
+        bench.reset();
+        bench.start().unwrap();
+        bench.device().stop_queue(0).unwrap();
+        channel.send(&unmap[stop..]);
+        assert!(answer(&channel, UNMAP) < 0);
+    }
+    bench.assert_works();
+}
+
+#[test]
+fn a_peer_that_never_reads_its_answers_fails_its_own_device_only() {
+    // SHM-66
+    let other = Setup::new().start();
+    let bench = Setup::new().start();
+    bench.start().unwrap();
+    let channel = bench.channel();
+    let flood = thread::spawn(move || {
+        // 20 bytes come back for each 12: at some point there is no room for them.
+        let requests = message(50, VERSION_1 | NEED_REPLY, &[]).repeat(1000);
+        while channel.send_with(&requests, &[]).is_ok() {}
+    });
+    other.assert_works();
+    bench.wait_until_failed();
+    bench.reset();
+    flood.join().unwrap();
+    other.assert_works();
+}
+
+#[test]
+fn a_flood_of_requests_does_not_keep_a_reset_waiting() {
+    // SHM-66, SHM-71
+    let bench = Setup::new().start();
+    bench.start().unwrap();
+    assert_eq!(bench.map_page(0, 1), 0);
+    let channel = bench.channel();
+    let flood = thread::spawn(move || {
+        // Of a size that no read ends with.
+        let requests = message(50, VERSION_1, &[]).repeat(1000);
+        while channel.send_with(&requests, &[]).is_ok() {}
+    });
+    bench.reset();
+    assert_eq!(bench.guest().count(), 0);
+    drop(bench.end());
+    flood.join().unwrap();
+}
+
+#[test]
+fn descriptors_that_wait_for_their_message_are_few_and_are_closed() {
+    // SHM-27, SHM-48: one byte at a time, each with many.
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let (fd, leash) = Leash::new();
+    let inode = |fd: i32| {
+        let file = std::fs::metadata(format!("/proc/self/fd/{fd}"));
+        file.map(|file| std::os::unix::fs::MetadataExt::ino(&file))
+    };
+    let ours = inode(fd.as_raw_fd()).unwrap();
+    let map = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+    for byte in &map[..12] {
+        // There is a limit to those that are on their way as well.
+        let fds = vec![fd.as_raw_fd(); 100];
+        eventually("they are sent", || channel.send_with(&[*byte], &fds).is_ok());
+    }
+    let open = || {
+        (0..8192)
+            .filter(|&fd| inode(fd).is_ok_and(|inode| inode == ours))
+            .count()
+    };
+    eventually("at most as many are open as one message can have", || {
+        open() <= 254
+    });
+    channel.send(&map[12..]);
+    assert_eq!(answer(&channel, MAP), -i64::from(libc::EMFILE));
+    drop(fd);
+    leash.wait_until_closed();
+    bench.assert_works();
+}

@@ -1,0 +1,438 @@
+//! Start, stop, reset, and the end of a back-end: who is told what, and what becomes of the mappings.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use hotslot::virtio::device::VirtioDevice;
+
+use crate::bench::*;
+use crate::wire::{MAP, NEED_REPLY, UNMAP, VERSION_1, message};
+
+const EBUSY: i64 = -(libc::EBUSY as i64);
+const ENOENT: i64 = -(libc::ENOENT as i64);
+
+// Requests of the front-end.
+const SET_MEM_TABLE: u32 = 5;
+const GET_VRING_BASE: u32 = 11;
+const RESET: u32 = 34;
+const SET_STATUS: u32 = 39;
+
+/// A back-end that maps page `page` of region 0 on the thread that serves the main socket, before it answers `request`.
+/// The answer to the MAP ends up in the number; u64::MAX before.
+fn maps_inside(request: u32, page: u64) -> (Setup, Arc<AtomicU64>) {
+    let answered = Arc::new(AtomicU64::new(u64::MAX));
+    let store = Arc::clone(&answered);
+    let setup = Setup::new().on(request, move |peer| {
+        let result = map(&peer.channel(), page_at(page), &file_of(1, 7));
+        store.store(result.unsigned_abs(), Ordering::SeqCst);
+        Answer::Usual
+    });
+    (setup, answered)
+}
+
+fn ids(seen: &[Seen]) -> Vec<u32> {
+    seen.iter().map(|seen| seen.request).collect()
+}
+
+#[test]
+fn a_start_tells_the_memory_then_each_ring_then_the_status() {
+    let bench = Setup::new().start();
+    let asked = bench.asked(|| bench.start().unwrap());
+    let ring = [8, 10, 9, 13, 12, 18];
+    assert_eq!(ids(&asked), [&[2, 5][..], &ring, &ring, &[SET_STATUS]].concat());
+    // SHM-75: each is over before the driver goes on.
+    assert!(asked.iter().all(|seen| seen.flags == 0x9));
+    let table = &asked[1];
+    assert_eq!((table.payload.len(), table.fds), (8 + 32, 1));
+    assert_eq!(asked[5].fds + asked[6].fds, 2, "call and kick");
+}
+
+#[test]
+fn mappings_are_not_in_their_owners_memory_table() {
+    // SHM-79
+    let bench = Setup::new().start();
+    let before = bench.asked(|| bench.start().unwrap());
+    assert_eq!(bench.map_page(0, 1), 0);
+    let after = bench.asked(|| {
+        bench.reset();
+        bench.start().unwrap();
+    });
+    let table = |seen: &[Seen]| {
+        seen.iter()
+            .find(|seen| seen.request == SET_MEM_TABLE)
+            .unwrap()
+            .payload
+            .clone()
+    };
+    assert_eq!(table(&before), table(&after));
+    assert!(!ids(&after).iter().any(|id| [37, 38].contains(id)));
+}
+
+#[test]
+fn a_reset_stops_each_ring_then_resets_as_was_agreed_then_unmaps() {
+    // SHM-70
+    for (lacks, told) in [
+        (0, vec![RESET, SET_STATUS]),
+        (STATUS, vec![RESET]),
+        (RESET_DEVICE, vec![SET_STATUS]),
+        (RESET_DEVICE | STATUS, vec![]),
+        (RESET_DEVICE | STATUS | REPLY_ACK, vec![]),
+    ] {
+        let bench = Setup::new().without(lacks).start();
+        bench.start().unwrap();
+        let file = file_of(1, 1);
+        let bytes = message(MAP, VERSION_1, &page_at(0).bytes());
+        bench.channel().send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+        eventually("it is mapped", || bench.guest().count() == 1);
+        let asked = bench.asked(|| bench.reset());
+        assert_eq!(bench.guest().count(), 0); // SHM-69
+        assert_eq!(ids(&asked), [&[GET_VRING_BASE; 2][..], &told].concat());
+        assert_eq!((asked[0].payload[0], asked[1].payload[0]), (0, 1), "both rings");
+        if let Some(status) = asked.iter().find(|seen| seen.request == SET_STATUS) {
+            assert_eq!(status.payload, [0; 8]);
+        }
+        assert!(!bench.needs_reset());
+    }
+}
+
+#[test]
+fn mappings_are_still_there_while_the_back_end_is_told_of_the_reset() {
+    // SHM-69: it may still use them until it has answered.
+    let seen = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&seen);
+    let bench = Setup::new()
+        .on(RESET, move |peer| {
+            count.store(peer.guest.count() as u64, Ordering::SeqCst);
+            Answer::Usual
+        })
+        .start();
+    assert_eq!(bench.map_page(0, 1), 0);
+    bench.reset();
+    assert_eq!((seen.load(Ordering::SeqCst), bench.guest().count()), (1, 0));
+}
+
+#[test]
+fn only_rings_that_run_are_stopped() {
+    let bench = Setup::new().start();
+    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
+    bench.start().unwrap();
+    bench.device().stop_queue(0).unwrap();
+    let asked = bench.asked(|| bench.reset());
+    assert_eq!(ids(&asked), [GET_VRING_BASE, RESET, SET_STATUS]);
+    assert_eq!(asked[0].payload[0], 1);
+    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
+}
+
+#[test]
+fn a_ring_whose_start_was_refused_half_way_is_stopped_by_the_reset() {
+    let refuse = Arc::new(AtomicBool::new(true));
+    let refused = Arc::clone(&refuse);
+    let bench = Setup::new()
+        .script(
+            move |request, _| match request.request == 18 && refused.load(Ordering::SeqCst) {
+                true => Answer::Bytes(message(18, 0x5, &1u64.to_ne_bytes()), None),
+                false => Answer::Usual,
+            },
+        )
+        .start();
+    let error = bench.start().unwrap_err().to_string();
+    assert!(error.contains("SET_VRING_ENABLE"), "{error}");
+    let asked = bench.asked(|| bench.reset());
+    assert_eq!(ids(&asked), [GET_VRING_BASE, RESET, SET_STATUS]);
+    refuse.store(false, Ordering::SeqCst);
+    bench.start().unwrap();
+    bench.assert_works();
+}
+
+#[test]
+fn a_refused_reset_does_not_keep_the_rest_from_being_done() {
+    // SHM-69, SHM-70
+    let bench = Setup::new()
+        .on(RESET, |_| {
+            Answer::Bytes(message(RESET, 0x5, &1u64.to_ne_bytes()), None)
+        })
+        .start();
+    assert_eq!(bench.map_page(0, 1), 0);
+    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
+    assert_eq!(bench.guest().count(), 0);
+    bench.start().unwrap();
+    bench.assert_works();
+}
+
+#[test]
+fn a_back_end_may_map_while_it_handles_our_requests() {
+    // SHM-67: it waits for us while we wait for it. SHM-75: a start is what allows it again.
+    for (request, expected) in [
+        (SET_MEM_TABLE, 0),
+        (18, 0),
+        (GET_VRING_BASE, EBUSY),
+        (RESET, EBUSY),
+        (SET_STATUS, 0),
+    ] {
+        let (setup, answered) = maps_inside(request, request.into());
+        let bench = setup.start();
+        if request != GET_VRING_BASE && request != RESET {
+            bench.reset();
+            let _ = answered.swap(u64::MAX, Ordering::SeqCst);
+            let asked = bench.asked(|| bench.start().unwrap());
+            assert!(ids(&asked).contains(&request));
+            // The second ring's SET_VRING_ENABLE finds it mapped already.
+            let result = answered.load(Ordering::SeqCst) as i64;
+            assert!(
+                [expected, i64::from(libc::EEXIST)].contains(&result),
+                "{request}: {result}"
+            );
+            assert_eq!(
+                bench.reads(0, u64::from(request) * PAGE),
+                Some(7),
+                "there when the driver goes on"
+            );
+        } else {
+            bench.start().unwrap();
+            bench.reset();
+            assert_eq!(-(answered.load(Ordering::SeqCst) as i64), expected); // SHM-71
+        }
+        bench.reset();
+        assert_eq!(bench.guest().count(), 0);
+        assert!(!bench.needs_reset());
+    }
+}
+
+#[test]
+fn a_back_end_may_unmap_while_it_is_reset() {
+    // SHM-67, SHM-71
+    let answered = Arc::new(AtomicU64::new(u64::MAX));
+    let store = Arc::clone(&answered);
+    let bench = Setup::new()
+        .on(RESET, move |peer| {
+            let result = unmap(&peer.channel(), page_at(2));
+            store.store(result.unsigned_abs(), Ordering::SeqCst);
+            Answer::Usual
+        })
+        .start();
+    assert_eq!(bench.map_page(2, 1), 0);
+    bench.reset();
+    assert_eq!((answered.load(Ordering::SeqCst), bench.guest().count()), (0, 0));
+}
+
+#[test]
+fn what_is_queued_before_the_reset_is_over_leaves_nothing_behind() {
+    // SHM-71
+    let bench = Setup::new()
+        .on(RESET, |peer| {
+            let file = file_of(1, 1);
+            for page in 0..16 {
+                let bytes = message(MAP, VERSION_1 | NEED_REPLY, &page_at(page).bytes());
+                peer.channel().send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+            }
+            Answer::Usual
+        })
+        .start();
+    bench.start().unwrap();
+    bench.reset();
+    assert_eq!(bench.guest().count(), 0);
+    bench.start().unwrap();
+    let channel = bench.channel();
+    for _ in 0..16 {
+        assert_eq!(answer(&channel, MAP), EBUSY);
+    }
+    assert_eq!(bench.guest().count(), 0);
+    bench.assert_works();
+}
+
+#[test]
+fn between_reset_and_start_nothing_is_mapped_and_from_the_start_on_everything_is_new() {
+    let bench = Setup::new().start();
+    assert_eq!(bench.map_page(0, 1), 0); // SHM-68: before the first start
+    bench.start().unwrap();
+    assert_eq!(bench.reads(0, 0), Some(1));
+    bench.reset();
+    assert_eq!(bench.map_page(0, 2), EBUSY); // SHM-75
+    assert_eq!(bench.unmap(page_at(0)), ENOENT); // SHM-72
+    assert_eq!(bench.guest().count(), 0);
+    bench.start().unwrap();
+    assert_eq!(bench.unmap(page_at(0)), ENOENT); // SHM-72
+    assert_eq!(bench.map_page(0, 3), 0); // SHM-72
+    assert_eq!(bench.reads(0, 0), Some(3));
+    bench.reset();
+    bench.reset();
+    assert_eq!(bench.guest().count(), 0);
+}
+
+#[test]
+fn half_a_request_from_before_the_reset_is_refused_when_its_other_half_comes() {
+    // SHM-71, SHM-75
+    for cut in [1, 12, 40, 51] {
+        let bench = Setup::new().start();
+        bench.start().unwrap();
+        let channel = bench.channel();
+        let file = file_of(1, 1);
+        let bytes = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+        channel.send_with(&bytes[..cut], &[file.as_raw_fd()]).unwrap();
+        bench.reset();
+        bench.start().unwrap();
+        channel.send(&bytes[cut..]);
+        assert_eq!(answer(&channel, MAP), EBUSY, "cut at {cut}");
+        assert_eq!(bench.guest().count(), 0);
+        assert_eq!(bench.map_page(0, 2), 0, "the next one is new");
+    }
+}
+
+#[test]
+fn neither_a_queues_reset_nor_a_stopped_ring_unmaps() {
+    // SHM-73, SHM-74, SHM-75
+    let bench = Setup::new().start();
+    bench.start().unwrap();
+    assert_eq!(bench.map_page(0, 1), 0);
+    assert_eq!(
+        ids(&bench.asked(|| bench.device().stop_queue(0).unwrap())),
+        [GET_VRING_BASE]
+    );
+    bench.device().stop_queue(1).unwrap();
+    assert_eq!(bench.reads(0, 0), Some(1));
+    assert_eq!(bench.map_page(1, 2), 0);
+    bench.device().start_queue(bench.queue(0)).unwrap();
+    assert_eq!((bench.reads(0, 0), bench.reads(0, PAGE)), (Some(1), Some(2)));
+}
+
+#[test]
+fn a_ring_outside_ram_fails_the_start_and_nothing_else() {
+    let bench = Setup::new().start();
+    let mut queue = bench.queue(0);
+    queue.device_area = (16 << 20) - 6;
+    let result = bench.device().start(F_VERSION_1, &[queue]);
+    let error = result.unwrap_err().to_string();
+    assert!(
+        error.contains("used ring") && error.contains("0xfffffa"),
+        "{error}"
+    );
+    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
+    bench.start().unwrap();
+    bench.assert_works();
+}
+
+#[test]
+fn a_back_end_that_dies_leaves_its_mappings_until_the_reset() {
+    // SHM-76
+    let other = Setup::new().start();
+    for request in [GET_VRING_BASE, SET_STATUS] {
+        let bench = Setup::new().on(request, |_| Answer::HangUp).start();
+        let started = bench.start();
+        assert_eq!(started.is_err(), request == SET_STATUS);
+        if request == GET_VRING_BASE {
+            assert_eq!(bench.map_page(5, 5), 0);
+            bench.device().stop_queue(0).unwrap_err();
+            bench.wait_until_failed();
+            assert_eq!(bench.reads(0, 5 * PAGE), Some(5));
+        }
+        bench.wait_until_failed();
+        bench.reset();
+        assert_eq!(bench.guest().count(), 0);
+        assert!(bench.start().is_err());
+        bench.reset();
+        other.assert_works();
+    }
+}
+
+#[test]
+fn a_back_end_that_dies_unasked_is_noticed() {
+    // SHM-76, SHM-8
+    let (tell, told) = std::sync::mpsc::channel();
+    let bench = Setup::new()
+        .script(move |message, peer| {
+            if message.request == 21 {
+                let _ = tell.send(peer.main.try_clone());
+            }
+            Answer::Usual
+        })
+        .start();
+    bench.start().unwrap();
+    assert_eq!(bench.map_page(5, 5), 0);
+    // The last thing that it says is still heard.
+    let file = file_of(1, 6);
+    let channel = bench.channel();
+    let bytes = message(MAP, VERSION_1, &page_at(6).bytes());
+    channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+    let main = told.recv().unwrap();
+    main.socket().shutdown(std::net::Shutdown::Both).unwrap();
+    bench.wait_until_failed();
+    assert_eq!(
+        (bench.reads(0, 5 * PAGE), bench.reads(0, 6 * PAGE)),
+        (Some(5), Some(6))
+    );
+    channel.wait_for_end();
+    bench.reset();
+    assert_eq!(bench.guest().count(), 0);
+}
+
+#[test]
+fn mappings_go_even_if_the_back_end_never_answers_a_reset() {
+    // SHM-69, SHM-70: the vCPU waits for a bounded time. The cases wait at the same time.
+    std::thread::scope(|scope| {
+        for request in [GET_VRING_BASE, RESET, SET_STATUS] {
+            scope.spawn(move || {
+                let silent = Arc::new(AtomicBool::new(false));
+                let is_silent = Arc::clone(&silent);
+                let bench = Setup::new()
+                    .script(move |message, _| {
+                        match message.request == request && is_silent.load(Ordering::SeqCst) {
+                            true => Answer::Silence,
+                            false => Answer::Usual,
+                        }
+                    })
+                    .start();
+                bench.start().unwrap();
+                assert_eq!(bench.map_page(0, 1), 0);
+                silent.store(true, Ordering::SeqCst);
+                let channel = bench.channel();
+                bench.reset();
+                assert_eq!(bench.guest().count(), 0);
+                // It is cut off, and cannot come back.
+                channel.wait_for_end();
+                assert!(bench.needs_reset());
+                bench.start().unwrap_err();
+            });
+        }
+    });
+}
+
+#[test]
+fn noise_that_is_found_while_the_device_is_reset_fails_it_all_the_same() {
+    // SHM-64, SHM-71: whoever of the two threads reads it.
+    for bytes in [message(UNMAP, 0x5, &[]), message(UNMAP, 0, &[])] {
+        for _ in 0..20 {
+            let noise = bytes.clone();
+            let bench = Setup::new()
+                .on(SET_STATUS, move |peer| {
+                    peer.channel().send(&noise);
+                    Answer::Usual
+                })
+                .start();
+            let channel = bench.channel();
+            bench.reset();
+            channel.wait_for_end();
+            assert!(bench.start().is_err());
+        }
+    }
+}
+
+#[test]
+fn the_configuration_space_is_the_back_ends() {
+    let mut setup = Setup::new();
+    setup.kind = "vsock";
+    setup.offer.protocol |= CONFIG;
+    let bench = setup.start();
+    assert_eq!(bench.device().config(), [0; 8]);
+    let asked = bench.asked(|| bench.device().write_config(4, &[1, 2]).unwrap());
+    assert_eq!(asked[0].request, 25);
+    assert_eq!(
+        asked[0].payload,
+        [&[4, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0][..], &[1, 2]].concat()
+    );
+    assert_eq!(bench.device().config(), [0, 0, 0, 0, 1, 2, 0, 0]);
+    for (offset, len) in [(7, 2), (8, 1), (u64::MAX, 4)] {
+        let asked = bench.asked(|| bench.device().write_config(offset, &vec![0; len]).unwrap());
+        assert!(asked.is_empty(), "beyond its end");
+    }
+}

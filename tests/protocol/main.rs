@@ -1,0 +1,12 @@
+//! What a back-end sees of hotslot: its side of the two sockets is bytes, written and read by hand.
+//!
+//! Each test drives a device as its transport does, against a back-end that follows a script ([`bench`]).
+//! The numbers are those of the contract's assertions.
+
+mod bench;
+mod framing;
+mod handshake;
+mod lifecycle;
+mod replies;
+mod requests;
+mod wire;

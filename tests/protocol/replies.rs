@@ -1,0 +1,151 @@
+//! Which requests are answered, in which order, and what a wrong one leaves of the channel.
+
+use std::os::fd::AsRawFd;
+
+use crate::bench::*;
+use crate::wire::{Leash, MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
+
+const EPROTO: i64 = -(libc::EPROTO as i64);
+const EOPNOTSUPP: i64 = -(libc::EOPNOTSUPP as i64);
+
+#[test]
+fn who_does_not_ask_gets_no_answer_but_the_effect() {
+    // SHM-59
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let file = file_of(1, 1);
+    let fd = [file.as_raw_fd()];
+    channel
+        .send_with(&message(MAP, VERSION_1, &page_at(0).bytes()), &fd)
+        .unwrap();
+    channel
+        .send_with(&message(MAP, VERSION_1, &page_at(0).bytes()), &fd)
+        .unwrap(); // fails
+    channel.send(&message(UNMAP, VERSION_1, &page_at(5).bytes())); // fails
+    channel.send(&message(77, VERSION_1, &[0; 3])); // unknown
+    // The first answer is that of the first who asks.
+    assert_eq!(bench.unmap(page_at(9)), -i64::from(libc::ENOENT));
+    assert_eq!(bench.reads(0, 0), Some(1));
+    channel.send(&message(UNMAP, VERSION_1, &page_at(0).bytes()));
+    eventually("it is unmapped", || bench.guest().count() == 0);
+    assert!(channel.is_silent());
+}
+
+#[test]
+fn without_reply_ack_nobody_gets_an_answer() {
+    // SHM-57, SHM-59
+    let bench = Setup::new().without(REPLY_ACK).start();
+    let channel = bench.channel();
+    let file = file_of(1, 1);
+    let ask = VERSION_1 | NEED_REPLY;
+    channel.send(&message(99, ask, &[]));
+    channel.send(&message(UNMAP, ask, &page_at(0).bytes()));
+    channel
+        .send_with(&message(MAP, ask, &page_at(0).bytes()), &[file.as_raw_fd()])
+        .unwrap();
+    eventually("it is mapped", || bench.reads(0, 0) == Some(1));
+    channel.send(&message(UNMAP, ask, &page_at(0).bytes()));
+    eventually("it is unmapped", || bench.guest().count() == 0);
+    assert!(channel.is_silent());
+}
+
+#[test]
+fn a_thousand_requests_at_once_are_answered_in_order() {
+    // SHM-61
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let file = file_of(1, 1);
+    let sender = channel.try_clone();
+    let thread = std::thread::spawn(move || {
+        for round in 0..250u64 {
+            let page = page_at(round % 64);
+            let ask = VERSION_1 | NEED_REPLY;
+            let map = message(MAP, ask, &page.bytes());
+            let unmap = message(UNMAP, ask, &page.bytes());
+            sender.send_with(&map, &[file.as_raw_fd()]).unwrap();
+            sender.send_with(&map, &[file.as_raw_fd()]).unwrap();
+            // Two in one write.
+            sender.send(&[&unmap[..], &unmap].concat());
+        }
+    });
+    let (exists, missing) = (-i64::from(libc::EEXIST), -i64::from(libc::ENOENT));
+    for round in 0..250 {
+        let answers = [MAP, MAP, UNMAP, UNMAP].map(|id| answer(&channel, id));
+        assert_eq!(answers, [0, exists, 0, missing], "round {round}");
+    }
+    thread.join().unwrap();
+    assert!(channel.is_silent());
+    assert_eq!(bench.guest().count(), 0);
+}
+
+#[test]
+fn a_wrong_size_is_refused_and_the_next_request_is_not() {
+    // SHM-25, SHM-63
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    for size in [0, 1, 39, 41, 48, 80, 4096] {
+        for id in [MAP, UNMAP] {
+            let (fd, leash) = Leash::new();
+            let payload = [&page_at(0).bytes()[..], &[0; 4096]].concat();
+            let bytes = message(id, VERSION_1 | NEED_REPLY, &payload[..size]);
+            channel.send_with(&bytes, &[fd.as_raw_fd()]).unwrap();
+            assert_eq!(answer(&channel, id), EPROTO, "{size} bytes");
+            drop(fd);
+            leash.wait_until_closed(); // SHM-27
+        }
+    }
+    bench.assert_works();
+}
+
+#[test]
+fn an_unknown_request_is_refused_and_the_next_is_not() {
+    // SHM-63; 2 and 3 are known to the protocol, but not to us.
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    for id in [0, 2, 3, 8, 11, 44, 0x8000_0009, u32::MAX] {
+        let (fd, leash) = Leash::new();
+        let bytes = message(id, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+        channel.send_with(&bytes, &[fd.as_raw_fd()]).unwrap();
+        assert_eq!(answer(&channel, id), EOPNOTSUPP, "{id}");
+        drop(fd);
+        leash.wait_until_closed(); // SHM-27
+    }
+    bench.assert_works();
+}
+
+#[test]
+fn flags_without_meaning_do_not_matter() {
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let file = file_of(1, 1);
+    let bytes = message(MAP, VERSION_1 | NEED_REPLY | 0xffff_fff0, &page_at(0).bytes());
+    channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+    assert_eq!(answer(&channel, MAP), 0);
+}
+
+#[test]
+fn every_refusal_leaves_a_channel_that_works() {
+    // SHM-62
+    let bench = Setup::new().start();
+    let file = file_of(1, 1);
+    for request in [
+        MMap {
+            shmid: 3,
+            ..page_at(0)
+        },
+        MMap { len: 0, ..page_at(0) },
+        MMap {
+            flags: 4,
+            ..page_at(0)
+        },
+        MMap {
+            shm_offset: u64::MAX,
+            ..page_at(0)
+        },
+    ] {
+        assert!(bench.map(request, &file) < 0);
+        bench.assert_works();
+        assert!(bench.unmap(request) < 0);
+        bench.assert_works();
+    }
+}

@@ -1,0 +1,405 @@
+//! MAP and UNMAP: what the guest sees of them, and what is refused.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+
+use hotslot::memory::Access;
+
+use crate::bench::*;
+use crate::wire::{Leash, MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
+
+const EINVAL: i64 = -(libc::EINVAL as i64);
+const ENOENT: i64 = -(libc::ENOENT as i64);
+const EEXIST: i64 = -(libc::EEXIST as i64);
+const ERANGE: i64 = -(libc::ERANGE as i64);
+const EOVERFLOW: i64 = -(libc::EOVERFLOW as i64);
+const EBADF: i64 = -(libc::EBADF as i64);
+const EACCES: i64 = -(libc::EACCES as i64);
+
+const READ_WRITE: u64 = 1;
+
+#[test]
+fn what_is_mapped_is_seen_where_it_was_asked_for() {
+    let bench = Setup::new().start();
+    let file = memfd(0);
+    for page in 0..8u8 {
+        file.write_all_at(&[page; PAGE as usize], u64::from(page) * PAGE)
+            .unwrap();
+    }
+    let request = MMap {
+        padding: [0xff; 7], // SHM-26
+        fd_offset: 5 * PAGE,
+        shm_offset: 2 * PAGE,
+        len: 2 * PAGE,
+        ..MMap::default()
+    };
+    assert_eq!(bench.map(request, &file), 0);
+    // SHM-60: already when the answer is there. SHM-43.
+    let seen: Vec<_> = (1..5).map(|page| bench.reads(0, page * PAGE)).collect();
+    assert_eq!(seen, [None, Some(5), Some(6), None]);
+    // SHM-37
+    assert_eq!(bench.map(MMap { shmid: 7, ..request }, &file), 0);
+    assert_eq!(bench.reads(7, 2 * PAGE), Some(5));
+    // SHM-53; SHM-56: gone when the answer is there.
+    let unmap = MMap {
+        padding: [1; 7],
+        fd_offset: u64::MAX,
+        flags: u64::MAX,
+        ..request
+    };
+    assert_eq!(bench.unmap(unmap), 0);
+    assert_eq!((bench.sees(0), bench.sees(7).len()), (vec![], 1));
+    // SHM-55
+    let other = MMap { len: PAGE, ..request };
+    assert_eq!(bench.map(other, &file), 0);
+    assert_eq!(bench.reads(0, 2 * PAGE), Some(5));
+}
+
+#[test]
+fn the_guest_writes_where_it_may() {
+    let bench = Setup::new().start();
+    let file = file_of(2, 1);
+    let writable = MMap {
+        flags: READ_WRITE,
+        ..page_at(0)
+    };
+    let read_only = MMap {
+        fd_offset: PAGE,
+        ..page_at(1)
+    };
+    assert_eq!(bench.map(writable, &file), 0);
+    assert_eq!(bench.map(read_only, &file), 0);
+    assert_eq!(
+        bench.sees(0),
+        [(0, PAGE, Access::ReadWrite), (PAGE, PAGE, Access::ReadOnly)]
+    );
+    assert!(bench.writes(0, 5, 0xee) && !bench.writes(0, PAGE + 5, 0xee));
+    let mut bytes = [0; 2];
+    file.read_exact_at(&mut bytes[..1], 5).unwrap();
+    file.read_exact_at(&mut bytes[1..], PAGE + 5).unwrap();
+    assert_eq!(bytes, [0xee, 1]); // SHM-40, SHM-38
+    file.write_all_at(&[0x77], 6).unwrap();
+    assert_eq!(bench.reads(0, 6), Some(0x77)); // SHM-40
+}
+
+#[test]
+fn a_read_only_descriptor_serves_reading_only() {
+    let bench = Setup::new().start();
+    let named = tempfile::NamedTempFile::new().unwrap();
+    named.as_file().write_all_at(&[3; PAGE as usize], 0).unwrap();
+    let file = File::open(named.path()).unwrap();
+    assert_eq!(
+        bench.map(
+            MMap {
+                flags: READ_WRITE,
+                ..page_at(0)
+            },
+            &file
+        ),
+        EACCES
+    ); // SHM-41
+    assert_eq!(bench.map(page_at(0), &file), 0); // SHM-39, SHM-49
+    assert_eq!(bench.reads(0, 0), Some(3));
+}
+
+#[test]
+fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
+    let bench = Setup::new().start();
+    let file = file_of(1, 1);
+    let page = page_at(0);
+    let top = u64::MAX - (PAGE - 1);
+    let wrong = [
+        (MMap { shmid: 1, ..page }, ENOENT),   // SHM-29
+        (MMap { shmid: 255, ..page }, ENOENT), // SHM-29
+        (MMap { len: 0, ..page }, EINVAL),     // SHM-30
+        (
+            MMap {
+                len: REGION + 1,
+                ..page
+            },
+            ERANGE,
+        ), // SHM-31
+        (
+            MMap {
+                shm_offset: REGION,
+                ..page
+            },
+            ERANGE,
+        ), // SHM-31
+        (
+            MMap {
+                shm_offset: top,
+                ..page
+            },
+            ERANGE,
+        ), // SHM-31, SHM-50
+        (
+            MMap {
+                shm_offset: top,
+                len: u64::MAX,
+                ..page
+            },
+            ERANGE,
+        ), // SHM-31, SHM-50
+        (
+            MMap {
+                len: u64::MAX,
+                ..page
+            },
+            ERANGE,
+        ), // SHM-31
+        (
+            MMap {
+                fd_offset: top,
+                ..page
+            },
+            EOVERFLOW,
+        ), // SHM-32
+        (
+            MMap {
+                fd_offset: (1 << 63) - PAGE,
+                ..page
+            },
+            EOVERFLOW,
+        ), // SHM-32
+        (
+            MMap {
+                shm_offset: 1,
+                ..page
+            },
+            EINVAL,
+        ), // SHM-33
+        (
+            MMap {
+                fd_offset: 2048,
+                ..page
+            },
+            EINVAL,
+        ), // SHM-33
+        (MMap { flags: 2, ..page }, EINVAL),   // SHM-42
+        (
+            MMap {
+                flags: READ_WRITE | 1 << 63,
+                ..page
+            },
+            EINVAL,
+        ), // SHM-42
+    ];
+    for (request, errno) in wrong {
+        assert_eq!(bench.map(request, &file), errno, "{request:?}");
+        assert_eq!(bench.guest().count(), 0, "{request:?}");
+    }
+    assert_eq!(bench.map(MMap { len: REGION, ..page }, &file), 0); // SHM-31, SHM-44, SHM-49
+    assert_eq!(file.metadata().unwrap().len(), PAGE); // SHM-44
+    assert!(!bench.needs_reset()); // SHM-62
+}
+
+#[test]
+fn a_length_of_part_of_a_page_is_unmapped_by_that_length() {
+    // SHM-34
+    let bench = Setup::new().start();
+    let request = MMap {
+        len: PAGE + 1,
+        ..page_at(0)
+    };
+    assert_eq!(bench.map(request, &file_of(2, 4)), 0);
+    assert_eq!(bench.reads(0, 2 * PAGE - 1), Some(4));
+    assert_eq!(bench.map_page(1, 5), EEXIST);
+    assert_eq!(
+        bench.unmap(MMap {
+            len: 2 * PAGE,
+            ..request
+        }),
+        ENOENT
+    );
+    assert_eq!(bench.unmap(request), 0);
+    assert_eq!(bench.guest().count(), 0);
+}
+
+#[test]
+fn overlaps_are_refused_and_neighbours_are_not() {
+    let bench = Setup::new().start();
+    let place = |page, pages| MMap {
+        len: pages * PAGE,
+        ..page_at(page)
+    };
+    assert_eq!(bench.map(place(4, 4), &file_of(4, 1)), 0);
+    for (page, pages) in [(4, 4), (0, 5), (7, 2), (5, 1), (0, 64)] {
+        assert_eq!(bench.map(place(page, pages), &file_of(4, 2)), EEXIST); // SHM-35
+    }
+    assert_eq!(bench.map_page(3, 2), 0); // SHM-36
+    assert_eq!(bench.map_page(8, 2), 0); // SHM-36
+    assert_eq!(
+        bench.map(
+            MMap {
+                shmid: 7,
+                ..place(4, 4)
+            },
+            &file_of(4, 3)
+        ),
+        0
+    ); // SHM-36
+    let seen: Vec<_> = (2..10).map(|page| bench.reads(0, page * PAGE)).collect();
+    let old = Some(1);
+    assert_eq!(seen, [None, Some(2), old, old, old, old, Some(2), None]); // SHM-35
+}
+
+#[test]
+fn only_a_whole_mapping_is_unmapped() {
+    let bench = Setup::new().start();
+    let place = |page, pages| MMap {
+        len: pages * PAGE,
+        ..page_at(page)
+    };
+    assert_eq!(bench.map(place(4, 4), &file_of(4, 1)), 0);
+    assert_eq!(bench.map(place(8, 2), &file_of(2, 1)), 0);
+    let before = bench.sees(0);
+    for (page, pages) in [
+        (4, 3),
+        (5, 3),
+        (5, 2),
+        (3, 6),
+        (4, 6),
+        (4, 5),
+        (0, 1),
+        (4, 0),
+        (0, 64),
+    ] {
+        assert_eq!(bench.unmap(place(page, pages)), ENOENT); // SHM-52
+    }
+    assert_eq!(
+        bench.unmap(MMap {
+            shmid: 7,
+            ..place(4, 4)
+        }),
+        ENOENT
+    ); // SHM-52
+    assert_eq!(
+        bench.unmap(MMap {
+            shmid: 9,
+            ..place(4, 4)
+        }),
+        ENOENT
+    ); // SHM-52
+    assert_eq!(bench.sees(0), before);
+    assert_eq!(bench.unmap(place(4, 4)), 0); // SHM-51
+    assert_eq!(bench.unmap(place(4, 4)), ENOENT); // SHM-52
+    assert_eq!(bench.sees(0), before[1..]);
+}
+
+#[test]
+fn what_is_no_mappable_file_is_refused() {
+    // SHM-47
+    let bench = Setup::new().start();
+    let (pipe, leash) = Leash::new();
+    let (socket, _other) = UnixStream::pair().unwrap();
+    let fds: [OwnedFd; 4] = [
+        pipe,
+        socket.into(),
+        File::open("/").unwrap().into(),
+        File::open("/dev/zero").unwrap().into(),
+    ];
+    for fd in &fds {
+        assert_eq!(bench.map(page_at(0), fd), EINVAL);
+    }
+    drop(fds);
+    leash.wait_until_closed(); // SHM-27
+    bench.assert_works(); // SHM-62
+}
+
+#[test]
+fn a_map_needs_one_descriptor_and_an_unmap_none() {
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let request = |id| message(id, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+    assert_eq!(bench.map_page(1, 1), 0);
+    for count in [0, 2, 3, 253] {
+        // SHM-27
+        let (fd, leash) = Leash::new();
+        channel
+            .send_with(&request(MAP), &vec![fd.as_raw_fd(); count])
+            .unwrap();
+        assert_eq!(answer(&channel, MAP), EBADF, "{count} descriptors");
+        drop(fd);
+        leash.wait_until_closed();
+    }
+    for count in [1, 2, 253] {
+        // SHM-54
+        let (fd, leash) = Leash::new();
+        let unmap = message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(1).bytes());
+        channel.send_with(&unmap, &vec![fd.as_raw_fd(); count]).unwrap();
+        assert_eq!(answer(&channel, UNMAP), EBADF, "{count} descriptors");
+        drop(fd);
+        leash.wait_until_closed();
+    }
+    assert_eq!(bench.reads(0, PAGE), Some(1));
+    bench.assert_works(); // SHM-62
+}
+
+#[test]
+fn a_mapping_outlives_the_back_ends_descriptor_and_needs_none_of_ours() {
+    // SHM-46
+    let bench = Setup::new().start();
+    let file = file_of(1, 6);
+    let inode = file.metadata().unwrap().ino();
+    assert_eq!(bench.map(page_at(0), &file), 0);
+    drop(file);
+    let open = || {
+        let open = std::fs::read_dir("/proc/self/fd").unwrap();
+        open.filter_map(|entry| std::fs::metadata(entry.ok()?.path()).ok())
+            // memfds have no names, but lengths: nobody else's inode is of this kind, number and length.
+            .filter(|file| file.ino() == inode && file.len() == PAGE && file.nlink() == 0)
+            .count()
+    };
+    eventually("nobody has the file open", || open() == 0);
+    assert_eq!(bench.reads(0, 0), Some(6));
+}
+
+#[test]
+fn a_file_may_be_longer_or_shorter_than_its_mapping() {
+    // SHM-44
+    let bench = Setup::new().start();
+    let file = memfd(0);
+    let request = MMap {
+        len: 512 * PAGE,
+        flags: READ_WRITE,
+        ..MMap::default()
+    };
+    let request = MMap {
+        len: request.len.min(REGION),
+        ..request
+    };
+    assert_eq!(bench.map(request, &file), 0);
+    assert_eq!(
+        bench.map(
+            MMap {
+                shmid: 7,
+                fd_offset: 1 << 40,
+                ..request
+            },
+            &file
+        ),
+        0
+    );
+    assert_eq!(file.metadata().unwrap().len(), 0);
+    assert_eq!(bench.reads(0, 0), None, "no file there yet");
+    file.write_all_at(&[8], 10).unwrap();
+    assert_eq!(bench.reads(0, 10), Some(8));
+}
+
+#[test]
+fn more_mappings_than_allowed_fail_one_by_one() {
+    // SHM-48
+    let mut setup = Setup::new();
+    setup.quota = 3;
+    let bench = setup.start();
+    let answers: Vec<_> = (0..5).map(|page| bench.map_page(page, page as u8 + 1)).collect();
+    let full = -i64::from(libc::ENOSPC);
+    assert_eq!(answers, [0, 0, 0, full, full]);
+    assert_eq!(bench.unmap(page_at(1)), 0);
+    assert_eq!(bench.map_page(4, 5), 0);
+    let seen: Vec<_> = (0..5).map(|page| bench.reads(0, page * PAGE)).collect();
+    assert_eq!(seen, [Some(1), None, Some(3), None, Some(5)]);
+}
