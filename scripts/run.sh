@@ -110,7 +110,9 @@ EOF
 
 show_greeting() {
     say "$GREETING in $IMAGE, as this machine reads it:"
-    debugfs -R "cat $GREETING" "$IMAGE" 2>/dev/null
+    # The guest's file is a whole page: text, then zeroes.
+    debugfs -R "cat $GREETING" "$IMAGE" 2>/dev/null | tr -d '\0'
+    echo
 }
 
 main "$@"

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend_channel::{BackendChannel, ChannelError};
 use super::connection::ConnectionError;
+use crate::thread;
 use crate::virtio::interrupt::Interrupt;
 
 /// Whether a device's back-end can still be used, and the way to end that.
@@ -92,9 +93,8 @@ impl Watch {
             channel: health.channel.clone(),
             health,
         };
-        let thread = std::thread::Builder::new()
-            .name(format!("vhost-{}", watched.health.name))
-            .spawn(move || watched.run())?;
+        let name = format!("vhost-{}", watched.health.name);
+        let thread = thread::spawn(name, move || watched.run())?;
         Ok(Watch {
             stop,
             thread: Some(thread),
