@@ -91,19 +91,15 @@ fn choose_command(parameters: &Parameters) -> Vec<String> {
 }
 
 fn read_parameters() -> Parameters {
-    let line = fs::read_to_string("/proc/cmdline")
-        .map_err(|error| format!("cannot read /proc/cmdline: {error}"));
+    let line =
+        fs::read_to_string("/proc/cmdline").map_err(|error| format!("cannot read /proc/cmdline: {error}"));
     parameters::parse(&complain(line).unwrap_or_default())
 }
 
 /// Opens the console of the `/dev` that we have just mounted as our standard files. (The kernel did it from the
 /// image's `/dev`, which may not have had one.)
 fn take_console() {
-    let Ok(console) = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/console")
-    else {
+    let Ok(console) = OpenOptions::new().read(true).write(true).open("/dev/console") else {
         return;
     };
     for standard in 0..=2 {
@@ -153,7 +149,5 @@ fn set_environment() {
 
 /// Says what went wrong, and goes on.
 fn complain<T>(outcome: Outcome<T>) -> Option<T> {
-    outcome
-        .map_err(|sentence| eprintln!("init: {sentence}"))
-        .ok()
+    outcome.map_err(|sentence| eprintln!("init: {sentence}")).ok()
 }

@@ -37,8 +37,6 @@ fn write_port(port: u16, value: u8) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the port was allowed above; `out` touches neither memory, stack nor flags.
-    unsafe {
-        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
-    };
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
     Ok(())
 }

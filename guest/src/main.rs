@@ -43,9 +43,7 @@ fn main() -> ExitCode {
         Some(b"probe") => probe::main(&arguments[1..]),
         Some(b"lab") => lab::outside::main(&arguments[1..]),
         _ => {
-            eprintln!(
-                "init: this is PID 1 of a hotslot guest; elsewhere it takes `probe ...` or `lab ...`"
-            );
+            eprintln!("init: this is PID 1 of a hotslot guest; elsewhere it takes `probe ...` or `lab ...`");
             ExitCode::from(2)
         }
     }

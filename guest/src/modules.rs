@@ -58,8 +58,7 @@ fn same_module(one: &str, other: &str) -> bool {
 }
 
 fn load_file(path: &str) -> Outcome<()> {
-    let file =
-        File::open(path).map_err(|error| format!("cannot open the module {path}: {error}"))?;
+    let file = File::open(path).map_err(|error| format!("cannot open the module {path}: {error}"))?;
     match sys::load_module(&file, !path.ends_with(".ko")) {
         // Built in, or loaded already.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),

@@ -56,8 +56,7 @@ struct Mapping {
 impl Mapping {
     /// `mmap`, wherever the kernel wants it; without a file, anonymous.
     fn new(length: usize, flags: libc::c_int, file: Option<(&File, i64)>) -> io::Result<Mapping> {
-        let (descriptor, offset) =
-            file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
+        let (descriptor, offset) = file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing of ours.
         let start = unsafe {
@@ -140,8 +139,8 @@ fn memory() -> Outcome<String> {
 
 /// Bytes that can be taken without driving the kernel into a corner.
 fn available_memory() -> Outcome<usize> {
-    let text = fs::read_to_string("/proc/meminfo")
-        .map_err(|error| format!("cannot read /proc/meminfo: {error}"))?;
+    let text =
+        fs::read_to_string("/proc/meminfo").map_err(|error| format!("cannot read /proc/meminfo: {error}"))?;
     let kib = text
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))
@@ -154,8 +153,7 @@ fn available_memory() -> Outcome<usize> {
 /// Runs on every processor that is online.
 fn cpus() -> Outcome<String> {
     const ONLINE: &str = "/sys/devices/system/cpu/online";
-    let text =
-        fs::read_to_string(ONLINE).map_err(|error| format!("cannot read {ONLINE}: {error}"))?;
+    let text = fs::read_to_string(ONLINE).map_err(|error| format!("cannot read {ONLINE}: {error}"))?;
     let list = cpu_list(text.trim()).ok_or_else(|| format!("{ONLINE} reads {text:?}"))?;
     for cpu in &list {
         // SAFETY: the set is plain data, ours, and outlives the call; 0 names this thread.
@@ -196,13 +194,9 @@ fn cpu_list(text: &str) -> Option<Vec<usize>> {
 
 /// Writes `text` into the first page of `path` through a shared mapping, a synchronous one if the file system can.
 fn pmem_write(path: &str, text: &str) -> Outcome<String> {
-    let failed =
-        |what: &'static str| move |error: io::Error| format!("cannot {what} {path}: {error}");
+    let failed = |what: &'static str| move |error: io::Error| format!("cannot {what} {path}: {error}");
     if text.len() > PAGE {
-        return Err(format!(
-            "{} bytes do not fit in a page of {PAGE}",
-            text.len()
-        ));
+        return Err(format!("{} bytes do not fit in a page of {PAGE}", text.len()));
     }
     let mut options = OpenOptions::new();
     let file = options
@@ -246,18 +240,10 @@ fn map_physical(address: &str, length: usize) -> Outcome<(Mapping, *mut u8)> {
         )
     };
     let mut options = OpenOptions::new();
-    let file = options
-        .read(true)
-        .write(true)
-        .open("/dev/mem")
-        .map_err(failed)?;
+    let file = options.read(true).write(true).open("/dev/mem").map_err(failed)?;
     let whole = (inside + length).next_multiple_of(PAGE);
-    let mapping = Mapping::new(
-        whole,
-        libc::MAP_SHARED,
-        Some((&file, address - inside as i64)),
-    )
-    .map_err(failed)?;
+    let mapping =
+        Mapping::new(whole, libc::MAP_SHARED, Some((&file, address - inside as i64))).map_err(failed)?;
     let first = mapping.start.wrapping_add(inside);
     Ok((mapping, first))
 }
@@ -300,9 +286,7 @@ fn mem_write(address: &str, hex: &str) -> Outcome<String> {
     // SAFETY: as in `mem_read`; whoever runs this probe answers for what lies at that address.
     unsafe {
         match (access_width(first, bytes.len()), bytes.as_slice()) {
-            (2, &[a, b]) => first
-                .cast::<u16>()
-                .write_volatile(u16::from_le_bytes([a, b])),
+            (2, &[a, b]) => first.cast::<u16>().write_volatile(u16::from_le_bytes([a, b])),
             (4, &[a, b, c, d]) => first
                 .cast::<u32>()
                 .write_volatile(u32::from_le_bytes([a, b, c, d])),
@@ -322,10 +306,7 @@ fn mem_write(address: &str, hex: &str) -> Outcome<String> {
 }
 
 fn hex_bytes(text: &str) -> Option<Vec<u8>> {
-    if text.is_empty()
-        || text.len() % 2 != 0
-        || !text.bytes().all(|digit| digit.is_ascii_hexdigit())
-    {
+    if text.is_empty() || text.len() % 2 != 0 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
     }
     (0..text.len())

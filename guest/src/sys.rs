@@ -43,14 +43,7 @@ pub fn load_module(file: &File, compressed: bool) -> io::Result<()> {
         0
     };
     // SAFETY: an open descriptor that `file` owns, and a NUL-terminated string that lives for ever.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_finit_module,
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-        )
-    };
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), flags) };
     if result == 0 {
         Ok(())
     } else {

@@ -54,11 +54,7 @@ fn run(name: &str) -> Outcome<()> {
     let (status, copies) = match spawn(&start, receiver, &sender)? {
         Ok((process, copies)) => (console::reap_until(process), copies),
         Err((sentence, status)) => {
-            send(
-                &sender,
-                Kind::Error,
-                format!("lab: {sentence}\n").as_bytes(),
-            )?;
+            send(&sender, Kind::Error, format!("lab: {sentence}\n").as_bytes())?;
             (status, Vec::new())
         }
     };
@@ -71,11 +67,7 @@ fn run(name: &str) -> Outcome<()> {
     for path in &start.outputs {
         let path = Path::new(OsStr::from_bytes(path));
         if let Err(sentence) = send_back(&sender, path) {
-            send(
-                &sender,
-                Kind::Error,
-                format!("lab: {sentence}\n").as_bytes(),
-            )?;
+            send(&sender, Kind::Error, format!("lab: {sentence}\n").as_bytes())?;
         }
     }
     send(&sender, Kind::Exit, &[status])
@@ -110,8 +102,7 @@ fn find_port(name: &str) -> Outcome<Option<File>> {
         return Ok(None);
     };
     for port in ports.flatten() {
-        if fs::read_to_string(port.path().join("name")).is_ok_and(|found| found.trim_end() == name)
-        {
+        if fs::read_to_string(port.path().join("name")).is_ok_and(|found| found.trim_end() == name) {
             let path = Path::new("/dev").join(port.file_name());
             let open = OpenOptions::new().read(true).write(true).open(&path);
             return open
@@ -167,18 +158,14 @@ fn spawn(start: &Start, receiver: File, sender: &Sender) -> Outcome<Result<Runni
         .args(words)
         .current_dir(OsStr::from_bytes(&start.directory));
     for pair in &start.environment {
-        let middle = pair
-            .iter()
-            .position(|byte| *byte == b'=')
-            .unwrap_or(pair.len());
+        let middle = pair.iter().position(|byte| *byte == b'=').unwrap_or(pair.len());
         let (name, value) = (&pair[..middle], pair.get(middle + 1..).unwrap_or_default());
         process.env(OsStr::from_bytes(name), OsStr::from_bytes(value));
     }
     let terminal = match start.terminal {
         Some((rows, columns)) => {
             let pair = sys::open_terminal_pair();
-            let (ours, theirs) =
-                pair.map_err(|error| format!("cannot open a pseudo-terminal: {error}"))?;
+            let (ours, theirs) = pair.map_err(|error| format!("cannot open a pseudo-terminal: {error}"))?;
             sys::set_window_size(&ours, rows, columns);
             console::give(&mut process, &theirs)?;
             Some(ours)
@@ -197,10 +184,7 @@ fn spawn(start: &Start, receiver: File, sender: &Sender) -> Outcome<Result<Runni
     let mut child = match spawned {
         Ok(child) => child,
         Err(error) => {
-            return Ok(Err(console::cannot_start(
-                &program.to_string_lossy(),
-                &error,
-            )));
+            return Ok(Err(console::cannot_start(&program.to_string_lossy(), &error)));
         }
     };
 
@@ -231,11 +215,7 @@ fn spawn(start: &Start, receiver: File, sender: &Sender) -> Outcome<Result<Runni
 }
 
 /// One of the command's streams to the link, until its end. (A terminal's end is EIO.)
-fn copy_out(
-    mut stream: impl Read + Send + 'static,
-    kind: Kind,
-    sender: &Sender,
-) -> thread::JoinHandle<()> {
+fn copy_out(mut stream: impl Read + Send + 'static, kind: Kind, sender: &Sender) -> thread::JoinHandle<()> {
     let sender = Arc::clone(sender);
     thread::spawn(move || {
         let mut buffer = vec![0; link::LONGEST];
@@ -334,8 +314,6 @@ fn send_back(sender: &Sender, path: &Path) -> Outcome<()> {
 
 fn send(sender: &Sender, kind: Kind, payload: &[u8]) -> Outcome<()> {
     // A thread that panicked inside one write left at worst half a frame; the outside will say so.
-    let mut port = sender
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut port = sender.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     link::send(&mut *port, kind, payload).map_err(|error| format!("the link failed: {error}"))
 }

@@ -56,8 +56,7 @@ pub fn send(port: &mut impl Write, kind: Kind, payload: &[u8]) -> io::Result<()>
         .iter()
         .find(|(one, _)| *one == kind)
         .map_or(0, |(_, byte)| *byte);
-    let length =
-        u32::try_from(payload.len()).map_err(|_| io::Error::other("a frame of more than 4 GiB"))?;
+    let length = u32::try_from(payload.len()).map_err(|_| io::Error::other("a frame of more than 4 GiB"))?;
     let mut frame = Vec::with_capacity(HEADER + payload.len());
     frame.push(byte);
     frame.extend_from_slice(&length.to_le_bytes());
@@ -76,9 +75,7 @@ pub fn receive(port: &mut impl Read) -> io::Result<Option<(Kind, Vec<u8>)>> {
     let [byte, length @ ..] = header;
     let length = u32::from_le_bytes(length) as usize;
     let Some((kind, _)) = KINDS.iter().find(|(_, one)| *one == byte) else {
-        return Err(io::Error::other(format!(
-            "byte {byte:#04x} begins no frame"
-        )));
+        return Err(io::Error::other(format!("byte {byte:#04x} begins no frame")));
     };
     if length > LONGEST_READ {
         return Err(io::Error::other(format!("a frame of {length} bytes")));

@@ -104,8 +104,8 @@ fn parse(arguments: &[OsString]) -> Outcome<Options> {
             "--timeout" => {
                 let text = value()?.to_string_lossy().into_owned();
                 let seconds = text.parse().ok().filter(|seconds| *seconds > 0);
-                let seconds = seconds
-                    .ok_or_else(|| format!("--timeout {text}: this is no number of seconds"))?;
+                let seconds =
+                    seconds.ok_or_else(|| format!("--timeout {text}: this is no number of seconds"))?;
                 options.timeout = Some(Duration::from_secs(seconds));
             }
             "--tty" => options.terminal = true,
@@ -171,10 +171,7 @@ fn run(options: Options) -> Outcome<u8> {
                     limit.as_secs()
                 );
             } else {
-                eprintln!(
-                    "lab: not up after {} s (time limit), stopped",
-                    limit.as_secs()
-                );
+                eprintln!("lab: not up after {} s (time limit), stopped", limit.as_secs());
                 log.show();
             }
             Ok(STATUS_TIME_LIMIT)
@@ -205,9 +202,7 @@ fn wait(
 ) -> Ending {
     let mut up = false;
     loop {
-        let left = options
-            .timeout
-            .map(|limit| limit.saturating_sub(began.elapsed()));
+        let left = options.timeout.map(|limit| limit.saturating_sub(began.elapsed()));
         match signals.wait(left) {
             None => {
                 let limit = options.timeout.unwrap_or_default();
@@ -217,8 +212,7 @@ fn wait(
             Some(libc::SIGWINCH) => {
                 if let Some(size) = sys::window_size(&io::stdout()).filter(|_| options.terminal) {
                     // A full queue means that nobody looks at the window.
-                    let _ = to_link
-                        .try_send((Kind::WindowSize, link::window_size_to_bytes(size).to_vec()));
+                    let _ = to_link.try_send((Kind::WindowSize, link::window_size_to_bytes(size).to_vec()));
                 }
             }
             Some(number) => return Ending::Signal(number),
@@ -246,10 +240,7 @@ fn put_together(parts: &[PathBuf]) -> Outcome<File> {
     let mut whole = unsafe {
         let descriptor = libc::memfd_create(c"initramfs".as_ptr(), libc::MFD_CLOEXEC);
         if descriptor < 0 {
-            return Err(format!(
-                "cannot create a memfd: {}",
-                io::Error::last_os_error()
-            ));
+            return Err(format!("cannot create a memfd: {}", io::Error::last_os_error()));
         }
         File::from_raw_fd(descriptor)
     };
@@ -271,12 +262,7 @@ fn socket_pair() -> Outcome<(UnixStream, UnixStream)> {
 }
 
 /// QEMU with the settings that were found to work, its link and its log on our sockets.
-fn start_qemu(
-    options: &Options,
-    initramfs: &File,
-    link: &UnixStream,
-    log: &UnixStream,
-) -> Outcome<Child> {
+fn start_qemu(options: &Options, initramfs: &File, link: &UnixStream, log: &UnixStream) -> Outcome<Child> {
     let initramfs_path = format!("/proc/self/fd/{}", initramfs.as_raw_fd());
     let messages = log
         .try_clone()
@@ -285,42 +271,33 @@ fn start_qemu(
         .try_clone()
         .map_err(|error| format!("cannot duplicate a socket: {error}"))?;
     let mut qemu = Command::new(&options.qemu);
-    qemu.args([
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ])
-    // Two processors lost a race in the kernel's code patching (threads) or hung in the nested guest (one thread).
-    .args([
-        "-accel",
-        "tcg,thread=single",
-        "-cpu",
-        "max,+svm,-xsave",
-        "-smp",
-        "1",
-        "-M",
-        "q35,vmport=off",
-    ])
-    .args(["-m", &options.memory])
-    .arg("-kernel")
-    .arg(&options.kernel)
-    .args(["-initrd", &initramfs_path])
-    .arg("-append")
-    .arg(kernel_command_line(&options.append))
-    .args([
-        "-chardev",
-        &format!("socket,id=log,fd={}", log.as_raw_fd()),
-        "-serial",
-        "chardev:log",
-    ])
-    .args([
-        "-chardev",
-        &format!("socket,id=link,fd={}", link.as_raw_fd()),
-    ])
-    .args(["-device", "virtio-serial-pci,max_ports=2"])
-    .args(["-device", "virtserialport,chardev=link,name=lab"]);
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        // Two processors lost a race in the kernel's code patching (threads) or hung in the nested guest (one thread).
+        .args([
+            "-accel",
+            "tcg,thread=single",
+            "-cpu",
+            "max,+svm,-xsave",
+            "-smp",
+            "1",
+            "-M",
+            "q35,vmport=off",
+        ])
+        .args(["-m", &options.memory])
+        .arg("-kernel")
+        .arg(&options.kernel)
+        .args(["-initrd", &initramfs_path])
+        .arg("-append")
+        .arg(kernel_command_line(&options.append))
+        .args([
+            "-chardev",
+            &format!("socket,id=log,fd={}", log.as_raw_fd()),
+            "-serial",
+            "chardev:log",
+        ])
+        .args(["-chardev", &format!("socket,id=link,fd={}", link.as_raw_fd())])
+        .args(["-device", "virtio-serial-pci,max_ports=2"])
+        .args(["-device", "virtserialport,chardev=link,name=lab"]);
     if options.icount {
         // The clock counts instructions, and nothing of this machine's time reaches the emulated one.
         qemu.args(["-icount", "shift=0,sleep=off", "-seed", "1"])
@@ -397,11 +374,7 @@ fn read_input(to_link: &SyncSender<(Kind, Vec<u8>)>, news: &Teller, terminal: bo
                 news.tell(News::Escape);
             }
         }
-        if to_link
-            .send((Kind::Input, buffer[..length].to_vec()))
-            .is_err()
-            || length == 0
-        {
+        if to_link.send((Kind::Input, buffer[..length].to_vec())).is_err() || length == 0 {
             return;
         }
     }
@@ -478,9 +451,7 @@ fn take_back(kind: Kind, payload: &[u8], current: &mut Option<(PathBuf, File)>) 
                 .map_err(|error| format!("cannot make {}: {error}", path.display()))
         }
         Kind::File => {
-            let (size, name) = rest
-                .split_first_chunk()
-                .ok_or("the link brought half a file")?;
+            let (size, name) = rest.split_first_chunk().ok_or("the link brought half a file")?;
             let path = PathBuf::from(OsStr::from_bytes(name));
             let failed = |error: io::Error| format!("cannot write {}: {error}", path.display());
             let file = OpenOptions::new()
@@ -556,8 +527,7 @@ impl Signals {
             });
             let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
             // SAFETY: the set and the time are ours and outlive the call; the null pointer asks for no details.
-            let signal =
-                unsafe { libc::sigtimedwait(&raw const self.0, std::ptr::null_mut(), time) };
+            let signal = unsafe { libc::sigtimedwait(&raw const self.0, std::ptr::null_mut(), time) };
             if signal > 0 {
                 return Some(signal);
             }
@@ -646,15 +616,9 @@ impl Log {
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
         }
-        let kept = self
-            .lines
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let kept = self.lines.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let text = String::from_utf8_lossy(&kept);
-        let lines: Vec<&str> = text
-            .lines()
-            .map(|line| line.trim_end_matches('\r'))
-            .collect();
+        let lines: Vec<&str> = text.lines().map(|line| line.trim_end_matches('\r')).collect();
         let first = lines.len().saturating_sub(LOG_SHOWN);
         if lines.is_empty() {
             eprintln!("lab: the emulated host's log is empty");
@@ -704,7 +668,8 @@ mod tests {
 
     #[test]
     fn options_end_at_the_dashes() {
-        let line = "--qemu q --kernel k --initramfs a --initramfs b --timeout 5 --env A=b --out /o -- sh --tty";
+        let line =
+            "--qemu q --kernel k --initramfs a --initramfs b --timeout 5 --env A=b --out /o -- sh --tty";
         let options = parse(&words(line)).unwrap();
         assert_eq!(options.initramfs, [Path::new("a"), Path::new("b")]);
         assert_eq!(options.timeout, Some(Duration::from_secs(5)));
