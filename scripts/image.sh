@@ -71,10 +71,9 @@ add_base() {
     need busybox:busybox-static
     local name init
     init=$(guest_init)
-    mkdir -p "$stage"/{dev,etc/hotslot,proc,run,root,sys,tmp,usr/{bin,sbin,lib,lib64},var}
+    mkdir -p "$stage"/{dev,etc/hotslot,proc,run,root,sys,tmp,usr/{bin,sbin,lib,lib64},var/tmp}
     for name in bin sbin lib lib64; do ln -s "usr/$name" "$stage/$name"; done
     ln -s ../run "$stage/var/run"
-    ln -s ../tmp "$stage/var/tmp"
     ln -s /proc/mounts "$stage/etc/mtab"
     cp "$init" "$stage/init"
     ln -s /init "$stage/usr/bin/probe"
@@ -149,10 +148,11 @@ split_pair() {
     dest=$(place "${dest:-$src}")
 }
 
-# Where a path lies in the image: /bin, /sbin, /lib and /lib64 are links into /usr there.
+# Where a path lies in the image: /bin, /sbin, /lib and /lib64 are links into /usr there, /var/run is one to /run.
 place() {
     case $1 in
     /bin/* | /sbin/* | /lib/* | /lib64/*) printf '/usr%s\n' "$1" ;;
+    /var/run/*) printf '%s\n' "${1#/var}" ;;
     *) printf '%s\n' "$1" ;;
     esac
 }

@@ -119,10 +119,14 @@ download() {
 from_file() {
     local file modules=$2 version=unknown work name
     file=$(realpath -e "$1" 2>/dev/null) || die "KERNEL=$1: there is no such file"
-    name=custom-$(stat -c '%n %s %y' "$file" | sha256sum | head -c 12)
     if [[ -n $modules ]]; then
         modules=$(realpath -e "$modules" 2>/dev/null) || die "MODULES=$2: there is no such directory"
         version=${modules##*/}
+    fi
+    name=custom-$(stat -c '%n %s %y' "$file" ${modules:+"$modules"} | sha256sum | head -c 12)
+    if [[ -e $CACHE/$name/complete ]]; then
+        printf '%s\n' "$CACHE/$name"
+        return
     fi
     work=$(mktemp -d "$CACHE/new.XXXXXX")
     # shellcheck disable=SC2064 # this directory, now

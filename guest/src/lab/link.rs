@@ -188,7 +188,7 @@ mod tests {
         let start = Start {
             command: vec![b"sh".to_vec(), b"".to_vec(), b"-c \xff\n\"".to_vec()],
             environment: vec![b"A=b".to_vec()],
-            directory: b"/work".to_vec(),
+            directory: b"/home/user".to_vec(),
             outputs: vec![b"/out".to_vec(), b"/other".to_vec()],
             terminal: Some((24, 80)),
         };
