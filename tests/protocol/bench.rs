@@ -145,17 +145,8 @@ impl Setup {
 
     /// Connects, and learns what the back-end is.
     pub fn connect(self) -> (Result<Handshake, FrontendError>, Backend) {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("socket");
-        let listener = UnixListener::bind(&socket).unwrap();
-        let backend = Backend {
-            _dir: dir,
-            spec: self.spec(socket),
-            quota: self.quota,
-            seen: Arc::default(),
-            channel: Arc::default(),
-            guest: Arc::default(),
-        };
+        let backend = self.backend();
+        let listener = UnixListener::bind(&backend.spec.socket).unwrap();
         let (seen, channel, guest) = (
             Arc::clone(&backend.seen),
             Arc::clone(&backend.channel),
@@ -175,15 +166,32 @@ impl Setup {
         (Frontend::connect(&backend.spec, PATIENCE), backend)
     }
 
-    fn spec(&self, socket: PathBuf) -> DeviceSpec {
-        DeviceSpec {
+    fn backend(&self) -> Backend {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = DeviceSpec {
             name: "device".to_string(),
-            socket,
+            socket: dir.path().join("socket"),
             kind: self.kind.parse().unwrap(),
             queues: Some(2),
             queue_size: 64,
             shmem_bit: self.shmem_bit,
+        };
+        Backend {
+            _dir: dir,
+            spec,
+            quota: self.quota,
+            seen: Arc::default(),
+            channel: Arc::default(),
+            guest: Arc::default(),
         }
+    }
+
+    /// A device whose back-end is not the scripted one, but what `listen` makes listen on the socket.
+    pub fn foreign(self, listen: impl FnOnce(PathBuf)) -> Bench {
+        let backend = self.backend();
+        listen(backend.spec.socket.clone());
+        let handshake = Frontend::connect(&backend.spec, PATIENCE).unwrap();
+        backend.device(handshake).unwrap()
     }
 
     /// All of the set-up.

@@ -3,9 +3,12 @@
 //! Each test drives a device as its transport does, against a back-end that follows a script ([`bench`]).
 //! The numbers are those of the contract's assertions.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
+
 mod bench;
 mod framing;
 mod handshake;
+mod interop;
 mod lifecycle;
 mod replies;
 mod requests;
