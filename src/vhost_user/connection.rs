@@ -406,3 +406,6 @@ fn receive_some(socket: &UnixStream, buffer: &mut Vec<u8>, want: usize) -> io::R
         fds_lost: message.msg_flags & libc::MSG_CTRUNC != 0,
     })
 }
+
+#[cfg(test)]
+mod tests;
