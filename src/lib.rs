@@ -15,17 +15,18 @@
 //! 6. [`virtio`]: what a device is; its registers as a page of memory; Status.
 //! 7. [`vhost_user`]: the wire, the two sockets, what is agreed, our requests, the back-end's requests.
 //! 8. [`devices`]: serial port, power, reset, panic, debug exit.
-//! 9. [`cli`], [`config`], [`exit`], [`terminal`], [`thread`], [`size`]: the program around it.
+//! 9. [`cli`], [`config`], [`exit`], [`report`], [`terminal`], [`thread`], [`size`]: the program around it.
 //!
 //! # Who may use whom
 //!
 //! ```text
 //!   main ─▶ cli ─▶ config ─▶ vhost_user        (the device string names a vhost_user::kind)
 //!     └───▶ vmm ─▶ everything
-//!           vhost_user ─▶ virtio, memory       (never kvm: it maps through memory::GuestMapper; thread for its own)
+//!           vhost_user ─▶ virtio, memory       (never kvm: it maps through memory::GuestMapper)
 //!                         virtio ─▶ memory, bus
 //!           kvm ─▶ memory, bus       devices ─▶ bus       arch ─▶ memory
 //!                  memory, bus ─▶ nothing of ours
+//!           report, thread, size: for whoever needs them
 //! ```
 //!
 //! `tests/house.rs` reads the `use` lines and keeps it so. The one inversion is [`memory::GuestMapper`] ("put this host
@@ -74,6 +75,7 @@ pub mod devices;
 pub mod exit;
 pub mod kvm;
 pub mod memory;
+pub mod report;
 pub mod size;
 pub mod terminal;
 pub mod thread;

@@ -1,5 +1,7 @@
 //! Guests of a few dozen instructions on this machine's `/dev/kvm`.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
+
 #[path = "support/guest.rs"]
 mod guest;
 #[path = "support/monitor.rs"]

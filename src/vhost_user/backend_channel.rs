@@ -18,6 +18,7 @@ use super::message::{BackendRequest, Header, MMAP_LEN, MMap, U64_LEN, protocol_f
 use super::negotiate::Agreement;
 use crate::memory::Access;
 use crate::memory::shmem::{MapRequest, SharedMemory, ShmemError};
+use crate::report::{MisuseLog, with_causes};
 
 /// How long a back-end may leave a full socket of answers unread (SHM-66).
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -73,7 +74,7 @@ impl Refusal {
 
 /// Our end of a backend channel.
 pub struct BackendChannel {
-    name: String,
+    log: MisuseLog,
     reply_ack: bool,
     shmem: Option<Arc<SharedMemory>>,
     /// A copy of the socket, to wait on and to end it without the lock.
@@ -98,7 +99,7 @@ impl BackendChannel {
         shmem: Arc<SharedMemory>,
     ) -> io::Result<Self> {
         Ok(BackendChannel {
-            name: name.to_string(),
+            log: MisuseLog::new(name),
             reply_ack: agreement.has(protocol::REPLY_ACK),
             shmem: agreement.has_shmem().then_some(shmem),
             socket: socket.try_clone()?,
@@ -142,7 +143,7 @@ impl BackendChannel {
             self.handle(message)
         };
         if let Err(refusal) = &result {
-            self.log(request, refusal);
+            self.say_refused(request, refusal);
         }
         if needs_reply && self.reply_ack {
             // SHM-58: 0, or a negative errno as a u64.
@@ -218,16 +219,13 @@ impl BackendChannel {
         Ok((shmem, request))
     }
 
-    fn log(&self, request: u32, refusal: &Refusal) {
-        let cause = std::error::Error::source(refusal)
-            .map(|source| format!(": {source}"))
-            .unwrap_or_default();
+    fn say_refused(&self, request: u32, refusal: &Refusal) {
+        let why = with_causes(refusal);
         match BackendRequest::from_id(request) {
-            Some(known) => log::warn!("{}: {known} is refused: {refusal}{cause}", self.name),
-            None => log::warn!(
-                "{}: backend request {request} is refused: {refusal}{cause}",
-                self.name
-            ),
+            Some(known) => self.log.warn(format_args!("{known} is refused: {why}")),
+            None => self
+                .log
+                .warn(format_args!("backend request {request} is refused: {why}")),
         }
     }
 }

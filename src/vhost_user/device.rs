@@ -20,6 +20,7 @@ use super::message::protocol_features as protocol;
 use super::watch::{Health, Watch};
 use crate::memory::GuestRange;
 use crate::memory::shmem::SharedMemory;
+use crate::report::with_causes;
 use crate::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use crate::virtio::interrupt::Interrupt;
 
@@ -196,7 +197,11 @@ impl VirtioDevice for VhostUserDevice {
             match told {
                 // The back-end is cut off, and the log says so.
                 Err(_) if self.health.is_lost() => {}
-                Err(error) => log::warn!("{}: while the device is reset: {error}", self.name),
+                Err(error) => log::warn!(
+                    "{}: while the device is reset: {}",
+                    self.name,
+                    with_causes(&*error)
+                ),
                 Ok(()) => {}
             }
         }
@@ -208,7 +213,11 @@ impl VirtioDevice for VhostUserDevice {
         match self.shmem.unmap_all() {
             Ok(0) => {}
             Ok(count) => log::info!("{}: the reset removed {count} mappings", self.name),
-            Err(error) => log::error!("{}: mappings stay after a reset: {error}", self.name),
+            Err(error) => log::error!(
+                "{}: mappings stay after a reset: {}",
+                self.name,
+                with_causes(&error)
+            ),
         }
     }
 

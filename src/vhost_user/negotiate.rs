@@ -68,6 +68,9 @@ pub enum NegotiationError {
     },
 }
 
+/// What is missing where SHMEM is.
+pub const SHMEM: &str = "protocol feature SHMEM";
+
 /// Feature bits of the transport that the front-end provides by itself, whatever the back-end offers.
 const OURS: u64 = 1 << VIRTIO_F_RING_RESET;
 
@@ -122,7 +125,7 @@ pub fn negotiate(offer: Offer, kind: DeviceKind, shmem_bit: u32) -> Result<Agree
     };
     if kind.needs_shmem() && !shmem {
         let feature = match offered & shmem_mask {
-            0 => "protocol feature SHMEM",
+            0 => SHMEM,
             _ => "protocol feature BACKEND_REQ",
         };
         return Err(missing(feature));

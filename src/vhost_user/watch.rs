@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend_channel::{BackendChannel, ChannelError};
 use super::connection::ConnectionError;
+use crate::report::with_causes;
 use crate::thread;
 use crate::virtio::interrupt::Interrupt;
 
@@ -54,9 +55,7 @@ impl Health {
     /// is no longer told to stop must not go on either. Its mappings stay until the reset.
     pub fn give_up(&self, why: &dyn std::error::Error) {
         if !self.lost.swap(true, Ordering::AcqRel) {
-            let causes = std::iter::successors(why.source(), |error| error.source());
-            let why = causes.fold(why.to_string(), |text, cause| format!("{text}: {cause}"));
-            log::error!("{}: {why}; the device needs a reset", self.name);
+            log::error!("{}: {}; the device needs a reset", self.name, with_causes(why));
             self.interrupt.needs_reset();
             // It fails only where the peer was faster.
             let _ = self.main.shutdown(Shutdown::Both);

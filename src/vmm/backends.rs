@@ -19,6 +19,7 @@ use crate::vhost_user::device::VhostUserDevice;
 use crate::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use crate::vhost_user::memory_table::MemoryTable;
 use crate::vhost_user::message::MemoryRegion;
+use crate::vhost_user::negotiate::{NegotiationError, SHMEM};
 use crate::virtio::device::DeviceError;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::mmio::MmioTransport;
@@ -61,7 +62,9 @@ impl BackendError {
                 "start the back-end on {}, or wait longer with --connect-timeout",
                 self.spec.socket.display()
             )),
-            Cause::Frontend(FrontendError::Negotiation(_)) if self.spec.kind.needs_shmem() => {
+            Cause::Frontend(FrontendError::Negotiation(NegotiationError::Missing {
+                feature: SHMEM, ..
+            })) => {
                 Some("a back-end built from a draft has SHMEM as bit 20 or 21: try shmem-bit=21".to_string())
             }
             Cause::Frontend(FrontendError::Queues { .. }) => Some("say how many with queues=N".to_string()),

@@ -122,7 +122,7 @@ fn a_descriptor_may_come_with_any_part_of_its_message() {
             send(&theirs, &whole[cut..], second);
             send(&theirs, &message(10, &[]), &[]);
             assert_eq!(inodes(&next(&mut ours)), [inode], "cut at {cut}");
-            assert_eq!(inodes(&next(&mut ours)), []);
+            assert!(inodes(&next(&mut ours)).is_empty());
         }
     }
 }
