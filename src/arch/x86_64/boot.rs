@@ -18,7 +18,7 @@ use linux_loader::loader::{self, KernelLoader};
 use thiserror::Error;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{layout, regs};
+use super::{acpi, layout, regs};
 use crate::memory::PAGE_SIZE;
 use crate::memory::ram::Ram;
 
@@ -302,7 +302,7 @@ pub fn check_cmdline(kernel: &Kernel, cmdline: &str) -> Result<(), BootError> {
     Ok(())
 }
 
-/// Puts kernel, initramfs, command line, boot parameters, descriptor table and page tables into RAM. The ACPI root
+/// Puts kernel, initramfs, command line, boot parameters, descriptor table, page tables and reset vector into RAM. The ACPI root
 /// pointer has to be at [`layout::ACPI`] before the kernel runs.
 pub fn load(
     kernel: &mut Kernel,
@@ -351,6 +351,8 @@ pub fn load(
         layout::PAGE_TABLES,
     )?;
     write("descriptor table", &le_bytes(&regs::gdt()), layout::GDT)?;
+    let reset = regs::reset_vector(layout::ACPI_RESET, acpi::RESET_VALUE);
+    write("reset vector", &reset, layout::RESET_VECTOR)?;
     Ok(EntryPoint {
         entry,
         boot_params: layout::BOOT_PARAMS,
