@@ -205,6 +205,7 @@ impl Vmm {
         events.add_subscriber(Box::new(EndWatch(Arc::clone(&end))));
         events.add_subscriber(Box::new(signals));
         let raw_terminal = self.console.make_raw()?;
+        let serial_port = Arc::clone(&self.console.port);
         events.add_subscriber(Box::new(ConsoleInput::new(self.console, Arc::clone(&end))));
 
         let vcpus = start(self.vcpus, &self.machine, &end);
@@ -218,6 +219,7 @@ impl Vmm {
         };
         stop(vcpus, &self.machine);
 
+        serial_port.flush();
         drop(raw_terminal);
         log_unclaimed(&self.machine.unclaimed);
         // In this order, said aloud: nobody can reach guest memory any more, then it goes.
