@@ -236,3 +236,97 @@ impl AsFd for BackendChannel {
         self.socket.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::memory::alloc::WindowAllocator;
+    use crate::memory::{GuestMapper, GuestRange, SlotId};
+
+    /// A machine that nothing is mapped in.
+    struct NoGuest;
+
+    impl GuestMapper for NoGuest {
+        unsafe fn map(&self, _: GuestRange, _: *mut u8, _: Access) -> io::Result<SlotId> {
+            Err(io::Error::from_raw_os_error(libc::ENOSPC))
+        }
+
+        fn unmap(&self, _: SlotId) -> io::Result<()> {
+            Err(io::Error::from_raw_os_error(libc::ENOENT))
+        }
+    }
+
+    fn channel() -> (BackendChannel, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut windows = WindowAllocator::new(1 << 32, 1 << 40);
+        let shmem = SharedMemory::new([], &mut windows, Arc::new(NoGuest), 1).unwrap();
+        let agreement = Agreement::default();
+        (
+            BackendChannel::new("test", &agreement, ours, Arc::new(shmem)).unwrap(),
+            theirs,
+        )
+    }
+
+    fn is_readable(socket: impl AsFd) -> bool {
+        let mut poll = libc::pollfd {
+            fd: std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one pollfd, on our stack.
+        unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+    }
+
+    #[test]
+    fn the_lock_is_free_between_reads_however_much_there_is() {
+        // SHM-66: requests of 12 bytes, so that a read never ends with one. The lock is taken for a read at a time.
+        let (channel, mut theirs) = channel();
+        theirs
+            .write_all(&Header::request(50, 0, false).encode().repeat(1000))
+            .unwrap();
+        channel.serve().unwrap();
+        assert!(is_readable(&channel), "not all at once");
+        for _ in 0..1000 {
+            channel.serve().unwrap();
+        }
+        assert!(!is_readable(&channel) && !channel.lock().connection.is_inside_message());
+    }
+
+    #[test]
+    fn a_drain_takes_everything_and_remembers_what_was_begun() {
+        // SHM-71
+        let (channel, mut theirs) = channel();
+        let request = Header::request(50, 0, false).encode();
+        theirs.write_all(&request.repeat(1000)).unwrap();
+        channel.drain(Deadline::after(Duration::from_secs(20))).unwrap();
+        assert!(!is_readable(&channel) && !channel.lock().stale);
+        theirs.write_all(&request[..5]).unwrap();
+        channel.drain(Deadline::after(Duration::from_secs(20))).unwrap();
+        assert!(!is_readable(&channel) && channel.lock().stale);
+        theirs.write_all(&request[5..]).unwrap();
+        channel.serve().unwrap();
+        assert!(!channel.lock().stale);
+    }
+
+    #[test]
+    fn who_waits_for_room_is_woken_when_the_channel_is_shut_down() {
+        // SHM-66
+        let (mut channel, mut theirs) = channel();
+        channel.reply_ack = true;
+        theirs
+            .write_all(&Header::request(50, 0, true).encode().repeat(5000))
+            .unwrap();
+        let channel = &channel;
+        std::thread::scope(|scope| {
+            let served = scope.spawn(move || channel.drain(Deadline::after(Duration::from_secs(20))));
+            channel.shut_down();
+            let ended = served.join().unwrap();
+            assert!(matches!(
+                ended,
+                Err(ChannelError::Connection(ConnectionError::HungUp))
+            ));
+        });
+    }
+}
