@@ -1,5 +1,7 @@
 //! A running `hotslot` with the monitor as its guest, and a virtio driver made of the monitor's reads and writes.
 
+#![allow(dead_code)] // Not every test program uses all of it.
+
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -22,6 +24,8 @@ pub struct Guest {
     stdout: ChildStdout,
     _kernel: tempfile::NamedTempFile,
     log: tempfile::NamedTempFile,
+    /// The registers of the device that the driver below drives.
+    registers: u64,
 }
 
 impl Guest {
@@ -46,6 +50,7 @@ impl Guest {
             stdout,
             _kernel: kernel,
             log,
+            registers: REGISTERS,
         }
     }
 
@@ -143,6 +148,11 @@ impl Guest {
         self.ask(Operation::In, 1, port.into(), 0) as u8
     }
 
+    /// Enables or disables interrupts in the processor. None comes either way, unless the test arranges for it.
+    pub fn set_interrupts(&mut self, enabled: bool) {
+        self.ask(Operation::Interrupts, 1, 0, enabled.into());
+    }
+
     /// Sends an operation whose answer never comes because the machine ends, and waits for that.
     pub fn end_with(
         mut self,
@@ -218,14 +228,19 @@ const DRIVER_OK: u32 = 4;
 const FEATURES_OK: u32 = 8;
 pub const NEEDS_RESET: u32 = 64;
 
-/// The first device's driver.
+/// The driver, of the first device unless [`Guest::select`] said otherwise.
 impl Guest {
+    /// From now on the driver drives this device.
+    pub fn select(&mut self, device: u64) {
+        self.registers = REGISTERS + device * 0x1000;
+    }
+
     pub fn register(&mut self, offset: u64) -> u32 {
-        self.read32(REGISTERS + offset)
+        self.read32(self.registers + offset)
     }
 
     pub fn set_register(&mut self, offset: u64, value: u32) {
-        self.write32(REGISTERS + offset, value);
+        self.write32(self.registers + offset, value);
     }
 
     fn set_wide_register(&mut self, offset: u64, value: u64) {

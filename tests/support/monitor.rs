@@ -1,7 +1,7 @@
 //! A guest of a few dozen instructions that does what the test tells it: it reads and writes its own physical memory
 //! and I/O ports, and answers over the serial port. So a test is the driver, and sees what a guest sees.
 //!
-//! The guest is an ELF file made here. It runs on any `/dev/kvm`: no SSE, no interrupts, 2 MiB pages.
+//! The guest is an ELF file made here. It runs on any `/dev/kvm`: no SSE, 2 MiB pages. Nothing handles interrupts.
 //!
 //! ```text
 //!   to the guest, on stdin:    operation (1 byte)  width (1 byte)  address (8 bytes)  value (8 bytes)
@@ -27,6 +27,7 @@ pub enum Operation {
     Write = 1,
     Out = 2,
     In = 3,
+    Interrupts = 4,
 }
 
 /// The monitor as an ELF file, for `hotslot -k`.
@@ -132,6 +133,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
                 (Operation::In, 1) => a.in_(al, dx)?,
                 (Operation::In, 2) => a.in_(ax, dx)?,
                 (Operation::In, _) => a.in_(eax, dx)?,
+                (Operation::Interrupts, _) => {}
             }
             if matches!(operation, Operation::In) {
                 a.mov(rbx, rax)?;
@@ -143,6 +145,13 @@ fn code() -> Result<Vec<u8>, IcedError> {
         a.set_label(&mut not_this)?;
         a.nop()?;
     }
+    let mut disable = a.create_label();
+    a.test(r11, r11)?;
+    a.je(disable)?;
+    a.sti()?;
+    a.jmp(answer)?;
+    a.set_label(&mut disable)?;
+    a.cli()?;
     a.set_label(&mut answer)?;
     a.call(put_word)?;
     a.jmp(next)?;

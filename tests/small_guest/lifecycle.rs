@@ -1,0 +1,145 @@
+//! Reset, start, and the death of a back-end, as the guest sees them.
+
+use std::sync::{Arc, Mutex};
+
+use crate::backend::{Backend, GET_VRING_BASE, Offer, SET_MEM_TABLE, content, file, page};
+use crate::guest::{Guest, NEEDS_RESET, register};
+use crate::kvm;
+
+const HOLE: u64 = u64::MAX;
+
+#[test]
+fn a_reset_has_removed_every_mapping_when_the_status_write_completes() {
+    // SHM-69, SHM-71, SHM-72, SHM-75
+    if !kvm::is_here() {
+        return;
+    }
+    // What is mapped while the device is being stopped is refused, or gone as well.
+    let late = Arc::new(Mutex::new(None));
+    let answer = Arc::clone(&late);
+    let data = file(3, 1);
+    let backend = Backend::acting(Offer::default(), move |request, connection| {
+        if request == GET_VRING_BASE {
+            *answer.lock().unwrap() = Some(connection.map(page(2), &data));
+        }
+    });
+    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
+    guest.start_device();
+    let (base, _) = guest.region(0);
+    let (first, second) = (file(1, 1), file(2, 1));
+    assert_eq!(backend.map(page(0), &first), 0);
+    assert_eq!(backend.map(page(1), &second), 0);
+    assert_eq!(guest.read64(base), content(1, 0));
+
+    guest.reset_device();
+    for index in 0..3 {
+        assert_eq!(guest.read64(base + index * 0x1000), HOLE);
+    }
+    let busy = -i64::from(libc::EBUSY);
+    assert_eq!(*late.lock().unwrap(), Some(busy));
+    assert_eq!(backend.map(page(0), &first), busy);
+    assert_eq!(backend.unmap(page(0)), -i64::from(libc::ENOENT));
+    assert_eq!(guest.read64(base), HOLE);
+
+    guest.start_device();
+    assert_eq!(guest.read64(base), HOLE);
+    assert_eq!(backend.map(page(0), &second), 0);
+    assert_eq!(guest.read64(base), content(2, 0));
+    guest.exit();
+}
+
+#[test]
+fn what_is_mapped_while_the_device_starts_is_there_at_driver_ok() {
+    // SHM-67, SHM-75
+    if !kvm::is_here() {
+        return;
+    }
+    let data = file(4, 1);
+    let backend = Backend::acting(Offer::default(), move |request, connection| {
+        if request == SET_MEM_TABLE {
+            assert_eq!(connection.map(page(0), &data), 0);
+        }
+    });
+    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
+    let (base, _) = guest.region(0);
+    for _ in 0..3 {
+        assert_eq!(guest.read64(base), HOLE);
+        guest.start_device();
+        assert_eq!(guest.read64(base), content(4, 0));
+        guest.reset_device();
+    }
+    guest.exit();
+}
+
+#[test]
+fn a_dead_back_ends_mappings_stay_until_the_reset() {
+    // SHM-76
+    if !kvm::is_here() {
+        return;
+    }
+    let (dying, living) = (Backend::start(), Backend::start());
+    let mut guest = Guest::boot([
+        "--vhost-user",
+        &dying.device("dying"),
+        "--vhost-user",
+        &living.device("living"),
+    ]);
+    guest.start_device();
+    let (base, _) = guest.region(0);
+    assert_eq!(dying.map(page(0), &file(1, 1)), 0);
+    guest.select(1);
+    guest.start_device();
+    let (other, _) = guest.region(0);
+    assert_ne!(base, other);
+    assert_eq!(living.map(page(0), &file(2, 1)), 0);
+
+    dying.hang_up();
+    guest.wait_for_log("dying");
+    guest.wait_for_log("needs a reset");
+    guest.select(0);
+    assert_ne!(guest.register(register::STATUS) & NEEDS_RESET, 0);
+    assert_ne!(guest.register(register::INTERRUPT_STATUS) & 2, 0);
+    assert_eq!(guest.read64(base), content(1, 0));
+
+    guest.select(1);
+    assert_eq!(guest.register(register::STATUS) & NEEDS_RESET, 0);
+    assert_eq!(guest.read64(other), content(2, 0));
+    assert_eq!(living.map(page(1), &file(3, 1)), 0);
+    assert_eq!(guest.read64(other + 0x1000), content(3, 0));
+    guest.set_register(register::QUEUE_NOTIFY, 0);
+    assert!(living.was_kicked());
+
+    guest.select(0);
+    guest.reset_device();
+    assert_eq!(guest.read64(base), HOLE);
+    assert_eq!(guest.read64(other), content(2, 0));
+    guest.exit();
+}
+
+#[test]
+fn devices_do_not_share_their_mappings() {
+    // SHM-36, SHM-69
+    if !kvm::is_here() {
+        return;
+    }
+    let backends = [Backend::start(), Backend::start()];
+    let devices = [backends[0].device("one"), backends[1].device("two")];
+    let mut guest = Guest::boot(["--vhost-user", &devices[0], "--vhost-user", &devices[1]]);
+    let mut bases = Vec::new();
+    for (device, backend) in (0..).zip(&backends) {
+        guest.select(device);
+        guest.start_device();
+        bases.push(guest.region(0).0);
+        assert_eq!(backend.map(page(0), &file(10 + device, 1)), 0);
+    }
+    assert_eq!(guest.read64(bases[0]), content(10, 0));
+    assert_eq!(guest.read64(bases[1]), content(11, 0));
+    assert_eq!(backends[0].unmap(page(0)), 0);
+    assert_eq!(guest.read64(bases[0]), HOLE);
+    assert_eq!(guest.read64(bases[1]), content(11, 0));
+    assert_eq!(backends[0].map(page(0), &file(12, 1)), 0);
+    guest.reset_device();
+    assert_eq!(guest.read64(bases[0]), content(12, 0));
+    assert_eq!(guest.read64(bases[1]), HOLE);
+    guest.exit();
+}
