@@ -321,6 +321,10 @@ mod tests {
         let channel = &channel;
         std::thread::scope(|scope| {
             let served = scope.spawn(move || channel.drain(Deadline::after(Duration::from_secs(20))));
+            let patience = Deadline::after(Duration::from_secs(20));
+            while !is_readable(&theirs) && !patience.has_passed() {
+                std::thread::yield_now();
+            }
             channel.shut_down();
             let ended = served.join().unwrap();
             assert!(matches!(
