@@ -264,7 +264,7 @@ impl Vmm {
 fn memory_map(ram: &[RamRegion], devices: &[Attached]) -> Vec<String> {
     let ram = ram
         .iter()
-        .map(|region| format!("  {} RAM", backends::show(&region.guest)));
+        .map(|region| format!("  {}  RAM", backends::show(&region.guest)));
     let devices = devices
         .iter()
         .flat_map(Attached::memory_map)
