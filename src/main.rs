@@ -1,7 +1,8 @@
 //! The program: parse, build, run, and say how it ended.
 
 use std::error::Error;
-use std::io::Write;
+use std::fmt;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -17,7 +18,10 @@ fn main() -> ExitCode {
         return fail(&*error, None, STATUS_USAGE);
     }
     if cli.print_layout {
-        println!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
+        print(
+            &mut io::stdout(),
+            format_args!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}"),
+        );
         return ExitCode::SUCCESS;
     }
     let Some(config) = cli.into_config() else {
@@ -26,7 +30,7 @@ fn main() -> ExitCode {
     };
     match Vmm::build(&config).and_then(Vmm::run) {
         Ok(exit) => {
-            eprintln!("hotslot: {exit}");
+            print(&mut io::stderr(), format_args!("hotslot: {exit}"));
             ExitCode::from(&exit)
         }
         Err(error) => fail(&error, error.hint(), error.status()),
@@ -41,11 +45,16 @@ fn fail(error: &dyn Error, hint: Option<String>, status: u8) -> ExitCode {
         text = format!("{text}: {error}");
         cause = error.source();
     }
-    eprintln!("error: {text}");
+    print(&mut io::stderr(), format_args!("error: {text}"));
     if let Some(hint) = hint {
-        eprintln!("hint: {hint}");
+        print(&mut io::stderr(), format_args!("hint: {hint}"));
     }
     ExitCode::from(status)
+}
+
+/// Prints a line. Unlike with `println!`, a reader that is gone does not matter: the status still says how it ended.
+fn print(to: &mut dyn Write, line: fmt::Arguments) {
+    let _nobody_listens = writeln!(to, "{line}");
 }
 
 fn start_log(cli: &Cli) -> Result<(), Box<dyn Error>> {
