@@ -324,11 +324,14 @@ fn without_standard_files_the_guest_goes_on() {
     assert_eq!(shell(">&-"), Some(5));
     assert_eq!(shell("<&- >&- 2>&-"), Some(5));
 
-    // A reader that went away.
+    // Readers that went away.
     let mut child = hotslot(&kernel).spawn().unwrap();
     drop(child.stdout.take());
     let (status, _, stderr) = finish(child);
     assert_eq!(status, Some(5), "{stderr}");
+    let mut child = hotslot(&kernel).arg("-vv").spawn().unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(finish(child).0, Some(5));
 }
 
 fn signal(child: &Child, signal: libc::c_int) {
