@@ -16,6 +16,7 @@ mod monitor;
 #[path = "../protocol/wire.rs"]
 mod wire;
 
+mod faults;
 mod lifecycle;
 mod machine;
 mod mappings;
