@@ -17,6 +17,7 @@ mod monitor;
 mod wire;
 
 mod faults;
+mod footprint;
 mod lifecycle;
 mod machine;
 mod mappings;
