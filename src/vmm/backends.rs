@@ -61,9 +61,12 @@ impl BackendError {
                 "start the back-end on {}, or wait longer with --connect-timeout",
                 self.spec.socket.display()
             )),
-            Cause::Frontend(FrontendError::Negotiation(_)) if self.spec.kind.needs_shmem() => {
-                Some("a back-end built from a draft has SHMEM as bit 20 or 21: try shmem-bit=21".to_string())
+            Cause::Frontend(FrontendError::PathTooLong(_)) => {
+                Some("a path relative to the working directory may be shorter".to_string())
             }
+            Cause::Frontend(FrontendError::Negotiation(error)) => error.draft_bit().map(|bit| {
+                format!("a back-end built from a draft may mean SHMEM by bit {bit}: try shmem-bit={bit}")
+            }),
             Cause::Frontend(FrontendError::Queues { .. }) => Some("say how many with queues=N".to_string()),
             _ => None,
         }
