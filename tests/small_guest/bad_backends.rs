@@ -219,8 +219,10 @@ fn back_ends_that_lack_what_is_needed() {
         "pmem",
         &["VIRTIO_PMEM_F_SHMEM_REGION", "pmem", "0x140000000"],
     );
+    refused_backend(offer(pmem, all & !SHMEM), "pmem", &["SHMEM", "pmem"]);
+    let draft = all & !SHMEM | 1 << 21;
     refused_backend(
-        offer(pmem, all & !SHMEM),
+        offer(pmem, draft),
         "pmem",
         &["SHMEM", "pmem", "hint: ", "shmem-bit=21"],
     );
