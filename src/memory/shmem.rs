@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 
 use super::alloc::{NoRoom, WindowAllocator};
-use super::window::Window;
+use super::window::{Aside, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
 
 /// The number of region ids (shmid is a byte).
@@ -198,12 +198,47 @@ struct Mapping {
     access: Access,
     slot: SlotId,
     filled: u64,
+    /// How many bytes of the file's end, ahead of what is filled, are out of reach.
+    guarded: u64,
+    /// As many bytes of the file's end are filled for now; and what was there.
+    aside: Option<(u64, Aside)>,
+}
+
+/// A mapping under whose end there are zeroes now (SHM-45).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filled {
+    /// The region's id.
+    pub shmid: u8,
+    /// Where the guest sees the mapping.
+    pub guest: GuestRange,
+    /// How many of its last bytes read 0 from now on.
+    pub len: u64,
 }
 
 impl Mapping {
     /// The length of what backs it: `len` in whole pages. It fits: the region is made of whole pages.
     fn span_len(&self) -> u64 {
         self.len.next_multiple_of(PAGE_SIZE)
+    }
+
+    /// What is missing of the file, all of it within reach again.
+    fn look<'w>(&mut self, shmid: u8, window: &'w Window, offset: u64) -> Option<Span<'w>> {
+        let file = window.span(offset, self.span_len() - self.filled)?;
+        if self.guarded > 0 {
+            let done = file.end(self.guarded)?.protect(Some(self.access));
+            note(shmid, offset, &done);
+            self.guarded = 0;
+        }
+        file.missing()
+    }
+
+    fn report(&self, shmid: u8, window: &Window, offset: u64) -> Filled {
+        let start = window.guest().start() + offset;
+        Filled {
+            shmid,
+            guest: GuestRange::new(start, self.span_len()).unwrap_or(window.guest()),
+            len: self.filled,
+        }
     }
 }
 
@@ -359,6 +394,8 @@ impl SharedMemory {
                 access,
                 slot,
                 filled: 0,
+                guarded: 0,
+                aside: None,
             },
         );
         state.live += 1;
@@ -424,33 +461,98 @@ impl SharedMemory {
         result.map(|()| gone)
     }
 
-    /// Puts zero pages under what is missing because a file became shorter (SHM-45). Tells what was filled: for each
-    /// mapping where pages were missing, the region, the guest range, and how many of its last bytes read 0 from now on.
-    pub fn fill_missing(&self) -> Vec<(u8, GuestRange, u64)> {
+    /// Puts zero pages under what is missing at the end of the mapping that has guest address `at`, for good. Called when
+    /// the guest touched it.
+    pub fn fill_missing(&self, at: u64) -> Option<Filled> {
+        let mut state = self.lock();
+        let (shmid, region) = state.regions.iter_mut().find(|(_, region)| {
+            let guest = region.window.guest();
+            (guest.start()..=guest.last()).contains(&at)
+        })?;
+        let window = &region.window;
+        let before = ..=at - window.guest().start();
+        // It may end before the address; then it is looked at for nothing.
+        let (&offset, mapping) = region.mappings.range_mut(before).next_back()?;
+        let missing = mapping.look(*shmid, window, offset)?;
+        let done = missing.fill(mapping.access);
+        note(*shmid, offset, &done);
+        done.ok()?;
+        mapping.filled += missing.guest().len();
+        Some(mapping.report(*shmid, window, offset))
+    }
+
+    /// The guest touched something that is missing, but nobody knows where. Puts zero pages under all that is missing,
+    /// until [`Self::settle`] has seen what was touched. False where nothing is missing.
+    pub fn fill_all_for_now(&self) -> bool {
+        let mut changed = false;
+        self.each(|shmid, window, offset, mapping| {
+            changed |= mapping.guarded > 0;
+            if mapping.aside.is_none() {
+                let Some(missing) = mapping.look(shmid, window, offset) else {
+                    return;
+                };
+                let done = missing.set_aside(mapping.access);
+                note(shmid, offset, &done);
+                mapping.aside = done.ok().map(|aside| (missing.guest().len(), aside));
+                changed |= mapping.aside.is_some();
+            }
+        });
+        changed
+    }
+
+    /// What was filled for now and was touched stays so; the rest is the file's again, and shows it when it grows.
+    /// (A write to the rest in the moment between the look and the change is lost, as one beyond a file's end may be.)
+    pub fn settle(&self) -> Vec<Filled> {
         let mut filled = Vec::new();
+        self.each(|shmid, window, offset, mapping| {
+            let Some((len, mut aside)) = mapping.aside.take() else {
+                return;
+            };
+            let whole = window.span(offset, mapping.span_len() - mapping.filled);
+            let Some(span) = whole.and_then(|span| span.end(len)) else {
+                return;
+            };
+            let kept = match span.is_touched() {
+                Ok(false) => span.put_back(&mut aside).map(|()| false),
+                touched => touched,
+            };
+            note(shmid, offset, &kept);
+            if kept.unwrap_or(true) {
+                mapping.filled += len;
+                filled.push(mapping.report(shmid, window, offset));
+            }
+        });
+        filled
+    }
+
+    /// Puts all that is missing out of reach, until the guest touches some of it or [`Self::fill_missing`] looks: such
+    /// an access fails at once instead of waiting for a page that never comes. Nothing else can be noticed of it.
+    pub fn guard_missing(&self) {
+        self.each(|shmid, window, offset, mapping| {
+            let whole = window.span(offset, mapping.span_len() - mapping.filled);
+            let Some(missing) = whole.and_then(|span| span.missing()) else {
+                return;
+            };
+            let len = missing.guest().len();
+            if mapping.aside.is_none() && len > mapping.guarded {
+                let done = missing.protect(None);
+                note(shmid, offset, &done);
+                mapping.guarded = len;
+            }
+        });
+    }
+
+    fn each(&self, mut action: impl FnMut(u8, &Window, u64, &mut Mapping)) {
         for (&shmid, region) in &mut self.lock().regions {
             for (&offset, mapping) in &mut region.mappings {
-                let Some(span) = region.window.span(offset, mapping.span_len()) else {
-                    continue;
-                };
-                // What was filled before is no longer the file's: only what is ahead of it can have gone missing.
-                let Some(of_the_file) = region.window.span(offset, span.guest().len() - mapping.filled)
-                else {
-                    continue;
-                };
-                match of_the_file.fill_missing(mapping.access) {
-                    Ok(0) => {}
-                    Ok(missing) => {
-                        mapping.filled += missing;
-                        filled.push((shmid, span.guest(), mapping.filled));
-                    }
-                    Err(error) => {
-                        log::error!("cannot put zeroes under region {shmid} + {offset:#x}: {error}")
-                    }
-                }
+                action(shmid, &region.window, offset, mapping);
             }
         }
-        filled
+    }
+
+    /// Whether anything is mapped.
+    pub fn has_mappings(&self) -> bool {
+        self.lock().live > 0
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -465,6 +567,12 @@ impl Drop for SharedMemory {
             log::error!("shared memory stays in the guest: {error}");
             std::mem::forget(std::mem::take(&mut self.lock().regions));
         }
+    }
+}
+
+fn note<T>(shmid: u8, offset: u64, result: &io::Result<T>) {
+    if let Err(error) = result {
+        log::error!("what is missing of the mapping at {offset:#x} of region {shmid} stays so: {error}");
     }
 }
 
