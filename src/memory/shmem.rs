@@ -182,11 +182,13 @@ pub struct SharedMemory {
 struct State {
     accepting: bool,
     live: usize,
+    /// Mappings ever made.
+    made: u64,
     regions: BTreeMap<u8, Region>,
 }
 
 struct Region {
-    window: Window,
+    window: Arc<Window>,
     /// By offset in the region. Their spans are disjoint.
     mappings: BTreeMap<u64, Mapping>,
 }
@@ -197,6 +199,8 @@ struct Mapping {
     file_offset: u64,
     access: Access,
     slot: SlotId,
+    /// Of all mappings ever made: no other has it.
+    number: u64,
     filled: u64,
     /// How many bytes of the file's end, ahead of what is filled, are out of reach.
     guarded: u64,
@@ -215,21 +219,31 @@ pub struct Filled {
     pub len: u64,
 }
 
+/// A mapping at whose end something may be missing.
+struct Candidate {
+    shmid: u8,
+    window: Arc<Window>,
+    offset: u64,
+    number: u64,
+    file_len: u64,
+}
+
+impl Candidate {
+    /// What is missing. It may wait for the disk, or for whoever serves the file: no lock is held here.
+    fn missing(&self) -> Option<Span<'_>> {
+        self.window.span(self.offset, self.file_len)?.missing()
+    }
+}
+
 impl Mapping {
     /// The length of what backs it: `len` in whole pages. It fits: the region is made of whole pages.
     fn span_len(&self) -> u64 {
         self.len.next_multiple_of(PAGE_SIZE)
     }
 
-    /// What is missing of the file, all of it within reach again.
-    fn look<'w>(&mut self, shmid: u8, window: &'w Window, offset: u64) -> Option<Span<'w>> {
-        let file = window.span(offset, self.span_len() - self.filled)?;
-        if self.guarded > 0 {
-            let done = file.end(self.guarded)?.protect(Some(self.access));
-            note(shmid, offset, &done);
-            self.guarded = 0;
-        }
-        file.missing()
+    /// What of it is not filled for good.
+    fn file_len(&self) -> u64 {
+        self.span_len() - self.filled
     }
 
     fn report(&self, shmid: u8, window: &Window, offset: u64) -> Filled {
@@ -267,7 +281,7 @@ impl SharedMemory {
             regions.insert(
                 shmid,
                 Region {
-                    window,
+                    window: Arc::new(window),
                     mappings: BTreeMap::new(),
                 },
             );
@@ -275,6 +289,7 @@ impl SharedMemory {
         let state = Mutex::new(State {
             accepting: true,
             live: 0,
+            made: 0,
             regions,
         });
         Ok(SharedMemory { mapper, quota, state })
@@ -331,7 +346,7 @@ impl SharedMemory {
         if !state.accepting {
             return Err(ShmemError::GateClosed);
         }
-        let live = state.live;
+        let (live, number) = (state.live, state.made);
         let region = state.regions.get_mut(&shmid).ok_or(ShmemError::NoRegion(shmid))?;
         let size = region.window.guest().len();
         if len == 0 {
@@ -393,12 +408,14 @@ impl SharedMemory {
                 file_offset,
                 access,
                 slot,
+                number,
                 filled: 0,
                 guarded: 0,
                 aside: None,
             },
         );
         state.live += 1;
+        state.made += 1;
         Ok(())
     }
 
@@ -461,42 +478,36 @@ impl SharedMemory {
         result.map(|()| gone)
     }
 
-    /// Puts zero pages under what is missing at the end of the mapping that has guest address `at`, for good. Called when
-    /// the guest touched it.
+    /// Puts zero pages under what is missing at the end of a mapping, for good, if `at` is a guest address in it. Called
+    /// when the guest touched it.
     pub fn fill_missing(&self, at: u64) -> Option<Filled> {
-        let mut state = self.lock();
-        let (shmid, region) = state.regions.iter_mut().find(|(_, region)| {
-            let guest = region.window.guest();
-            (guest.start()..=guest.last()).contains(&at)
-        })?;
-        let window = &region.window;
-        let before = ..=at - window.guest().start();
-        // It may end before the address; then it is looked at for nothing.
-        let (&offset, mapping) = region.mappings.range_mut(before).next_back()?;
-        let missing = mapping.look(*shmid, window, offset)?;
-        let done = missing.fill(mapping.access);
-        note(*shmid, offset, &done);
-        done.ok()?;
-        mapping.filled += missing.guest().len();
-        Some(mapping.report(*shmid, window, offset))
+        let (candidates, _) = self.candidates(Some(at), true);
+        let candidate = candidates.first()?;
+        let missing = candidate.missing()?;
+        if !(missing.guest().start()..=missing.guest().last()).contains(&at) {
+            return None;
+        }
+        self.change(candidate, |window, mapping| {
+            missing.fill(mapping.access)?;
+            mapping.filled += missing.guest().len();
+            Ok(mapping.report(candidate.shmid, window, candidate.offset))
+        })
     }
 
     /// The guest touched something that is missing, but nobody knows where. Puts zero pages under all that is missing,
     /// until [`Self::settle`] has seen what was touched. False where nothing is missing.
     pub fn fill_all_for_now(&self) -> bool {
-        let mut changed = false;
-        self.each(|shmid, window, offset, mapping| {
-            changed |= mapping.guarded > 0;
-            if mapping.aside.is_none() {
-                let Some(missing) = mapping.look(shmid, window, offset) else {
-                    return;
-                };
-                let done = missing.set_aside(mapping.access);
-                note(shmid, offset, &done);
-                mapping.aside = done.ok().map(|aside| (missing.guest().len(), aside));
-                changed |= mapping.aside.is_some();
+        let (candidates, mut changed) = self.candidates(None, true);
+        for candidate in &candidates {
+            if let Some(missing) = candidate.missing() {
+                let done = self.change(candidate, |_, mapping| {
+                    let aside = missing.set_aside(mapping.access)?;
+                    mapping.aside = Some((missing.guest().len(), aside));
+                    Ok(())
+                });
+                changed |= done.is_some();
             }
-        });
+        }
         changed
     }
 
@@ -508,7 +519,7 @@ impl SharedMemory {
             let Some((len, mut aside)) = mapping.aside.take() else {
                 return;
             };
-            let whole = window.span(offset, mapping.span_len() - mapping.filled);
+            let whole = window.span(offset, mapping.file_len());
             let Some(span) = whole.and_then(|span| span.end(len)) else {
                 return;
             };
@@ -528,18 +539,84 @@ impl SharedMemory {
     /// Puts all that is missing out of reach, until the guest touches some of it or [`Self::fill_missing`] looks: such
     /// an access fails at once instead of waiting for a page that never comes. Nothing else can be noticed of it.
     pub fn guard_missing(&self) {
-        self.each(|shmid, window, offset, mapping| {
-            let whole = window.span(offset, mapping.span_len() - mapping.filled);
-            let Some(missing) = whole.and_then(|span| span.missing()) else {
-                return;
-            };
-            let len = missing.guest().len();
-            if mapping.aside.is_none() && len > mapping.guarded {
-                let done = missing.protect(None);
-                note(shmid, offset, &done);
-                mapping.guarded = len;
+        for candidate in &self.candidates(None, false).0 {
+            if let Some(missing) = candidate.missing() {
+                self.change(candidate, |_, mapping| {
+                    let len = missing.guest().len();
+                    if len > mapping.guarded {
+                        missing.protect(None)?;
+                        mapping.guarded = len;
+                    }
+                    Ok(())
+                });
             }
-        });
+        }
+    }
+
+    /// All mappings, or the one with guest address `at`, except those that are filled for now. `unguard` puts what is
+    /// guarded within reach again; whether there was any is told.
+    fn candidates(&self, at: Option<u64>, unguard: bool) -> (Vec<Candidate>, bool) {
+        let (mut candidates, mut unguarded) = (Vec::new(), false);
+        for (&shmid, region) in &mut self.lock().regions {
+            let window = &region.window;
+            let offsets = match at {
+                None => 0..=u64::MAX,
+                Some(at) => {
+                    let in_region = at.checked_sub(window.guest().start());
+                    let before = in_region.and_then(|at| region.mappings.range(..=at).next_back());
+                    match before {
+                        Some((&offset, mapping))
+                            if window
+                                .span(offset, mapping.span_len())
+                                .is_some_and(|span| at <= span.guest().last()) =>
+                        {
+                            offset..=offset
+                        }
+                        _ => continue,
+                    }
+                }
+            };
+            for (&offset, mapping) in region.mappings.range_mut(offsets) {
+                let Some(file) = window.span(offset, mapping.file_len()) else {
+                    continue;
+                };
+                if let Some(guarded) = file.end(mapping.guarded).filter(|_| unguard) {
+                    note(shmid, offset, &guarded.protect(Some(mapping.access)));
+                    mapping.guarded = 0;
+                    unguarded = true;
+                }
+                if mapping.aside.is_none() {
+                    candidates.push(Candidate {
+                        shmid,
+                        window: Arc::clone(window),
+                        offset,
+                        number: mapping.number,
+                        file_len: mapping.file_len(),
+                    });
+                }
+            }
+        }
+        (candidates, unguarded)
+    }
+
+    /// Changes a mapping, if it is still what it was when it became a candidate.
+    fn change<T>(
+        &self,
+        candidate: &Candidate,
+        action: impl FnOnce(&Window, &mut Mapping) -> io::Result<T>,
+    ) -> Option<T> {
+        let mut state = self.lock();
+        let region = state.regions.get_mut(&candidate.shmid)?;
+        let mapping = region.mappings.get_mut(&candidate.offset)?;
+        let unchanged = mapping.number == candidate.number
+            && mapping.file_len() == candidate.file_len
+            && mapping.aside.is_none();
+        if !unchanged {
+            return None;
+        }
+        let done = action(&region.window, mapping);
+        note(candidate.shmid, candidate.offset, &done);
+        done.ok()
     }
 
     fn each(&self, mut action: impl FnMut(u8, &Window, u64, &mut Mapping)) {

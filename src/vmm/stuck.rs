@@ -6,10 +6,12 @@
 //! who really touches it fails with EFAULT, and that leads to zeroes in its place.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::backends::MissingPages;
 use crate::kvm::vcpu::Vcpu;
+use crate::thread;
 
 /// How often processors are looked at while mappings exist.
 const LOOK: Duration = Duration::from_millis(200);
@@ -21,6 +23,7 @@ const MANY: u64 = 20;
 /// The main loop's watch over the processors.
 pub(super) struct StuckWatch {
     pages: Arc<MissingPages>,
+    guarding: Arc<AtomicBool>,
     next: Option<Instant>,
     /// The processors' unresolved faults at the last look.
     faults: Vec<Option<u64>>,
@@ -30,6 +33,7 @@ impl StuckWatch {
     pub fn new(pages: Arc<MissingPages>) -> Self {
         StuckWatch {
             pages,
+            guarding: Arc::default(),
             next: None,
             faults: Vec::new(),
         }
@@ -47,7 +51,7 @@ impl StuckWatch {
             _ if self.pages.are_to_watch() => {
                 self.pages.settle();
                 if self.is_any_stuck(vcpus) {
-                    self.pages.guard();
+                    self.guard();
                 }
                 LOOK
             }
@@ -56,6 +60,22 @@ impl StuckWatch {
         self.next = Some(now + wait);
         // Rounded up, so that it is over by then.
         i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
+    }
+
+    /// On a thread of its own, at most one at a time: to look for missing pages may take as long as a disk wants.
+    fn guard(&self) {
+        if self.guarding.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let (pages, guarding) = (Arc::clone(&self.pages), Arc::clone(&self.guarding));
+        let started = thread::spawn("guard".into(), move || {
+            pages.guard();
+            guarding.store(false, Ordering::SeqCst);
+        });
+        if let Err(error) = started {
+            log::debug!("cannot look for missing pages: {error}");
+            self.guarding.store(false, Ordering::SeqCst);
+        }
     }
 
     fn is_any_stuck(&mut self, vcpus: &[Vcpu]) -> bool {

@@ -63,13 +63,23 @@ fn too_many_mappings_are_refused_and_harm_nobody() {
     if !kvm::is_here() {
         return;
     }
+    // Each device has its share; with eight of them the first one's is soon used up.
     const BATCH: u64 = 100;
-    let pages = 40_000;
-    let backend = Backend::offering(Offer {
+    let pages = 10_000;
+    let offer = Offer {
         regions: vec![(0, pages * 2 * PAGE)],
         ..Offer::default()
-    });
-    let mut guest = boot(&backend);
+    };
+    let backends: Vec<_> = (0..8).map(|_| Backend::offering(offer.clone())).collect();
+    let devices = (0..)
+        .zip(&backends)
+        .map(|(index, backend)| backend.device(&format!("device{index}")));
+    let options: Vec<_> = devices
+        .flat_map(|device| ["--vhost-user".to_string(), device])
+        .collect();
+    let mut guest = Guest::boot(&options);
+    let (backend, other) = (&backends[0], &backends[1]);
+    guest.start_device();
     let (base, _) = guest.region(0);
     let data = file(1, 1);
     // Every other page, so that none can be joined with the next.
@@ -86,11 +96,12 @@ fn too_many_mappings_are_refused_and_harm_nobody() {
         }
     };
     assert_eq!(refused, -i64::from(libc::ENOSPC));
-    assert!(mapped > 10_000, "{mapped}");
+    assert!(mapped > 1000, "{mapped}");
     for index in [0, mapped / 2, mapped - 1] {
         assert_eq!(guest.read64(base + index * 2 * PAGE), content(1, 0));
     }
     assert_eq!(guest.read64(base + mapped * 2 * PAGE), u64::MAX);
+    assert_eq!(other.map(page(0), &data), 0);
     assert_eq!(backend.unmap(page(0)), 0);
     assert_eq!(backend.map(page(mapped * 2), &data), 0);
     assert_eq!(guest.read64(base + mapped * 2 * PAGE), content(1, 0));

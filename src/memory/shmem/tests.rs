@@ -562,12 +562,20 @@ fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() 
     let pages = |bench: &Bench| (0..8).map(|page| bench.reads(0, page * PAGE)).collect::<Vec<_>>();
     let region = bench.region(0);
     let guest = GuestRange::new(region.start(), 8 * PAGE).unwrap();
-    let touched = region.start() + 7 * PAGE;
-    assert_eq!(bench.shmem.fill_missing(touched), None);
+    assert_eq!(bench.shmem.fill_missing(region.start() + 7 * PAGE), None);
     for (file_pages, left) in [(8, 6), (7, 5), (3, 1), (2, 0)] {
         bench.file.set_len(file_pages * PAGE).unwrap();
+        // Neither what is there nor what is beside it is a reason.
+        let last_left = (left > 0).then(|| region.start() + left * PAGE - 1);
+        for other in last_left
+            .into_iter()
+            .chain([region.start() + 8 * PAGE, region.start() - 1])
+        {
+            assert_eq!(bench.shmem.fill_missing(other), None, "{other:#x}");
+        }
         let len = (8 - left) * PAGE;
         let filled = Filled { shmid: 0, guest, len };
+        let touched = region.start() + left * PAGE;
         assert_eq!(bench.shmem.fill_missing(touched), Some(filled));
         let expected: Vec<_> = (0..8)
             .map(|page| Some(if page < left { page as u8 + 3 } else { 0 }))
