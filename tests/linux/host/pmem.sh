@@ -4,11 +4,11 @@
 
 backend disk0 --file "$OUT/disk0.img"
 backend disk1 --file "$OUT/disk1.img" --read-only
-mkfifo "$OUT/keys"
+open_keyboard
 guest pmem -k "$VMLINUX" --debug-exit -c "$DEBUG_EXIT -- sh /test/pmem.sh" \
     --vhost-user "$OUT/disk0.sock,type=pmem,name=disk0" --vhost-user "$OUT/disk1.sock,type=pmem,name=disk1" \
-    <"$OUT/keys" &
-exec 3>"$OUT/keys"
+    <"$KEYS" &
+exec 3>"$KEYS"
 # At each of these the guest waits for a line, so that the memory map is that of this moment.
 maps=0
 for state in mapped unbound bound; do
@@ -20,5 +20,4 @@ for state in mapped unbound bound; do
     sleep 0.5
     echo go on >&3
 done
-exec 3>&-
 wait
