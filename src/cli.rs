@@ -42,6 +42,7 @@ pub struct Cli {
     ///
     /// PATH,type=fs|pmem|blk|rng|vsock|console|...|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20][,name=NAME].
     /// Can be given several times; the guest finds the devices in this order.
+    #[allow(rustdoc::broken_intra_doc_links)] // brackets for the help, not links
     #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...")]
     pub vhost_user: Vec<VhostUser>,
 
