@@ -261,6 +261,7 @@ fn a_string_instruction_is_many_accesses() {
 }
 
 #[test]
+// SHM-24, as far as no window is there.
 fn nobodys_addresses_read_all_ones_and_take_any_write() {
     if kvm_is_missing() {
         return;
