@@ -1,7 +1,7 @@
 //! The program: parse, build, run, and say how it ended.
 
 use std::error::Error;
-use std::io::Write;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -18,7 +18,9 @@ fn main() -> ExitCode {
         return fail(&*error, None, STATUS_USAGE);
     }
     if cli.print_layout {
-        println!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
+        let text = format!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
+        // Unlike with `println!`, a reader that is gone does not matter.
+        let _nobody_reads = writeln!(io::stdout(), "{text}");
         return ExitCode::SUCCESS;
     }
     let Some(config) = cli.into_config() else {

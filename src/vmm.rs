@@ -6,6 +6,7 @@
 
 mod backends;
 mod main_loop;
+mod stuck;
 
 use std::fs::File;
 use std::io;
@@ -43,6 +44,7 @@ use crate::memory::{Access, GuestMapper};
 
 use backends::{AttachError, Attached, BackendError, MissingPages};
 use main_loop::{Console, ConsoleInput, End, EndWatch, Signals};
+use stuck::StuckWatch;
 
 /// Why a machine could not be built, or could not go on.
 #[derive(Debug, Error)]
@@ -144,6 +146,7 @@ pub struct Vmm {
     vcpus: Vec<(VcpuFd, VcpuState)>,
     console: Console,
     devices: Arc<Vec<Attached>>,
+    missing_pages: Arc<MissingPages>,
     // What the machine uses without our help: it has to live as long.
     ram: Ram,
     vm: Vm,
@@ -184,10 +187,11 @@ impl Vmm {
             kvm.max_slots(),
         )?;
         let stopping = Arc::new(AtomicBool::new(false));
+        let missing_pages = Arc::new(MissingPages::of(&backends));
         let machine = Arc::new(Machine {
             ports: Bus::default(),
             mmio: Bus::default(),
-            faults: Box::new(MissingPages::of(&backends)),
+            faults: missing_pages.clone(),
             unclaimed: Unclaimed::default(),
             stopping: Arc::clone(&stopping),
         });
@@ -218,6 +222,7 @@ impl Vmm {
             vcpus,
             console,
             devices: Arc::new(devices),
+            missing_pages,
             ram,
             vm,
             mapper,
@@ -238,11 +243,13 @@ impl Vmm {
         events.add_subscriber(Box::new(ConsoleInput::new(self.console, Arc::clone(&end))));
 
         let vcpus = start(self.vcpus, &self.machine, &end);
+        let mut stuck = StuckWatch::new(self.missing_pages);
         let result = loop {
             if let Some(result) = end.take() {
                 break result;
             }
-            if let Err(error) = events.run() {
+            let until_next_look = stuck.look(&vcpus);
+            if let Err(error) = events.run_with_timeout(until_next_look) {
                 end.fail(os("wait for events")(io::Error::other(error)));
             }
         };
@@ -253,7 +260,7 @@ impl Vmm {
         log_unclaimed(&self.machine.unclaimed);
         // In this order, said aloud: the back-ends are let go and their mappings go, nobody can reach guest memory any
         // more, then that and the register pages go.
-        drop((events, self.machine));
+        drop((events, stuck, self.machine));
         drop((self.mapper, self.vm));
         drop((self.devices, self.ram));
         result
@@ -264,7 +271,7 @@ impl Vmm {
 fn memory_map(ram: &[RamRegion], devices: &[Attached]) -> Vec<String> {
     let ram = ram
         .iter()
-        .map(|region| format!("  {} RAM", backends::show(&region.guest)));
+        .map(|region| format!("  {}  RAM", backends::show(&region.guest)));
     let devices = devices
         .iter()
         .flat_map(Attached::memory_map)

@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -68,6 +68,21 @@ fn out_byte(a: &mut CodeAssembler, port: u32, value: u32) -> Result<(), IcedErro
 
 fn print(a: &mut CodeAssembler, text: &[u8]) -> Result<(), IcedError> {
     text.iter().try_for_each(|byte| out_byte(a, COM1, (*byte).into()))
+}
+
+/// Says so, and waits for ever.
+fn say_and_hang(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    print(a, b"up\n")?;
+    hang(a)
+}
+
+/// Starts a guest that says so, and waits until it did.
+fn start(command: &mut Command) -> Child {
+    let mut child = command.spawn().unwrap();
+    let mut said = [0; 3];
+    child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"up\n");
+    child
 }
 
 /// Waits for ever, with interrupts off.
@@ -225,7 +240,18 @@ fn a_string_instruction_is_many_accesses() {
         a.mov(edx, COM1)?;
         a.cld()?;
         a.rep().outsb()?;
-        out_byte(a, 0x600, 0x34)?;
+        // KVM passes these on as one exit: 16 times what pvpanic has to say, which is 1.
+        let buffer = START + 0x8000;
+        a.mov(rdi, buffer)?;
+        a.mov(ecx, 16)?;
+        a.mov(edx, 0x505)?;
+        a.rep().insb()?;
+        a.mov(rbx, buffer)?;
+        a.mov(rax, qword_ptr(rbx + 8))?;
+        a.mov(rcx, 0x0101_0101_0101_0101_u64)?;
+        a.sub(rax, rcx)?;
+        a.mov(edx, DEBUG_EXIT)?;
+        a.out(dx, al)?;
         hang(a)?;
         a.set_label(&mut text)?;
         a.db(b"many\n")
@@ -235,6 +261,7 @@ fn a_string_instruction_is_many_accesses() {
 }
 
 #[test]
+// SHM-24, as far as no window is there.
 fn nobodys_addresses_read_all_ones_and_take_any_write() {
     if kvm_is_missing() {
         return;
@@ -287,9 +314,13 @@ fn input_comes_from_a_pipe_or_a_file_and_may_end() {
     // The end of input does not end the guest: it is told so by a signal at last.
     let (reader, writer) = io::pipe().unwrap();
     drop(writer);
+    let kernel = guest(|a| {
+        print(a, b"up\n")?;
+        echo(a)
+    });
     for stdin in [Stdio::null(), Stdio::from(reader)] {
-        let mut child = hotslot(&kernel).stdin(stdin).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(300));
+        let mut child = start(hotslot(&kernel).stdin(stdin));
+        std::thread::sleep(Duration::from_millis(200));
         assert!(child.try_wait().unwrap().is_none());
         signal(&child, libc::SIGTERM);
         assert_eq!(finish(child).0, Some(143));
@@ -324,11 +355,14 @@ fn without_standard_files_the_guest_goes_on() {
     assert_eq!(shell(">&-"), Some(5));
     assert_eq!(shell("<&- >&- 2>&-"), Some(5));
 
-    // A reader that went away.
+    // Readers that went away.
     let mut child = hotslot(&kernel).spawn().unwrap();
     drop(child.stdout.take());
     let (status, _, stderr) = finish(child);
     assert_eq!(status, Some(5), "{stderr}");
+    let mut child = hotslot(&kernel).arg("-vv").spawn().unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(finish(child).0, Some(5));
 }
 
 fn signal(child: &Child, signal: libc::c_int) {
@@ -341,9 +375,10 @@ fn signals_end_the_machine_whatever_it_does() {
     if kvm_is_missing() {
         return;
     }
-    let busy = guest(hang);
-    // Its output is not read: it waits for that.
+    let busy = guest(say_and_hang);
+    // Its output is not read any more: it waits for that.
     let blocked = guest(|a| {
+        print(a, b"up\n")?;
         let mut again = a.create_label();
         a.set_label(&mut again)?;
         print(a, b"0123456789abcdefghijklmnopqrstuvwxyz\n")?;
@@ -355,8 +390,8 @@ fn signals_end_the_machine_whatever_it_does() {
             (libc::SIGTERM, "SIGTERM"),
             (libc::SIGHUP, "SIGHUP"),
         ] {
-            let mut child = hotslot(kernel).args(["--cpus", "2"]).spawn().unwrap();
-            std::thread::sleep(Duration::from_millis(400));
+            let mut child = start(hotslot(kernel).args(["--cpus", "2"]));
+            std::thread::sleep(Duration::from_millis(300));
             let before = Instant::now();
             signal(&child, number);
             assert_eq!(wait(&mut child).code(), Some(128 + number));
@@ -377,14 +412,17 @@ fn sigusr1_prints_the_memory_map() {
     if kvm_is_missing() {
         return;
     }
-    let kernel = guest(hang);
-    let child = hotslot(&kernel).spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(400));
+    let kernel = guest(say_and_hang);
+    let mut child = start(&mut hotslot(&kernel));
     signal(&child, libc::SIGUSR1);
-    std::thread::sleep(Duration::from_millis(200));
+    let stderr = io::BufReader::new(child.stderr.take().unwrap());
+    let map: Vec<_> = stderr.lines().take(2).map(Result::unwrap).collect();
+    assert_eq!(
+        map,
+        ["guest physical memory:", "  0x000000000000-0x0000007fffff  RAM"]
+    );
     signal(&child, libc::SIGINT);
-    let (_, _, stderr) = finish(child);
-    assert!(stderr.contains("0x000000000000-0x0000007fffff  RAM"), "{stderr}");
+    assert_eq!(wait(&mut child).code(), Some(130));
 }
 
 /// A terminal: our end, and the guest's user's.

@@ -1,5 +1,4 @@
-//! The ways in which a guest ends: a status written to the debug-exit port, the power switched off, or what someone
-//! in it asks PID 1 for.
+//! How a guest ends: a status written to the debug-exit port, the power switched off, or what somebody asks PID 1 for.
 
 use std::arch::asm;
 use std::io;
@@ -31,28 +30,25 @@ pub fn end_machine(status: u8, debug_exit: Option<u16>) -> ! {
     }
 }
 
-/// From now on does what busybox's `poweroff`, `halt` and `reboot` ask of PID 1 (its own init takes the same signals).
-pub fn obey_power_commands() {
+/// From here on does what busybox' `poweroff`, `halt` and `reboot` ask PID 1 for, by signals as they send them.
+pub fn obey_signals() {
     for signal in [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM] {
-        // SAFETY: a sigaction is plain data, for which zero is "no flags, nothing blocked"; the handler makes system
-        // calls only, so it may run at any moment. Programs that we start get the default back.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = power_command as extern "C" fn(libc::c_int) as libc::sighandler_t;
-            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
-        }
+        // SAFETY: the handler makes system calls only.
+        unsafe { libc::signal(signal, asked as extern "C" fn(libc::c_int) as libc::sighandler_t) };
     }
 }
 
-extern "C" fn power_command(signal: libc::c_int) {
-    sys::sync();
-    let what = match signal {
-        libc::SIGTERM => libc::RB_AUTOBOOT,
-        // Nothing tells a halted machine from a hung one.
-        _ => libc::RB_POWER_OFF,
+extern "C" fn asked(signal: libc::c_int) {
+    let how = if signal == libc::SIGTERM {
+        libc::RB_AUTOBOOT
+    } else {
+        libc::RB_POWER_OFF
     };
     // SAFETY: no memory is involved.
-    unsafe { libc::reboot(what) };
+    unsafe {
+        libc::sync();
+        libc::reboot(how);
+    }
 }
 
 /// Writes one byte to an I/O port.

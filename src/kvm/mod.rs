@@ -1,5 +1,6 @@
-//! What we use of KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`]).
+//! What we use of KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`], [`stats`]).
 
 pub mod slots;
+pub mod stats;
 pub mod vcpu;
 pub mod vm;

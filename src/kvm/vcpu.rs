@@ -4,7 +4,7 @@
 //!   spawn ──▶ apply the state ──▶ KVM_RUN ──▶ an access ──▶ bus ──┬──▶ again
 //!                                    │  ▲                         └──▶ Outcome (power-off, reset, ...)
 //!                                    │  └── a kick: stopping? ──no
-//!                                    ├── EFAULT: FaultHandler mends it? ──no──▶ Outcome::Crash
+//!                                    ├── EFAULT: FaultHandler mends it? ──no, again and again──▶ Outcome::Crash
 //!                                    └── triple fault, internal error, failed entry ──▶ Outcome::Crash
 //! ```
 
@@ -20,6 +20,7 @@ use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_regs, kvm_run, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
 
+use super::stats::FaultCount;
 use super::vm::{KvmError, failed_to};
 use crate::bus::{Bus, MachineEvent};
 use crate::thread;
@@ -46,12 +47,18 @@ pub struct VcpuState {
     pub boot: Option<BootRegisters>,
 }
 
-/// Mends what made KVM_RUN fail with EFAULT: the host memory behind a slot is gone.
+/// Mends what a guest's access failed at: the host memory behind a slot is gone.
 pub trait FaultHandler: Send + Sync {
     /// Called by a vCPU thread, outside KVM_RUN, with no lock held, possibly by several at once. `address` is the guest
-    /// physical address where KVM tells it. True if the access may be tried again.
+    /// physical address where KVM tells it; then only the slot that it is in need be looked at. True if something was
+    /// missing, and is there now.
     fn mend(&self, address: Option<u64>) -> bool;
 }
+
+/// How often in a row a processor may fail with EFAULT although nothing is found missing. It is no sign of despair by
+/// itself: another processor may have been faster, the mapping may be gone, the file may have grown again. A file that
+/// somebody cuts and grows all the time, hoping for more, gets here with a probability below 1/4 each time.
+const BARREN_FAULTS: u32 = 100;
 
 /// Mends nothing: every EFAULT ends the machine.
 pub struct NoFaultHandler;
@@ -80,7 +87,7 @@ pub struct Machine {
     /// Who answers at memory addresses without memory.
     pub mmio: Bus,
     /// Asked about every EFAULT.
-    pub faults: Box<dyn FaultHandler>,
+    pub faults: Arc<dyn FaultHandler>,
     /// Counts what nobody answered.
     pub unclaimed: Unclaimed,
     /// Set before the processors are kicked for the last time; then none goes back to the guest.
@@ -139,6 +146,8 @@ pub enum Outcome {
 /// A processor's thread.
 pub struct Vcpu {
     thread: JoinHandle<()>,
+    /// `None` where KVM has no such statistics.
+    faults: Option<FaultCount>,
 }
 
 impl Vcpu {
@@ -151,9 +160,17 @@ impl Vcpu {
         ended: impl FnOnce(Outcome) + Send + 'static,
     ) -> io::Result<Vcpu> {
         install_kick_handler()?;
-        let mut runner = Runner { id, fd, machine };
+        let faults = FaultCount::of(&fd)
+            .inspect_err(|error| log::debug!("vCPU {id}: KVM has no page fault statistics: {error}"))
+            .ok();
+        let mut runner = Runner {
+            id,
+            fd,
+            machine,
+            barren_faults: 0,
+        };
         let thread = thread::spawn(format!("vcpu{id}"), move || ended(runner.run(&state)))?;
-        Ok(Vcpu { thread })
+        Ok(Vcpu { thread, faults })
     }
 
     /// Makes the processor look at [`Machine::stopping`] soon, whatever it does: a KVM_RUN that runs or starts ends,
@@ -164,6 +181,11 @@ impl Vcpu {
             // SAFETY: the thread was not joined, so its pthread_t is valid; the signal has a handler.
             let _ended_meanwhile = unsafe { libc::pthread_kill(self.thread.as_pthread_t(), kick_signal()) };
         }
+    }
+
+    /// How many of the guest's page faults KVM did not resolve so far, where it can tell.
+    pub fn unresolved_faults(&self) -> Option<u64> {
+        self.faults.as_ref()?.unresolved()
     }
 
     /// Whether the thread is done.
@@ -183,6 +205,7 @@ struct Runner {
     id: u32,
     fd: VcpuFd,
     machine: Arc<Machine>,
+    barren_faults: u32,
 }
 
 impl Runner {
@@ -239,9 +262,19 @@ impl Runner {
     fn enter(&mut self) -> Option<Outcome> {
         let vcpu = self.id;
         let machine = &self.machine;
-        let crash = match self.fd.run() {
+        let exit = self.fd.run();
+        if exit.is_ok() {
+            self.barren_faults = 0;
+        }
+        let crash = match exit {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 if !machine.mmio.read(address, data) {
+                    // A page of a mapping that is missing comes here too: from a software KVM always, from any KVM when
+                    // it has to emulate the instruction. What is read is what is there now (SHM-45).
+                    if machine.faults.mend(Some(address)) {
+                        data.fill(0);
+                        return None;
+                    }
                     machine.unclaimed.mmio_reads.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
                 }
@@ -250,6 +283,8 @@ impl Runner {
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 return machine.mmio.write(address, data).map_or_else(
                     |_| {
+                        // As with reads; this write is dropped, those after it are not.
+                        machine.faults.mend(Some(address));
                         machine.unclaimed.mmio_writes.fetch_add(1, Ordering::Relaxed);
                         log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");
                         None
@@ -325,8 +360,13 @@ impl Runner {
         })
     }
 
-    fn mend(&self, address: Option<u64>) -> Option<Outcome> {
+    fn mend(&mut self, address: Option<u64>) -> Option<Outcome> {
         if self.machine.faults.mend(address) {
+            self.barren_faults = 0;
+            return None;
+        }
+        self.barren_faults += 1;
+        if self.barren_faults < BARREN_FAULTS {
             return None;
         }
         let vcpu = self.id;

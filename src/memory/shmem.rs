@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 
 use super::alloc::{NoRoom, WindowAllocator};
-use super::window::Window;
+use super::window::{Aside, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
 
 /// The number of region ids (shmid is a byte).
@@ -182,11 +182,13 @@ pub struct SharedMemory {
 struct State {
     accepting: bool,
     live: usize,
+    /// Mappings ever made.
+    made: u64,
     regions: BTreeMap<u8, Region>,
 }
 
 struct Region {
-    window: Window,
+    window: Arc<Window>,
     /// By offset in the region. Their spans are disjoint.
     mappings: BTreeMap<u64, Mapping>,
 }
@@ -197,13 +199,60 @@ struct Mapping {
     file_offset: u64,
     access: Access,
     slot: SlotId,
+    /// Of all mappings ever made: no other has it.
+    number: u64,
     filled: u64,
+    /// How many bytes of the file's end, ahead of what is filled, are out of reach.
+    guarded: u64,
+    /// As many bytes of the file's end are filled for now; and what was there.
+    aside: Option<(u64, Aside)>,
+}
+
+/// A mapping under whose end there are zeroes now (SHM-45).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filled {
+    /// The region's id.
+    pub shmid: u8,
+    /// Where the guest sees the mapping.
+    pub guest: GuestRange,
+    /// How many of its last bytes read 0 from now on.
+    pub len: u64,
+}
+
+/// A mapping at whose end something may be missing.
+struct Candidate {
+    shmid: u8,
+    window: Arc<Window>,
+    offset: u64,
+    number: u64,
+    file_len: u64,
+}
+
+impl Candidate {
+    /// What is missing. It may wait for the disk, or for whoever serves the file: no lock is held here.
+    fn missing(&self) -> Option<Span<'_>> {
+        self.window.span(self.offset, self.file_len)?.missing()
+    }
 }
 
 impl Mapping {
     /// The length of what backs it: `len` in whole pages. It fits: the region is made of whole pages.
     fn span_len(&self) -> u64 {
         self.len.next_multiple_of(PAGE_SIZE)
+    }
+
+    /// What of it is not filled for good.
+    fn file_len(&self) -> u64 {
+        self.span_len() - self.filled
+    }
+
+    fn report(&self, shmid: u8, window: &Window, offset: u64) -> Filled {
+        let start = window.guest().start() + offset;
+        Filled {
+            shmid,
+            guest: GuestRange::new(start, self.span_len()).unwrap_or(window.guest()),
+            len: self.filled,
+        }
     }
 }
 
@@ -232,7 +281,7 @@ impl SharedMemory {
             regions.insert(
                 shmid,
                 Region {
-                    window,
+                    window: Arc::new(window),
                     mappings: BTreeMap::new(),
                 },
             );
@@ -240,6 +289,7 @@ impl SharedMemory {
         let state = Mutex::new(State {
             accepting: true,
             live: 0,
+            made: 0,
             regions,
         });
         Ok(SharedMemory { mapper, quota, state })
@@ -296,7 +346,7 @@ impl SharedMemory {
         if !state.accepting {
             return Err(ShmemError::GateClosed);
         }
-        let live = state.live;
+        let (live, number) = (state.live, state.made);
         let region = state.regions.get_mut(&shmid).ok_or(ShmemError::NoRegion(shmid))?;
         let size = region.window.guest().len();
         if len == 0 {
@@ -358,10 +408,14 @@ impl SharedMemory {
                 file_offset,
                 access,
                 slot,
+                number,
                 filled: 0,
+                guarded: 0,
+                aside: None,
             },
         );
         state.live += 1;
+        state.made += 1;
         Ok(())
     }
 
@@ -424,33 +478,158 @@ impl SharedMemory {
         result.map(|()| gone)
     }
 
-    /// Puts zero pages under what is missing because a file became shorter (SHM-45). Tells what was filled: for each
-    /// mapping where pages were missing, the region, the guest range, and how many of its last bytes read 0 from now on.
-    pub fn fill_missing(&self) -> Vec<(u8, GuestRange, u64)> {
+    /// Puts zero pages under what is missing at the end of a mapping, for good, if `at` is a guest address in it. Called
+    /// when the guest touched it.
+    pub fn fill_missing(&self, at: u64) -> Option<Filled> {
+        let (candidates, _) = self.candidates(Some(at), true);
+        let candidate = candidates.first()?;
+        let missing = candidate.missing()?;
+        if !(missing.guest().start()..=missing.guest().last()).contains(&at) {
+            return None;
+        }
+        self.change(candidate, |window, mapping| {
+            missing.fill(mapping.access)?;
+            mapping.filled += missing.guest().len();
+            Ok(mapping.report(candidate.shmid, window, candidate.offset))
+        })
+    }
+
+    /// The guest touched something that is missing, but nobody knows where. Puts zero pages under all that is missing,
+    /// until [`Self::settle`] has seen what was touched. False where nothing is missing.
+    pub fn fill_all_for_now(&self) -> bool {
+        let (candidates, mut changed) = self.candidates(None, true);
+        for candidate in &candidates {
+            if let Some(missing) = candidate.missing() {
+                let done = self.change(candidate, |_, mapping| {
+                    let aside = missing.set_aside(mapping.access)?;
+                    mapping.aside = Some((missing.guest().len(), aside));
+                    Ok(())
+                });
+                changed |= done.is_some();
+            }
+        }
+        changed
+    }
+
+    /// What was filled for now and was touched stays so; the rest is the file's again, and shows it when it grows.
+    /// (A write to the rest in the moment between the look and the change is lost, as one beyond a file's end may be.)
+    pub fn settle(&self) -> Vec<Filled> {
         let mut filled = Vec::new();
+        self.each(|shmid, window, offset, mapping| {
+            let Some((len, mut aside)) = mapping.aside.take() else {
+                return;
+            };
+            let whole = window.span(offset, mapping.file_len());
+            let Some(span) = whole.and_then(|span| span.end(len)) else {
+                return;
+            };
+            let kept = match span.is_touched() {
+                Ok(false) => span.put_back(&mut aside).map(|()| false),
+                touched => touched,
+            };
+            note(shmid, offset, &kept);
+            if kept.unwrap_or(true) {
+                mapping.filled += len;
+                filled.push(mapping.report(shmid, window, offset));
+            }
+        });
+        filled
+    }
+
+    /// Puts all that is missing out of reach, until the guest touches some of it or [`Self::fill_missing`] looks: such
+    /// an access fails at once instead of waiting for a page that never comes. Nothing else can be noticed of it.
+    pub fn guard_missing(&self) {
+        for candidate in &self.candidates(None, false).0 {
+            if let Some(missing) = candidate.missing() {
+                self.change(candidate, |_, mapping| {
+                    let len = missing.guest().len();
+                    if len > mapping.guarded {
+                        missing.protect(None)?;
+                        mapping.guarded = len;
+                    }
+                    Ok(())
+                });
+            }
+        }
+    }
+
+    /// All mappings, or the one with guest address `at`, except those that are filled for now. `unguard` puts what is
+    /// guarded within reach again; whether there was any is told.
+    fn candidates(&self, at: Option<u64>, unguard: bool) -> (Vec<Candidate>, bool) {
+        let (mut candidates, mut unguarded) = (Vec::new(), false);
         for (&shmid, region) in &mut self.lock().regions {
-            for (&offset, mapping) in &mut region.mappings {
-                let Some(span) = region.window.span(offset, mapping.span_len()) else {
+            let window = &region.window;
+            let offsets = match at {
+                None => 0..=u64::MAX,
+                Some(at) => {
+                    let in_region = at.checked_sub(window.guest().start());
+                    let before = in_region.and_then(|at| region.mappings.range(..=at).next_back());
+                    match before {
+                        Some((&offset, mapping))
+                            if window
+                                .span(offset, mapping.span_len())
+                                .is_some_and(|span| at <= span.guest().last()) =>
+                        {
+                            offset..=offset
+                        }
+                        _ => continue,
+                    }
+                }
+            };
+            for (&offset, mapping) in region.mappings.range_mut(offsets) {
+                let Some(file) = window.span(offset, mapping.file_len()) else {
                     continue;
                 };
-                // What was filled before is no longer the file's: only what is ahead of it can have gone missing.
-                let Some(of_the_file) = region.window.span(offset, span.guest().len() - mapping.filled)
-                else {
-                    continue;
-                };
-                match of_the_file.fill_missing(mapping.access) {
-                    Ok(0) => {}
-                    Ok(missing) => {
-                        mapping.filled += missing;
-                        filled.push((shmid, span.guest(), mapping.filled));
-                    }
-                    Err(error) => {
-                        log::error!("cannot put zeroes under region {shmid} + {offset:#x}: {error}")
-                    }
+                if let Some(guarded) = file.end(mapping.guarded).filter(|_| unguard) {
+                    note(shmid, offset, &guarded.protect(Some(mapping.access)));
+                    mapping.guarded = 0;
+                    unguarded = true;
+                }
+                if mapping.aside.is_none() {
+                    candidates.push(Candidate {
+                        shmid,
+                        window: Arc::clone(window),
+                        offset,
+                        number: mapping.number,
+                        file_len: mapping.file_len(),
+                    });
                 }
             }
         }
-        filled
+        (candidates, unguarded)
+    }
+
+    /// Changes a mapping, if it is still what it was when it became a candidate.
+    fn change<T>(
+        &self,
+        candidate: &Candidate,
+        action: impl FnOnce(&Window, &mut Mapping) -> io::Result<T>,
+    ) -> Option<T> {
+        let mut state = self.lock();
+        let region = state.regions.get_mut(&candidate.shmid)?;
+        let mapping = region.mappings.get_mut(&candidate.offset)?;
+        let unchanged = mapping.number == candidate.number
+            && mapping.file_len() == candidate.file_len
+            && mapping.aside.is_none();
+        if !unchanged {
+            return None;
+        }
+        let done = action(&region.window, mapping);
+        note(candidate.shmid, candidate.offset, &done);
+        done.ok()
+    }
+
+    fn each(&self, mut action: impl FnMut(u8, &Window, u64, &mut Mapping)) {
+        for (&shmid, region) in &mut self.lock().regions {
+            for (&offset, mapping) in &mut region.mappings {
+                action(shmid, &region.window, offset, mapping);
+            }
+        }
+    }
+
+    /// Whether anything is mapped.
+    pub fn has_mappings(&self) -> bool {
+        self.lock().live > 0
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -465,6 +644,12 @@ impl Drop for SharedMemory {
             log::error!("shared memory stays in the guest: {error}");
             std::mem::forget(std::mem::take(&mut self.lock().regions));
         }
+    }
+}
+
+fn note<T>(shmid: u8, offset: u64, result: &io::Result<T>) {
+    if let Err(error) = result {
+        log::error!("what is missing of the mapping at {offset:#x} of region {shmid} stays so: {error}");
     }
 }
 

@@ -123,10 +123,6 @@ impl Span<'_> {
     /// huge page, and with what mmap(2) says; the reservation stays then.
     pub fn place(&self, file: BorrowedFd<'_>, file_offset: u64, access: Access) -> io::Result<()> {
         self.check_file(file, file_offset)?;
-        let protection = match access {
-            Access::ReadOnly => libc::PROT_READ,
-            Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
-        };
         let len = self.len as usize;
         let offset = libc::off_t::try_from(file_offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         // First to where the kernel likes, then moved: an mmap(MAP_FIXED) that fails may already have removed what was
@@ -136,7 +132,7 @@ impl Span<'_> {
             libc::mmap(
                 ptr::null_mut(),
                 len,
-                protection,
+                protection(access),
                 libc::MAP_SHARED,
                 file.as_raw_fd(),
                 offset,
@@ -171,26 +167,88 @@ impl Span<'_> {
         unsafe { reserve_at(self.host(), self.len as usize, libc::MAP_FIXED) }.map(drop)
     }
 
-    /// Where the file under the span became shorter than the span: puts zero pages in place of what is missing, and
-    /// tells how many bytes that was (SHM-45). Does nothing where all pages are there.
-    pub fn fill_missing(&self, access: Access) -> io::Result<u64> {
+    /// The end of the span that cannot be read, because the file under it became shorter or it was put out of reach;
+    /// `None` where all can (SHM-45).
+    pub fn missing(&self) -> Option<Self> {
         let missing_from = self.first_missing_page();
-        let missing = self.len - missing_from;
-        if missing == 0 {
-            return Ok(0);
-        }
-        let protection = match access {
-            Access::ReadOnly => libc::PROT_READ,
-            Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
-        };
+        self.window
+            .span(self.offset + missing_from, self.len - missing_from)
+    }
+
+    /// The last `len` bytes of the span.
+    pub fn end(&self, len: u64) -> Option<Self> {
+        let ahead = self.len.checked_sub(len)?;
+        self.window.span(self.offset + ahead, len)
+    }
+
+    /// Puts zero pages in place of what is mapped in the span.
+    pub fn fill(&self, access: Access) -> io::Result<()> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        let at = self.host().wrapping_add(missing_from as usize).cast();
-        // SAFETY: the range is the end of the span, which lies in the window's own reservation.
-        let address = unsafe { libc::mmap(at, missing as usize, protection, flags, -1, 0) };
+        let (at, len) = (self.host().cast(), self.len as usize);
+        // SAFETY: the range is the span, which lies in the window's own reservation.
+        let address = unsafe { libc::mmap(at, len, protection(access), flags, -1, 0) };
         if address == libc::MAP_FAILED {
             Err(io::Error::last_os_error())
         } else {
-            Ok(missing)
+            Ok(())
+        }
+    }
+
+    /// Puts zero pages in place of the file in the span, and keeps the file's pages for [`Self::put_back`].
+    pub fn set_aside(&self, access: Access) -> io::Result<Aside> {
+        let len = self.len as usize;
+        // SAFETY: an old length of 0 makes a second mapping of the same part of the same file, at addresses that the
+        // kernel chooses; the first, in the window's own reservation, stays.
+        let second = unsafe { libc::mremap(self.host().cast(), 0, len, libc::MREMAP_MAYMOVE) };
+        if second == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let aside = Aside {
+            address: second.cast(),
+            len,
+        };
+        self.fill(access)?;
+        Ok(aside)
+    }
+
+    /// Puts back what was set aside of this very span.
+    pub fn put_back(&self, aside: &mut Aside) -> io::Result<()> {
+        // SAFETY: the source is the aside's own; the target lies in the window's own reservation, and the length is the
+        // span's.
+        let moved = unsafe {
+            libc::mremap(
+                aside.address.cast(),
+                aside.len,
+                self.len as usize,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                self.host(),
+            )
+        };
+        if moved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        aside.len = 0;
+        Ok(())
+    }
+
+    /// Whether anybody touched a page in the span that [`Self::set_aside`] filled.
+    pub fn is_touched(&self) -> io::Result<bool> {
+        let mut pages = vec![0u8; (self.len / PAGE_SIZE) as usize];
+        // SAFETY: a byte for each page of the range, which is only looked at.
+        let result = unsafe { libc::mincore(self.host().cast(), self.len as usize, pages.as_mut_ptr()) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(pages.iter().any(|page| page & 1 != 0))
+    }
+
+    /// Puts the span out of everybody's reach (`None`), or back into it.
+    pub fn protect(&self, access: Option<Access>) -> io::Result<()> {
+        let protection = access.map_or(libc::PROT_NONE, protection);
+        // SAFETY: the range is the span, which lies in the window's own reservation.
+        match unsafe { libc::mprotect(self.host().cast(), self.len as usize, protection) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
         }
     }
 
@@ -254,6 +312,31 @@ impl Span<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// A part of a file that was under a span, at addresses of its own.
+#[derive(Debug)]
+pub struct Aside {
+    address: *mut u8,
+    /// 0 once it was put back.
+    len: usize,
+}
+
+// SAFETY: the pointer is the address of a mapping that the value owns; it is never dereferenced.
+unsafe impl Send for Aside {}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nobody else knows it.
+        unsafe { unmap(self.address, self.len) };
+    }
+}
+
+fn protection(access: Access) -> libc::c_int {
+    match access {
+        Access::ReadOnly => libc::PROT_READ,
+        Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
     }
 }
 
@@ -378,10 +461,11 @@ mod tests {
             let file = file(&vec![9; (present * 0x1000) as usize]);
             let whole = window.whole();
             whole.place(file.as_fd(), 0, Access::ReadOnly).unwrap();
-            assert_eq!(
-                whole.fill_missing(Access::ReadOnly).unwrap(),
-                (8 - present) * 0x1000
-            );
+            let missing = whole.missing();
+            assert_eq!(missing.map_or(0, |span| span.len), (8 - present) * 0x1000);
+            if let Some(missing) = missing {
+                missing.fill(Access::ReadOnly).unwrap();
+            }
             let seen: Vec<_> = (0..8).map(|page| peek(&whole, page * 0x1000)).collect();
             let expected: Vec<_> = (0..8)
                 .map(|page| Some(if page < present { 9 } else { 0 }))

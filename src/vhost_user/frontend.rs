@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -62,6 +63,12 @@ pub enum FrontendError {
         /// What connect(2) said last.
         source: io::Error,
     },
+    /// Something else is there, and waiting would not help.
+    #[error("it is not a socket")]
+    NotASocket,
+    /// Nobody can listen there.
+    #[error("its path is {0} bytes long, longer than the {MAX_PATH} that a socket's path can have")]
+    PathTooLong(usize),
     /// The socket cannot be connected to, and waiting would not help.
     #[error("cannot connect")]
     Connect(#[source] io::Error),
@@ -526,10 +533,17 @@ fn wrong_size(request: FrontendRequest, got: usize, expected: usize) -> Frontend
     }
 }
 
+/// unix(7): sun_path has 108 bytes, of which the last is a zero.
+const MAX_PATH: usize = 107;
+
 /// Connects, trying again while nobody listens; says so each second.
 fn connect(name: &str, path: &Path, patience: Duration) -> Result<UnixStream, FrontendError> {
     const RETRY: Duration = Duration::from_millis(20);
     const TELL: Duration = Duration::from_secs(1);
+    let len = path.as_os_str().len();
+    if len > MAX_PATH {
+        return Err(FrontendError::PathTooLong(len));
+    }
     let start = Instant::now();
     let mut told = 0;
     loop {
@@ -542,6 +556,10 @@ fn connect(name: &str, path: &Path, patience: Duration) -> Result<UnixStream, Fr
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
         ) {
             return Err(FrontendError::Connect(source));
+        }
+        // A refusal means a socket that nobody listens on (yet), or no socket.
+        if path.metadata().is_ok_and(|found| !found.file_type().is_socket()) {
+            return Err(FrontendError::NotASocket);
         }
         let waited = start.elapsed();
         if waited >= patience {

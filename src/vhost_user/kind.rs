@@ -143,7 +143,7 @@ impl fmt::Display for DeviceKind {
 
 /// What is not a device type.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("'{0}' is no device type: give one of {names}, or a number from 1 to 255", names = names())]
+#[error("`{0}` is no device type: give one of {names}, or a number from 1 to 255", names = names())]
 pub struct UnknownKind(String);
 
 fn names() -> String {
@@ -200,7 +200,7 @@ mod tests {
         for text in ["", "disk", "0", "256", "-1", "4.0", "BLK", " blk"] {
             let error = text.parse::<DeviceKind>().unwrap_err().to_string();
             assert!(
-                error.contains(&format!("'{text}'")) && error.contains("vsock, fs, pmem"),
+                error.contains(&format!("`{text}`")) && error.contains("vsock, fs, pmem"),
                 "{error}"
             );
         }

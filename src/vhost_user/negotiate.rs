@@ -68,8 +68,21 @@ pub enum NegotiationError {
     },
 }
 
-/// What is missing where SHMEM is.
-pub const SHMEM: &str = "protocol feature SHMEM";
+impl NegotiationError {
+    /// The bit that could mean SHMEM in what the back-end offers instead (SHM-1), where that is what is missing.
+    pub fn draft_bit(&self) -> Option<u32> {
+        match *self {
+            NegotiationError::Missing {
+                feature: SHMEM_FEATURE,
+                offered,
+                ..
+            } => [21, 20].into_iter().find(|bit| offered & 1 << bit != 0),
+            _ => None,
+        }
+    }
+}
+
+const SHMEM_FEATURE: &str = "protocol feature SHMEM";
 
 /// Feature bits of the transport that the front-end provides by itself, whatever the back-end offers.
 const OURS: u64 = 1 << VIRTIO_F_RING_RESET;
@@ -125,7 +138,7 @@ pub fn negotiate(offer: Offer, kind: DeviceKind, shmem_bit: u32) -> Result<Agree
     };
     if kind.needs_shmem() && !shmem {
         let feature = match offered & shmem_mask {
-            0 => SHMEM,
+            0 => SHMEM_FEATURE,
             _ => "protocol feature BACKEND_REQ",
         };
         return Err(missing(feature));

@@ -13,13 +13,12 @@ use crate::kvm::vcpu::{FaultHandler, Machine};
 use crate::kvm::vm::{KvmError, Vm};
 use crate::memory::alloc::WindowAllocator;
 use crate::memory::ram::Ram;
-use crate::memory::shmem::{LayoutError, SharedMemory};
+use crate::memory::shmem::{Filled, LayoutError, SharedMemory};
 use crate::memory::{Access, GuestMapper, GuestRange, PAGE_SIZE};
 use crate::vhost_user::device::VhostUserDevice;
 use crate::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use crate::vhost_user::memory_table::MemoryTable;
 use crate::vhost_user::message::MemoryRegion;
-use crate::vhost_user::negotiate::{NegotiationError, SHMEM};
 use crate::virtio::device::DeviceError;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::mmio::MmioTransport;
@@ -62,11 +61,12 @@ impl BackendError {
                 "start the back-end on {}, or wait longer with --connect-timeout",
                 self.spec.socket.display()
             )),
-            Cause::Frontend(FrontendError::Negotiation(NegotiationError::Missing {
-                feature: SHMEM, ..
-            })) => {
-                Some("a back-end built from a draft has SHMEM as bit 20 or 21: try shmem-bit=21".to_string())
+            Cause::Frontend(FrontendError::PathTooLong(_)) => {
+                Some("a path relative to the working directory may be shorter".to_string())
             }
+            Cause::Frontend(FrontendError::Negotiation(error)) => error.draft_bit().map(|bit| {
+                format!("a back-end built from a draft may mean SHMEM by bit {bit}: try shmem-bit={bit}")
+            }),
             Cause::Frontend(FrontendError::Queues { .. }) => Some("say how many with queues=N".to_string()),
             _ => None,
         }
@@ -109,7 +109,8 @@ pub fn connect(
 }
 
 /// How many mappings each device may have, so that none takes them from another, or from the VMM itself (SHM-48): each
-/// costs a slot and, with the hole behind it, two areas of address space.
+/// costs a slot and up to four areas of address space: the file, zeroes in place of its end, that end set aside
+/// (SHM-45), and the hole behind.
 fn mapping_quota(slots: u32, devices: usize) -> usize {
     // RAM has two slots, each device one for its registers.
     let slots = (slots as usize).saturating_sub(2 + devices);
@@ -119,7 +120,7 @@ fn mapping_quota(slots: u32, devices: usize) -> usize {
         .ok()
         .and_then(|text| text.trim().parse().ok())
         .unwrap_or(65530);
-    slots.min(areas.saturating_sub(SPARE_AREAS) / 2) / devices.max(1)
+    slots.min(areas.saturating_sub(SPARE_AREAS) / 4) / devices.max(1)
 }
 
 /// A device of the machine.
@@ -216,11 +217,11 @@ fn memory_table(ram: &Ram) -> MemoryTable {
 impl Attached {
     /// The device's lines of the guest physical memory map.
     pub fn memory_map(&self) -> Vec<String> {
-        let mut lines = vec![format!("{} registers of {}", show(&self.registers), self.name)];
+        let mut lines = vec![format!("{}  registers of {}", show(&self.registers), self.name)];
         let mappings = self.shmem.mappings();
         for (shmid, region) in self.shmem.regions() {
             lines.push(format!(
-                "{} {} shared memory region {shmid}",
+                "{}  {} shared memory region {shmid}",
                 show(&region),
                 self.name
             ));
@@ -234,7 +235,7 @@ impl Attached {
                     bytes => format!(", the last {bytes:#x} bytes are zeroes (the file became shorter)"),
                 };
                 lines.push(format!(
-                    "  {} mapping, {access}, file offset {:#x}{filled}",
+                    "  {}  mapping, {access}, file offset {:#x}{filled}",
                     show(&mapping.guest),
                     mapping.file_offset
                 ));
@@ -264,19 +265,50 @@ impl MissingPages {
     }
 }
 
-impl FaultHandler for MissingPages {
-    fn mend(&self, _address: Option<u64>) -> bool {
-        let mut mended = false;
-        for (name, shmem) in &self.0 {
-            for (shmid, guest, missing) in shmem.fill_missing() {
-                mended = true;
-                log::warn!(
-                    "{name}: the file under the mapping {} of region {shmid} became shorter: its last {missing:#x} bytes \
-                     read as zeroes from now on",
-                    show(&guest)
-                );
-            }
-        }
-        mended
+impl MissingPages {
+    /// Whether any of the devices may ever have a mapping.
+    pub fn are_possible(&self) -> bool {
+        self.0.iter().any(|(_, shmem)| !shmem.regions().is_empty())
     }
+
+    /// Whether any of the devices has a mapping now.
+    pub fn are_to_watch(&self) -> bool {
+        self.0.iter().any(|(_, shmem)| shmem.has_mappings())
+    }
+
+    /// Called a while after [`FaultHandler::mend`]: keeps what the guest really needed.
+    pub fn settle(&self) {
+        for (name, shmem) in &self.0 {
+            shmem.settle().iter().for_each(|filled| report(name, filled));
+        }
+    }
+
+    /// Makes accesses to missing pages fail instead of wait.
+    pub fn guard(&self) {
+        self.0.iter().for_each(|(_, shmem)| shmem.guard_missing());
+    }
+}
+
+impl FaultHandler for MissingPages {
+    fn mend(&self, address: Option<u64>) -> bool {
+        let mend = |(name, shmem): &(String, Arc<SharedMemory>)| match address {
+            Some(address) => {
+                let filled = shmem.fill_missing(address);
+                filled.iter().for_each(|filled| report(name, filled));
+                filled.is_some()
+            }
+            None => shmem.fill_all_for_now(),
+        };
+        self.0.iter().filter(|device| mend(device)).count() > 0
+    }
+}
+
+fn report(name: &str, filled: &Filled) {
+    log::warn!(
+        "{name}: the file under the mapping {} of region {} became shorter: its last {:#x} bytes read as zeroes from now \
+         on",
+        show(&filled.guest),
+        filled.shmid,
+        filled.len
+    );
 }

@@ -16,7 +16,11 @@ mod monitor;
 #[path = "../protocol/wire.rs"]
 mod wire;
 
+mod bad_backends;
+mod faults;
+mod footprint;
 mod lifecycle;
 mod machine;
 mod mappings;
 mod registers;
+mod streams;

@@ -28,15 +28,26 @@ pub struct Guest {
     registers: u64,
 }
 
+/// The monitor as a file.
+pub fn kernel() -> tempfile::NamedTempFile {
+    let kernel = tempfile::NamedTempFile::new().unwrap();
+    kernel.as_file().write_all(&monitor::elf()).unwrap();
+    kernel
+}
+
+/// hotslot with the monitor, ready for more options.
+pub fn command(kernel: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
+    command.args(["-m", "64M", "--debug-exit", "-k"]).arg(kernel);
+    command
+}
+
 impl Guest {
     /// Boots the monitor with these further options of hotslot.
     pub fn boot<I: AsRef<std::ffi::OsStr>>(options: impl IntoIterator<Item = I>) -> Guest {
-        let kernel = tempfile::NamedTempFile::new().unwrap();
-        kernel.as_file().write_all(&monitor::elf()).unwrap();
+        let kernel = kernel();
         let log = tempfile::NamedTempFile::new().unwrap();
-        let mut hotslot = Command::new(env!("CARGO_BIN_EXE_hotslot"))
-            .args(["-m", "64M", "--debug-exit", "--connect-timeout", "30s", "-k"])
-            .arg(kernel.path())
+        let mut hotslot = command(kernel.path())
             .args(options)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -150,6 +161,9 @@ impl Guest {
 
     /// Enables or disables interrupts in the processor. None comes either way, unless the test arranges for it.
     pub fn set_interrupts(&mut self, enabled: bool) {
+        // The old interrupt controller takes none: the serial port would interrupt us through it.
+        self.out8(0x21, 0xff);
+        self.out8(0xa1, 0xff);
         self.ask(Operation::Interrupts, 1, 0, enabled.into());
     }
 

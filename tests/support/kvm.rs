@@ -4,6 +4,14 @@ use std::fs::OpenOptions;
 use std::io::{Write, stderr};
 use std::sync::OnceLock;
 
+/// Whether the processor can virtualise: then KVM is as the kernel has it, and not one made of software.
+pub fn is_hardware() -> bool {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    flags
+        .split_whitespace()
+        .any(|flag| ["vmx", "svm"].contains(&flag))
+}
+
 /// True if the calling test can run. Says once which KVM there is; where there is none, says so for each test, and
 /// REQUIRE_KVM=1 makes that a failure.
 #[must_use]

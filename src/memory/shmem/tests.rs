@@ -559,24 +559,89 @@ fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() 
     let bench = bench();
     bench.shmem.map(&bench.request(0, 0, 8 * PAGE, 2 * PAGE)).unwrap();
     bench.shmem.map(&bench.request(7, 0, 2 * PAGE, 0)).unwrap();
-    assert_eq!(bench.shmem.fill_missing(), []);
     let pages = |bench: &Bench| (0..8).map(|page| bench.reads(0, page * PAGE)).collect::<Vec<_>>();
     let region = bench.region(0);
-    let seen_at = GuestRange::new(region.start(), 8 * PAGE).unwrap();
+    let guest = GuestRange::new(region.start(), 8 * PAGE).unwrap();
+    assert_eq!(bench.shmem.fill_missing(region.start() + 7 * PAGE), None);
     for (file_pages, left) in [(8, 6), (7, 5), (3, 1), (2, 0)] {
         bench.file.set_len(file_pages * PAGE).unwrap();
-        let missing = (8 - left) * PAGE;
-        assert_eq!(bench.shmem.fill_missing(), [(0, seen_at, missing)]);
+        // Neither what is there nor what is beside it is a reason.
+        let last_left = (left > 0).then(|| region.start() + left * PAGE - 1);
+        for other in last_left
+            .into_iter()
+            .chain([region.start() + 8 * PAGE, region.start() - 1])
+        {
+            assert_eq!(bench.shmem.fill_missing(other), None, "{other:#x}");
+        }
+        let len = (8 - left) * PAGE;
+        let filled = Filled { shmid: 0, guest, len };
+        let touched = region.start() + left * PAGE;
+        assert_eq!(bench.shmem.fill_missing(touched), Some(filled));
         let expected: Vec<_> = (0..8)
             .map(|page| Some(if page < left { page as u8 + 3 } else { 0 }))
             .collect();
         assert_eq!(pages(&bench), expected, "{file_pages} pages left of the file");
-        assert_eq!(bench.shmem.mappings()[0].filled, missing);
-        assert_eq!(bench.shmem.fill_missing(), []);
+        assert_eq!(bench.shmem.mappings()[0].filled, len);
+        assert_eq!(bench.shmem.fill_missing(touched), None);
     }
     assert_eq!(bench.reads(7, PAGE), Some(2));
     bench.shmem.unmap(0, 0, 8 * PAGE).unwrap();
     assert_eq!(bench.reads(0, 0), None);
+}
+
+#[test]
+fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
+    // SHM-44, SHM-45
+    let bench = bench();
+    for shmid in [0, 7] {
+        bench.shmem.map(&bench.request(shmid, 0, 8 * PAGE, 0)).unwrap();
+    }
+    assert!(!bench.shmem.fill_all_for_now());
+    let untouched = vmas(&bench.shmem);
+    bench.file.set_len(3 * PAGE).unwrap();
+    for guarded in [false, true] {
+        if guarded {
+            bench.shmem.guard_missing();
+            bench.shmem.guard_missing();
+        }
+        assert_eq!(bench.reads(0, 2 * PAGE), Some(3));
+        assert_eq!(bench.reads(7, 3 * PAGE), None);
+        // Nobody touches it: the file shows again when it grows.
+        assert!(bench.shmem.fill_all_for_now());
+        assert!(!bench.shmem.fill_all_for_now());
+        assert_eq!(bench.shmem.settle(), []);
+        assert_eq!(bench.shmem.settle(), []);
+        assert_eq!(vmas(&bench.shmem), untouched);
+        bench.file.set_len(5 * PAGE).unwrap();
+        assert_eq!(bench.reads(7, 4 * PAGE), Some(0));
+        bench.file.set_len(3 * PAGE).unwrap();
+    }
+
+    bench.shmem.guard_missing();
+    assert!(bench.shmem.fill_all_for_now());
+    assert_eq!(bench.reads(7, 6 * PAGE), Some(0));
+    let start = bench.region(7).start();
+    let guest = GuestRange::new(start, 8 * PAGE).unwrap();
+    let len = 5 * PAGE;
+    assert_eq!(bench.shmem.settle(), [Filled { shmid: 7, guest, len }]);
+    assert_eq!(
+        (bench.reads(7, 3 * PAGE), bench.reads(0, 3 * PAGE)),
+        (Some(0), None)
+    );
+    // What has grown again is within reach, after the next look.
+    bench.shmem.guard_missing();
+    bench.file.set_len(8 * PAGE).unwrap();
+    assert_eq!(bench.reads(0, 3 * PAGE), None);
+    assert!(bench.shmem.fill_all_for_now());
+    assert_eq!(bench.shmem.settle(), []);
+    assert_eq!(bench.reads(0, 3 * PAGE), Some(0));
+    // Whatever state they are in, they can go.
+    bench.file.set_len(0).unwrap();
+    assert!(bench.shmem.fill_all_for_now());
+    assert_eq!(bench.shmem.unmap_all().unwrap(), 2);
+    bench.file.set_len(8 * PAGE).unwrap();
+    bench.map(0, 0, 8 * PAGE).unwrap();
+    assert_eq!(bench.reads(0, 0), Some(0));
 }
 
 #[test]

@@ -2,7 +2,8 @@
 # What the sessions share. They run on the host, a real one or the emulated one, whose shell is busybox.
 #
 # From the test, in the environment: HOTSLOT and BACKEND (programs), BZIMAGE and VMLINUX (kernels), IMAGE (initramfs),
-# OUT (a directory for what the test will look at), INPUT (a file in it, where a test made one). Of each guest: OUT/NAME.out, .err and .status.
+# OUT (a directory for what the test will look at), INPUT (a file in it, where a test made one). Of each guest:
+# OUT/NAME.out, .err and .status.
 
 # The debug-exit port brings the guest's own status; `panic=-1` of the default command line resets after a panic.
 DEBUG_EXIT='quiet hotslot.debug_exit=0xf4'

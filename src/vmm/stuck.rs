@@ -1,0 +1,92 @@
+//! Looks after processors that wait in KVM for a page of a mapping that is missing for good (SHM-45).
+//!
+//! With interrupts on in the guest, KVM fetches such a page asynchronously, fails, and lets the processor try again,
+//! for ever, without telling. What can be seen is that the processor takes faults that are not resolved. That alone
+//! proves nothing (a slow disk looks the same when the guest's clock ticks), so what is missing is only put out of reach:
+//! who really touches it fails with EFAULT, and that leads to zeroes in its place.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::backends::MissingPages;
+use crate::kvm::vcpu::Vcpu;
+use crate::thread;
+
+/// How often processors are looked at while mappings exist.
+const LOOK: Duration = Duration::from_millis(200);
+/// How often it is looked whether mappings exist.
+const LOOK_FOR_MAPPINGS: Duration = Duration::from_secs(1);
+/// So many unresolved faults between two looks are a reason to act. A stuck processor has thousands a second.
+const MANY: u64 = 20;
+
+/// The main loop's watch over the processors.
+pub(super) struct StuckWatch {
+    pages: Arc<MissingPages>,
+    guarding: Arc<AtomicBool>,
+    next: Option<Instant>,
+    /// The processors' unresolved faults at the last look.
+    faults: Vec<Option<u64>>,
+}
+
+impl StuckWatch {
+    pub fn new(pages: Arc<MissingPages>) -> Self {
+        StuckWatch {
+            pages,
+            guarding: Arc::default(),
+            next: None,
+            faults: Vec::new(),
+        }
+    }
+
+    /// Called by the main loop each time around. Does what is due, and tells in how many milliseconds to call again at
+    /// the latest; -1 for never.
+    pub fn look(&mut self, vcpus: &[Vcpu]) -> i32 {
+        if !self.pages.are_possible() {
+            return -1;
+        }
+        let now = Instant::now();
+        let wait = match self.next.map(|next| next.saturating_duration_since(now)) {
+            Some(wait) if !wait.is_zero() => wait,
+            _ if self.pages.are_to_watch() => {
+                self.pages.settle();
+                if self.is_any_stuck(vcpus) {
+                    self.guard();
+                }
+                LOOK
+            }
+            _ => LOOK_FOR_MAPPINGS,
+        };
+        self.next = Some(now + wait);
+        // Rounded up, so that it is over by then.
+        i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
+    }
+
+    /// On a thread of its own, at most one at a time: to look for missing pages may take as long as a disk wants.
+    fn guard(&self) {
+        if self.guarding.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let (pages, guarding) = (Arc::clone(&self.pages), Arc::clone(&self.guarding));
+        let started = thread::spawn("guard".into(), move || {
+            pages.guard();
+            guarding.store(false, Ordering::SeqCst);
+        });
+        if let Err(error) = started {
+            log::debug!("cannot look for missing pages: {error}");
+            self.guarding.store(false, Ordering::SeqCst);
+        }
+    }
+
+    fn is_any_stuck(&mut self, vcpus: &[Vcpu]) -> bool {
+        self.faults.resize(vcpus.len(), None);
+        let mut any = false;
+        for (vcpu, last) in vcpus.iter().zip(&mut self.faults) {
+            let now = vcpu.unresolved_faults();
+            if let (Some(before), Some(now)) = (std::mem::replace(last, now), now) {
+                any |= now.saturating_sub(before) >= MANY;
+            }
+        }
+        any
+    }
+}

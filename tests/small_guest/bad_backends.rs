@@ -1,0 +1,271 @@
+//! Back-ends that cannot be used: a sentence that names device, socket and numbers, status 2, and nothing left behind.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::backend::{BACKEND_REQ, Backend, F_PROTOCOL, F_VERSION_1, Offer, PAGE, SHMEM, Stop};
+use crate::{guest, kvm};
+
+/// A terminal: hotslot's end, and ours.
+fn terminal() -> (OwnedFd, OwnedFd) {
+    let (mut ours, mut theirs) = (0, 0);
+    let null = std::ptr::null_mut();
+    // SAFETY: room for two descriptors, which are nobody else's; name, settings and size are left to the kernel.
+    unsafe {
+        assert_eq!(
+            libc::openpty(&mut ours, &mut theirs, null, null.cast(), null.cast()),
+            0
+        );
+        (OwnedFd::from_raw_fd(theirs), OwnedFd::from_raw_fd(ours))
+    }
+}
+
+fn settings(terminal: &OwnedFd) -> [u32; 4] {
+    // SAFETY: a termios is plain data, for which all-zero is a value; it lives through the call, which fills it.
+    let termios = unsafe {
+        let mut termios: libc::termios = std::mem::zeroed();
+        assert_eq!(libc::tcgetattr(terminal.as_raw_fd(), &mut termios), 0);
+        termios
+    };
+    [termios.c_iflag, termios.c_oflag, termios.c_cflag, termios.c_lflag]
+}
+
+struct Ended {
+    status: ExitStatus,
+    stderr: String,
+    took: Duration,
+}
+
+/// Runs hotslot on a terminal until it ends; `meanwhile` is given its process id.
+fn run(options: &[&str], meanwhile: impl FnOnce(i32)) -> Ended {
+    let (theirs, ours) = terminal();
+    let before = settings(&ours);
+    let (kernel, start) = (guest::kernel(), Instant::now());
+    let mut hotslot = guest::command(kernel.path())
+        .args(options)
+        .stdin(Stdio::from(theirs.try_clone().unwrap()))
+        .stdout(Stdio::from(theirs))
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let group = hotslot.id() as i32;
+    meanwhile(group);
+    let mut stderr = String::new();
+    // It ends when nobody has stderr any more.
+    hotslot
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut stderr)
+        .unwrap();
+    let status = hotslot.wait().unwrap();
+    // SAFETY: signal 0 only asks whether there is anybody.
+    let anybody = unsafe { libc::kill(-group, 0) };
+    assert_eq!(anybody, -1, "a process is left: {stderr}");
+    assert_eq!(settings(&ours), before, "{stderr}");
+    Ended {
+        status,
+        stderr,
+        took: start.elapsed(),
+    }
+}
+
+/// Runs hotslot, which must refuse with all of these words.
+fn refused(options: &[&str], words: &[&str]) -> Ended {
+    let ended = run(options, |_| ());
+    assert_eq!(ended.status.code(), Some(2), "{}", ended.stderr);
+    for word in words {
+        assert!(ended.stderr.contains(word), "no '{word}' in:\n{}", ended.stderr);
+    }
+    assert_eq!(ended.stderr.matches("error: ").count(), 1, "{}", ended.stderr);
+    ended
+}
+
+fn refused_backend(offer: Offer, kind: &str, words: &[&str]) -> Ended {
+    let backend = Backend::offering(offer);
+    let socket = backend.socket().to_str().unwrap();
+    let device = format!("{socket},type={kind},name=gizmo");
+    refused(
+        &["--vhost-user", &device],
+        &[words, &["device gizmo", socket]].concat(),
+    )
+}
+
+#[test]
+fn nobody_listens() {
+    if !kvm::is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("nobody");
+    let socket = socket.to_str().unwrap();
+    let device = format!("{socket},type=rng,name=gizmo");
+    let ended = refused(
+        &["--vhost-user", &device, "--connect-timeout", "2500ms"],
+        &[
+            "gizmo: waiting for a back-end on",
+            "(1 s)",
+            "(2 s)",
+            "error: device gizmo",
+            socket,
+            "within 2.5 s",
+            "hint: start the back-end on",
+            "--connect-timeout",
+        ],
+    );
+    assert!(ended.took >= Duration::from_millis(2500) && ended.took < Duration::from_secs(20));
+    assert_eq!(ended.stderr.matches("waiting").count(), 2, "{}", ended.stderr);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_signal_ends_the_wait() {
+    if !kvm::is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = format!("{}/nobody,type=rng", dir.path().display());
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        let ended = run(&["--vhost-user", &device, "--connect-timeout", "60s"], |pid| {
+            std::thread::sleep(Duration::from_millis(500));
+            // SAFETY: a signal to a child of ours, which is not reaped yet.
+            unsafe { libc::kill(pid, signal) };
+        });
+        let (code, killed) = (ended.status.code(), ended.status.signal());
+        assert!(
+            code == Some(128 + signal) || killed == Some(signal),
+            "{:?}\n{}",
+            ended.status,
+            ended.stderr
+        );
+        assert!(ended.took < Duration::from_secs(20));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn paths_that_are_no_sockets() {
+    if !kvm::is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    File::create(&file).unwrap();
+    let long = dir.path().join("x".repeat(200));
+    let under_a_file = file.join("socket");
+    for (path, words) in [
+        (file.as_path(), &["not a socket"][..]),
+        (dir.path(), &["not a socket"]),
+        (&long, &["longer than", "107"]),
+        (&under_a_file, &["Not a directory"]),
+    ] {
+        let path = path.to_str().unwrap();
+        let device = format!("{path},type=rng,name=gizmo");
+        let words = [words, &["device gizmo", path]].concat();
+        let ended = refused(&["--vhost-user", &device, "--connect-timeout", "20s"], &words);
+        assert!(ended.took < Duration::from_secs(10), "{}", ended.stderr);
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn back_ends_that_go_away_or_say_nothing() {
+    if !kvm::is_here() {
+        return;
+    }
+    let stops = |request, stop| Offer {
+        stops_at: Some((request, stop)),
+        ..Offer::default()
+    };
+    // SET_OWNER is the first message, GET_SHMEM_CONFIG the last but one.
+    for (request, word) in [(3, "GET_FEATURES"), (1, "GET_FEATURES"), (44, "GET_SHMEM_CONFIG")] {
+        refused_backend(stops(request, Stop::HangUp), "rng", &[word, "hung up"]);
+    }
+    let ended = refused_backend(
+        stops(1, Stop::Silent),
+        "rng",
+        &["GET_FEATURES", "did not answer within 5000 ms"],
+    );
+    assert!(ended.took < Duration::from_secs(20));
+}
+
+#[test]
+fn back_ends_that_lack_what_is_needed() {
+    if !kvm::is_here() {
+        return;
+    }
+    let usual = Offer::default();
+    let offer = |features, protocol| Offer {
+        features,
+        protocol,
+        ..Offer::default()
+    };
+    let (pmem, all) = (usual.features | 1, usual.protocol);
+    refused_backend(
+        offer(F_PROTOCOL, all),
+        "rng",
+        &["VIRTIO_F_VERSION_1", "0x40000000"],
+    );
+    refused_backend(
+        usual.clone(),
+        "pmem",
+        &["VIRTIO_PMEM_F_SHMEM_REGION", "pmem", "0x140000000"],
+    );
+    refused_backend(offer(pmem, all & !SHMEM), "pmem", &["SHMEM", "pmem"]);
+    let draft = all & !SHMEM | 1 << 21;
+    refused_backend(
+        offer(pmem, draft),
+        "pmem",
+        &["SHMEM", "pmem", "hint: ", "shmem-bit=21"],
+    );
+    refused_backend(offer(pmem, all & !BACKEND_REQ), "pmem", &["BACKEND_REQ", "pmem"]);
+    refused_backend(offer(F_VERSION_1 | 1, 0), "pmem", &["SHMEM", "pmem"]);
+    refused_backend(offer(usual.features, all), "fs", &["CONFIG", "fs"]);
+}
+
+#[test]
+fn absurd_regions() {
+    // SHM-15, SHM-16
+    if !kvm::is_here() {
+        return;
+    }
+    for (regions, words) in [
+        (
+            vec![(3, PAGE + 1)],
+            &["region 3", "0x1001", "page size 0x1000"][..],
+        ),
+        (
+            vec![(0, 1 << 63)],
+            &["region 0", "does not fit", "0x8000000000000000"],
+        ),
+        (
+            vec![(0, !0xfff)],
+            &["region 0", "does not fit", "0xfffffffffffff000"],
+        ),
+        (vec![(0, PAGE), (200, 1 << 62)], &["region 200", "does not fit"]),
+        (vec![(0, 1 << 63), (1, 1 << 63)], &["region 0", "does not fit"]),
+    ] {
+        let offer = Offer {
+            regions,
+            ..Offer::default()
+        };
+        refused_backend(offer, "rng", words);
+    }
+}
+
+#[test]
+fn more_devices_than_interrupts() {
+    if !kvm::is_here() {
+        return;
+    }
+    let options: Vec<_> = (0..20)
+        .flat_map(|index| ["--vhost-user".to_string(), format!("/nowhere/{index},type=rng")])
+        .collect();
+    let options: Vec<_> = options.iter().map(String::as_str).collect();
+    refused(&options, &["20 devices", "19", "5 to 23"]);
+}

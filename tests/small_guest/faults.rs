@@ -1,0 +1,85 @@
+//! SHM-45: what a guest sees when the file under a mapping becomes shorter.
+
+use std::os::unix::fs::FileExt;
+
+use crate::backend::{Backend, PAGE, content, file, page, writable};
+use crate::guest::Guest;
+use crate::kvm;
+use crate::wire::MMap;
+
+/// `interrupts`: in the guest. Without them KVM fails at a missing page, with them it tries for ever.
+fn cut_short(interrupts: bool) {
+    let backends = [Backend::start(), Backend::start()];
+    let devices = [backends[0].device("short"), backends[1].device("other")];
+    let mut guest = Guest::boot(["--vhost-user", &devices[0], "--vhost-user", &devices[1]]);
+    guest.set_interrupts(interrupts);
+    guest.select(1);
+    guest.start_device();
+    let (other, _) = guest.region(0);
+    assert_eq!(backends[1].map(page(0), &file(9, 1)), 0);
+    guest.select(0);
+    guest.start_device();
+    let (base, _) = guest.region(0);
+    let cut = file(1, 8);
+    let whole = MMap {
+        len: 8 * PAGE,
+        ..page(0)
+    };
+    // SHM-44: a file that is to grow, beside it.
+    let growing = file(3, 1);
+    assert_eq!(backends[0].map(MMap { shmid: 7, ..whole }, &growing), 0);
+    let (seventh, _) = guest.region(7);
+    assert_eq!(backends[0].map(writable(whole), &cut), 0);
+    assert_eq!(guest.read64(base + 7 * PAGE), content(1, 7 * PAGE));
+    assert_eq!(guest.read64(base + PAGE), content(1, PAGE));
+
+    cut.set_len(3 * PAGE).unwrap();
+    for index in 3..8 {
+        assert_eq!(guest.read64(base + index * PAGE), 0, "{index}: {}", guest.log());
+    }
+    guest.wait_for_log("became shorter: its last 0x5000 bytes");
+    assert_eq!(guest.read64(base + PAGE), content(1, PAGE));
+    // They are memory like any other, though not the file's: it has not grown again.
+    guest.write64(base + 5 * PAGE, 77);
+    assert_eq!(guest.read64(base + 5 * PAGE), 77);
+    assert_eq!(cut.metadata().unwrap().len(), 3 * PAGE);
+    // Again, by a write. A software KVM does not know a missing page from a hole, so that write is dropped there.
+    cut.set_len(PAGE).unwrap();
+    guest.write64(base + 2 * PAGE, 78);
+    let written = guest.read64(base + 2 * PAGE);
+    assert!(written == 78 || written == 0 && !kvm::is_hardware(), "{written}");
+    guest.write64(base + 2 * PAGE, 79);
+    assert_eq!(guest.read64(base + 2 * PAGE), 79);
+    assert_eq!(guest.read64(base + PAGE), 0);
+    assert_eq!(guest.read64(base), content(1, 0));
+    guest.wait_for_log("its last 0x7000 bytes");
+
+    growing.write_all_at(&4_u64.to_le_bytes(), 2 * PAGE).unwrap();
+    assert_eq!(guest.read64(seventh), content(3, 0));
+    assert_eq!(guest.read64(seventh + 2 * PAGE), 4);
+
+    assert_eq!(guest.read64(other), content(9, 0));
+    assert_eq!(backends[1].map(page(1), &file(8, 1)), 0);
+    assert_eq!(guest.read64(other + PAGE), content(8, 0));
+    assert_eq!(backends[0].unmap(whole), 0);
+    assert_eq!(guest.read64(base + 7 * PAGE), u64::MAX);
+    assert_eq!(backends[0].map(page(7), &file(2, 1)), 0);
+    assert_eq!(guest.read64(base + 7 * PAGE), content(2, 0));
+    guest.exit();
+}
+
+#[test]
+fn a_file_cut_short_reads_as_zeroes() {
+    if !kvm::is_here() {
+        return;
+    }
+    cut_short(false);
+}
+
+#[test]
+fn a_file_cut_short_reads_as_zeroes_also_with_interrupts_on() {
+    if !kvm::is_here() {
+        return;
+    }
+    cut_short(true);
+}

@@ -1,0 +1,166 @@
+//! hotslot's own input and output, whatever they are: the guest goes on, and the exit status is the guest's.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::monitor::Operation;
+use crate::{guest, kvm};
+
+const DEBUG_EXIT: u64 = 0xf4;
+
+fn request(operation: Operation, address: u64, value: u64) -> Vec<u8> {
+    let mut bytes = vec![operation as u8, 1];
+    bytes.extend(address.to_le_bytes());
+    bytes.extend(value.to_le_bytes());
+    bytes
+}
+
+/// Reads that are answered, then the end with status 42.
+fn script() -> Vec<u8> {
+    let mut script = request(Operation::Read, 0x10_0000, 0).repeat(20);
+    script.extend(request(Operation::Out, DEBUG_EXIT, 42));
+    script
+}
+
+fn wait(mut hotslot: Child) -> ExitStatus {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = hotslot.try_wait().unwrap() {
+            return status;
+        }
+        if start.elapsed() > Duration::from_secs(60) {
+            hotslot.kill().unwrap();
+            panic!("hotslot does not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Closes a standard stream in the child.
+fn closed(command: &mut Command, fd: i32) -> &mut Command {
+    // SAFETY: close is async-signal-safe, and the descriptor is the child's own.
+    unsafe {
+        command.pre_exec(move || {
+            libc::close(fd);
+            Ok(())
+        })
+    }
+}
+
+#[test]
+fn input_is_a_file() {
+    if !kvm::is_here() {
+        return;
+    }
+    let input = tempfile::NamedTempFile::new().unwrap();
+    input.as_file().write_all(&script()).unwrap();
+    let kernel = guest::kernel();
+    let mut hotslot = guest::command(kernel.path())
+        .stdin(File::open(input.path()).unwrap())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = Vec::new();
+    hotslot.stdout.take().unwrap().read_to_end(&mut output).unwrap();
+    assert_eq!(output.len(), 20 * 8);
+    assert_eq!(wait(hotslot).code(), Some(42));
+}
+
+#[test]
+fn input_is_a_pipe_that_ends_before_the_guest() {
+    if !kvm::is_here() {
+        return;
+    }
+    let kernel = guest::kernel();
+    let mut hotslot = guest::command(kernel.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = hotslot.stdin.take().unwrap();
+    stdin.write_all(&script()).unwrap();
+    drop(stdin);
+    assert_eq!(wait(hotslot).code(), Some(42));
+}
+
+#[test]
+fn there_is_no_input() {
+    if !kvm::is_here() {
+        return;
+    }
+    // The guest waits for input, and has all the time: the end of input is not the end of the machine.
+    for close in [false, true] {
+        let kernel = guest::kernel();
+        let mut command = guest::command(kernel.path());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        if close {
+            closed(&mut command, 0);
+        }
+        let mut hotslot = command.spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(hotslot.try_wait().unwrap(), None, "closed: {close}");
+        // SAFETY: a signal to a child of ours, which is not reaped yet.
+        unsafe { libc::kill(hotslot.id() as i32, libc::SIGTERM) };
+        let mut stderr = hotslot.stderr.take().unwrap();
+        assert_eq!(wait(hotslot).code(), Some(128 + libc::SIGTERM));
+        let mut text = String::new();
+        stderr.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hotslot: ended by SIGTERM\n");
+    }
+}
+
+#[test]
+fn nobody_reads_the_output() {
+    if !kvm::is_here() {
+        return;
+    }
+    for case in ["reader gone", "closed", "full", "/dev/null"] {
+        let input = tempfile::NamedTempFile::new().unwrap();
+        input.as_file().write_all(&script()).unwrap();
+        let kernel = guest::kernel();
+        let mut command = guest::command(kernel.path());
+        command
+            .stdin(File::open(input.path()).unwrap())
+            .stderr(Stdio::null());
+        match case {
+            "reader gone" => {
+                let (_, writer) = std::io::pipe().unwrap();
+                command.stdout(OwnedFd::from(writer));
+            }
+            "full" => {
+                command.stdout(File::options().write(true).open("/dev/full").unwrap());
+            }
+            "closed" => {
+                closed(&mut command, 1);
+            }
+            _ => {
+                command.stdout(Stdio::null());
+            }
+        }
+        assert_eq!(wait(command.spawn().unwrap()).code(), Some(42), "{case}");
+    }
+}
+
+#[test]
+fn nothing_is_open_at_all() {
+    if !kvm::is_here() {
+        return;
+    }
+    let kernel = guest::kernel();
+    let mut command = guest::command(kernel.path());
+    for fd in 0..3 {
+        closed(&mut command, fd);
+    }
+    let hotslot = command.spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    // SAFETY: a signal to a child of ours, which is not reaped yet.
+    unsafe { libc::kill(hotslot.id() as i32, libc::SIGTERM) };
+    assert_eq!(wait(hotslot).code(), Some(128 + libc::SIGTERM));
+}
