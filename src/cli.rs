@@ -40,10 +40,7 @@ pub struct Cli {
     pub cpus: u32,
 
     /// Add a virtio device whose back-end listens on a Unix socket
-    ///
-    /// PATH,type=fs|pmem|blk|rng|vsock|console|...|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20][,name=NAME].
-    /// Can be given several times; the guest finds the devices in this order.
-    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...")]
+    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...", long_help = DEVICE_HELP)]
     pub vhost_user: Vec<DeviceSpec>,
 
     /// The serial port's other end: stdio, off or file=PATH
@@ -78,6 +75,11 @@ pub struct Cli {
     #[arg(long)]
     pub print_layout: bool,
 }
+
+const DEVICE_HELP: &str = "Add a virtio device whose back-end listens on a Unix socket
+
+PATH,type=fs|pmem|blk|rng|vsock|console|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20][,name=NAME]. Can be given \
+several times; the guest finds the devices in this order.";
 
 const STATUSES: &str = "Exit status:
   0 the guest switched itself off       32 it reset itself

@@ -1,7 +1,7 @@
 //! The program: parse, build, run, and say how it ended.
 
 use std::error::Error;
-use std::io::Write;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -9,6 +9,7 @@ use hotslot::arch::x86_64::layout::Layout;
 use hotslot::cli::Cli;
 use hotslot::config::DEFAULT_CMDLINE;
 use hotslot::exit::STATUS_USAGE;
+use hotslot::report::{say, with_causes};
 use hotslot::vmm::Vmm;
 
 fn main() -> ExitCode {
@@ -17,7 +18,9 @@ fn main() -> ExitCode {
         return fail(&*error, None, STATUS_USAGE);
     }
     if cli.print_layout {
-        println!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
+        let text = format!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
+        // Unlike with `println!`, a reader that is gone does not matter.
+        let _nobody_reads = writeln!(io::stdout(), "{text}");
         return ExitCode::SUCCESS;
     }
     let Some(config) = cli.into_config() else {
@@ -26,7 +29,7 @@ fn main() -> ExitCode {
     };
     match Vmm::build(&config).and_then(Vmm::run) {
         Ok(exit) => {
-            eprintln!("hotslot: {exit}");
+            say(format_args!("hotslot: {exit}"));
             ExitCode::from(&exit)
         }
         Err(error) => fail(&error, error.hint(), error.status()),
@@ -35,15 +38,9 @@ fn main() -> ExitCode {
 
 /// Prints an error with all its causes, each once.
 fn fail(error: &dyn Error, hint: Option<String>, status: u8) -> ExitCode {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    eprintln!("error: {text}");
+    say(format_args!("error: {}", with_causes(error)));
     if let Some(hint) = hint {
-        eprintln!("hint: {hint}");
+        say(format_args!("hint: {hint}"));
     }
     ExitCode::from(status)
 }

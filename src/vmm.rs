@@ -160,17 +160,17 @@ impl Vmm {
     ///
     /// Everything that is wrong with the configuration, its files or the host. Nothing is left behind then.
     pub fn build(config: &Config) -> Result<Vmm, VmmError> {
-        // What the user gave, before anything is made of it.
+        // What the user gave: can it be done at all?
         check_numbers(config)?;
         let mut kernel = Kernel::open(&config.kernel)?;
         let mut initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
-        boot::check_cmdline(&kernel, &config.cmdline)?;
+        let ram = Ram::new(config.memory, layout::HOLE, layout::HOLE_END)?;
+        let placement = boot::place(&kernel, initramfs.as_ref(), &config.cmdline, &ram)?;
 
-        // The machine and its memory.
+        // The machine, with its memory.
         let kvm = Kvm::open()?;
         kvm.check_vcpus(config.cpus)?;
         let supported = kvm.supported_cpuid()?;
-        let ram = Ram::new(config.memory, layout::HOLE, layout::HOLE_END)?;
         check_address_width(&ram, &supported)?;
         let vm = Vm::new(&kvm, layout::KVM_PAGES)?;
         let mapper: Arc<dyn GuestMapper> = Arc::new(Slots::new(Arc::clone(vm.fd()), kvm.max_slots()));
@@ -210,7 +210,7 @@ impl Vmm {
                 VmmError::Os("write the ACPI tables to guest memory", io::Error::other(error))
             })?;
         log::info!("kernel command line: {}", config.cmdline);
-        let entry = boot::load(&mut kernel, initramfs.as_mut(), &config.cmdline, &ram)?;
+        let entry = boot::load(&mut kernel, initramfs.as_mut(), &config.cmdline, &ram, placement)?;
 
         let topology = Topology {
             vcpus: config.cpus,
@@ -239,6 +239,7 @@ impl Vmm {
         events.add_subscriber(Box::new(EndWatch(Arc::clone(&end))));
         events.add_subscriber(Box::new(signals));
         let raw_terminal = self.console.make_raw()?;
+        let serial_port = Arc::clone(&self.console.port);
         events.add_subscriber(Box::new(ConsoleInput::new(self.console, Arc::clone(&end))));
 
         let vcpus = start(self.vcpus, &self.machine, &end);
@@ -254,6 +255,7 @@ impl Vmm {
         };
         stop(vcpus, &self.machine);
 
+        serial_port.flush();
         drop(raw_terminal);
         log_unclaimed(&self.machine.unclaimed);
         // In this order, said aloud: the back-ends are let go and their mappings go, nobody can reach guest memory any
@@ -269,7 +271,7 @@ impl Vmm {
 fn memory_map(ram: &[RamRegion], devices: &[Attached]) -> Vec<String> {
     let ram = ram
         .iter()
-        .map(|region| format!("  {} RAM", backends::show(&region.guest)));
+        .map(|region| format!("  {}  RAM", backends::show(&region.guest)));
     let devices = devices
         .iter()
         .flat_map(Attached::memory_map)

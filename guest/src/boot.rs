@@ -62,6 +62,7 @@ pub fn run() -> ! {
         eprintln!("init: {sentence}");
         finish::end_machine(1, None);
     }
+    finish::obey_signals();
     let command = choose_command(&parameters);
     let status = console::run(&command);
     if status != 0 && parameters.debug_exit.is_none() {

@@ -1,4 +1,4 @@
-//! The two ways in which a guest ends: a status written to the debug-exit port, or the power switched off.
+//! How a guest ends: a status written to the debug-exit port, the power switched off, or what somebody asks PID 1 for.
 
 use std::arch::asm;
 use std::io;
@@ -27,6 +27,27 @@ pub fn end_machine(status: u8, debug_exit: Option<u16>) -> ! {
     // PID 1 must not end: the kernel would panic, and hide the sentence above.
     loop {
         std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+/// From here on does what busybox' `poweroff`, `halt` and `reboot` ask PID 1 for, by signals as they send them.
+pub fn obey_signals() {
+    for signal in [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM] {
+        // SAFETY: the handler makes system calls only.
+        unsafe { libc::signal(signal, asked as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+    }
+}
+
+extern "C" fn asked(signal: libc::c_int) {
+    let how = if signal == libc::SIGTERM {
+        libc::RB_AUTOBOOT
+    } else {
+        libc::RB_POWER_OFF
+    };
+    // SAFETY: no memory is involved.
+    unsafe {
+        libc::sync();
+        libc::reboot(how);
     }
 }
 

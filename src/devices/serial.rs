@@ -3,12 +3,18 @@
 //! The vCPUs write; the main loop brings input. A vCPU may have to wait for whoever reads the output (that is the
 //! back-pressure a terminal or a pipe exerts), but with no lock held, and a kick ends the wait. Output that nobody can
 //! take any more is dropped, and the guest goes on.
+//!
+//! A guest writes its output byte by byte; we pass it on in pieces, because each piece may wake another process. A
+//! piece ends with a line, with [`PIECE`] bytes, and when the guest shows that it is done: it sets its interrupts (a
+//! driver that has nothing more to send switches one off), or asks for the line's status [`PAUSE`] after its last byte
+//! (a program that waits for a key).
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
@@ -20,6 +26,12 @@ use crate::bus::{BusDevice, MachineEvent};
 const INTERRUPT_ENABLE: u8 = 1;
 const LINE_CONTROL: u8 = 3;
 const MODEM_CONTROL: u8 = 4;
+const LINE_STATUS: u8 = 5;
+
+/// The most that is kept back. Less than a pipe takes in one piece.
+pub const PIECE: usize = 256;
+/// How long a program may think about its next byte.
+pub const PAUSE: Duration = Duration::from_millis(1);
 
 /// INTERRUPT_ENABLE: interrupt me when there is input.
 const RECEIVED_DATA: u8 = 1 << 0;
@@ -43,6 +55,15 @@ struct State {
     /// The guest once asked for interrupts by input. Before that its driver is not there, and when it comes it throws
     /// away what it finds in the port.
     listening: bool,
+    /// When the last byte of output came that is still here.
+    last_output: Instant,
+}
+
+impl State {
+    /// The output that was kept back.
+    fn take_output(&mut self) -> Vec<u8> {
+        std::mem::take(self.uart.writer_mut())
+    }
 }
 
 impl SerialPort {
@@ -55,6 +76,7 @@ impl SerialPort {
                 line_control: 0,
                 modem_control: 0,
                 listening: false,
+                last_output: Instant::now(),
             }),
             output,
             wants_input,
@@ -76,11 +98,28 @@ impl SerialPort {
         self.state().uart.enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 
+    /// Passes on what was kept back.
+    pub fn flush(&self) {
+        let output = self.state().take_output();
+        self.output.write(&output);
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes one register; what came out of the line is the result.
+    /// Reads one register; what is to be passed on is the second result.
+    fn read_register(&self, register: u8) -> (u8, Vec<u8>) {
+        let mut state = self.state();
+        let value = state.uart.read(register);
+        let pending = !state.uart.writer().is_empty();
+        if pending && register == LINE_STATUS && state.last_output.elapsed() >= PAUSE {
+            return (value, state.take_output());
+        }
+        (value, Vec::new())
+    }
+
+    /// Writes one register; what is to be passed on is the result.
     fn write_register(&self, register: u8, value: u8) -> Vec<u8> {
         let mut state = self.state();
         match register {
@@ -96,17 +135,26 @@ impl SerialPort {
         }
         if matches!(register, INTERRUPT_ENABLE | MODEM_CONTROL) {
             signal(&self.wants_input);
+            return state.take_output();
         }
-        std::mem::take(state.uart.writer_mut())
+        let pending = state.uart.writer();
+        if pending.last() == Some(&b'\n') || pending.len() >= PIECE {
+            return state.take_output();
+        }
+        if !pending.is_empty() {
+            state.last_output = Instant::now();
+        }
+        Vec::new()
     }
 }
 
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut state = self.state();
         // A wide access is one to each register it covers.
         for (register, byte) in (offset as u8..).zip(data) {
-            *byte = state.uart.read(register);
+            let (value, output) = self.read_register(register);
+            *byte = value;
+            self.output.write(&output);
         }
     }
 
@@ -171,18 +219,16 @@ impl Output {
             return;
         };
         while !bytes.is_empty() && !self.broken.load(Ordering::Relaxed) {
+            // The last words: nobody would kick us out of a wait for the reader any more.
+            if self.stopping.load(Ordering::SeqCst) && !wait_until_writable(file) {
+                return;
+            }
             match file.write(bytes) {
                 Ok(written) if written > 0 => bytes = &bytes[written..],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                    if self.stopping.load(Ordering::SeqCst) {
-                        return;
-                    }
-                }
+                // A kick, perhaps.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Somebody who shares the file made it non-blocking.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if self.stopping.load(Ordering::SeqCst) {
-                        return;
-                    }
                     wait_until_writable(file);
                 }
                 result => {
@@ -195,15 +241,15 @@ impl Output {
     }
 }
 
-/// Waits until the file takes more, a signal comes or a tenth of a second is over.
-fn wait_until_writable(file: &File) {
+/// Waits until the file takes more, a signal comes or a tenth of a second is over. Whether it takes more.
+fn wait_until_writable(file: &File) -> bool {
     let mut poll = libc::pollfd {
         fd: file.as_raw_fd(),
         events: libc::POLLOUT,
         revents: 0,
     };
     // SAFETY: one pollfd, ours, which lives through the call.
-    let _the_caller_tries_anyway = unsafe { libc::poll(&mut poll, 1, 100) };
+    unsafe { libc::poll(&mut poll, 1, 100) == 1 }
 }
 
 #[cfg(test)]
@@ -246,10 +292,44 @@ mod tests {
         for byte in b"hello" {
             bench.port.write(0, &[*byte]);
         }
+        bench.port.flush();
         drop(bench);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "hello");
+    }
+
+    /// What has arrived by now.
+    fn arrived(reader: &mut File) -> usize {
+        let mut bytes = [0; 4096];
+        // SAFETY: F_SETFL takes an int and touches no memory of ours.
+        unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+        reader.read(&mut bytes).unwrap_or(0)
+    }
+
+    #[test]
+    fn output_comes_in_pieces_that_do_not_wait_for_more() {
+        let (mut reader, writer) = pipe();
+        let bench = bench(Some(writer));
+        let write = |bytes: &[u8]| {
+            bytes
+                .iter()
+                .for_each(|byte| assert_eq!(bench.port.write(0, &[*byte]), None))
+        };
+        write(b"a line");
+        assert_eq!(arrived(&mut reader), 0);
+        write(b"\r\n");
+        assert_eq!(arrived(&mut reader), 8);
+        // A prompt of a driver with interrupts, and of a program that polls.
+        write(b"login: ");
+        bench.port.write(1, &[RECEIVED_DATA]);
+        assert_eq!(arrived(&mut reader), 7);
+        write(b"> ");
+        std::thread::sleep(PAUSE);
+        bench.port.read(LINE_STATUS.into(), &mut [0]);
+        assert_eq!(arrived(&mut reader), 2);
+        write(&[b'.'; PIECE + 1]);
+        assert_eq!(arrived(&mut reader), PIECE);
     }
 
     #[test]
@@ -258,7 +338,7 @@ mod tests {
         drop(reader);
         let bench = bench(Some(writer));
         for _ in 0..3 {
-            assert_eq!(bench.port.write(0, b"x"), None);
+            assert_eq!(bench.port.write(0, b"\n"), None);
         }
     }
 

@@ -222,6 +222,8 @@ impl Runner {
             // seen in the second.
             self.fd.set_kvm_immediate_exit(0);
             if self.machine.stopping.load(Ordering::SeqCst) {
+                // For whoever ended a guest that hangs.
+                log::debug!("vCPU {} stops here:\n{}", self.id, Registers(&self.fd));
                 return Outcome::Stopped;
             }
             if let Some(outcome) = self.enter() {

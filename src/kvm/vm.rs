@@ -25,7 +25,10 @@ pub enum KvmError {
     /// The file is there and cannot be opened for another reason.
     #[error("cannot open /dev/kvm")]
     Open(#[source] io::Error),
-    /// It is no KVM, or one that nobody has seen since 2007.
+    /// It is something else under that name.
+    #[error("/dev/kvm is not KVM: it does not know its own version")]
+    NotKvm,
+    /// A KVM that nobody has seen since 2007.
     #[error("/dev/kvm speaks version {0} of the KVM interface, not {KVM_API_VERSION}")]
     ApiVersion(i32),
     /// Something that we use is not offered.
@@ -131,6 +134,9 @@ impl Kvm {
             _ => KvmError::Open(error.into()),
         })?;
         let version = kvm.get_api_version();
+        if version < 0 {
+            return Err(KvmError::NotKvm);
+        }
         if version != KVM_API_VERSION as i32 {
             return Err(KvmError::ApiVersion(version));
         }

@@ -120,6 +120,7 @@ impl Ram {
                 .with_file_offset(FileOffset::from_arc(Arc::clone(&file), file_offset))
                 .build()
                 .map_err(|error| os("map addresses")(io::Error::other(error)))?;
+            ask_for_huge_pages(mapping.as_ptr(), mapping.size());
             regions.push(RamRegion {
                 guest,
                 host: mapping.as_ptr(),
@@ -164,6 +165,14 @@ impl Ram {
     pub fn end(&self) -> u64 {
         let last = self.regions[self.regions.len() - 1].guest;
         last.start() + last.len()
+    }
+}
+
+/// Asks for huge pages where the host's administrator lets programs ask (`shmem_enabled` is `advise`).
+fn ask_for_huge_pages(start: *mut u8, len: usize) {
+    // SAFETY: the range is a mapping of ours; the advice changes how it is filled and not what is in it.
+    if unsafe { libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE) } != 0 {
+        log::debug!("no huge pages for guest memory: {}", io::Error::last_os_error());
     }
 }
 

@@ -18,6 +18,7 @@ use super::message::{BackendRequest, Header, MMAP_LEN, MMap, U64_LEN, protocol_f
 use super::negotiate::Agreement;
 use crate::memory::Access;
 use crate::memory::shmem::{MapRequest, SharedMemory, ShmemError};
+use crate::report::{MisuseLog, with_causes};
 
 /// How long a back-end may leave a full socket of answers unread (SHM-66).
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -73,7 +74,7 @@ impl Refusal {
 
 /// Our end of a backend channel.
 pub struct BackendChannel {
-    name: String,
+    log: MisuseLog,
     reply_ack: bool,
     shmem: Option<Arc<SharedMemory>>,
     /// A copy of the socket, to wait on and to end it without the lock.
@@ -98,7 +99,7 @@ impl BackendChannel {
         shmem: Arc<SharedMemory>,
     ) -> io::Result<Self> {
         Ok(BackendChannel {
-            name: name.to_string(),
+            log: MisuseLog::new(name),
             reply_ack: agreement.has(protocol::REPLY_ACK),
             shmem: agreement.has_shmem().then_some(shmem),
             socket: socket.try_clone()?,
@@ -117,12 +118,14 @@ impl BackendChannel {
         Ok(())
     }
 
-    /// Handles all that is queued, but not what comes after `deadline`. What is only half here by then is refused when
-    /// its other half comes (SHM-71). The gate of the shared memory is closed, so none of it leaves a mapping behind.
+    /// Handles all that is queued now, as far as `deadline` allows, and not what a back-end adds meanwhile. A request of
+    /// which only a part is here is refused when the rest comes (SHM-71). The gate of the shared memory is closed, so
+    /// none of it leaves a mapping behind.
     pub fn drain(&self, deadline: Deadline) -> Result<(), ChannelError> {
         let mut inbox = self.lock();
-        while !deadline.has_passed() && self.serve_one(&mut inbox)? {}
-        inbox.stale = inbox.connection.is_inside_message();
+        let end = inbox.connection.end_of_queue()?;
+        while inbox.connection.position() < end && !deadline.has_passed() && self.serve_one(&mut inbox)? {}
+        inbox.stale = inbox.connection.position() < end;
         Ok(())
     }
 
@@ -142,7 +145,7 @@ impl BackendChannel {
             self.handle(message)
         };
         if let Err(refusal) = &result {
-            self.log(request, refusal);
+            self.say_refused(request, refusal);
         }
         if needs_reply && self.reply_ack {
             // SHM-58: 0, or a negative errno as a u64.
@@ -218,16 +221,13 @@ impl BackendChannel {
         Ok((shmem, request))
     }
 
-    fn log(&self, request: u32, refusal: &Refusal) {
-        let cause = std::error::Error::source(refusal)
-            .map(|source| format!(": {source}"))
-            .unwrap_or_default();
+    fn say_refused(&self, request: u32, refusal: &Refusal) {
+        let why = with_causes(refusal);
         match BackendRequest::from_id(request) {
-            Some(known) => log::warn!("{}: {known} is refused: {refusal}{cause}", self.name),
-            None => log::warn!(
-                "{}: backend request {request} is refused: {refusal}{cause}",
-                self.name
-            ),
+            Some(known) => self.log.warn(format_args!("{known} is refused: {why}")),
+            None => self
+                .log
+                .warn(format_args!("backend request {request} is refused: {why}")),
         }
     }
 }
@@ -236,5 +236,105 @@ impl BackendChannel {
 impl AsFd for BackendChannel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::memory::alloc::WindowAllocator;
+    use crate::memory::{GuestMapper, GuestRange, SlotId};
+
+    /// A machine that nothing is mapped in.
+    struct NoGuest;
+
+    impl GuestMapper for NoGuest {
+        unsafe fn map(&self, _: GuestRange, _: *mut u8, _: Access) -> io::Result<SlotId> {
+            Err(io::Error::from_raw_os_error(libc::ENOSPC))
+        }
+
+        fn unmap(&self, _: SlotId) -> io::Result<()> {
+            Err(io::Error::from_raw_os_error(libc::ENOENT))
+        }
+    }
+
+    fn channel() -> (BackendChannel, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut windows = WindowAllocator::new(1 << 32, 1 << 40);
+        let shmem = SharedMemory::new([], &mut windows, Arc::new(NoGuest), 1).unwrap();
+        let agreement = Agreement::default();
+        (
+            BackendChannel::new("test", &agreement, ours, Arc::new(shmem)).unwrap(),
+            theirs,
+        )
+    }
+
+    fn is_readable(socket: impl AsFd) -> bool {
+        let mut poll = libc::pollfd {
+            fd: std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one pollfd, on our stack.
+        unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+    }
+
+    #[test]
+    fn the_lock_is_free_between_reads_however_much_there_is() {
+        // SHM-66: requests of 12 bytes, so that a read never ends with one. The lock is taken for a read at a time.
+        let (channel, mut theirs) = channel();
+        theirs
+            .write_all(&Header::request(50, 0, false).encode().repeat(1000))
+            .unwrap();
+        channel.serve().unwrap();
+        assert!(is_readable(&channel), "not all at once");
+        for _ in 0..1000 {
+            channel.serve().unwrap();
+        }
+        let inbox = channel.lock();
+        assert_eq!(inbox.connection.position(), 12_000);
+        assert_eq!(inbox.connection.end_of_queue().unwrap(), 12_000);
+    }
+
+    #[test]
+    fn a_drain_takes_everything_and_remembers_what_was_begun() {
+        // SHM-71
+        let (channel, mut theirs) = channel();
+        let request = Header::request(50, 0, false).encode();
+        theirs.write_all(&request.repeat(1000)).unwrap();
+        channel.drain(Deadline::after(Duration::from_secs(20))).unwrap();
+        assert!(!is_readable(&channel) && !channel.lock().stale);
+        theirs.write_all(&request[..5]).unwrap();
+        channel.drain(Deadline::after(Duration::from_secs(20))).unwrap();
+        assert!(!is_readable(&channel) && channel.lock().stale);
+        theirs.write_all(&request[5..]).unwrap();
+        channel.serve().unwrap();
+        assert!(!channel.lock().stale);
+    }
+
+    #[test]
+    fn who_waits_for_room_is_woken_when_the_channel_is_shut_down() {
+        // SHM-66
+        let (mut channel, mut theirs) = channel();
+        channel.reply_ack = true;
+        theirs
+            .write_all(&Header::request(50, 0, true).encode().repeat(5000))
+            .unwrap();
+        let channel = &channel;
+        std::thread::scope(|scope| {
+            let served = scope.spawn(move || channel.drain(Deadline::after(Duration::from_secs(20))));
+            let patience = Deadline::after(Duration::from_secs(20));
+            while !is_readable(&theirs) && !patience.has_passed() {
+                std::thread::yield_now();
+            }
+            channel.shut_down();
+            let ended = served.join().unwrap();
+            assert!(matches!(
+                ended,
+                Err(ChannelError::Connection(ConnectionError::HungUp))
+            ));
+        });
     }
 }

@@ -174,9 +174,19 @@ impl Connection {
         }
     }
 
-    /// Whether part of a message is here, or several.
-    pub fn is_inside_message(&self) -> bool {
-        !self.buffer.is_empty()
+    /// Where the next message starts: bytes of the stream that were given out as messages.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Where what the peer has sent so far ends, in the same count.
+    pub fn end_of_queue(&self) -> Result<u64, ConnectionError> {
+        let mut queued: libc::c_int = 0;
+        // SAFETY: FIONREAD writes one int, ours.
+        if unsafe { libc::ioctl(self.socket.as_raw_fd(), libc::FIONREAD, &mut queued) } != 0 {
+            return Err(ConnectionError::Io(io::Error::last_os_error()));
+        }
+        Ok(self.position + self.buffer.len() as u64 + u64::from(queued.unsigned_abs()))
     }
 
     /// Whether the next call of [`Self::try_receive`] need not read.
@@ -406,3 +416,6 @@ fn receive_some(socket: &UnixStream, buffer: &mut Vec<u8>, want: usize) -> io::R
         fds_lost: message.msg_flags & libc::MSG_CTRUNC != 0,
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,9 +17,10 @@ use super::connection::Deadline;
 use super::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use super::memory_table::MemoryTable;
 use super::message::protocol_features as protocol;
-use super::watch::{Health, Watch};
+use super::watch::{Link, Watch};
 use crate::memory::GuestRange;
 use crate::memory::shmem::SharedMemory;
+use crate::report::with_causes;
 use crate::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use crate::virtio::interrupt::Interrupt;
 
@@ -43,11 +44,10 @@ pub struct VhostUserDevice {
     memory: MemoryTable,
     shmem: Arc<SharedMemory>,
     interrupt: Arc<Interrupt>,
-    health: Arc<Health>,
+    link: Arc<Link>,
     /// The queues whose rings the back-end runs.
     running: BTreeSet<u16>,
     frontend: Frontend,
-    channel: Option<Arc<BackendChannel>>,
     /// The device's thread, which ends with the device.
     _watch: Watch,
 }
@@ -76,9 +76,9 @@ impl VhostUserDevice {
             (None, None)
         };
         let main = frontend.as_fd().try_clone_to_owned()?;
-        let health = Health::new(&spec.name, Arc::clone(&interrupt), main, channel.clone());
-        let health = Arc::new(health);
-        let watch = Watch::start(Arc::clone(&health))?;
+        let link = Link::new(&spec.name, Arc::clone(&interrupt), main, channel);
+        let link = Arc::new(link);
+        let watch = Watch::start(Arc::clone(&link))?;
         if let Some(theirs) = theirs {
             frontend.set_backend_channel(theirs.as_fd())?;
         }
@@ -90,10 +90,9 @@ impl VhostUserDevice {
             memory,
             shmem,
             interrupt,
-            health,
+            link,
             running: BTreeSet::new(),
             frontend,
-            channel,
             _watch: watch,
         })
     }
@@ -103,12 +102,12 @@ impl VhostUserDevice {
         &mut self,
         conversation: impl FnOnce(&mut Self) -> Result<T, FrontendError>,
     ) -> Result<T, DeviceError> {
-        if self.health.is_lost() {
+        if self.link.is_lost() {
             return Err(BackendLost.into());
         }
         conversation(self).map_err(|error| {
             if error.is_fatal() {
-                self.health.give_up(&error);
+                self.link.give_up(&error);
             }
             error.into()
         })
@@ -186,7 +185,7 @@ impl VirtioDevice for VhostUserDevice {
         self.shmem.close_gate();
         let deadline = Deadline::after(CONTROL_TIMEOUT);
         let running = std::mem::take(&mut self.running);
-        if !self.health.is_lost() {
+        if !self.link.is_lost() {
             let told = self.talk(|device| {
                 for index in running {
                     device.frontend.stop_ring(index, deadline)?;
@@ -195,20 +194,24 @@ impl VirtioDevice for VhostUserDevice {
             });
             match told {
                 // The back-end is cut off, and the log says so.
-                Err(_) if self.health.is_lost() => {}
-                Err(error) => log::warn!("{}: while the device is reset: {error}", self.name),
+                Err(_) if self.link.is_lost() => {}
+                Err(error) => log::warn!(
+                    "{}: while the device is reset: {}",
+                    self.name,
+                    with_causes(&*error)
+                ),
                 Ok(()) => {}
             }
         }
-        if let Some(channel) = &self.channel {
-            if let Err(error) = channel.drain(deadline) {
-                self.health.channel_ended(&error);
-            }
-        }
+        self.link.drain_channel(deadline);
         match self.shmem.unmap_all() {
             Ok(0) => {}
             Ok(count) => log::info!("{}: the reset removed {count} mappings", self.name),
-            Err(error) => log::error!("{}: mappings stay after a reset: {error}", self.name),
+            Err(error) => log::error!(
+                "{}: mappings stay after a reset: {}",
+                self.name,
+                with_causes(&error)
+            ),
         }
     }
 

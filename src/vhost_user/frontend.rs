@@ -20,6 +20,7 @@ use super::message::{
     FrontendRequest, Header, Payload, SHMEM_CONFIG_LEN, ShmemConfig, U64_LEN, protocol_features as protocol,
 };
 use super::negotiate::{Agreement, NegotiationError, Offer, negotiate};
+use crate::report;
 use crate::virtio::device::QueueSetup;
 
 /// How long a back-end may take to answer a request of the set-up.
@@ -570,10 +571,10 @@ fn connect(name: &str, path: &Path, patience: Duration) -> Result<UnixStream, Fr
         let seconds = waited.as_secs() / TELL.as_secs();
         if seconds > told {
             told = seconds;
-            eprintln!(
+            report::say(format_args!(
                 "hotslot: {name}: waiting for a back-end on {} ({seconds} s)",
                 path.display()
-            );
+            ));
         }
         thread::sleep(RETRY.min(patience - waited));
     }

@@ -143,7 +143,7 @@ impl fmt::Display for DeviceKind {
 
 /// What is not a device type.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("'{0}' is no device type: give one of {names}, or a number from 1 to 255", names = names())]
+#[error("`{0}` is no device type: give one of {names}, or a number from 1 to 255", names = names())]
 pub struct UnknownKind(String);
 
 fn names() -> String {
@@ -163,6 +163,46 @@ impl FromStr for DeviceKind {
         match KINDS.iter().position(|kind| kind.id == id) {
             Some(index) => Ok(DeviceKind(Id::Known(index))),
             None => Ok(DeviceKind(Id::Number(id))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(text: &str) -> DeviceKind {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_name_and_its_number_are_the_same_type() {
+        for (name, id) in [
+            ("blk", 2),
+            ("console", 3),
+            ("rng", 4),
+            ("vsock", 19),
+            ("fs", 26),
+            ("pmem", 27),
+        ] {
+            assert_eq!((kind(name).id(), kind(name)), (id, kind(&id.to_string())));
+            assert_eq!(kind(name).to_string(), name);
+        }
+        let unknown = kind("200");
+        assert_eq!((unknown.id(), unknown.to_string().as_str()), (200, "type-200"));
+        assert_eq!((unknown.default_queues(), unknown.config_len()), (1, None));
+        assert!(!unknown.needs_config() && !unknown.needs_shmem());
+        assert!(kind("pmem").needs_shmem() && kind("fs").needs_config());
+    }
+
+    #[test]
+    fn what_is_no_type_is_refused_with_those_that_are() {
+        for text in ["", "disk", "0", "256", "-1", "4.0", "BLK", " blk"] {
+            let error = text.parse::<DeviceKind>().unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("`{text}`")) && error.contains("vsock, fs, pmem"),
+                "{error}"
+            );
         }
     }
 }

@@ -44,3 +44,38 @@ impl MemoryTable {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_given_only_for_what_is_all_in_one_region() {
+        let region = |guest_addr, size, user_addr| MemoryRegion {
+            guest_addr,
+            size,
+            user_addr,
+            mmap_offset: 0,
+        };
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let regions = vec![region(0, 0x8000, 0x10_0000), region(0x1_0000, 0x1000, 0x20_0000)];
+        let table = MemoryTable::new(file, regions);
+        for (address, len, expected) in [
+            (0, 0x8000, Some(0x10_0000)),
+            (0x7fff, 1, Some(0x10_7fff)),
+            (0x1_0ff0, 0x10, Some(0x20_0ff0)),
+            (0x7fff, 2, None),
+            (0x8000, 1, None),
+            (0xffff, 2, None),
+            (0x1_0ff0, 0x11, None),
+            (u64::MAX, 1, None),
+            (0x10, u64::MAX, None),
+        ] {
+            assert_eq!(
+                table.user_address(address, len),
+                expected,
+                "{address:#x} {len:#x}"
+            );
+        }
+    }
+}

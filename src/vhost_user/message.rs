@@ -326,3 +326,82 @@ impl<'a> Fields<'a> {
         u64::from_ne_bytes(self.take())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_three_words() {
+        let bytes = |words: [u32; 3]| <[u8; 12]>::try_from(words.map(u32::to_ne_bytes).concat()).unwrap();
+        // SHM-10, SHM-57
+        assert_eq!(Header::request(44, 0, false).encode(), bytes([44, 0x1, 0]));
+        assert_eq!(Header::request(5, 40, true).encode(), bytes([5, 0x9, 40]));
+        assert_eq!(Header::reply(9, 8).encode(), bytes([9, 0x5, 8]));
+        for flags in 0..16 {
+            let header = Header::decode(&bytes([1, flags, 2]));
+            let expected = (flags % 4, flags / 4 % 2 == 1, flags / 8 == 1);
+            assert_eq!(
+                (header.version(), header.is_reply(), header.needs_reply()),
+                expected
+            );
+            assert_eq!((header.request, header.size), (1, 2));
+        }
+    }
+
+    #[test]
+    fn a_map_has_its_fields_where_the_specification_puts_them() {
+        let mut payload = [0xee; MMAP_LEN];
+        payload[0] = 0xfe;
+        for (at, value) in [(8, 1u64), (16, 2), (24, 3), (32, 4)] {
+            payload[at..at + 8].copy_from_slice(&value.to_ne_bytes());
+        }
+        let expected = MMap {
+            shmid: 0xfe,
+            fd_offset: 1,
+            shm_offset: 2,
+            len: 3,
+            flags: 4,
+        };
+        assert_eq!(MMap::decode(&payload), Some(expected)); // SHM-26
+        // SHM-25
+        assert_eq!(MMap::decode(&payload[..39]), None);
+        assert_eq!(MMap::decode(&[&payload[..], &[0]].concat()), None);
+        assert_eq!(MMap::decode(&[]), None);
+    }
+
+    #[test]
+    fn a_layout_has_a_count_padding_and_256_sizes() {
+        let mut payload = vec![0; SHMEM_CONFIG_LEN];
+        payload[..8].copy_from_slice(&[2u32.to_ne_bytes(), [0xff; 4]].concat());
+        payload[8..16].copy_from_slice(&5u64.to_ne_bytes());
+        payload[2048..].copy_from_slice(&6u64.to_ne_bytes());
+        let config = ShmemConfig::decode(&payload).unwrap(); // SHM-11
+        assert_eq!((config.nregions, config.sizes.len()), (2, 256));
+        assert_eq!((config.sizes[0], config.sizes[1], config.sizes[255]), (5, 0, 6)); // SHM-13
+        for len in [0, 8, 2055, 2057] {
+            payload.resize(len, 0);
+            assert_eq!(ShmemConfig::decode(&payload), None); // SHM-12
+        }
+    }
+
+    #[test]
+    fn ids_have_the_specifications_numbers() {
+        for (request, id) in [
+            (FrontendRequest::GetShmemConfig, 44),
+            (FrontendRequest::ResetDevice, 34),
+            (FrontendRequest::SetStatus, 39),
+            (FrontendRequest::SetBackendReqFd, 21),
+        ] {
+            assert_eq!(
+                (request as u32, FrontendRequest::from_id(id)),
+                (id, Some(request))
+            );
+        }
+        assert_eq!(BackendRequest::from_id(9), Some(BackendRequest::ShmemMap));
+        assert_eq!(BackendRequest::from_id(10), Some(BackendRequest::ShmemUnmap));
+        for id in [0, 1, 8, 11, 44, u32::MAX] {
+            assert_eq!(BackendRequest::from_id(id), None);
+        }
+    }
+}

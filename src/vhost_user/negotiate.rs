@@ -153,3 +153,85 @@ pub fn negotiate(offer: Offer, kind: DeviceKind, shmem_bit: u32) -> Result<Agree
         shmem,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+
+    fn agree(
+        features: u64,
+        protocol_features: u64,
+        kind: &str,
+        bit: u32,
+    ) -> Result<Agreement, NegotiationError> {
+        let offer = Offer {
+            features,
+            protocol_features,
+        };
+        negotiate(offer, kind.parse().unwrap(), bit)
+    }
+
+    #[test]
+    fn nothing_is_accepted_that_was_not_offered_nor_shmem_without_its_channel() {
+        let with_protocol = VERSION_1 | F_PROTOCOL_FEATURES;
+        let ours: u64 = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 10 | 1 << 13 | 1 << 16;
+        for (features, offered, bit, acked, shmem) in [
+            (with_protocol, u64::MAX, 22, Some(ours | 1 << 22), true), // SHM-1, SHM-5
+            (with_protocol, u64::MAX, 21, Some(ours | 1 << 21), true), // SHM-1
+            (with_protocol, u64::MAX, 20, Some(ours | 1 << 20), true), // SHM-1
+            (with_protocol, 1 << 5 | 1 << 20 | 1 << 21, 22, Some(1 << 5), false), // SHM-1
+            (with_protocol, 1 << 5 | 1 << 22, 20, Some(1 << 5), false), // SHM-1
+            (with_protocol, 1 << 5 | 1 << 22, 22, Some(1 << 5 | 1 << 22), true), // SHM-5
+            (with_protocol, 1 << 3 | 1 << 22, 22, Some(1 << 3), false), // SHM-4
+            (with_protocol, 0, 22, Some(0), false),                    // SHM-3
+            (VERSION_1, u64::MAX, 22, None, false),                    // SHM-2
+        ] {
+            let agreement = agree(features, offered, "rng", bit).unwrap();
+            assert_eq!(
+                (agreement.protocol_features, agreement.has_shmem()),
+                (acked, shmem),
+                "{offered:#x}"
+            );
+            for mask in (0..64).map(|bit| 1 << bit) {
+                assert_eq!(agreement.has(mask), acked.unwrap_or(0) & mask != 0); // SHM-3
+            }
+        }
+    }
+
+    #[test]
+    fn the_driver_is_offered_what_the_back_end_and_the_transport_can_do() {
+        let agreement = agree(u64::MAX, 0, "rng", 22).unwrap();
+        for bit in [26, 30, 33, 34, 37, 38, 39] {
+            assert_eq!(agreement.guest_features >> bit & 1, 0, "bit {bit}");
+        }
+        assert_eq!(agreement.guest_features | NOT_PASSED_ON, u64::MAX);
+        let least = agree(VERSION_1, 0, "rng", 22).unwrap();
+        assert_eq!(least.guest_features, VERSION_1 | 1 << VIRTIO_F_RING_RESET);
+        // RING_RESET is ours, PROTOCOL_FEATURES is between us and the back-end.
+        assert_eq!(least.features_for_backend(least.guest_features), VERSION_1);
+        assert_eq!(
+            agreement.features_for_backend(VERSION_1),
+            VERSION_1 | F_PROTOCOL_FEATURES
+        );
+    }
+
+    #[test]
+    fn a_back_end_without_what_the_device_needs_is_refused_by_its_name() {
+        let (both, shmem) = (VERSION_1 | F_PROTOCOL_FEATURES, 1 << 5 | 1 << 22);
+        for (features, offered, kind, what) in [
+            (F_PROTOCOL_FEATURES, shmem, "rng", "VIRTIO_F_VERSION_1"),
+            (both, shmem, "pmem", "VIRTIO_PMEM_F_SHMEM_REGION"),
+            (both | 1, 1 << 5, "pmem", "SHMEM"),
+            (both | 1, 1 << 22, "pmem", "BACKEND_REQ"),
+            (VERSION_1 | 1, 0, "pmem", "SHMEM"),
+            (both, shmem, "blk", "CONFIG"),
+        ] {
+            let error = agree(features, offered, kind, 22).unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        }
+        agree(both | 1, shmem, "pmem", 22).unwrap();
+        agree(both, 1 << 9, "blk", 22).unwrap();
+    }
+}

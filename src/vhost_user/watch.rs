@@ -14,12 +14,13 @@ use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend_channel::{BackendChannel, ChannelError};
-use super::connection::ConnectionError;
+use super::connection::{ConnectionError, Deadline};
+use crate::report::with_causes;
 use crate::thread;
 use crate::virtio::interrupt::Interrupt;
 
-/// Whether a device's back-end can still be used, and the way to end that.
-pub struct Health {
+/// The two sockets to a device's back-end: whether they can still be used, and the way to end that.
+pub struct Link {
     name: String,
     lost: AtomicBool,
     interrupt: Arc<Interrupt>,
@@ -28,7 +29,7 @@ pub struct Health {
     channel: Option<Arc<BackendChannel>>,
 }
 
-impl Health {
+impl Link {
     /// A back-end that just connected. `main` is a copy of the main socket.
     pub fn new(
         name: &str,
@@ -36,7 +37,7 @@ impl Health {
         main: OwnedFd,
         channel: Option<Arc<BackendChannel>>,
     ) -> Self {
-        Health {
+        Link {
             name: name.to_string(),
             lost: AtomicBool::new(false),
             interrupt,
@@ -54,9 +55,7 @@ impl Health {
     /// is no longer told to stop must not go on either. Its mappings stay until the reset.
     pub fn give_up(&self, why: &dyn std::error::Error) {
         if !self.lost.swap(true, Ordering::AcqRel) {
-            let causes = std::iter::successors(why.source(), |error| error.source());
-            let why = causes.fold(why.to_string(), |text, cause| format!("{text}: {cause}"));
-            log::error!("{}: {why}; the device needs a reset", self.name);
+            log::error!("{}: {}; the device needs a reset", self.name, with_causes(why));
             self.interrupt.needs_reset();
             // It fails only where the peer was faster.
             let _ = self.main.shutdown(Shutdown::Both);
@@ -66,8 +65,15 @@ impl Health {
         }
     }
 
+    /// Serves what is queued on the backend channel, at a reset.
+    pub fn drain_channel(&self, deadline: Deadline) {
+        if let Some(Err(error)) = self.channel.as_ref().map(|channel| channel.drain(deadline)) {
+            self.channel_ended(&error);
+        }
+    }
+
     /// The backend channel ended. A back-end may do without it; if it is gone as a whole, the main socket tells.
-    pub fn channel_ended(&self, why: &ChannelError) {
+    fn channel_ended(&self, why: &ChannelError) {
         match why {
             ChannelError::Connection(ConnectionError::HungUp) => {
                 log::debug!("{}: the back-end closed the backend channel", self.name);
@@ -86,14 +92,14 @@ pub struct Watch {
 
 impl Watch {
     /// Starts the thread.
-    pub fn start(health: Arc<Health>) -> io::Result<Watch> {
+    pub fn start(link: Arc<Link>) -> io::Result<Watch> {
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let watched = Watched {
             stop: stop.try_clone()?,
-            channel: health.channel.clone(),
-            health,
+            channel: link.channel.clone(),
+            link,
         };
-        let name = format!("vhost-{}", watched.health.name);
+        let name = format!("vhost-{}", watched.link.name);
         let thread = thread::spawn(name, move || watched.run())?;
         Ok(Watch {
             stop,
@@ -117,7 +123,7 @@ struct Watched {
     stop: EventFd,
     /// `None` once it ended.
     channel: Option<Arc<BackendChannel>>,
-    health: Arc<Health>,
+    link: Arc<Link>,
 }
 
 impl Watched {
@@ -134,7 +140,7 @@ impl Watched {
             let mut polled = [
                 poll(self.stop.as_raw_fd(), libc::POLLIN),
                 poll(channel_fd, libc::POLLIN),
-                poll(self.health.main.as_raw_fd(), libc::POLLRDHUP),
+                poll(self.link.main.as_raw_fd(), libc::POLLRDHUP),
             ];
             // SAFETY: the array is on our stack, and the descriptors live as long as `self`.
             if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, -1) } < 0 {
@@ -142,7 +148,7 @@ impl Watched {
                 if error.kind() == io::ErrorKind::Interrupted {
                     continue;
                 }
-                return self.health.give_up(&error);
+                return self.link.give_up(&error);
             }
             let [stop, channel, main] = polled.map(|entry| entry.revents != 0);
             if stop {
@@ -152,7 +158,7 @@ impl Watched {
                 self.serve();
             } else if main {
                 // Only once the channel is quiet: what the back-end sent before its end is served.
-                return self.health.give_up(&ConnectionError::HungUp);
+                return self.link.give_up(&ConnectionError::HungUp);
             }
         }
     }
@@ -160,7 +166,7 @@ impl Watched {
     fn serve(&mut self) {
         let Some(channel) = &self.channel else { return };
         if let Err(error) = channel.serve() {
-            self.health.channel_ended(&error);
+            self.link.channel_ended(&error);
             self.channel = None;
         }
     }

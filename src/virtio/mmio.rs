@@ -31,11 +31,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{DeviceError, VirtioDevice};
 use super::interrupt::Interrupt;
-use super::misuse_log::MisuseLog;
 use super::queue::{BadQueue, MAX_QUEUE_SIZE, Queue};
 use super::register_page::{CONFIG_MAX, CONFIG_START, Register, RegisterPage};
 use super::status::{self, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
 use crate::bus::{BusDevice, MachineEvent};
+use crate::report::{MisuseLog, with_causes};
 
 /// MagicValue: "virt".
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -541,15 +541,9 @@ impl MmioTransport {
     /// What to do with a device's answer: an error means that it cannot go on.
     fn fail_on_error(&self, what: &str, answer: Result<(), DeviceError>) {
         if let Err(error) = answer {
-            let mut causes = String::new();
-            let mut source = error.source();
-            while let Some(cause) = source {
-                causes += &format!(": {cause}");
-                source = cause.source();
-            }
-            self.log.warn(format_args!(
-                "the device did not {what} and needs a reset: {error}{causes}"
-            ));
+            let why = with_causes(&*error);
+            self.log
+                .warn(format_args!("the device did not {what} and needs a reset: {why}"));
             self.interrupt.needs_reset();
         }
     }

@@ -5,7 +5,6 @@
 
 pub mod device;
 pub mod interrupt;
-mod misuse_log;
 pub mod mmio;
 mod queue;
 pub mod register_page;

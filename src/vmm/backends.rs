@@ -217,11 +217,11 @@ fn memory_table(ram: &Ram) -> MemoryTable {
 impl Attached {
     /// The device's lines of the guest physical memory map.
     pub fn memory_map(&self) -> Vec<String> {
-        let mut lines = vec![format!("{} registers of {}", show(&self.registers), self.name)];
+        let mut lines = vec![format!("{}  registers of {}", show(&self.registers), self.name)];
         let mappings = self.shmem.mappings();
         for (shmid, region) in self.shmem.regions() {
             lines.push(format!(
-                "{} {} shared memory region {shmid}",
+                "{}  {} shared memory region {shmid}",
                 show(&region),
                 self.name
             ));
@@ -235,7 +235,7 @@ impl Attached {
                     bytes => format!(", the last {bytes:#x} bytes are zeroes (the file became shorter)"),
                 };
                 lines.push(format!(
-                    "  {} mapping, {access}, file offset {:#x}{filled}",
+                    "  {}  mapping, {access}, file offset {:#x}{filled}",
                     show(&mapping.guest),
                     mapping.file_offset
                 ));

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,6 +16,7 @@ use crate::bus::MachineEvent;
 use crate::devices::serial::SerialPort;
 use crate::exit::Exit;
 use crate::kvm::vcpu::Outcome;
+use crate::report::say;
 use crate::terminal::{self, Command, EscapeFilter, RawTerminal};
 
 /// How the machine ends: whoever says it first is right.
@@ -94,11 +95,6 @@ fn watch(ops: &mut EventOps, events: Events) -> bool {
     ops.add(events).is_ok()
 }
 
-/// Prints to stderr; a stderr that is gone does not matter (`eprintln!` would panic).
-fn say(text: String) {
-    let _nobody_listens = writeln!(io::stderr(), "{text}");
-}
-
 /// Those that end the machine.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 /// The one that prints the memory map.
@@ -148,7 +144,7 @@ impl MutEventSubscriber for Signals {
             // The first field, ssi_signo.
             let [a, b, c, d, ..] = info;
             match i32::from_ne_bytes([a, b, c, d]) {
-                REPORT => say(format!(
+                REPORT => say(format_args!(
                     "guest physical memory:\n{}",
                     (self.memory_map)().join("\n")
                 )),
@@ -262,7 +258,7 @@ impl ConsoleInput {
             Ok(byte) => byte,
             Err(Command::Quit) => return self.end.come(Exit::Quit),
             Err(Command::Help) => {
-                say(format!("\n{}", terminal::HELP));
+                say(format_args!("\n{}", terminal::HELP));
                 None
             }
         };

@@ -66,6 +66,19 @@ fn several_messages_in_one_write_keep_their_descriptors() {
 }
 
 #[test]
+fn several_messages_in_one_read_are_all_answered() {
+    // SHM-61: nothing more comes that would wake anybody.
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    for count in [2, 3, 4, 5, 9, 100] {
+        channel.send(&message(50, VERSION_1 | NEED_REPLY, &[]).repeat(count));
+        for _ in 0..count {
+            assert_eq!(answer(&channel, 50), -i64::from(libc::EOPNOTSUPP));
+        }
+    }
+}
+
+#[test]
 fn what_is_no_message_ends_the_channel_and_fails_the_device_alone() {
     // SHM-64
     let other = Setup::new().start();

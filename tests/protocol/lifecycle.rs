@@ -242,6 +242,39 @@ fn what_is_queued_before_the_reset_is_over_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_reset_is_not_over_before_what_was_sent_until_then_was_read() {
+    // SHM-71: the device's thread has no room for its answers, so a MAP waits behind them. The reset waits, too; were
+    // it over, the MAP would come after the next start, which allows it.
+    const BEFORE: usize = 1000;
+    let (tell, told) = std::sync::mpsc::channel();
+    let bench = Setup::new()
+        .on(RESET, move |_| {
+            tell.send(()).unwrap();
+            Answer::Usual
+        })
+        .start();
+    bench.start().unwrap();
+    let channel = bench.channel();
+    let file = file_of(1, 1);
+    channel.send(&message(50, VERSION_1 | NEED_REPLY, &[]).repeat(BEFORE));
+    let bytes = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+    channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+    let reader = std::thread::spawn(move || {
+        told.recv().unwrap();
+        // Long enough for a reset that does not wait, and for the start after it.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        for _ in 0..BEFORE {
+            answer(&channel, 50);
+        }
+        answer(&channel, MAP)
+    });
+    bench.reset();
+    bench.start().unwrap();
+    assert_eq!(reader.join().unwrap(), EBUSY);
+    assert_eq!(bench.guest().count(), 0);
+}
+
+#[test]
 fn between_reset_and_start_nothing_is_mapped_and_from_the_start_on_everything_is_new() {
     let bench = Setup::new().start();
     assert_eq!(bench.map_page(0, 1), 0); // SHM-68: before the first start
@@ -349,16 +382,18 @@ fn a_back_end_that_dies_unasked_is_noticed() {
         .start();
     bench.start().unwrap();
     assert_eq!(bench.map_page(5, 5), 0);
-    // The last thing that it says is still heard.
+    // The last things that it says are still heard.
     let file = file_of(1, 6);
     let channel = bench.channel();
-    let bytes = message(MAP, VERSION_1, &page_at(6).bytes());
-    channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+    for page in 6..64 {
+        let bytes = message(MAP, VERSION_1, &page_at(page).bytes());
+        channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+    }
     let main = told.recv().unwrap();
     main.socket().shutdown(std::net::Shutdown::Both).unwrap();
     bench.wait_until_failed();
     assert_eq!(
-        (bench.reads(0, 5 * PAGE), bench.reads(0, 6 * PAGE)),
+        (bench.reads(0, 5 * PAGE), bench.reads(0, 63 * PAGE)),
         (Some(5), Some(6))
     );
     channel.wait_for_end();

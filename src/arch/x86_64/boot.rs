@@ -4,7 +4,8 @@
 //! content: an ELF `vmlinux` is entered at `e_entry`, a `bzImage` 512 bytes after its start. Both are read straight
 //! into guest memory: there is never a copy of them in this process.
 //!
-//! [`Kernel::open`] and [`Initramfs::open`] refuse what can be refused without a machine; [`load`] puts all in place.
+//! [`Kernel::open`], [`Initramfs::open`] and [`place`] refuse what can be refused without a machine; [`load`] puts all
+//! in place.
 
 use std::fs::File;
 use std::io;
@@ -18,7 +19,7 @@ use linux_loader::loader::{self, KernelLoader};
 use thiserror::Error;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{layout, regs};
+use super::{acpi, layout, regs};
 use crate::memory::PAGE_SIZE;
 use crate::memory::ram::Ram;
 
@@ -59,9 +60,9 @@ pub enum BootError {
         /// What it is for.
         found: String,
     },
-    /// An ELF file that cannot be a kernel.
-    #[error("the kernel {path} is an ELF file that cannot be booted: {problem}")]
-    BadElf {
+    /// A file of the right format that cannot be a kernel.
+    #[error("the kernel {path} cannot be booted: {problem}")]
+    BadKernel {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
@@ -171,8 +172,8 @@ pub struct Kernel {
 enum Format {
     /// The first address after its segments.
     Elf { end: u64 },
-    /// Its setup header.
-    BzImage(Box<setup_header>),
+    /// Its setup header, and how many bytes of it are loaded.
+    BzImage(Box<setup_header>, u64),
 }
 
 /// The bytes of a bzImage before its setup header (the header's fields are in boot.rst, "The Real-Mode Kernel Header").
@@ -201,8 +202,8 @@ impl Kernel {
                 path: path.into(),
                 start: start.to_vec(),
             })?;
-            check_bzimage(path, &header, len)?;
-            Format::BzImage(Box::new(header))
+            let loaded = check_bzimage(path, &header, len)?;
+            Format::BzImage(Box::new(header), loaded)
         };
         let path = path.into();
         Ok(Kernel { path, file, format })
@@ -212,7 +213,7 @@ impl Kernel {
     pub fn cmdline_most(&self) -> u64 {
         match &self.format {
             Format::Elf { .. } => CMDLINE_MOST,
-            Format::BzImage(header) => u64::from(header.cmdline_size).min(layout::CMDLINE_SPACE - 1),
+            Format::BzImage(header, _) => u64::from(header.cmdline_size).min(layout::CMDLINE_SPACE - 1),
         }
     }
 
@@ -220,7 +221,7 @@ impl Kernel {
     fn initrd_max(&self) -> u64 {
         match &self.format {
             Format::Elf { .. } => INITRD_MAX,
-            Format::BzImage(header) => header.initrd_addr_max.into(),
+            Format::BzImage(header, _) => header.initrd_addr_max.into(),
         }
     }
 
@@ -228,7 +229,9 @@ impl Kernel {
     fn end(&self) -> u64 {
         match &self.format {
             Format::Elf { end } => *end,
-            Format::BzImage(header) => header.pref_address.saturating_add(header.init_size.into()),
+            Format::BzImage(header, loaded) => header
+                .pref_address
+                .saturating_add((*loaded).max(header.init_size.into())),
         }
     }
 
@@ -241,7 +244,7 @@ impl Kernel {
                 let loaded = Elf::load(memory, None, &mut self.file, lowest).map_err(failed)?;
                 Ok((loaded.kernel_load.0, setup_header::default()))
             }
-            Format::BzImage(header) => {
+            Format::BzImage(header, _) => {
                 // Where it would move itself to anyway, if it were loaded lower.
                 let start = GuestAddress(header.pref_address);
                 BzImage::load(memory, Some(start), &mut self.file, lowest).map_err(failed)?;
@@ -293,26 +296,25 @@ pub struct EntryPoint {
     pub boot_params: u64,
 }
 
-/// Checks a command line against the kernel's limit.
-pub fn check_cmdline(kernel: &Kernel, cmdline: &str) -> Result<(), BootError> {
+/// Where things will be: what [`place`] found out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// The initramfs: its first address and its length.
+    initrd: Option<(u64, u64)>,
+}
+
+/// Finds out whether kernel, initramfs and command line fit into RAM, and where.
+pub fn place(
+    kernel: &Kernel,
+    initramfs: Option<&Initramfs>,
+    cmdline: &str,
+    ram: &Ram,
+) -> Result<Placement, BootError> {
     let (len, most) = (cmdline.len(), kernel.cmdline_most());
     if len as u64 > most {
         return Err(BootError::CmdlineTooLong { len, most });
     }
-    Ok(())
-}
-
-/// Puts kernel, initramfs, command line, boot parameters, descriptor table and page tables into RAM. The ACPI root
-/// pointer has to be at [`layout::ACPI`] before the kernel runs.
-pub fn load(
-    kernel: &mut Kernel,
-    initramfs: Option<&mut Initramfs>,
-    cmdline: &str,
-    ram: &Ram,
-) -> Result<EntryPoint, BootError> {
-    check_cmdline(kernel, cmdline)?;
-    let (memory, low_end) = (ram.memory(), ram.low_end());
-    let kernel_end = kernel.end();
+    let (kernel_end, low_end) = (kernel.end(), ram.low_end());
     if kernel_end > low_end {
         return Err(BootError::KernelTooLarge {
             path: kernel.path.clone(),
@@ -320,12 +322,24 @@ pub fn load(
             ram: low_end,
         });
     }
-    let initrd_limit = low_end.min(kernel.initrd_max().saturating_add(1));
-    let initrd = match &initramfs {
-        Some(initramfs) => Some((initramfs.place(kernel_end, initrd_limit)?, initramfs.len)),
+    let limit = low_end.min(kernel.initrd_max().saturating_add(1));
+    let initrd = match initramfs {
+        Some(initramfs) => Some((initramfs.place(kernel_end, limit)?, initramfs.len)),
         None => None,
     };
+    Ok(Placement { initrd })
+}
 
+/// Puts kernel, initramfs, command line, boot parameters, descriptor table, page tables and reset vector into RAM, as
+/// `placement` says. The ACPI root pointer has to be at [`layout::ACPI`] before the kernel runs.
+pub fn load(
+    kernel: &mut Kernel,
+    initramfs: Option<&mut Initramfs>,
+    cmdline: &str,
+    ram: &Ram,
+    placement: Placement,
+) -> Result<EntryPoint, BootError> {
+    let (memory, initrd) = (ram.memory(), placement.initrd);
     let (entry, header) = kernel.load(memory)?;
     if let (Some(initramfs), Some((start, len))) = (initramfs, initrd) {
         memory
@@ -351,6 +365,8 @@ pub fn load(
         layout::PAGE_TABLES,
     )?;
     write("descriptor table", &le_bytes(&regs::gdt()), layout::GDT)?;
+    let reset = regs::reset_vector(layout::ACPI_RESET, acpi::RESET_VALUE);
+    write("reset vector", &reset, layout::RESET_VECTOR)?;
     Ok(EntryPoint {
         entry,
         boot_params: layout::BOOT_PARAMS,
@@ -451,7 +467,8 @@ fn read_setup_header(path: &Path, file: &File, len: u64) -> Result<Option<setup_
     Ok((header.header == HDRS).then_some(header))
 }
 
-fn check_bzimage(path: &Path, header: &setup_header, have: u64) -> Result<(), BootError> {
+/// Gives the number of bytes after the setup code, all of which are loaded.
+fn check_bzimage(path: &Path, header: &setup_header, have: u64) -> Result<u64, BootError> {
     let (version, xloadflags) = (header.version, header.xloadflags);
     if version < VERSION_XLOADFLAGS || xloadflags & XLF_KERNEL_64 == 0 {
         return Err(BootError::No64BitEntry {
@@ -475,7 +492,14 @@ fn check_bzimage(path: &Path, header: &setup_header, have: u64) -> Result<(), Bo
             want,
         });
     }
-    Ok(())
+    let (preferred, least) = (header.pref_address, layout::HIGH_RAM);
+    if preferred < least {
+        return Err(BootError::BadKernel {
+            path: path.into(),
+            problem: format!("it prefers the physical address {preferred:#x}, below {least:#x}"),
+        });
+    }
+    Ok(have - setup)
 }
 
 /// What the ELF loader does not check, and a wrong file would get wrong: machine, completeness, addresses.
@@ -507,7 +531,7 @@ fn check_elf(path: &Path, file: &File, have: u64) -> Result<Format, BootError> {
         have,
         want,
     };
-    let bad = |problem: String| BootError::BadElf {
+    let bad = |problem: String| BootError::BadKernel {
         path: path_buf(),
         problem,
     };
@@ -582,4 +606,227 @@ fn machine_name(machine: u16, class: u8, data: u8) -> String {
         _ => "another processor",
     };
     format!("{name} (ELF machine {machine}, class {class}, data {data})")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use tempfile::NamedTempFile;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn file(bytes: &[u8]) -> NamedTempFile {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    /// An ELF file with one segment of 16 bytes, "segment contents", that takes `memsz` bytes at `paddr`.
+    fn elf(paddr: u64, memsz: u64) -> Vec<u8> {
+        let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
+        bytes.resize(16, 0);
+        bytes.extend([2, 0, EM_X86_64 as u8, 0, 1, 0, 0, 0]);
+        bytes.extend([paddr + 4, 64, 0].iter().flat_map(|field| field.to_le_bytes()));
+        bytes.extend(
+            [0, 0, 64, 56, 1, 0, 0, 0_u16]
+                .iter()
+                .flat_map(|field| field.to_le_bytes()),
+        );
+        assert_eq!(bytes.len(), 64);
+        bytes.extend([1, 0, 0, 0, 7, 0, 0, 0]);
+        let fields = [120, paddr, paddr, 16, memsz, 4096];
+        bytes.extend(fields.iter().flat_map(|field| field.to_le_bytes()));
+        bytes.extend(b"segment contents");
+        bytes
+    }
+
+    /// A bzImage whose protected-mode part is 4 KiB of `contents`.
+    fn bzimage(contents: u8) -> Vec<u8> {
+        let header = setup_header {
+            setup_sects: 1,
+            syssize: 256,
+            header: HDRS,
+            version: 0x020f,
+            loadflags: 1,
+            code32_start: MIB as u32,
+            xloadflags: XLF_KERNEL_64,
+            cmdline_size: 100,
+            initrd_addr_max: 6 * MIB as u32 - 1,
+            pref_address: 2 * MIB,
+            init_size: MIB as u32,
+            ..Default::default()
+        };
+        let mut bytes = vec![0; SETUP_HEADER as usize];
+        bytes.extend(header.as_slice());
+        bytes.resize(1024, 0);
+        bytes.resize(1024 + 4096, contents);
+        bytes
+    }
+
+    fn ram(size: u64) -> Ram {
+        Ram::new(size, layout::HOLE, layout::HOLE_END).unwrap()
+    }
+
+    fn boot(
+        kernel: &[u8],
+        initramfs: Option<&[u8]>,
+        cmdline: &str,
+        ram: &Ram,
+    ) -> Result<EntryPoint, BootError> {
+        let (kernel_file, initramfs_file) = (file(kernel), initramfs.map(file));
+        let mut kernel = Kernel::open(kernel_file.path())?;
+        let mut initramfs = initramfs_file
+            .as_ref()
+            .map(|file| Initramfs::open(file.path()))
+            .transpose()?;
+        let placement = place(&kernel, initramfs.as_ref(), cmdline, ram)?;
+        load(&mut kernel, initramfs.as_mut(), cmdline, ram, placement)
+    }
+
+    fn bytes_at(ram: &Ram, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        ram.memory()
+            .read_slice(&mut bytes, GuestAddress(address))
+            .unwrap();
+        bytes
+    }
+
+    fn params(ram: &Ram) -> boot_params {
+        ram.memory().read_obj(GuestAddress(layout::BOOT_PARAMS)).unwrap()
+    }
+
+    #[test]
+    fn an_elf_kernel_is_where_it_wants_to_be() {
+        let ram = ram(8 * MIB);
+        let entry = boot(&elf(2 * MIB, MIB), None, "quiet", &ram).unwrap();
+        assert_eq!(entry.entry, 2 * MIB + 4);
+        assert_eq!(bytes_at(&ram, 2 * MIB, 16), b"segment contents");
+        assert_eq!(bytes_at(&ram, layout::CMDLINE, 6), b"quiet\0");
+        let params = params(&ram);
+        assert_eq!(
+            (params.acpi_rsdp_addr, params.hdr.cmd_line_ptr as u64),
+            (layout::ACPI, layout::CMDLINE)
+        );
+        assert_eq!(
+            (params.hdr.ramdisk_image as u64, params.hdr.ramdisk_size as u64),
+            (0, 0)
+        );
+        assert_eq!(
+            bytes_at(&ram, layout::RESET_VECTOR, 6),
+            [0xba, 0x02, 0x06, 0xb0, 1, 0xee]
+        );
+    }
+
+    #[test]
+    fn a_bzimage_is_where_it_prefers_to_be_with_its_own_header() {
+        let ram = ram(8 * MIB);
+        let entry = boot(&bzimage(0x5a), None, "quiet", &ram).unwrap();
+        assert_eq!(entry.entry, 2 * MIB + 0x200);
+        assert_eq!(bytes_at(&ram, 2 * MIB, 4096), [0x5a; 4096]);
+        let header = params(&ram).hdr;
+        assert_eq!(
+            (
+                header.version as u64,
+                header.init_size as u64,
+                header.type_of_loader
+            ),
+            (0x020f, MIB, 0xff)
+        );
+    }
+
+    #[test]
+    fn the_initramfs_is_as_high_as_the_kernel_allows() {
+        let contents = vec![0x77; 5000];
+        for (kernel, start) in [(elf(2 * MIB, MIB), 8 * MIB - 8192), (bzimage(0), 6 * MIB - 8192)] {
+            let ram = ram(8 * MIB);
+            boot(&kernel, Some(&contents), "", &ram).unwrap();
+            let header = params(&ram).hdr;
+            assert_eq!(
+                (header.ramdisk_image as u64, header.ramdisk_size as u64),
+                (start, 5000)
+            );
+            assert_eq!(bytes_at(&ram, start, 5000), contents);
+        }
+    }
+
+    #[test]
+    fn the_memory_map_has_all_ram_and_nothing_else() {
+        const GIB: u64 = 1 << 30;
+        for (size, expected) in [
+            (8 * MIB, vec![(MIB, 7 * MIB)]),
+            (3 * GIB, vec![(MIB, 3 * GIB - MIB)]),
+            (6 * GIB, vec![(MIB, 3 * GIB - MIB), (4 * GIB, 3 * GIB)]),
+        ] {
+            let ram = ram(size);
+            boot(&elf(2 * MIB, 16), None, "", &ram).unwrap();
+            let params = params(&ram);
+            let entries = params.e820_table;
+            let entries: Vec<_> = entries[..params.e820_entries.into()]
+                .iter()
+                .map(|entry| (entry.addr, entry.size, entry.r#type))
+                .collect();
+            assert_eq!(entries[0], (0, 639 << 10, E820_RAM));
+            assert_eq!(entries[1], (639 << 10, 385 << 10, E820_RESERVED));
+            let high: Vec<_> = entries[2..]
+                .iter()
+                .map(|(addr, size, type_)| {
+                    assert_eq!(*type_, E820_RAM);
+                    (*addr, *size)
+                })
+                .collect();
+            assert_eq!(high, expected);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_its_numbers() {
+        let ram = ram(8 * MIB);
+        let error = |kernel: &[u8], initramfs: Option<&[u8]>, cmdline: &str| {
+            boot(kernel, initramfs, cmdline, &ram).unwrap_err().to_string()
+        };
+        assert!(
+            error(&elf(2 * MIB, 7 * MIB), None, "")
+                .contains("up to 0x900000, and RAM below 4 GiB ends at 0x800000")
+        );
+        let initramfs = vec![0; 3 * MIB as usize + 1];
+        let message = error(&bzimage(0), Some(&initramfs), "");
+        assert!(
+            message.contains("has 3145729 bytes, and only 3145728 bytes of RAM are left"),
+            "{message}"
+        );
+        // What is loaded counts, whatever the header says of it.
+        let mut large = bzimage(0);
+        large.resize(1024 + 5 * MIB as usize, 0);
+        assert!(error(&large, Some(&[0]), "").contains("only 0 bytes of RAM are left"));
+        // One byte less is just right.
+        boot(&bzimage(0), Some(&initramfs[1..]), "", &ram).unwrap();
+        let message = error(&bzimage(0), None, &"x".repeat(101));
+        assert_eq!(
+            message,
+            "the kernel command line has 101 bytes, and this kernel takes at most 100"
+        );
+        assert!(error(&elf(2 * MIB, 16), None, &"x".repeat(2048)).contains("at most 2047"));
+    }
+
+    #[test]
+    fn no_file_makes_it_panic() {
+        // Each prefix, and each byte of the headers changed: an error or a kernel, but always an answer.
+        let ram = ram(8 * MIB);
+        for image in [elf(2 * MIB, 16), bzimage(1)] {
+            for len in 0..image.len().min(1100) {
+                let error = boot(&image[..len], None, "", &ram).unwrap_err();
+                assert!(!error.to_string().is_empty());
+            }
+            for at in (0..136).chain(SETUP_HEADER as usize..(SETUP_HEADER as usize + 123)) {
+                let mut image = image.clone();
+                if let Some(byte) = image.get_mut(at) {
+                    *byte ^= 0xff;
+                }
+                let _an_answer = boot(&image, None, "", &ram);
+            }
+        }
+    }
 }

@@ -29,10 +29,15 @@ pub const CMDLINE: u64 = 128 * KIB;
 pub const CMDLINE_SPACE: u64 = 64 * KIB;
 /// Where RAM below 1 MiB ends: 1 KiB below 640 KiB, as on a PC with an extended BIOS data area.
 pub const LOW_RAM_END: u64 = 639 * KIB;
-/// The ACPI tables, root pointer first: the last 128 KiB below 1 MiB, where a BIOS would have put the root pointer.
+/// The ACPI tables, root pointer first: in the last 128 KiB below 1 MiB, where a BIOS would have put the root pointer.
 pub const ACPI: u64 = 896 * KIB;
 /// The space for them. A table for 254 processors takes 2 KiB, a device 64 bytes.
-pub const ACPI_SPACE: u64 = 128 * KIB;
+pub const ACPI_SPACE: u64 = RESET_VECTOR - ACPI;
+/// Where a processor starts after a reset, and a kernel jumps that wants the BIOS to reset the machine: the last 16
+/// bytes below 1 MiB.
+pub const RESET_VECTOR: u64 = MIB - RESET_VECTOR_LEN;
+/// The space there.
+pub const RESET_VECTOR_LEN: u64 = 16;
 /// Where RAM goes on, and the lowest place for a kernel.
 pub const HIGH_RAM: u64 = MIB;
 
@@ -72,6 +77,8 @@ pub const PVPANIC: u16 = 0x505;
 pub const ACPI_POWER: u16 = 0x600;
 /// Their number.
 pub const ACPI_POWER_LEN: u16 = 3;
+/// The last of them: the reset register.
+pub const ACPI_RESET: u16 = ACPI_POWER + 2;
 
 /// The first interrupt for devices. Those below belong to what PCs always had there, COM1 among it; with
 /// hardware-reduced ACPI those above do not.
@@ -121,7 +128,7 @@ impl fmt::Display for Layout {
     }
 }
 
-const MEMORY: [(&str, u64, u64); 12] = [
+const MEMORY: [(&str, u64, u64); 13] = [
     ("global descriptor table", GDT, 32),
     ("boot parameters", BOOT_PARAMS, PAGE_SIZE),
     (
@@ -131,6 +138,7 @@ const MEMORY: [(&str, u64, u64); 12] = [
     ),
     ("kernel command line", CMDLINE, CMDLINE_SPACE),
     ("ACPI tables", ACPI, ACPI_SPACE),
+    ("reset vector", RESET_VECTOR, RESET_VECTOR_LEN),
     (
         "RAM, with the kernel and the initramfs",
         HIGH_RAM,
@@ -158,7 +166,7 @@ const PORTS: [(&str, u16, u16); 6] = [
     ("serial port COM1", COM1, COM1_LEN),
     ("pvpanic", PVPANIC, 1),
     ("ACPI sleep control and status", ACPI_POWER, 2),
-    ("ACPI reset", ACPI_POWER + 2, 1),
+    ("ACPI reset", ACPI_RESET, 1),
 ];
 
 #[cfg(test)]
@@ -187,11 +195,11 @@ mod tests {
         for (name, start, len) in &MEMORY[..4] {
             assert!(start + len <= LOW_RAM_END, "{name}");
         }
-        for (name, start, len) in &MEMORY[6..10] {
+        for (name, start, len) in &MEMORY[7..11] {
             assert!(HOLE <= *start && start + len <= HOLE_END, "{name}");
             assert_eq!(start % PAGE_SIZE, 0, "{name}");
         }
-        const { assert!(LOW_RAM_END <= ACPI && ACPI + ACPI_SPACE <= HIGH_RAM) };
+        const { assert!(LOW_RAM_END <= ACPI && RESET_VECTOR + RESET_VECTOR_LEN <= HIGH_RAM) };
     }
 
     #[test]

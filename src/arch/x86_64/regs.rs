@@ -5,7 +5,7 @@
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
 
-use super::layout::{GDT, HOLE_END, PAGE_TABLES};
+use super::layout::{GDT, HOLE_END, PAGE_TABLES, RESET_VECTOR_LEN};
 use crate::memory::PAGE_SIZE;
 
 /// The selector of the code segment: `__BOOT_CS`.
@@ -130,6 +130,18 @@ pub fn page_tables() -> Vec<u64> {
     let huge_pages = (0..HOLE_END).step_by(2 << 20);
     entries.extend(huge_pages.map(|address| table(address) | PTE_HUGE));
     entries
+}
+
+/// Real-mode code for [`super::layout::RESET_VECTOR`] that writes `value` to the reset register at `port`. A kernel that finds
+/// hardware-reduced ACPI and no EFI jumps there for a reboot, whatever the reset register is for: Linux does, unless its
+/// command line says `reboot=acpi`.
+pub fn reset_vector(port: u16, value: u8) -> [u8; RESET_VECTOR_LEN as usize] {
+    const HLT: u8 = 0xf4;
+    let mut code = [HLT; RESET_VECTOR_LEN as usize];
+    let [low, high] = port.to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; then hlt for ever, which is never reached.
+    code[..6].copy_from_slice(&[0xba, low, high, 0xb0, value, 0xee]);
+    code
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use server::say;
+use hotslot::report::say;
 
 /// vhost-user devices that hand files to a front-end, which maps them into its guest.
 #[derive(Parser)]

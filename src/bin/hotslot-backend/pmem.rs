@@ -27,7 +27,8 @@ use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard, GuestMemoryMmap, Le32};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::backing::{self, Backing};
-use crate::server::{self, Memory, say};
+use crate::server::{self, Memory};
+use hotslot::report::say;
 
 const NAME: &str = "pmem";
 

@@ -6,9 +6,10 @@
 //! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts and waits for each session; the
 //! `vhost-user-backend` crate adds, for each session, one that reads the socket and one that reads the queues.
 
+use hotslot::report::say;
 use std::fmt::Display;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -88,11 +89,6 @@ impl Error {
             _ => None,
         }
     }
-}
-
-/// A line of ours, on stderr. Unlike `eprintln!` it does not end the program when nobody reads stderr any more.
-pub fn say(line: impl Display) {
-    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// A listening socket; its file goes when this does. From its making on, SIGINT and SIGTERM end [`serve`] only.

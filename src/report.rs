@@ -1,25 +1,45 @@
-//! Warnings that a guest can provoke, at a rate that it cannot choose.
+//! How we say what went wrong: lines on stderr, errors with their causes, and warnings that a guest or a back-end can
+//! provoke, at a rate that it cannot choose.
 
+use std::error::Error;
 use std::fmt;
+use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::warn;
+
+/// Prints a line to stderr. A stderr that is gone does not matter; `eprintln!` would panic.
+pub fn say(line: impl fmt::Display) {
+    let _nobody_listens = writeln!(io::stderr(), "{line}");
+}
+
+/// An error and its causes, each once, in one line.
+pub fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
 
 /// So many lines at once,
 const BURST: u32 = 10;
 /// and one more after each so much time. A reset gives no new ones: a guest can reset as often as it likes.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// The log lines about one device.
-pub(super) struct MisuseLog {
+/// The warnings about one device.
+pub struct MisuseLog {
     device: String,
     /// Lock order: innermost; held for a few comparisons.
     budget: Mutex<Budget>,
 }
 
 impl MisuseLog {
-    pub(super) fn new(device: &str) -> Self {
+    /// Lines that start with the device's name.
+    pub fn new(device: &str) -> Self {
         let budget = Budget {
             lines: BURST,
             since: Instant::now(),
@@ -31,8 +51,8 @@ impl MisuseLog {
         }
     }
 
-    /// Logs a line that starts with the device's name, if there is room for one.
-    pub(super) fn warn(&self, message: fmt::Arguments) {
+    /// Logs a line, if there is room for one.
+    pub fn warn(&self, message: fmt::Arguments) {
         let dropped = self
             .budget
             .lock()
@@ -80,6 +100,15 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn causes_follow_their_error() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outer")]
+        struct Outer(#[source] io::Error);
+        assert_eq!(with_causes(&Outer(io::Error::other("inner"))), "outer: inner");
+        assert_eq!(with_causes(&io::Error::other("alone")), "alone");
+    }
 
     #[test]
     fn a_burst_then_one_line_a_second_that_counts_what_was_left_out() {

@@ -1,0 +1,120 @@
+#!/bin/bash
+# usage: test.sh [quick]
+#
+# Runs all tests: format, lints, documentation, shell scripts, then the tests without a Linux guest (unit, protocol, and
+# small guests on this machine's /dev/kvm), then those that boot a stock kernel, on this machine's KVM or on the
+# emulated host of lab.sh. Installs and builds what is missing.
+#
+#   quick              only what needs no Linux guest
+#
+# A step that fails does not stop those after it. The last line is 'N passed, N failed', in which each of the first four
+# steps counts as one test, and so does a step that could not run; the exit status is 1 when anything failed.
+# REQUIRE_KVM=1 makes a failure of a test that finds no /dev/kvm.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "$0")/lib.sh"
+
+passed=0
+failed=0
+failures=()
+
+main() {
+    local quick=''
+    case ${1-} in
+    -h | --help) usage && return ;;
+    quick) quick=1 ;;
+    '') ;;
+    *) die "$1: not understood (--help says what is)" ;;
+    esac
+    cd "$PROJECT"
+    command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
+    need cc:gcc shellcheck:shellcheck
+    say "small guests: $(small_guests)"
+
+    check "format" cargo fmt --all --check
+    check "lints" cargo clippy --workspace --all-targets --locked -- -D warnings
+    RUSTDOCFLAGS='-D warnings' check "documentation" cargo doc --workspace --no-deps --document-private-items --locked
+    check "shell scripts" shellcheck -x scripts/*.sh .ci/run
+    local targets
+    mapfile -t targets < <(test_targets)
+    tests "tests without Linux" cargo test --workspace --locked --no-fail-fast --lib --bins "${targets[@]}"
+    if [[ -z $quick ]]; then
+        say "Linux guests: $(linux_guests)"
+        need qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio depmod:kmod \
+            mkfs.ext4:e2fsprogs debugfs:e2fsprogs
+        # More at a time than processors: most of them only wait for a session.
+        tests "tests with Linux" cargo test --release --locked --test linux -- --test-threads=8
+    fi
+
+    ((failed == 0)) || say "failed: ${failures[*]}"
+    echo "$passed passed, $failed failed"
+    ((failed == 0))
+}
+
+# What the tests will run on, in words.
+small_guests() {
+    if ! kvm_opens; then
+        echo "no /dev/kvm that opens, their tests are skipped"
+    elif [[ $(host_kind) == kvm ]]; then
+        echo "this machine's KVM"
+    else
+        echo "this machine's KVM, which is software"
+    fi
+}
+
+linux_guests() {
+    case $(host_kind) in
+    kvm) echo "this machine's KVM" ;;
+    *) echo "an emulated host (scripts/lab.sh)" ;;
+    esac
+}
+
+# The integration tests without the one that boots Linux, as options for cargo.
+test_targets() {
+    local path name
+    for path in tests/*.rs tests/*/main.rs; do
+        name=${path#tests/}
+        name=${name%.rs}
+        name=${name%/main}
+        [[ $name == linux ]] || printf -- '--test=%s\n' "$name"
+    done
+}
+
+# A step that is one test: its name, its command.
+check() {
+    local name=$1
+    shift
+    say "$name"
+    if "$@" </dev/null; then
+        passed=$((passed + 1))
+    else
+        fail "$name"
+    fi
+}
+
+# A step that is many tests, as cargo counts them.
+tests() {
+    local name=$1 log status=0 good bad
+    shift
+    say "$name"
+    log=$(mktemp)
+    "$@" </dev/null 2>&1 | tee "$log" || status=$?
+    read -r good bad < <(awk '/^test result: / { good += $4; bad += $6 } END { print good + 0, bad + 0 }' "$log")
+    rm "$log"
+    passed=$((passed + good))
+    if ((bad > 0)); then
+        failed=$((failed + bad - 1))
+        fail "$name"
+    elif ((status != 0 || good == 0)); then
+        # It did not build, say.
+        fail "$name"
+    fi
+}
+
+fail() {
+    say "FAILED: $1"
+    failed=$((failed + 1))
+    failures+=("$1")
+}
+
+main "$@"

@@ -1,0 +1,48 @@
+# shellcheck shell=sh
+# What the sessions share. They run on the host, a real one or the emulated one, whose shell is busybox.
+#
+# From the test, in the environment: HOTSLOT and BACKEND (programs), BZIMAGE and VMLINUX (kernels), IMAGE (initramfs),
+# OUT (a directory for what the test will look at), INPUT (a file in it, where a test made one). Of each guest: OUT/NAME.out, .err and .status.
+
+# The debug-exit port brings the guest's own status; `panic=-1` of the default command line resets after a panic.
+DEBUG_EXIT='quiet hotslot.debug_exit=0xf4'
+
+# guest NAME OPTION...: runs one to its end. A guest that hangs must not take the others with it.
+guest() {
+    name=$1
+    shift
+    # shellcheck disable=SC2016 # for the inner shell
+    timeout -s KILL "${LIMIT:-120}" sh -c 'echo $$ >"$0"; exec "$@"' "$OUT/$name.pid" \
+        "$HOTSLOT" -i "$IMAGE" --connect-timeout 30s "$@" >"$OUT/$name.out" 2>"$OUT/$name.err"
+    echo $? >"$OUT/$name.status"
+}
+
+# backend NAME OPTION...: starts a pmem back-end at OUT/NAME.sock that ends with its front-end.
+backend() {
+    name=$1
+    shift
+    "$BACKEND" pmem --socket "$OUT/$name.sock" --once "$@" 2>"$OUT/$name.backend" &
+}
+
+# open_keyboard: makes the pipe KEYS for a guest's standard input. Who writes after its end shall not die of it.
+open_keyboard() {
+    keyboard=$(mktemp -d)
+    KEYS=$keyboard/keys
+    mkfifo "$KEYS"
+    trap 'rm -r "$keyboard"' EXIT
+    trap '' PIPE
+}
+
+# wait_for FILE TEXT [COUNT]: until COUNT lines (1) of FILE match TEXT, or the guest should have ended.
+wait_for() {
+    tries=0
+    touch "$1"
+    while [ "$(grep -ac -- "$2" "$1")" -lt "${3:-1}" ]; do
+        tries=$((tries + 1))
+        [ $tries -lt 500 ] || {
+            echo "no '$2' in $1" >&2
+            return 1
+        }
+        sleep 0.2
+    done
+}

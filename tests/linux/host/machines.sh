@@ -1,0 +1,9 @@
+# shellcheck shell=sh
+# Small machines of each kind, and each way in which a machine ends.
+. "${0%/*}/lib.sh"
+
+guest off -k "$VMLINUX" -m 128M -c 'quiet -- sh /test/look.sh memory' </dev/null
+guest reset -k "$BZIMAGE" --cpus 2 -c 'quiet -- sh /test/look.sh reboot' </dev/null
+guest panic -k "$VMLINUX" --cpus 4 -c 'quiet -- sh /test/look.sh panic' </dev/null
+guest crash -k "$BZIMAGE" --cpus 4 -c 'quiet reboot=t -- sh /test/look.sh reboot' </dev/null
+guest status -k "$BZIMAGE" --debug-exit -c "$DEBUG_EXIT -- sh /test/look.sh dmesg" </dev/null

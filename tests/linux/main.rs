@@ -1,0 +1,278 @@
+//! A stock Debian kernel boots under `hotslot`: what the guest finds, and what the user sees at the end.
+//!
+//! It takes minutes on an emulated host, and less with more tests at a time than processors, because most of them only
+//! wait for a session: `cargo test --release --test linux -- --test-threads=8`.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
+
+mod host;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::LazyLock;
+
+use host::{Guest, Session};
+
+static MACHINES: LazyLock<Session> = LazyLock::new(|| Session::run("machines", "2G", 420, &[]));
+static MEMORY: LazyLock<Session> = LazyLock::new(|| Session::run("memory", "8G", 580, &[]));
+static CONSOLE: LazyLock<Session> =
+    LazyLock::new(|| Session::run("console", "2G", 300, &[("input", input())]));
+static PMEM: LazyLock<Session> = LazyLock::new(|| {
+    let disks = [("disk0.img", disk(None)), ("disk1.img", disk(Some(GIVEN)))];
+    Session::run("pmem", "2G", 300, &disks)
+});
+
+/// A sentence in the file `given` of the read-only disk.
+const GIVEN: &str = "Only to be read.";
+
+/// Bytes that cannot be guessed from one another, all 256 of them many times.
+fn input() -> Vec<u8> {
+    (0..10 << 10)
+        .scan(1_u32, |state, _| {
+            *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            Some((*state >> 24) as u8)
+        })
+        .collect()
+}
+
+const DISK: u64 = 16 << 20;
+
+/// Runs one of the tools for ext4, which Debian keeps where only root looks.
+fn tool(name: &str, arguments: &[&str]) -> Vec<u8> {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let output = Command::new(name)
+        .args(arguments)
+        .env("PATH", path)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{name} (package e2fsprogs): {error}"));
+    assert!(output.status.success(), "{name} {arguments:?}: {output:?}");
+    output.stdout
+}
+
+/// An image with an ext4 file system; with a sentence in its file `given`.
+fn disk(given: Option<&str>) -> Vec<u8> {
+    let directory = tempfile::tempdir().unwrap();
+    let tree = directory.path().join("tree");
+    std::fs::create_dir(&tree).unwrap();
+    if let Some(text) = given {
+        std::fs::write(tree.join("given"), text).unwrap();
+    }
+    let image = directory.path().join("image");
+    std::fs::File::create(&image).unwrap().set_len(DISK).unwrap();
+    // DAX wants blocks of a page.
+    let [image_path, tree] = [&image, &tree].map(|path| path.to_str().unwrap());
+    let features = "^has_journal";
+    tool(
+        "mkfs.ext4",
+        &["-q", "-b", "4096", "-O", features, "-d", tree, image_path],
+    );
+    std::fs::read(image).unwrap()
+}
+
+/// What a file in an image has in it.
+fn file_in(image: &Path, name: &str) -> Vec<u8> {
+    let command = format!("cat /{name}");
+    let mut bytes = tool("debugfs", &["-R", &command, image.to_str().unwrap()]);
+    // A file written as a whole page: text, then zeroes.
+    bytes.truncate(
+        bytes
+            .iter()
+            .rposition(|byte| *byte != 0)
+            .map_or(0, |last| last + 1),
+    );
+    bytes
+}
+
+/// The guest has this many processors, all online; each one ran a program, and said so.
+fn has_cpus(guest: &Guest, count: usize) {
+    let online = match count {
+        1 => "0".to_owned(),
+        _ => format!("0-{}", count - 1),
+    };
+    assert_eq!(guest.one("online"), online, "{guest}");
+    assert_eq!(guest.one("probe cpus"), format!("{count} ran"), "{guest}");
+    let expected: Vec<String> = (0..count).map(|cpu| cpu.to_string()).collect();
+    assert_eq!(guest.said("on").collect::<Vec<_>>(), expected, "{guest}");
+}
+
+/// The guest has so much memory: the kernel's own parts are missing in its sum, then its needs while it runs.
+fn has_memory(guest: &Guest, mib: u64) {
+    // `struct page`: 64 bytes for each page of 4096. The kernel's image and what it reserves at boot.
+    let reserved = mib / 64 + 64;
+    let total = guest.one("total").parse::<u64>().unwrap() >> 10;
+    assert!(
+        (mib - reserved..=mib).contains(&total),
+        "{total} MiB of {mib}\n{guest}"
+    );
+    let touched = guest.one("probe memory").split_once(" MiB written and verified");
+    let touched: u64 = touched.unwrap_or_else(|| panic!("{guest}")).0.parse().unwrap();
+    // What `probe memory` leaves to the kernel, and what that used: 1/32 and 64 MiB.
+    assert!(
+        touched + mib / 32 + 64 >= total && touched <= total,
+        "{touched} MiB of {total} MiB\n{guest}"
+    );
+}
+
+/// Errors and warnings of the kernel that are none of the machine's.
+const ALLOWED: [&str; 12] = [
+    // There is no PCI. With CONFIG_PCI no hint of ACPI's and no option (pci=off neither) keeps Linux from saying so.
+    "PCI: Fatal: No config space access function found",
+    "PCI: System does not support PCI",
+    // Nor any control of the processor's frequency.
+    "amd_pstate: the _CPC object is not present",
+    // So Linux says of each virtio pmem device: it cannot tell that its flushes go to the back-end.
+    "unable to guarantee persistence of writes",
+    // image.sh strips the signatures, to save time.
+    "module verification failed: signature and/or required key missing",
+    // The emulated host has other things to do.
+    "clocksource: Long readout interval",
+    // Mitigations for the host's processor, whatever that is.
+    "Spectre",
+    "RETBleed",
+    "MDS",
+    "TAA",
+    "MMIO Stale Data",
+    "Speculative Return Stack Overflow",
+];
+
+fn complains_of_nothing_else(guest: &Guest) {
+    let others: Vec<&str> = guest
+        .said("dmesg")
+        .filter(|line| !ALLOWED.iter().any(|allowed| line.contains(allowed)))
+        .collect();
+    assert!(others.is_empty(), "{others:#?}");
+}
+
+#[test]
+fn a_vmlinux_boots_with_one_cpu_and_128_mib_and_switches_itself_off() {
+    let guest = MACHINES.guest("off");
+    guest.ended(0, "the guest switched itself off");
+    has_cpus(&guest, 1);
+    has_memory(&guest, 128);
+}
+
+#[test]
+fn a_bzimage_boots_with_two_cpus_and_resets_itself() {
+    let guest = MACHINES.guest("reset");
+    guest.ended(32, "the guest reset itself");
+    has_cpus(&guest, 2);
+}
+
+#[test]
+fn a_vmlinux_boots_with_four_cpus_and_panics() {
+    let guest = MACHINES.guest("panic");
+    guest.ended(34, "the guest's kernel panicked");
+    has_cpus(&guest, 4);
+}
+
+#[test]
+fn a_bzimage_boots_with_four_cpus_and_crashes() {
+    let guest = MACHINES.guest("crash");
+    guest.ended(33, "the guest crashed: triple fault");
+    has_cpus(&guest, 4);
+}
+
+#[test]
+fn a_bzimage_boots_with_one_cpu_and_ends_with_its_own_status() {
+    let guest = MACHINES.guest("status");
+    guest.ended(77, "the guest ended with status 77 (debug exit)");
+    has_cpus(&guest, 1);
+}
+
+#[test]
+fn the_kernel_has_nothing_to_complain_of() {
+    complains_of_nothing_else(&MACHINES.guest("status"));
+}
+
+#[test]
+fn memory_below_the_hole_can_be_used() {
+    let guest = MEMORY.guest("3584M");
+    guest.ended(0, "the guest ended with status 0 (debug exit)");
+    has_memory(&guest, 3584);
+}
+
+#[test]
+fn memory_on_both_sides_of_the_hole_can_be_used() {
+    let guest = MEMORY.guest("6G");
+    guest.ended(0, "the guest ended with status 0 (debug exit)");
+    has_memory(&guest, 6144);
+}
+
+#[test]
+fn a_shell_on_the_console_answers_and_poweroff_ends_it() {
+    let guest = CONSOLE.guest("console");
+    guest.ended(0, "the guest switched itself off");
+    assert!(guest.out.contains("\nthe answer is 42"), "{guest}");
+}
+
+#[test]
+fn ten_kib_of_input_arrive_intact() {
+    let guest = CONSOLE.guest("console");
+    let sum = CONSOLE.text("input.sum");
+    assert!(guest.out.contains(sum.trim()), "{sum}\n{guest}");
+}
+
+#[test]
+fn files_are_persistent_memory() {
+    let guest = PMEM.guest("pmem");
+    guest.ended(0, "the guest ended with status 0 (debug exit)");
+    assert_eq!(guest.one("devices"), "2");
+    // Not MAP_SYNC: a store is on the disk when the back-end has flushed, not before.
+    assert_eq!(guest.one("probe pmem-write"), "26 bytes by MAP_SHARED");
+    complains_of_nothing_else(&guest);
+    let image = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(image.path(), PMEM.file("disk0.img")).unwrap();
+    for (name, text) in [
+        ("hello", "Written through a mapping."),
+        ("flushed", "Written and flushed.\n"),
+        ("restarted", "Written after the restart.\n"),
+    ] {
+        let found = file_in(image.path(), name);
+        assert_eq!(String::from_utf8_lossy(&found), text, "{guest}");
+    }
+}
+
+#[test]
+fn a_flush_is_answered() {
+    let guest = PMEM.guest("pmem");
+    // Each answer of the back-end's is an interrupt, and flushes are all that it is asked for.
+    let flushes: u32 = guest.one("flushes").parse().unwrap();
+    assert!(flushes > 0, "{guest}");
+}
+
+#[test]
+fn read_only_memory_is_read_and_never_written() {
+    let guest = PMEM.guest("pmem");
+    assert_eq!((guest.one("given"), guest.one("still given")), (GIVEN, GIVEN));
+    assert!(!guest.out.contains("was written to"), "{guest}");
+    let image = PMEM.file("disk1.img");
+    assert_eq!(image.len() as u64, DISK);
+    let path = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(path.path(), &image).unwrap();
+    assert_eq!(file_in(path.path(), "given"), GIVEN.as_bytes());
+}
+
+#[test]
+fn a_driver_that_lets_go_and_comes_back_takes_the_mapping_with_it() {
+    let guest = PMEM.guest("pmem");
+    // Whether the device has a mapping in this map, and what the guest may do with it.
+    let mapping = |map: &str, device: &str| {
+        map.lines()
+            .skip_while(|line| !line.ends_with(&format!("registers of {device}")))
+            .skip(1)
+            .take_while(|line| !line.contains("registers of"))
+            .find_map(|line| line.split_once(" mapping, "))
+            .map(|(_, access)| access.split(',').next().unwrap_or_default().to_owned())
+    };
+    let maps: Vec<&str> = guest.err.split("guest physical memory:").skip(1).collect();
+    let seen: Vec<_> = maps.iter().map(|map| mapping(map, "disk0")).collect();
+    let there = Some("read-write".to_owned());
+    assert_eq!(seen, [there.clone(), None, there], "{guest}");
+    // It is nothing to the other device.
+    assert!(
+        maps.iter()
+            .all(|map| mapping(map, "disk1").as_deref() == Some("read-only"))
+    );
+    assert_eq!(guest.one("found again"), "Written through a mapping.");
+}

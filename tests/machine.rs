@@ -1,0 +1,513 @@
+//! What a user sees of a machine that runs: its output, its input, its exit status, the last line of stderr, the
+//! terminal afterwards. The guests are a few instructions, so any `/dev/kvm` will do, also one that is software.
+
+// clippy.toml allows these in tests; it does not know the helpers of a file like this one as such.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs::File;
+use std::io::{self, BufRead, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use tempfile::NamedTempFile;
+
+/// Where the guests' code is.
+const START: u64 = 2 << 20;
+
+const COM1: u32 = 0x3f8;
+const DEBUG_EXIT: u32 = 0xf4;
+
+/// Says on the test's line why it does not run; a failure with REQUIRE_KVM=1.
+fn kvm_is_missing() -> bool {
+    match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => false,
+        Err(error) if std::env::var_os("REQUIRE_KVM").is_some_and(|value| value == "1") => {
+            panic!("/dev/kvm: {error}")
+        }
+        Err(error) => {
+            eprintln!("not run: /dev/kvm: {error}");
+            true
+        }
+    }
+}
+
+/// An ELF kernel of what `write` assembles.
+fn guest(write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> NamedTempFile {
+    let mut assembler = CodeAssembler::new(64).unwrap();
+    write(&mut assembler).unwrap();
+    let code = assembler.assemble(START).unwrap();
+    let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
+    bytes.resize(16, 0);
+    bytes.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    bytes.extend([START, 64, 0].iter().flat_map(|field| field.to_le_bytes()));
+    bytes.extend(
+        [0, 0, 64, 56, 1, 0, 0, 0_u16]
+            .iter()
+            .flat_map(|field| field.to_le_bytes()),
+    );
+    bytes.extend([1, 0, 0, 0, 7, 0, 0, 0]);
+    // One segment, with 64 KiB for what is not in the file.
+    let len = code.len() as u64;
+    let fields = [120, START, START, len, len + 0x10000, 4096];
+    bytes.extend(fields.iter().flat_map(|field| field.to_le_bytes()));
+    bytes.extend(code);
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(&bytes).unwrap();
+    file
+}
+
+/// `out port, value`, one byte.
+fn out_byte(a: &mut CodeAssembler, port: u32, value: u32) -> Result<(), IcedError> {
+    a.mov(edx, port)?;
+    a.mov(eax, value)?;
+    a.out(dx, al)
+}
+
+fn print(a: &mut CodeAssembler, text: &[u8]) -> Result<(), IcedError> {
+    text.iter().try_for_each(|byte| out_byte(a, COM1, (*byte).into()))
+}
+
+/// Says so, and waits for ever.
+fn say_and_hang(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    print(a, b"up\n")?;
+    hang(a)
+}
+
+/// Starts a guest that says so, and waits until it did.
+fn start(command: &mut Command) -> Child {
+    let mut child = command.spawn().unwrap();
+    let mut said = [0; 3];
+    child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"up\n");
+    child
+}
+
+/// Waits for ever, with interrupts off.
+fn hang(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut here = a.create_label();
+    a.set_label(&mut here)?;
+    a.jmp(here)
+}
+
+/// Sends back what it gets from the serial port, until a `q`; then ends with the number of bytes before that.
+fn echo(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    // Interrupt me when there is input: the driver is here. (Interrupts stay off in the processor; it polls.)
+    out_byte(a, COM1 + 1, 1)?;
+    a.xor(ebx, ebx)?;
+    let (mut wait, mut quit) = (a.create_label(), a.create_label());
+    a.set_label(&mut wait)?;
+    a.mov(edx, COM1 + 5)?;
+    a.in_(al, dx)?;
+    a.test(al, 1)?;
+    a.jz(wait)?;
+    a.mov(edx, COM1)?;
+    a.in_(al, dx)?;
+    a.cmp(al, i32::from(b'q'))?;
+    a.je(quit)?;
+    a.out(dx, al)?;
+    a.inc(ebx)?;
+    a.jmp(wait)?;
+    a.set_label(&mut quit)?;
+    a.mov(edx, DEBUG_EXIT)?;
+    a.mov(eax, ebx)?;
+    a.out(dx, al)?;
+    hang(a)
+}
+
+fn hotslot(kernel: &NamedTempFile) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
+    command
+        .args(["-m", "8M", "--debug-exit", "-k"])
+        .arg(kernel.path());
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+fn wait(child: &mut Child) -> ExitStatus {
+    let limit = Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if Instant::now() > limit {
+            child.kill().unwrap();
+            panic!("hotslot did not end");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Runs to the end: status, stdout, stderr.
+fn run(command: &mut Command) -> (Option<i32>, String, String) {
+    finish(command.spawn().unwrap())
+}
+
+fn finish(mut child: Child) -> (Option<i32>, String, String) {
+    let status = wait(&mut child);
+    let text = |file: Option<&mut dyn Read>| {
+        let mut text = String::new();
+        file.map(|file| file.read_to_string(&mut text).unwrap());
+        text
+    };
+    let stdout = text(child.stdout.as_mut().map(|file| file as &mut dyn Read));
+    let stderr = text(child.stderr.as_mut().map(|file| file as &mut dyn Read));
+    (status.code(), stdout, stderr)
+}
+
+#[test]
+fn each_way_out_has_its_status_and_its_last_line() {
+    if kvm_is_missing() {
+        return;
+    }
+    type Guest = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+    let cases: [(Guest, i32, &str); 7] = [
+        // ACPI: sleep type 5, go.
+        (
+            |a| out_byte(a, 0x600, 5 << 2 | 1 << 5),
+            0,
+            "the guest switched itself off",
+        ),
+        (|a| out_byte(a, 0x602, 1), 32, "the guest reset itself"),
+        (|a| out_byte(a, 0x64, 0xfe), 32, "the guest reset itself"),
+        (|a| out_byte(a, 0x505, 1), 34, "the guest's kernel panicked"),
+        (
+            |a| out_byte(a, DEBUG_EXIT, 77),
+            77,
+            "the guest ended with status 77",
+        ),
+        (|a| out_byte(a, DEBUG_EXIT, 0), 0, "the guest ended with status 0"),
+        // No table for exceptions, none for double faults.
+        (|a| a.ud2(), 33, "the guest crashed: triple fault on vCPU 0"),
+    ];
+    for (write, status, last_line) in cases {
+        let kernel = guest(|a| {
+            write(a)?;
+            hang(a)
+        });
+        let (got, stdout, stderr) = run(&mut hotslot(&kernel));
+        assert_eq!(got, Some(status), "{last_line}: {stderr}");
+        assert_eq!(stdout, "");
+        assert!(
+            stderr.lines().last().is_some_and(|line| line.contains(last_line)),
+            "{last_line}: {stderr}"
+        );
+        // A crash is followed by the registers.
+        assert_eq!(stderr.contains("rip "), status == 33, "{stderr}");
+    }
+}
+
+#[test]
+fn output_is_on_stdout_and_messages_on_stderr() {
+    if kvm_is_missing() {
+        return;
+    }
+    let kernel = guest(|a| {
+        print(a, b"Hello, ")?;
+        print(a, b"guest!")?;
+        out_byte(a, 0x600, 0x34)?;
+        hang(a)
+    });
+    let (status, stdout, stderr) = run(&mut hotslot(&kernel));
+    assert_eq!((status, stdout.as_str()), (Some(0), "Hello, guest!"));
+    assert_eq!(stderr, "hotslot: the guest switched itself off\n");
+    // To a file.
+    let file = NamedTempFile::new().unwrap();
+    let (status, stdout, _) = run(hotslot(&kernel)
+        .arg("--serial")
+        .arg(format!("file={}", file.path().display())));
+    assert_eq!((status, stdout.as_str()), (Some(0), ""));
+    assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "Hello, guest!");
+    // To nobody.
+    let (status, stdout, _) = run(hotslot(&kernel).args(["--serial", "off"]));
+    assert_eq!((status, stdout.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn a_string_instruction_is_many_accesses() {
+    if kvm_is_missing() {
+        return;
+    }
+    let kernel = guest(|a| {
+        let mut text = a.create_label();
+        a.lea(rsi, ptr(text))?;
+        a.mov(ecx, 5)?;
+        a.mov(edx, COM1)?;
+        a.cld()?;
+        a.rep().outsb()?;
+        // KVM passes these on as one exit: 16 times what pvpanic has to say, which is 1.
+        let buffer = START + 0x8000;
+        a.mov(rdi, buffer)?;
+        a.mov(ecx, 16)?;
+        a.mov(edx, 0x505)?;
+        a.rep().insb()?;
+        a.mov(rbx, buffer)?;
+        a.mov(rax, qword_ptr(rbx + 8))?;
+        a.mov(rcx, 0x0101_0101_0101_0101_u64)?;
+        a.sub(rax, rcx)?;
+        a.mov(edx, DEBUG_EXIT)?;
+        a.out(dx, al)?;
+        hang(a)?;
+        a.set_label(&mut text)?;
+        a.db(b"many\n")
+    });
+    let (status, stdout, _) = run(&mut hotslot(&kernel));
+    assert_eq!((status, stdout.as_str()), (Some(0), "many\n"));
+}
+
+#[test]
+// SHM-24, as far as no window is there.
+fn nobodys_addresses_read_all_ones_and_take_any_write() {
+    if kvm_is_missing() {
+        return;
+    }
+    let kernel = guest(|a| {
+        let mut wrong = a.create_label();
+        // In the hole, above all RAM, and at a port without a device.
+        for address in [0xc000_0000_u64, 0xf000_0000] {
+            a.mov(rbx, address)?;
+            a.mov(dword_ptr(rbx), 0x1234)?;
+            a.mov(rax, qword_ptr(rbx))?;
+            a.cmp(rax, -1)?;
+            a.jne(wrong)?;
+        }
+        out_byte(a, 0x1234, 0)?;
+        a.in_(eax, dx)?;
+        a.cmp(eax, -1)?;
+        a.jne(wrong)?;
+        out_byte(a, DEBUG_EXIT, 1)?;
+        a.set_label(&mut wrong)?;
+        out_byte(a, DEBUG_EXIT, 2)?;
+        hang(a)
+    });
+    let (status, _, stderr) = run(hotslot(&kernel).arg("-v"));
+    assert_eq!(status, Some(1), "{stderr}");
+    // KVM may pass on a read of 8 bytes as one or as two.
+    assert!(stderr.contains("2 memory writes and 2 port accesses"), "{stderr}");
+}
+
+#[test]
+fn input_comes_from_a_pipe_or_a_file_and_may_end() {
+    if kvm_is_missing() {
+        return;
+    }
+    let kernel = guest(echo);
+    // More than the port holds at once: nothing may be lost.
+    let text = "0123456789".repeat(20);
+    let input = format!("{text}q, and what nobody reads");
+
+    let mut child = hotslot(&kernel).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let (status, stdout, stderr) = finish(child);
+    assert_eq!((status, stdout.as_str()), (Some(200), text.as_str()), "{stderr}");
+
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(input.as_bytes()).unwrap();
+    let (status, stdout, _) = run(hotslot(&kernel).stdin(file.reopen().unwrap()));
+    assert_eq!((status, stdout.as_str()), (Some(200), text.as_str()));
+
+    // The end of input does not end the guest: it is told so by a signal at last.
+    let (reader, writer) = io::pipe().unwrap();
+    drop(writer);
+    let kernel = guest(|a| {
+        print(a, b"up\n")?;
+        echo(a)
+    });
+    for stdin in [Stdio::null(), Stdio::from(reader)] {
+        let mut child = start(hotslot(&kernel).stdin(stdin));
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(child.try_wait().unwrap().is_none());
+        signal(&child, libc::SIGTERM);
+        assert_eq!(finish(child).0, Some(143));
+    }
+}
+
+#[test]
+fn without_standard_files_the_guest_goes_on() {
+    if kvm_is_missing() {
+        return;
+    }
+    let kernel = guest(|a| {
+        print(a, b"nobody reads this\n")?;
+        print(a, b"nor this\n")?;
+        out_byte(a, DEBUG_EXIT, 5)?;
+        hang(a)
+    });
+    let shell = |redirections: &str| {
+        let line = format!(r#"exec "$0" "$@" {redirections}"#);
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &line, env!("CARGO_BIN_EXE_hotslot")]);
+        command
+            .args(["-m", "8M", "--debug-exit", "-k"])
+            .arg(kernel.path());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        wait(&mut command.spawn().unwrap()).code()
+    };
+    assert_eq!(shell("<&-"), Some(5));
+    assert_eq!(shell(">&-"), Some(5));
+    assert_eq!(shell("<&- >&- 2>&-"), Some(5));
+
+    // Readers that went away.
+    let mut child = hotslot(&kernel).spawn().unwrap();
+    drop(child.stdout.take());
+    let (status, _, stderr) = finish(child);
+    assert_eq!(status, Some(5), "{stderr}");
+    let mut child = hotslot(&kernel).arg("-vv").spawn().unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(finish(child).0, Some(5));
+}
+
+fn signal(child: &Child, signal: libc::c_int) {
+    // SAFETY: the child was not waited for, so its id is nobody else's.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
+}
+
+#[test]
+fn signals_end_the_machine_whatever_it_does() {
+    if kvm_is_missing() {
+        return;
+    }
+    let busy = guest(say_and_hang);
+    // Its output is not read any more: it waits for that.
+    let blocked = guest(|a| {
+        print(a, b"up\n")?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        print(a, b"0123456789abcdefghijklmnopqrstuvwxyz\n")?;
+        a.jmp(again)
+    });
+    for kernel in [&busy, &blocked] {
+        for (number, name) in [
+            (libc::SIGINT, "SIGINT"),
+            (libc::SIGTERM, "SIGTERM"),
+            (libc::SIGHUP, "SIGHUP"),
+        ] {
+            let mut child = start(hotslot(kernel).args(["--cpus", "2"]));
+            std::thread::sleep(Duration::from_millis(300));
+            let before = Instant::now();
+            signal(&child, number);
+            assert_eq!(wait(&mut child).code(), Some(128 + number));
+            assert!(
+                before.elapsed() < Duration::from_secs(2),
+                "{:?}",
+                before.elapsed()
+            );
+            let mut stderr = String::new();
+            child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+            assert_eq!(stderr, format!("hotslot: ended by {name}\n"));
+        }
+    }
+}
+
+#[test]
+fn sigusr1_prints_the_memory_map() {
+    if kvm_is_missing() {
+        return;
+    }
+    let kernel = guest(say_and_hang);
+    let mut child = start(&mut hotslot(&kernel));
+    signal(&child, libc::SIGUSR1);
+    let stderr = io::BufReader::new(child.stderr.take().unwrap());
+    let map: Vec<_> = stderr.lines().take(2).map(Result::unwrap).collect();
+    assert_eq!(
+        map,
+        ["guest physical memory:", "  0x000000000000-0x0000007fffff  RAM"]
+    );
+    signal(&child, libc::SIGINT);
+    assert_eq!(wait(&mut child).code(), Some(130));
+}
+
+/// A terminal: our end, and the guest's user's.
+fn terminal() -> (File, OwnedFd) {
+    let (mut ours, mut theirs) = (-1, -1);
+    // SAFETY: both numbers are ours and live through the call; name, settings and size are not given.
+    let result = unsafe {
+        libc::openpty(
+            &mut ours,
+            &mut theirs,
+            std::ptr::null_mut(),
+            std::ptr::null(),
+            std::ptr::null(),
+        )
+    };
+    assert_eq!(result, 0);
+    // SAFETY: the descriptors are new and nobody else's.
+    unsafe { (File::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs)) }
+}
+
+/// The terminal's local and input flags.
+fn settings(terminal: &OwnedFd) -> (u32, u32) {
+    // SAFETY: a termios is plain data, for which all-zero is a value.
+    let mut settings: libc::termios = unsafe { std::mem::zeroed() };
+    // SAFETY: the struct is ours and lives through the call.
+    assert_eq!(unsafe { libc::tcgetattr(terminal.as_raw_fd(), &mut settings) }, 0);
+    (settings.c_lflag, settings.c_iflag)
+}
+
+#[test]
+fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
+    if kvm_is_missing() {
+        return;
+    }
+    let (echoing, busy) = (guest(echo), guest(hang));
+    let typed = |keys: &'static [u8]| move |mut ours: &File, _: &Child| ours.write_all(keys).unwrap();
+    type Act<'a> = &'a dyn Fn(&File, &Child);
+    let cases: [(&NamedTempFile, Act, i32); 6] = [
+        // Ctrl-C is the guest's; so is Ctrl-a Ctrl-a, as one.
+        (&echoing, &typed(b"\x03\x01\x01abcq"), 5),
+        (&echoing, &typed(b"\x01h\x01x"), 130),
+        // Also when the guest reads nothing, and much was typed.
+        (
+            &busy,
+            &typed(b"what is it? what is it? what is it? what is it? what is it? what is it? \x01x"),
+            130,
+        ),
+        (&busy, &|_, child| signal(child, libc::SIGTERM), 143),
+        (&busy, &|_, child| signal(child, libc::SIGQUIT), 131),
+        // Not ours to handle: the process dies of it, the terminal does not.
+        (&busy, &|_, child| signal(child, libc::SIGABRT), -libc::SIGABRT),
+    ];
+    for (number, (kernel, act, expected)) in cases.into_iter().enumerate() {
+        let (ours, theirs) = terminal();
+        let before = settings(&theirs);
+        let mut child = hotslot(kernel)
+            .stdin(theirs.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        let limit = Instant::now() + Duration::from_secs(10);
+        while settings(&theirs) == before {
+            assert!(Instant::now() < limit, "the terminal never became raw");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        act(&ours, &child);
+        let status = wait(&mut child);
+        let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+        assert_eq!(
+            status.code().or(signal.map(|signal| -signal)),
+            Some(expected),
+            "case {number}"
+        );
+        assert_eq!(settings(&theirs), before, "case {number}");
+    }
+}
+
+#[test]
+fn a_machine_that_cannot_be_built_leaves_the_terminal_alone() {
+    let (_ours, theirs) = terminal();
+    let before = settings(&theirs);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
+    command
+        .args(["-k", "/nowhere"])
+        .stdin(theirs.try_clone().unwrap())
+        .stderr(Stdio::null());
+    assert_eq!(wait(&mut command.spawn().unwrap()).code(), Some(2));
+    assert_eq!(settings(&theirs), before);
+}
