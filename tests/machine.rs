@@ -392,14 +392,8 @@ fn signals_end_the_machine_whatever_it_does() {
         ] {
             let mut child = start(hotslot(kernel).args(["--cpus", "2"]));
             std::thread::sleep(Duration::from_millis(300));
-            let before = Instant::now();
             signal(&child, number);
             assert_eq!(wait(&mut child).code(), Some(128 + number));
-            assert!(
-                before.elapsed() < Duration::from_secs(2),
-                "{:?}",
-                before.elapsed()
-            );
             let mut stderr = String::new();
             child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
             assert_eq!(stderr, format!("hotslot: ended by {name}\n"));

@@ -1,8 +1,8 @@
 //! The part of the story in which devices come in: connect and negotiate, place their windows, attach them.
 
 use std::io;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -251,55 +251,78 @@ pub fn show(range: &GuestRange) -> String {
 }
 
 /// Puts zeroes under mappings whose file became shorter (SHM-45).
-pub struct MissingPages(Vec<(String, Arc<SharedMemory>)>);
+pub struct MissingPages {
+    devices: Vec<(String, Arc<SharedMemory>)>,
+    /// Lock order: before `SharedMemory`'s; held by a vCPU while it looks for what is missing.
+    filled: Mutex<Option<Instant>>,
+}
+
+/// How long a vCPU has, after something was filled for it, to touch what it wanted.
+const SETTLE: Duration = Duration::from_millis(500);
 
 impl MissingPages {
     /// Looks in these devices' shared memory.
     pub fn of(backends: &[Backend]) -> Self {
-        MissingPages(
-            backends
+        MissingPages {
+            devices: backends
                 .iter()
                 .map(|backend| (backend.spec.name.clone(), Arc::clone(&backend.shmem)))
                 .collect(),
-        )
+            filled: Mutex::new(None),
+        }
     }
 }
 
 impl MissingPages {
     /// Whether any of the devices may ever have a mapping.
     pub fn are_possible(&self) -> bool {
-        self.0.iter().any(|(_, shmem)| !shmem.regions().is_empty())
+        self.devices.iter().any(|(_, shmem)| !shmem.regions().is_empty())
     }
 
     /// Whether any of the devices has a mapping now.
     pub fn are_to_watch(&self) -> bool {
-        self.0.iter().any(|(_, shmem)| shmem.has_mappings())
+        self.devices.iter().any(|(_, shmem)| shmem.has_mappings())
     }
 
-    /// Called a while after [`FaultHandler::mend`]: keeps what the guest really needed.
+    /// Keeps what the guest really needed of what was filled, some time after that. Does nothing before, or while
+    /// something is being filled: the vCPU would find it missing again, for ever.
     pub fn settle(&self) {
-        for (name, shmem) in &self.0 {
-            shmem.settle().iter().for_each(|filled| report(name, filled));
+        let Ok(mut filled) = self.filled.try_lock() else {
+            return;
+        };
+        if filled.is_some_and(|when| when.elapsed() >= SETTLE) {
+            *filled = None;
+            for (name, shmem) in &self.devices {
+                shmem.settle().iter().for_each(|filled| report(name, filled));
+            }
         }
     }
 
     /// Makes accesses to missing pages fail instead of wait.
     pub fn guard(&self) {
-        self.0.iter().for_each(|(_, shmem)| shmem.guard_missing());
+        self.devices.iter().for_each(|(_, shmem)| shmem.guard_missing());
     }
 }
 
 impl FaultHandler for MissingPages {
     fn mend(&self, address: Option<u64>) -> bool {
-        let mend = |(name, shmem): &(String, Arc<SharedMemory>)| match address {
-            Some(address) => {
+        if let Some(address) = address {
+            return self.devices.iter().any(|(name, shmem)| {
                 let filled = shmem.fill_missing(address);
                 filled.iter().for_each(|filled| report(name, filled));
                 filled.is_some()
-            }
-            None => shmem.fill_all_for_now(),
-        };
-        self.0.iter().filter(|device| mend(device)).count() > 0
+            });
+        }
+        let mut last = self.filled.lock().unwrap_or_else(PoisonError::into_inner);
+        let filled = self
+            .devices
+            .iter()
+            .filter(|(_, shmem)| shmem.fill_all_for_now())
+            .count();
+        if filled > 0 {
+            *last = Some(Instant::now());
+        }
+        filled > 0
     }
 }
 

@@ -1,11 +1,9 @@
 //! Connecting and negotiating: what is asked, what is agreed, what is taken for an answer.
 
-use std::time::Instant;
-
 use hotslot::virtio::device::VirtioDevice;
 
 use crate::bench::*;
-use crate::wire::{PATIENCE, REPLY, VERSION_1, message, quads, shmem_config, words};
+use crate::wire::{REPLY, VERSION_1, message, quads, shmem_config, words};
 
 /// The bits that SET_PROTOCOL_FEATURES said; `None` where it was not sent.
 fn acked(seen: &[Seen]) -> Option<u64> {
@@ -263,7 +261,6 @@ fn a_silent_back_end_is_not_waited_for_without_end() {
             Setup::new().on(44, move |_| Answer::Bytes(half.clone(), None)),
         ),
     ];
-    let start = Instant::now();
     std::thread::scope(|scope| {
         for (name, setup) in setups {
             scope.spawn(move || {
@@ -277,5 +274,4 @@ fn a_silent_back_end_is_not_waited_for_without_end() {
             assert!(error.contains("SET_BACKEND_REQ_FD"), "{error}");
         });
     });
-    assert!(start.elapsed() < PATIENCE);
 }

@@ -112,7 +112,12 @@ impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "guest physical memory:")?;
         for (name, start, len) in MEMORY {
-            writeln!(f, "  {start:#011x}..{:#011x}  {name}", start + len)?;
+            let end = if len == 0 {
+                String::new()
+            } else {
+                format!("{:#011x}", start + len)
+            };
+            writeln!(f, "  {start:#011x}..{end:11}  {name}")?;
         }
         writeln!(f, "I/O ports:")?;
         for (name, start, len) in PORTS {
@@ -152,7 +157,7 @@ const MEMORY: [(&str, u64, u64); 13] = [
     ("IOAPIC", IOAPIC, PAGE_SIZE),
     ("local APICs", LOCAL_APIC, PAGE_SIZE),
     ("KVM's own pages", KVM_PAGES, KVM_PAGES_LEN),
-    ("RAM beyond 3 GiB", HOLE_END, 0),
+    ("RAM beyond 3 GiB, as far as there is", HOLE_END, 0),
     (
         "then, from the next GiB on: windows of shared memory regions",
         HOLE_END,
