@@ -5,7 +5,8 @@ echo "online: $online"
 probe cpus
 cpu=0
 while [ -e /sys/devices/system/cpu/cpu$cpu ]; do
-    # Both say where they run: the processor in /proc, and the first word of its own mask.
+    # Field 39: the processor on which the reader itself runs.
+    # shellcheck disable=SC2016 # for the shell over there
     taskset -c $cpu sh -c 'echo "on: $(cut -d " " -f 39 /proc/self/stat)"'
     cpu=$((cpu + 1))
 done

@@ -1,14 +1,15 @@
 # shellcheck shell=sh
 # A shell on the serial console, and someone who types.
+# shellcheck source=tests/linux/host/lib.sh
 . "${0%/*}/lib.sh"
 
 screen=$OUT/console.out
 open_keyboard
 guest console -k "$VMLINUX" -c 'quiet' <"$KEYS" &
 exec 3>"$KEYS"
+# shellcheck disable=SC2016 # the guest's shell shall compute
 if
     wait_for "$screen" '# ' &&
-        # shellcheck disable=SC2016 # for the guest
         echo 'echo the answer is $((6 * 7))' >&3 &&
         wait_for "$screen" 'the answer is 42' &&
         # The line discipline would take some bytes for keys; raw, all arrive.

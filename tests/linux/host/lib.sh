@@ -6,6 +6,7 @@
 # OUT/NAME.out, .err and .status.
 
 # The debug-exit port brings the guest's own status; `panic=-1` of the default command line resets after a panic.
+# shellcheck disable=SC2034 # used by those who source this
 DEBUG_EXIT='quiet hotslot.debug_exit=0xf4'
 
 # guest NAME OPTION...: runs one to its end. A guest that hangs must not take the others with it.

@@ -1,5 +1,6 @@
 # shellcheck shell=sh
 # Small machines of each kind, and each way in which a machine ends.
+# shellcheck source=tests/linux/host/lib.sh
 . "${0%/*}/lib.sh"
 
 guest off -k "$VMLINUX" -m 128M -c 'quiet -- sh /test/look.sh memory' </dev/null

@@ -1,5 +1,6 @@
 # shellcheck shell=sh
 # A guest with two files as persistent memory, the second one read-only.
+# shellcheck source=tests/linux/host/lib.sh
 . "${0%/*}/lib.sh"
 
 backend disk0 --file "$OUT/disk0.img"
