@@ -136,11 +136,11 @@ fn sigusr1_prints_the_memory_map_with_live_mappings() {
     let log = guest.log();
     let range = |start: u64, len: u64| format!("{start:#014x}-{:#014x}", start + len - 1);
     for line in [
-        format!("{} RAM", range(0, 64 * MIB)),
-        format!("{} registers of device", range(0xd000_0000, PAGE)),
-        format!("{} device shared memory region 0", range(base, len)),
+        format!("{}  RAM", range(0, 64 * MIB)),
+        format!("{}  registers of device", range(0xd000_0000, PAGE)),
+        format!("{}  device shared memory region 0", range(base, len)),
         format!(
-            "{} mapping, read-write, file offset 0x1000",
+            "{}  mapping, read-write, file offset 0x1000",
             range(base + 3 * PAGE, PAGE)
         ),
     ] {
