@@ -24,6 +24,7 @@ use crate::bus::{BusDevice, MachineEvent};
 
 /// The registers that we look at ourselves, by their offsets.
 const INTERRUPT_ENABLE: u8 = 1;
+const INTERRUPT_IDENTIFICATION: u8 = 2;
 const LINE_CONTROL: u8 = 3;
 const MODEM_CONTROL: u8 = 4;
 const LINE_STATUS: u8 = 5;
@@ -35,6 +36,12 @@ pub const PAUSE: Duration = Duration::from_millis(1);
 
 /// INTERRUPT_ENABLE: interrupt me when there is input.
 const RECEIVED_DATA: u8 = 1 << 0;
+/// INTERRUPT_IDENTIFICATION: the bits that say why, and two of their values.
+const REASON: u8 = 0b1111;
+const NO_INTERRUPT: u8 = 0b0001;
+const INPUT_IS_THERE: u8 = 0b0100;
+/// LINE_STATUS: there is input.
+const DATA_READY: u8 = 1 << 0;
 /// LINE_CONTROL: offsets 0 and 1 are the speed.
 const DIVISOR_LATCH: u8 = 1 << 7;
 /// MODEM_CONTROL: the port talks to itself.
@@ -60,6 +67,13 @@ struct State {
 }
 
 impl State {
+    /// Whether the guest wants an interrupt for input, and there is some.
+    fn has_input_to_tell_of(&mut self) -> bool {
+        self.line_control & DIVISOR_LATCH == 0
+            && self.uart.read(INTERRUPT_ENABLE) & RECEIVED_DATA != 0
+            && self.uart.read(LINE_STATUS) & DATA_READY != 0
+    }
+
     /// The output that was kept back.
     fn take_output(&mut self) -> Vec<u8> {
         std::mem::take(self.uart.writer_mut())
@@ -111,7 +125,13 @@ impl SerialPort {
     /// Reads one register; what is to be passed on is the second result.
     fn read_register(&self, register: u8) -> (u8, Vec<u8>) {
         let mut state = self.state();
-        let value = state.uart.read(register);
+        let mut value = state.uart.read(register);
+        // The crate forgets the reason with the first byte that is read. A driver that takes a limited number of bytes at a
+        // time (Linux: 256) and asks whether there are more would leave the rest there, and no interrupt would ever come.
+        let silent = register == INTERRUPT_IDENTIFICATION && value & REASON == NO_INTERRUPT;
+        if silent && state.has_input_to_tell_of() {
+            value = value & !REASON | INPUT_IS_THERE;
+        }
         let pending = !state.uart.writer().is_empty();
         if pending && register == LINE_STATUS && state.last_output.elapsed() >= PAUSE {
             return (value, state.take_output());
@@ -379,6 +399,27 @@ mod tests {
             assert_eq!(byte, *b"x");
             assert_eq!(bench.wants_input.read().is_ok(), left == 0, "{left}");
         }
+    }
+
+    #[test]
+    fn input_is_told_of_until_all_of_it_is_read() {
+        let bench = bench(None);
+        let identification = || {
+            let mut byte = [0];
+            bench.port.read(2, &mut byte);
+            byte[0] & REASON
+        };
+        bench.port.write(1, &[RECEIVED_DATA]);
+        assert_eq!(bench.port.enqueue(b"ab"), 2);
+        for _ in 0..2 {
+            assert_eq!(identification(), INPUT_IS_THERE);
+            assert_eq!(identification(), INPUT_IS_THERE, "asking is not reading");
+            bench.port.read(0, &mut [0]);
+        }
+        assert_eq!(identification(), NO_INTERRUPT);
+        bench.port.write(1, &[0]);
+        assert_eq!(bench.port.enqueue(b"c"), 1);
+        assert_eq!(identification(), NO_INTERRUPT, "nobody wants to know");
     }
 
     #[test]

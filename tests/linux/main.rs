@@ -107,9 +107,11 @@ fn has_memory(guest: &Guest, mib: u64) {
     );
     let touched = guest.one("probe memory").split_once(" MiB written and verified");
     let touched: u64 = touched.unwrap_or_else(|| panic!("{guest}")).0.parse().unwrap();
-    // What `probe memory` leaves to the kernel, what that used, and what its watermarks keep: 1/16 and 64 MiB.
+    // What `probe memory` leaves to the kernel: 1/64, and 24 MiB. What the kernel keeps back of what is free, and what
+    // runs: about 128 MiB where there is much. Of 128 MiB a third is left.
+    let missing = total.checked_sub(touched).unwrap_or_else(|| panic!("{guest}"));
     assert!(
-        touched + mib / 16 + 64 >= total && touched <= total,
+        missing <= mib / 32 + 160 && touched >= total / 4,
         "{touched} MiB of {total} MiB\n{guest}"
     );
 }
