@@ -11,7 +11,8 @@
 #   --env NAME=VALUE   adds to COMMAND's environment
 #   --timeout SECONDS  time limit for all of it (default: 300; with --tty none)
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the lab)
-#   --icount           the clock counts instructions: slower, but repeated runs measure the same
+#   --icount           the clock counts instructions: slower, but repeated runs measure the same. For guests with one
+#                      vCPU: Linux with more has not been seen to come up so
 #   --append WORDS     adds to the emulated host's kernel command line
 #   --log FILE         writes the emulated host's kernel log there
 #   --verbose          says when the emulated host is up
