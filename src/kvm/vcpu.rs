@@ -60,15 +60,6 @@ pub trait FaultHandler: Send + Sync {
 /// somebody cuts and grows all the time, hoping for more, gets here with a probability below 1/4 each time.
 const BARREN_FAULTS: u32 = 100;
 
-/// Mends nothing: every EFAULT ends the machine.
-pub struct NoFaultHandler;
-
-impl FaultHandler for NoFaultHandler {
-    fn mend(&self, _address: Option<u64>) -> bool {
-        false
-    }
-}
-
 /// Accesses that nobody answered: reads gave all-ones, writes were dropped.
 #[derive(Debug, Default)]
 pub struct Unclaimed {
