@@ -243,7 +243,7 @@ impl Vmm {
         events.add_subscriber(Box::new(ConsoleInput::new(self.console, Arc::clone(&end))));
 
         let vcpus = start(self.vcpus, &self.machine, &end);
-        let mut stuck = StuckWatch::new(self.missing_pages);
+        let mut stuck = StuckWatch::new(Arc::clone(&self.missing_pages));
         let result = loop {
             if let Some(result) = end.take() {
                 break result;
@@ -258,9 +258,10 @@ impl Vmm {
         serial_port.flush();
         drop(raw_terminal);
         log_unclaimed(&self.machine.unclaimed);
+        self.missing_pages.log_total();
         // In this order, said aloud: the back-ends are let go and their mappings go, nobody can reach guest memory any
         // more, then that and the register pages go.
-        drop((events, stuck, self.machine));
+        drop((events, stuck, self.missing_pages, self.machine));
         drop((self.mapper, self.vm));
         drop((self.devices, self.ram));
         result

@@ -4,37 +4,17 @@
 
 #[path = "protocol/bench.rs"]
 mod bench;
+#[path = "support/process.rs"]
+mod process;
 #[path = "protocol/wire.rs"]
 mod wire;
 
 use bench::*;
-
-fn descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
-}
-
-/// Mappings of files, and reservations. Those of one page are what guards the stacks of threads.
-fn mappings() -> usize {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    let is_one_page = |line: &str| {
-        let (start, rest) = line.split_once('-').unwrap();
-        let [start, end] = [start, &rest[..start.len()]].map(|text| u64::from_str_radix(text, 16).unwrap());
-        end - start == PAGE
-    };
-    maps.lines()
-        .filter(|line| line.contains("memfd:") || line.contains("---p") && !is_one_page(line))
-        .count()
-}
-
-fn threads() -> usize {
-    std::fs::read_dir("/proc/self/task").unwrap().count()
-}
+use process::*;
 
 #[test]
 fn descriptors_mappings_and_threads_are_given_back() {
-    // SAFETY: a setting. The allocator's own reservations, one for each thread otherwise, do not count then.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-    let counts = || (descriptors(), mappings());
+    let counts = || (descriptors(), areas("self").len());
     // The first device may make what stays, such as a thread's stack in the allocator's hands.
     drop(Setup::new().start().end());
     eventually("the back-end's thread ends", || threads() == 2);

@@ -4,6 +4,9 @@
 // clippy.toml allows these in tests; it does not know the helpers of a file like this one as such.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "support/image.rs"]
+mod image;
+
 use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -13,6 +16,8 @@ use std::time::{Duration, Instant};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use tempfile::NamedTempFile;
+
+use image::Segment;
 
 /// Where the guests' code is.
 const START: u64 = 2 << 20;
@@ -39,24 +44,11 @@ fn guest(write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Nam
     let mut assembler = CodeAssembler::new(64).unwrap();
     write(&mut assembler).unwrap();
     let code = assembler.assemble(START).unwrap();
-    let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
-    bytes.resize(16, 0);
-    bytes.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    bytes.extend([START, 64, 0].iter().flat_map(|field| field.to_le_bytes()));
-    bytes.extend(
-        [0, 0, 64, 56, 1, 0, 0, 0_u16]
-            .iter()
-            .flat_map(|field| field.to_le_bytes()),
-    );
-    bytes.extend([1, 0, 0, 0, 7, 0, 0, 0]);
-    // One segment, with 64 KiB for what is not in the file.
-    let len = code.len() as u64;
-    let fields = [120, START, START, len, len + 0x10000, 4096];
-    bytes.extend(fields.iter().flat_map(|field| field.to_le_bytes()));
-    bytes.extend(code);
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(&bytes).unwrap();
-    file
+    let code = Segment {
+        zeroes: 0x10000,
+        ..Segment::new(START, &code)
+    };
+    image::kernel(&image::elf(START, &[code]))
 }
 
 /// `out port, value`, one byte.

@@ -53,6 +53,13 @@ pub trait FaultHandler: Send + Sync {
     /// physical address where KVM tells it; then only the slot that it is in need be looked at. True if something was
     /// missing, and is there now.
     fn mend(&self, address: Option<u64>) -> bool;
+
+    /// The same for a read that KVM passed on: what the guest sees at `address` now goes to `data`, zeroes in place of what
+    /// is missing. False where it sees nothing.
+    fn read(&self, address: u64, data: &mut [u8]) -> bool;
+
+    /// The same for a write that KVM passed on. It is lost; what was missing is there for those after it.
+    fn write(&self, address: u64);
 }
 
 /// How often in a row a processor may fail with EFAULT although nothing is found missing. It is no sign of despair by
@@ -259,13 +266,9 @@ impl Runner {
         }
         let crash = match exit {
             Ok(VcpuExit::MmioRead(address, data)) => {
-                if !machine.mmio.read(address, data) {
-                    // A page of a mapping that is missing comes here too: from a software KVM always, from any KVM when
-                    // it has to emulate the instruction. What is read is what is there now (SHM-45).
-                    if machine.faults.mend(Some(address)) {
-                        data.fill(0);
-                        return None;
-                    }
+                // A page of a mapping that is missing comes here too: from a software KVM always, from any KVM when it has
+                // to emulate the instruction (SHM-45). Another vCPU may have mended it meanwhile.
+                if !machine.mmio.read(address, data) && !machine.faults.read(address, data) {
                     machine.unclaimed.mmio_reads.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
                 }
@@ -274,8 +277,7 @@ impl Runner {
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 return machine.mmio.write(address, data).map_or_else(
                     |_| {
-                        // As with reads; this write is dropped, those after it are not.
-                        machine.faults.mend(Some(address));
+                        machine.faults.write(address);
                         machine.unclaimed.mmio_writes.fetch_add(1, Ordering::Relaxed);
                         log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");
                         None

@@ -4,15 +4,18 @@
 //! `vhost_user::backend_channel` maps and unmaps; `vhost_user::device` closes the gate and unmaps everything at a
 //! reset; the set-up and the transport ask where regions are.
 
+mod missing;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use thiserror::Error;
 
+pub use self::missing::{Filled, FilledTotal};
 use super::alloc::{NoRoom, WindowAllocator};
-use super::window::{Aside, Span, Window};
+use super::window::{Aside, Span, Spare, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
 
 /// The number of region ids (shmid is a byte).
@@ -177,14 +180,22 @@ pub struct SharedMemory {
     /// Lock order: taken under the device's channel lock or the transport's, or alone; `GuestMapper`'s own lock comes
     /// after it. Never held while a peer is waited for.
     state: Mutex<State>,
+    /// The live mappings once more, by first guest address: last address, and what the guest may do there. For the
+    /// accesses of the guest that come to us; most of them are to holes, and must not wait for a back-end that maps and
+    /// unmaps all the time. A mapping is in it a little longer than in the guest.
+    ///
+    /// Lock order: after `state`, innermost; held for a look.
+    reach: RwLock<BTreeMap<u64, (u64, Access)>>,
 }
 
 struct State {
+    filled: FilledTotal,
     accepting: bool,
     live: usize,
     /// Mappings ever made.
     made: u64,
     regions: BTreeMap<u8, Region>,
+    spare: Spare,
 }
 
 struct Region {
@@ -202,36 +213,20 @@ struct Mapping {
     /// Of all mappings ever made: no other has it.
     number: u64,
     filled: u64,
-    /// How many bytes of the file's end, ahead of what is filled, are out of reach.
+    /// How many bytes of the file's end, ahead of what is filled (for good or for now), are out of reach.
     guarded: u64,
     /// As many bytes of the file's end are filled for now; and what was there.
     aside: Option<(u64, Aside)>,
 }
 
-/// A mapping under whose end there are zeroes now (SHM-45).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Filled {
-    /// The region's id.
-    pub shmid: u8,
-    /// Where the guest sees the mapping.
-    pub guest: GuestRange,
-    /// How many of its last bytes read 0 from now on.
-    pub len: u64,
-}
-
-/// A mapping at whose end something may be missing.
-struct Candidate {
-    shmid: u8,
-    window: Arc<Window>,
-    offset: u64,
-    number: u64,
-    file_len: u64,
-}
-
-impl Candidate {
-    /// What is missing. It may wait for the disk, or for whoever serves the file: no lock is held here.
-    fn missing(&self) -> Option<Span<'_>> {
-        self.window.span(self.offset, self.file_len)?.missing()
+impl Region {
+    /// All that is free around an offset at which nothing is mapped.
+    fn hole(&self, offset: u64) -> Option<Span<'_>> {
+        let before = self.mappings.range(..offset).next_back();
+        let start = before.map_or(0, |(&start, mapping)| start + mapping.span_len());
+        let after = self.mappings.range(offset..).next();
+        let end = after.map_or(self.window.guest().len(), |(&start, _)| start);
+        self.window.span(start, end - start)
     }
 }
 
@@ -239,20 +234,6 @@ impl Mapping {
     /// The length of what backs it: `len` in whole pages. It fits: the region is made of whole pages.
     fn span_len(&self) -> u64 {
         self.len.next_multiple_of(PAGE_SIZE)
-    }
-
-    /// What of it is not filled for good.
-    fn file_len(&self) -> u64 {
-        self.span_len() - self.filled
-    }
-
-    fn report(&self, shmid: u8, window: &Window, offset: u64) -> Filled {
-        let start = window.guest().start() + offset;
-        Filled {
-            shmid,
-            guest: GuestRange::new(start, self.span_len()).unwrap_or(window.guest()),
-            len: self.filled,
-        }
     }
 }
 
@@ -287,12 +268,19 @@ impl SharedMemory {
             );
         }
         let state = Mutex::new(State {
+            filled: FilledTotal::default(),
             accepting: true,
             live: 0,
             made: 0,
             regions,
+            spare: Spare::take(),
         });
-        Ok(SharedMemory { mapper, quota, state })
+        Ok(SharedMemory {
+            mapper,
+            quota,
+            state,
+            reach: RwLock::default(),
+        })
     }
 
     /// Where a region is; `None` for an id that has none.
@@ -343,6 +331,7 @@ impl SharedMemory {
             access,
         } = request;
         let mut state = self.lock();
+        let state = &mut *state;
         if !state.accepting {
             return Err(ShmemError::GateClosed);
         }
@@ -397,7 +386,7 @@ impl SharedMemory {
         let slot = match unsafe { self.mapper.map(span.guest(), span.host(), access) } {
             Ok(slot) => slot,
             Err(error) => {
-                release(&span.clear());
+                release(&mut state.spare, &span);
                 return Err(ShmemError::Guest(error));
             }
         };
@@ -414,6 +403,8 @@ impl SharedMemory {
                 aside: None,
             },
         );
+        let guest = span.guest();
+        self.reach_mut().insert(guest.start(), (guest.last(), access));
         state.live += 1;
         state.made += 1;
         Ok(())
@@ -422,6 +413,7 @@ impl SharedMemory {
     /// Takes one whole mapping away; no vCPU can reach the file when this returns (SHM-56).
     pub fn unmap(&self, shmid: u8, shm_offset: u64, len: u64) -> Result<(), ShmemError> {
         let mut state = self.lock();
+        let state = &mut *state;
         let region = state.regions.get_mut(&shmid).ok_or(ShmemError::NoRegion(shmid))?;
         let mapping = region
             .mappings
@@ -433,10 +425,12 @@ impl SharedMemory {
                 len,
             })?;
         self.mapper.unmap(mapping.slot).map_err(ShmemError::Guest)?;
-        if let Some(span) = region.window.span(shm_offset, mapping.span_len()) {
-            release(&span.clear());
-        }
+        self.reach_mut()
+            .remove(&(region.window.guest().start() + shm_offset));
         region.mappings.remove(&shm_offset);
+        if let Some(hole) = region.hole(shm_offset) {
+            release(&mut state.spare, &hole);
+        }
         state.live -= 1;
         Ok(())
     }
@@ -455,16 +449,17 @@ impl SharedMemory {
     /// keeps its mapping; the error is the first such.
     pub fn unmap_all(&self) -> Result<usize, ShmemError> {
         let mut state = self.lock();
+        let state = &mut *state;
         let before = state.live;
         let mut result = Ok(());
         for region in state.regions.values_mut() {
+            let mut freed = Vec::new();
             region
                 .mappings
                 .retain(|&offset, mapping| match self.mapper.unmap(mapping.slot) {
                     Ok(()) => {
-                        if let Some(span) = region.window.span(offset, mapping.span_len()) {
-                            release(&span.clear());
-                        }
+                        self.reach_mut().remove(&(region.window.guest().start() + offset));
+                        freed.push(offset);
                         false
                     }
                     Err(error) => {
@@ -472,159 +467,29 @@ impl SharedMemory {
                         true
                     }
                 });
+            if region.mappings.is_empty() {
+                // At once, and with it what an UNMAP had to leave.
+                release(&mut state.spare, &region.window.whole());
+                continue;
+            }
+            for hole in freed.into_iter().filter_map(|offset| region.hole(offset)) {
+                release(&mut state.spare, &hole);
+            }
         }
         state.live = state.regions.values().map(|region| region.mappings.len()).sum();
         let gone = before - state.live;
         result.map(|()| gone)
     }
 
-    /// Puts zero pages under what is missing at the end of a mapping, for good, if `at` is a guest address in it. Called
-    /// when the guest touched it.
-    pub fn fill_missing(&self, at: u64) -> Option<Filled> {
-        let (candidates, _) = self.candidates(Some(at), true);
-        let candidate = candidates.first()?;
-        let missing = candidate.missing()?;
-        if !(missing.guest().start()..=missing.guest().last()).contains(&at) {
-            return None;
-        }
-        self.change(candidate, |window, mapping| {
-            missing.fill(mapping.access)?;
-            mapping.filled += missing.guest().len();
-            Ok(mapping.report(candidate.shmid, window, candidate.offset))
-        })
+    /// What the guest may do at `at`; `None` where nothing is mapped. Waits for nobody.
+    pub fn access_at(&self, at: u64) -> Option<Access> {
+        let reach = self.reach.read().unwrap_or_else(PoisonError::into_inner);
+        let (_, &(last, access)) = reach.range(..=at).next_back()?;
+        (at <= last).then_some(access)
     }
 
-    /// The guest touched something that is missing, but nobody knows where. Puts zero pages under all that is missing,
-    /// until [`Self::settle`] has seen what was touched. False where nothing is missing.
-    pub fn fill_all_for_now(&self) -> bool {
-        let (candidates, mut changed) = self.candidates(None, true);
-        for candidate in &candidates {
-            if let Some(missing) = candidate.missing() {
-                let done = self.change(candidate, |_, mapping| {
-                    let aside = missing.set_aside(mapping.access)?;
-                    mapping.aside = Some((missing.guest().len(), aside));
-                    Ok(())
-                });
-                changed |= done.is_some();
-            }
-        }
-        changed
-    }
-
-    /// What was filled for now and was touched stays so; the rest is the file's again, and shows it when it grows.
-    /// (A write to the rest in the moment between the look and the change is lost, as one beyond a file's end may be.)
-    pub fn settle(&self) -> Vec<Filled> {
-        let mut filled = Vec::new();
-        self.each(|shmid, window, offset, mapping| {
-            let Some((len, mut aside)) = mapping.aside.take() else {
-                return;
-            };
-            let whole = window.span(offset, mapping.file_len());
-            let Some(span) = whole.and_then(|span| span.end(len)) else {
-                return;
-            };
-            let kept = match span.is_touched() {
-                Ok(false) => span.put_back(&mut aside).map(|()| false),
-                touched => touched,
-            };
-            note(shmid, offset, &kept);
-            if kept.unwrap_or(true) {
-                mapping.filled += len;
-                filled.push(mapping.report(shmid, window, offset));
-            }
-        });
-        filled
-    }
-
-    /// Puts all that is missing out of reach, until the guest touches some of it or [`Self::fill_missing`] looks: such
-    /// an access fails at once instead of waiting for a page that never comes. Nothing else can be noticed of it.
-    pub fn guard_missing(&self) {
-        for candidate in &self.candidates(None, false).0 {
-            if let Some(missing) = candidate.missing() {
-                self.change(candidate, |_, mapping| {
-                    let len = missing.guest().len();
-                    if len > mapping.guarded {
-                        missing.protect(None)?;
-                        mapping.guarded = len;
-                    }
-                    Ok(())
-                });
-            }
-        }
-    }
-
-    /// All mappings, or the one with guest address `at`, except those that are filled for now. `unguard` puts what is
-    /// guarded within reach again; whether there was any is told.
-    fn candidates(&self, at: Option<u64>, unguard: bool) -> (Vec<Candidate>, bool) {
-        let (mut candidates, mut unguarded) = (Vec::new(), false);
-        for (&shmid, region) in &mut self.lock().regions {
-            let window = &region.window;
-            let offsets = match at {
-                None => 0..=u64::MAX,
-                Some(at) => {
-                    let in_region = at.checked_sub(window.guest().start());
-                    let before = in_region.and_then(|at| region.mappings.range(..=at).next_back());
-                    match before {
-                        Some((&offset, mapping))
-                            if window
-                                .span(offset, mapping.span_len())
-                                .is_some_and(|span| at <= span.guest().last()) =>
-                        {
-                            offset..=offset
-                        }
-                        _ => continue,
-                    }
-                }
-            };
-            for (&offset, mapping) in region.mappings.range_mut(offsets) {
-                let Some(file) = window.span(offset, mapping.file_len()) else {
-                    continue;
-                };
-                if let Some(guarded) = file.end(mapping.guarded).filter(|_| unguard) {
-                    note(shmid, offset, &guarded.protect(Some(mapping.access)));
-                    mapping.guarded = 0;
-                    unguarded = true;
-                }
-                if mapping.aside.is_none() {
-                    candidates.push(Candidate {
-                        shmid,
-                        window: Arc::clone(window),
-                        offset,
-                        number: mapping.number,
-                        file_len: mapping.file_len(),
-                    });
-                }
-            }
-        }
-        (candidates, unguarded)
-    }
-
-    /// Changes a mapping, if it is still what it was when it became a candidate.
-    fn change<T>(
-        &self,
-        candidate: &Candidate,
-        action: impl FnOnce(&Window, &mut Mapping) -> io::Result<T>,
-    ) -> Option<T> {
-        let mut state = self.lock();
-        let region = state.regions.get_mut(&candidate.shmid)?;
-        let mapping = region.mappings.get_mut(&candidate.offset)?;
-        let unchanged = mapping.number == candidate.number
-            && mapping.file_len() == candidate.file_len
-            && mapping.aside.is_none();
-        if !unchanged {
-            return None;
-        }
-        let done = action(&region.window, mapping);
-        note(candidate.shmid, candidate.offset, &done);
-        done.ok()
-    }
-
-    fn each(&self, mut action: impl FnMut(u8, &Window, u64, &mut Mapping)) {
-        for (&shmid, region) in &mut self.lock().regions {
-            for (&offset, mapping) in &mut region.mappings {
-                action(shmid, &region.window, offset, mapping);
-            }
-        }
+    fn reach_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<u64, (u64, Access)>> {
+        self.reach.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether anything is mapped.
@@ -647,15 +512,9 @@ impl Drop for SharedMemory {
     }
 }
 
-fn note<T>(shmid: u8, offset: u64, result: &io::Result<T>) {
-    if let Err(error) = result {
-        log::error!("what is missing of the mapping at {offset:#x} of region {shmid} stays so: {error}");
-    }
-}
-
-/// The guest no longer sees the span; that its file stays in our own address space until the next use hurts nobody.
-fn release(cleared: &io::Result<()>) {
-    if let Err(error) = cleared {
+/// Reserves again what the guest no longer sees. All of the hole around it: what could not be, earlier, is then.
+fn release(spare: &mut Spare, hole: &Span<'_>) {
+    if let Err(error) = spare.clear(hole) {
         log::warn!("an unmapped file stays in the VMM's address space for now: {error}");
     }
 }

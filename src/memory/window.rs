@@ -270,19 +270,28 @@ impl Span<'_> {
         missing * PAGE_SIZE
     }
 
-    /// Whether the byte at `offset` can be read, without the SIGBUS that a plain access would raise.
+    /// Whether the byte at `offset` can be read.
     fn can_read(&self, offset: u64) -> bool {
-        let mut byte = 0u8;
+        self.read(offset, &mut [0])
+    }
+
+    /// Reads what is at `offset`, without the SIGBUS that a plain access to a missing page would raise. False where not
+    /// all of it is in the span, or some of it cannot be read.
+    pub fn read(&self, offset: u64, data: &mut [u8]) -> bool {
+        let len = data.len();
+        if offset.checked_add(len as u64).is_none_or(|end| end > self.len) {
+            return false;
+        }
         let local = libc::iovec {
-            iov_base: ptr::from_mut(&mut byte).cast(),
-            iov_len: 1,
+            iov_base: data.as_mut_ptr().cast(),
+            iov_len: len,
         };
         let remote = libc::iovec {
             iov_base: self.host().wrapping_add(offset as usize).cast(),
-            iov_len: 1,
+            iov_len: len,
         };
-        // SAFETY: `local` is one byte on our stack; `remote` is only read, and a bad address is an error, not a fault.
-        unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) == 1 }
+        // SAFETY: `local` is the caller's slice; `remote` is only read, and a bad address is an error, not a fault.
+        unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) == len as isize }
     }
 
     /// Refuses what mmap(2) would take but the guest must not get.
@@ -312,6 +321,49 @@ impl Span<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// An address range that is given up for a moment where the process can have no more (vm.max_map_count): Linux then
+/// refuses even to exchange one for another, and what was unmapped would stay.
+#[derive(Debug)]
+pub struct Spare(Option<*mut u8>);
+
+// SAFETY: the pointer is the address of a page that the value owns; it is never dereferenced.
+unsafe impl Send for Spare {}
+
+impl Spare {
+    /// Takes one, if there is one to be had.
+    pub fn take() -> Spare {
+        // Shared memory of its own: never joined with its neighbours.
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
+        let page = unsafe { libc::mmap(ptr::null_mut(), PAGE_SIZE as usize, libc::PROT_NONE, flags, -1, 0) };
+        Spare((page != libc::MAP_FAILED).then_some(page.cast()))
+    }
+
+    /// [`Span::clear`], also where no address range is left. Fails then only if the span is in the middle of what the
+    /// kernel has joined to one range: that takes two more.
+    pub fn clear(&mut self, span: &Span<'_>) -> io::Result<()> {
+        span.clear().or_else(|_| {
+            self.give_up();
+            let cleared = span.clear();
+            *self = Spare::take();
+            cleared
+        })
+    }
+
+    fn give_up(&mut self) {
+        if let Some(page) = self.0.take() {
+            // SAFETY: the page is ours, and nobody else knows it.
+            unsafe { unmap(page, PAGE_SIZE as usize) };
+        }
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        self.give_up();
     }
 }
 
@@ -367,7 +419,8 @@ unsafe fn reserve_at(address: *mut u8, len: usize, extra_flags: i32) -> io::Resu
 /// The range is the caller's, and nobody uses it any more.
 unsafe fn unmap(address: *mut u8, len: usize) {
     if len > 0 {
-        // SAFETY: the caller's promise. It fails only for unaligned ranges, and ours are made of pages.
+        // SAFETY: the caller's promise. It fails only for unaligned ranges, and ours are made of pages; or to cut a range
+        // in three where no more are left, and ours are whole.
         unsafe { libc::munmap(address.cast(), len) };
     }
 }

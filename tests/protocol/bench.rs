@@ -2,9 +2,11 @@
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
-use std::collections::BTreeMap;
+#[path = "../support/recorder.rs"]
+mod recorder;
+
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -22,6 +24,7 @@ use hotslot::vhost_user::message::MemoryRegion;
 use hotslot::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use hotslot::virtio::interrupt::Interrupt;
 use hotslot::virtio::register_page::{Register, RegisterPage};
+pub use recorder::Guest;
 use tempfile::TempDir;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -109,6 +112,10 @@ pub struct Setup {
     pub kind: &'static str,
     pub shmem_bit: u32,
     pub quota: usize,
+    /// The machine that the device is in.
+    pub guest: Arc<Guest>,
+    /// Where its windows may be.
+    pub windows: WindowAllocator,
     script: Script,
 }
 
@@ -119,6 +126,8 @@ impl Setup {
             kind: "rng",
             shmem_bit: 22,
             quota: 4096,
+            guest: Arc::default(),
+            windows: WindowAllocator::new(1 << 32, 1 << 40),
             script: Box::new(|_, _| Answer::Usual),
         }
     }
@@ -147,8 +156,9 @@ impl Setup {
     pub fn connect(self) -> (Result<Handshake, FrontendError>, Backend) {
         let backend = self.backend();
         let listener = UnixListener::bind(&backend.spec.socket).unwrap();
-        let (seen, channel, guest) = (
+        let (seen, main, channel, guest) = (
             Arc::clone(&backend.seen),
+            Arc::clone(&backend.main),
             Arc::clone(&backend.channel),
             Arc::clone(&backend.guest),
         );
@@ -160,8 +170,10 @@ impl Setup {
                 channel,
                 guest,
             };
+            *main.lock().unwrap() = Some(peer.main.try_clone());
             serve(&offer, &mut script, &seen, &peer);
             *peer.channel.lock().unwrap() = None;
+            *main.lock().unwrap() = None;
         });
         (Frontend::connect(&backend.spec, PATIENCE), backend)
     }
@@ -180,9 +192,11 @@ impl Setup {
             _dir: dir,
             spec,
             quota: self.quota,
+            windows: self.windows.clone(),
             seen: Arc::default(),
+            main: Arc::default(),
             channel: Arc::default(),
-            guest: Arc::default(),
+            guest: Arc::clone(&self.guest),
         }
     }
 
@@ -260,7 +274,9 @@ pub struct Backend {
     _dir: TempDir,
     spec: DeviceSpec,
     quota: usize,
+    windows: WindowAllocator,
     seen: Arc<Mutex<Vec<Seen>>>,
+    main: Arc<Mutex<Option<Wire>>>,
     channel: Arc<Mutex<Option<Wire>>>,
     guest: Arc<Guest>,
 }
@@ -276,10 +292,20 @@ impl Backend {
         self.seen().iter().map(|seen| seen.request).collect()
     }
 
+    /// The end of both sockets, as when the back-end's process dies.
+    pub fn hang_up(&self) {
+        for wire in [&self.main, &self.channel] {
+            if let Some(wire) = &*wire.lock().unwrap() {
+                // The device may have been faster.
+                let _ = wire.socket().shutdown(std::net::Shutdown::Both);
+            }
+        }
+    }
+
     /// The device that the back-end makes.
     pub fn device(self, handshake: Handshake) -> Result<Bench, DeviceError> {
         let sizes = (0..=255).zip(handshake.region_sizes.clone());
-        let mut windows = WindowAllocator::new(1 << 32, 1 << 40);
+        let mut windows = self.windows.clone();
         let mapper: Arc<dyn GuestMapper> = Arc::clone(&self.guest) as _;
         let shmem = Arc::new(SharedMemory::new(sizes, &mut windows, mapper, self.quota)?);
         let page = RegisterPage::new()?;
@@ -383,6 +409,10 @@ impl Bench {
     /// The back-end's end of the backend channel.
     pub fn channel(&self) -> Wire {
         self.backend.channel.lock().unwrap().as_ref().unwrap().try_clone()
+    }
+
+    pub fn shmem(&self) -> &SharedMemory {
+        &self.shmem
     }
 
     pub fn guest(&self) -> &Guest {
@@ -493,77 +523,4 @@ pub fn file_of(pages: u64, byte: u8) -> File {
     let mut file = memfd(0);
     file.write_all(&vec![byte; (pages * PAGE) as usize]).unwrap();
     file
-}
-
-/// A machine that only remembers what its guest can see.
-#[derive(Default)]
-pub struct Guest {
-    live: Mutex<BTreeMap<u32, (GuestRange, usize, Access)>>,
-}
-
-impl GuestMapper for Guest {
-    unsafe fn map(&self, guest: GuestRange, host: *mut u8, access: Access) -> io::Result<SlotId> {
-        let mut live = self.live.lock().unwrap();
-        assert!(live.values().all(|(other, ..)| !other.overlaps(&guest)));
-        let slot = (0..).find(|slot| !live.contains_key(slot)).unwrap();
-        live.insert(slot, (guest, host as usize, access));
-        Ok(SlotId(slot))
-    }
-
-    fn unmap(&self, SlotId(slot): SlotId) -> io::Result<()> {
-        let gone = self.live.lock().unwrap().remove(&slot);
-        gone.map(drop).ok_or(io::Error::from_raw_os_error(libc::ENOENT))
-    }
-}
-
-impl Guest {
-    /// How many mappings there are.
-    pub fn count(&self) -> usize {
-        self.live.lock().unwrap().len()
-    }
-
-    fn sees(&self, region: GuestRange) -> Vec<(u64, u64, Access)> {
-        let live = self.live.lock().unwrap();
-        let mut list: Vec<_> = live
-            .values()
-            .filter(|(guest, ..)| guest.overlaps(&region))
-            .map(|(guest, _, access)| (guest.start() - region.start(), guest.len(), *access))
-            .collect();
-        list.sort_by_key(|&(offset, ..)| offset);
-        list
-    }
-
-    fn read(&self, address: u64) -> Option<u8> {
-        let live = self.live.lock().unwrap();
-        let (host, _) = find(&live, address)?;
-        let mut byte = 0u8;
-        let (local, remote) = (vector((&raw mut byte) as usize), vector(host));
-        // SAFETY: one byte on our stack; a bad address is an error, not a fault.
-        let count = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
-        (count == 1).then_some(byte)
-    }
-
-    fn write(&self, address: u64, byte: u8) -> bool {
-        let live = self.live.lock().unwrap();
-        let Some((host, Access::ReadWrite)) = find(&live, address) else {
-            return false;
-        };
-        let (local, remote) = (vector((&raw const byte) as usize), vector(host));
-        // SAFETY: only a live mapping of the guest's is written to; a bad address is an error, not a fault.
-        unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) == 1 }
-    }
-}
-
-fn find(live: &BTreeMap<u32, (GuestRange, usize, Access)>, address: u64) -> Option<(usize, Access)> {
-    let (guest, host, access) = live
-        .values()
-        .find(|(guest, ..)| (guest.start()..=guest.last()).contains(&address))?;
-    Some((host + (address - guest.start()) as usize, *access))
-}
-
-fn vector(address: usize) -> libc::iovec {
-    libc::iovec {
-        iov_base: address as *mut libc::c_void,
-        iov_len: 1,
-    }
 }

@@ -1,9 +1,10 @@
 //! Which requests are answered, in which order, and what a wrong one leaves of the channel.
 
+use std::io::Read;
 use std::os::fd::AsRawFd;
 
 use crate::bench::*;
-use crate::wire::{Leash, MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
+use crate::wire::{Leash, MAP, MMap, NEED_REPLY, PATIENCE, UNMAP, VERSION_1, message, words};
 
 const EPROTO: i64 = -(libc::EPROTO as i64);
 const EOPNOTSUPP: i64 = -(libc::EOPNOTSUPP as i64);
@@ -46,6 +47,40 @@ fn without_reply_ack_nobody_gets_an_answer() {
     eventually("it is mapped", || bench.reads(0, 0) == Some(1));
     channel.send(&message(UNMAP, ask, &page_at(0).bytes()));
     eventually("it is unmapped", || bench.guest().count() == 0);
+    assert!(channel.is_silent());
+}
+
+#[test]
+fn an_answer_is_twenty_bytes_and_zero_iff_it_was_done() {
+    // SHM-57, SHM-58
+    let bench = Setup::new().start();
+    let channel = bench.channel();
+    let file = file_of(1, 1);
+    let ask = |id, page: MMap, fds: &[i32]| {
+        channel
+            .send_with(&message(id, VERSION_1 | NEED_REPLY, &page.bytes()), fds)
+            .unwrap();
+        let mut bytes = [0; 20];
+        channel.socket().set_read_timeout(Some(PATIENCE)).unwrap();
+        // A descriptor with it would be lost here; `answer` looks for that.
+        (&mut channel.socket()).read_exact(&mut bytes).unwrap();
+        bytes
+    };
+    let expected = |id: u32, value: i64| [&words([id, 5, 8])[..], &value.to_ne_bytes()].concat();
+    let (page, fd) = (page_at(3), file.as_raw_fd());
+    assert_eq!(ask(MAP, page, &[fd])[..], expected(MAP, 0));
+    assert_eq!(bench.reads(0, 3 * PAGE), Some(1));
+    assert_eq!(ask(MAP, page, &[fd])[..], expected(MAP, -i64::from(libc::EEXIST)));
+    assert_eq!(
+        ask(MAP, page_at(4), &[])[..],
+        expected(MAP, -i64::from(libc::EBADF))
+    );
+    assert_eq!(ask(UNMAP, page, &[])[..], expected(UNMAP, 0));
+    assert_eq!(bench.reads(0, 3 * PAGE), None);
+    assert_eq!(
+        ask(UNMAP, page, &[])[..],
+        expected(UNMAP, -i64::from(libc::ENOENT))
+    );
     assert!(channel.is_silent());
 }
 

@@ -1,11 +1,16 @@
 //! MAP and UNMAP: what the guest sees of them, and what is refused.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
 
 use hotslot::memory::Access;
+use hotslot::memory::alloc::WindowAllocator;
+
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bench::*;
 use crate::wire::{Leash, MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
@@ -295,11 +300,15 @@ fn what_is_no_mappable_file_is_refused() {
     let bench = Setup::new().start();
     let (pipe, leash) = Leash::new();
     let (socket, _other) = UnixStream::pair().unwrap();
-    let fds: [OwnedFd; 4] = [
+    let event = EventFd::new(0).unwrap();
+    // SAFETY: the descriptor is new, and nobody else's.
+    let event = unsafe { OwnedFd::from_raw_fd(event.into_raw_fd()) };
+    let fds: [OwnedFd; 5] = [
         pipe,
         socket.into(),
         File::open("/").unwrap().into(),
         File::open("/dev/zero").unwrap().into(),
+        event,
     ];
     for fd in &fds {
         assert_eq!(bench.map(page_at(0), fd), EINVAL);
@@ -402,4 +411,165 @@ fn more_mappings_than_allowed_fail_one_by_one() {
     assert_eq!(bench.map_page(4, 5), 0);
     let seen: Vec<_> = (0..5).map(|page| bench.reads(0, page * PAGE)).collect();
     assert_eq!(seen, [Some(1), None, Some(3), None, Some(5)]);
+}
+
+#[test]
+fn what_a_length_is_rounded_up_to_is_what_is_checked() {
+    let bench = Setup::new().start();
+    let file = file_of(4, 1);
+    let place = |offset, len, fd_offset| MMap {
+        shm_offset: offset,
+        len,
+        fd_offset,
+        ..MMap::default()
+    };
+    let last = REGION - PAGE;
+    let end = (1 << 63) - 2 * PAGE;
+    for (request, expected) in [
+        // SHM-31, SHM-34: the region's last page, all of it or not, and a byte beyond.
+        (place(last, PAGE + 1, 0), ERANGE),
+        (place(last - PAGE, 2 * PAGE + 1, 0), ERANGE),
+        (place(last, 1, 0), 0),
+        // SHM-35: the mapping has that page, though it asked for a byte of it.
+        (place(last, PAGE, 0), EEXIST),
+        (place(last - PAGE, PAGE + 1, 0), EEXIST),
+        (place(last - PAGE, PAGE, 0), 0), // SHM-36
+        (place(PAGE, PAGE, 0), 0),
+        (place(0, PAGE + 1, 0), EEXIST),
+        (place(0, PAGE - 1, 0), 0), // SHM-36
+        // SHM-32: where an off_t ends.
+        (place(4 * PAGE, PAGE, end), 0),
+        (place(5 * PAGE, 1, end), 0),
+        (place(6 * PAGE, PAGE + 1, end), EOVERFLOW),
+        (place(6 * PAGE, 1, end + PAGE), EOVERFLOW),
+        (place(6 * PAGE, 1, end + 2 * PAGE), EOVERFLOW),
+        (place(6 * PAGE, u64::MAX, end), ERANGE),
+    ] {
+        let before = bench.guest().count();
+        assert_eq!(bench.map(request, &file), expected, "{request:x?}");
+        let mapped = usize::from(expected == 0);
+        assert_eq!(bench.guest().count(), before + mapped, "{request:x?}");
+    }
+    // SHM-34, SHM-52
+    assert_eq!(bench.unmap(place(last, PAGE, 0)), ENOENT);
+    assert_eq!(bench.unmap(place(0, PAGE, 0)), ENOENT);
+    assert_eq!(bench.unmap(place(last, 1, 0)), 0);
+    assert_eq!(bench.unmap(place(0, PAGE - 1, 0)), 0);
+    assert_eq!(
+        (bench.reads(0, last), bench.reads(0, last - PAGE)),
+        (None, Some(1))
+    );
+}
+
+#[test]
+fn no_number_wraps_around_to_a_mapping() {
+    // SHM-50, SHM-52
+    let bench = Setup::new().start();
+    assert_eq!(bench.map(page_at(0), &file_of(1, 1)), 0);
+    assert_eq!(bench.map(page_at(2), &file_of(1, 2)), 0);
+    let before = bench.sees(0);
+    let numbers = [0, 1, PAGE - 1, PAGE, 2 * PAGE, REGION, 1 << 32, 1 << 63];
+    let numbers = numbers
+        .iter()
+        .flat_map(|&number: &u64| [number, number.wrapping_neg()]);
+    for shm_offset in numbers.clone() {
+        for len in numbers.clone() {
+            let request = MMap {
+                shm_offset,
+                len,
+                ..MMap::default()
+            };
+            if ![(0, PAGE), (2 * PAGE, PAGE)].contains(&(shm_offset, len)) {
+                assert_eq!(bench.unmap(request), ENOENT, "{request:x?}");
+            }
+            let mapped = bench.map(request, &file_of(1, 3));
+            // Only the one page between the two is free, and there are its offset and lengths.
+            let fits = shm_offset == PAGE && (1..=PAGE).contains(&len);
+            match fits {
+                true => assert_eq!((mapped, bench.unmap(request)), (0, 0), "{request:x?}"),
+                false => assert!(
+                    [EINVAL, ERANGE, EEXIST].contains(&mapped),
+                    "{request:x?}: {mapped}"
+                ),
+            }
+        }
+    }
+    assert_eq!(bench.sees(0), before);
+    assert_eq!((bench.reads(0, 0), bench.reads(0, 2 * PAGE)), (Some(1), Some(2)));
+}
+
+#[test]
+fn a_part_of_a_file_can_be_at_several_places() {
+    // SHM-37, SHM-38, SHM-40
+    let bench = Setup::new().start();
+    let file = file_of(2, 1);
+    let writable = MMap {
+        flags: READ_WRITE,
+        ..page_at(0)
+    };
+    assert_eq!(bench.map(writable, &file), 0);
+    assert_eq!(
+        bench.map(
+            MMap {
+                shm_offset: 9 * PAGE,
+                ..writable
+            },
+            &file
+        ),
+        0
+    );
+    assert_eq!(bench.map(page_at(1), &file), 0);
+    assert_eq!(bench.map(MMap { shmid: 7, ..writable }, &file), 0);
+    assert!(bench.writes(0, 9 * PAGE + 3, 0x55) && !bench.writes(0, PAGE + 3, 0x66));
+    let seen = [(0, 3), (0, PAGE + 3), (0, 9 * PAGE + 3), (7, 3)];
+    assert!(
+        seen.iter()
+            .all(|&(shmid, offset)| bench.reads(shmid, offset) == Some(0x55))
+    );
+    // Each is a mapping of its own.
+    assert_eq!(bench.unmap(writable), 0);
+    assert_eq!((bench.reads(0, 3), bench.reads(7, 3)), (None, Some(0x55)));
+    assert_eq!(bench.reads(0, 9 * PAGE + 3), Some(0x55));
+}
+
+#[test]
+fn two_devices_map_and_unmap_at_the_same_time() {
+    // SHM-36, SHM-50, SHM-51, SHM-61
+    let machine = Arc::new(Guest::default());
+    let devices = [1u64, 2].map(|number| {
+        let mut setup = Setup::new();
+        setup.guest = Arc::clone(&machine);
+        setup.windows = WindowAllocator::new(number << 32, (number + 1) << 32);
+        setup.start()
+    });
+    thread::scope(|scope| {
+        for (number, bench) in (1u8..).zip(&devices) {
+            scope.spawn(move || {
+                // The same offsets, regions and moments; other files.
+                let file = file_of(4, number);
+                for round in 0..300u64 {
+                    let request = MMap {
+                        shmid: [0, 7][round as usize % 2],
+                        len: (round % 4 + 1) * PAGE,
+                        ..page_at(round % 60)
+                    };
+                    let last = request.shm_offset + request.len - 1;
+                    assert_eq!(bench.map(request, &file), 0);
+                    assert_eq!(bench.map(request, &file), EEXIST);
+                    assert_eq!(bench.reads(request.shmid, last), Some(number));
+                    assert_eq!(bench.unmap(request), 0);
+                    assert_eq!(bench.unmap(request), ENOENT);
+                    assert_eq!(bench.reads(request.shmid, last), None);
+                    if round % 50 == 0 {
+                        bench.reset();
+                        bench.start().unwrap();
+                    }
+                }
+                assert_eq!(bench.map(page_at(number.into()), &file), 0);
+            });
+        }
+    });
+    assert_eq!(machine.count(), 2);
+    devices[0].reset();
+    assert_eq!((machine.count(), devices[1].reads(0, 2 * PAGE)), (1, Some(2)));
 }

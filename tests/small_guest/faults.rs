@@ -52,7 +52,15 @@ fn cut_short(interrupts: bool) {
     assert_eq!(guest.read64(base + 2 * PAGE), 79);
     assert_eq!(guest.read64(base + PAGE), 0);
     assert_eq!(guest.read64(base), content(1, 0));
-    guest.wait_for_log("its last 0x7000 bytes");
+    guest.wait_for_map("the last 0x7000 bytes are zeroes");
+    guest.wait_for_map("short: zeroes took the place of 0x7000 bytes of 1 mappings");
+    // Once a mapping.
+    assert_eq!(
+        guest.log().matches("became shorter: ").count(),
+        1,
+        "{}",
+        guest.log()
+    );
 
     growing.write_all_at(&4_u64.to_le_bytes(), 2 * PAGE).unwrap();
     assert_eq!(guest.read64(seventh), content(3, 0));
@@ -70,6 +78,7 @@ fn cut_short(interrupts: bool) {
 
 #[test]
 fn a_file_cut_short_reads_as_zeroes() {
+    // SHM-45
     if !kvm::is_here() {
         return;
     }
@@ -78,6 +87,7 @@ fn a_file_cut_short_reads_as_zeroes() {
 
 #[test]
 fn a_file_cut_short_reads_as_zeroes_also_with_interrupts_on() {
+    // SHM-45
     if !kvm::is_here() {
         return;
     }

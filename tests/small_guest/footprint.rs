@@ -1,12 +1,13 @@
 //! What hotslot takes of the host, and gives back.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Write, stderr};
 use std::time::Duration;
 
 use crate::backend::{Backend, MIB, Offer, PAGE, content, file, page, writable};
 use crate::guest::Guest;
 use crate::kvm;
-use crate::wire::{MAP, MMap, UNMAP};
+use crate::wire::{MAP, MMap};
 
 fn boot(backend: &Backend) -> Guest {
     let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
@@ -57,53 +58,59 @@ fn what_was_mapped_and_unmapped_leaves_nothing_behind() {
     guest.exit();
 }
 
-#[test]
-fn too_many_mappings_are_refused_and_harm_nobody() {
-    // SHM-48
-    if !kvm::is_here() {
-        return;
-    }
-    // Each device has its share; with eight of them the first one's is soon used up.
+/// Maps every other page, so that none can be joined with the next, until there is a refusal: how many succeeded.
+fn map_until_refused(backend: &Backend, file: &File, pages: u64) -> u64 {
     const BATCH: u64 = 100;
-    let pages = 10_000;
+    for first in (0..pages).step_by(BATCH as usize) {
+        (first..first + BATCH).for_each(|index| backend.send(MAP, page(index * 2), Some(file)));
+        let answers: Vec<_> = (0..BATCH).map(|_| backend.answer(MAP)).collect();
+        if let Some(refused) = answers.iter().position(|&answer| answer != 0) {
+            let full = -i64::from(libc::ENOSPC);
+            assert!(answers[refused..].iter().all(|&answer| answer == full));
+            return first + refused as u64;
+        }
+    }
+    panic!("there is no limit");
+}
+
+/// With so many devices, the first one's back-end maps as much as it may.
+fn too_many(devices: usize, at_least: u64) {
+    let pages = 40_000;
     let offer = Offer {
         regions: vec![(0, pages * 2 * PAGE)],
         ..Offer::default()
     };
-    let backends: Vec<_> = (0..8).map(|_| Backend::offering(offer.clone())).collect();
-    let devices = (0..)
+    let backends: Vec<_> = (0..devices).map(|_| Backend::offering(offer.clone())).collect();
+    let names = (0..)
         .zip(&backends)
         .map(|(index, backend)| backend.device(&format!("device{index}")));
-    let options: Vec<_> = devices
+    let options: Vec<_> = names
         .flat_map(|device| ["--vhost-user".to_string(), device])
         .collect();
     let mut guest = Guest::boot(&options);
-    let (backend, other) = (&backends[0], &backends[1]);
+    let backend = &backends[0];
     guest.start_device();
     let (base, _) = guest.region(0);
     let data = file(1, 1);
-    // Every other page, so that none can be joined with the next.
-    let mut mapped = 0;
-    let refused = 'all: loop {
-        assert!(mapped < pages, "there is no limit");
-        (mapped..mapped + BATCH).for_each(|index| backend.send(MAP, page(index * 2), Some(&data)));
-        let answers: Vec<_> = (0..BATCH).map(|_| backend.answer(MAP)).collect();
-        for answer in answers {
-            if answer != 0 {
-                break 'all answer;
-            }
-            mapped += 1;
-        }
-    };
-    assert_eq!(refused, -i64::from(libc::ENOSPC));
-    assert!(mapped > 1000, "{mapped}");
+    let mapped = map_until_refused(backend, &data, pages);
+    // Not `println!`: the test harness would keep it to itself.
+    let _ = writeln!(
+        stderr(),
+        "{mapped} live mappings, until the first of {devices} devices was refused"
+    );
+    assert!(mapped >= at_least, "{mapped}");
     for index in [0, mapped / 2, mapped - 1] {
         assert_eq!(guest.read64(base + index * 2 * PAGE), content(1, 0));
     }
     assert_eq!(guest.read64(base + mapped * 2 * PAGE), u64::MAX);
-    assert_eq!(other.map(page(0), &data), 0);
+    for other in &backends[1..] {
+        assert_eq!(other.map(page(0), &data), 0);
+    }
+    // One for each that goes.
     assert_eq!(backend.unmap(page(0)), 0);
     assert_eq!(backend.map(page(mapped * 2), &data), 0);
+    assert_eq!(backend.map(page(0), &data), -i64::from(libc::ENOSPC));
+    assert_eq!(guest.read64(base), u64::MAX);
     assert_eq!(guest.read64(base + mapped * 2 * PAGE), content(1, 0));
     // The worst that can happen to the number of address ranges: every file is cut short.
     data.set_len(0).unwrap();
@@ -112,9 +119,29 @@ fn too_many_mappings_are_refused_and_harm_nobody() {
     guest.start_device();
     assert_eq!(guest.read64(base + 2 * PAGE), u64::MAX);
     assert_eq!(backend.map(page(1), &file(2, 1)), 0);
-    backend.send(UNMAP, page(1), None);
-    assert_eq!(backend.answer(UNMAP), 0);
+    assert_eq!(guest.read64(base + PAGE), content(2, 0));
+    assert_eq!(backend.unmap(page(1)), 0);
     guest.exit();
+}
+
+#[test]
+fn too_many_mappings_are_refused_and_harm_nobody() {
+    // SHM-48
+    if !kvm::is_here() {
+        return;
+    }
+    // Each device has its share; with eight of them the first one's is soon used up.
+    too_many(8, 1000);
+}
+
+#[test]
+#[ignore = "takes a minute or two: 16,000 slots come and go"]
+fn a_device_alone_has_all_the_mappings_there_can_be() {
+    // SHM-48
+    if !kvm::is_here() {
+        return;
+    }
+    too_many(1, 8000);
 }
 
 #[test]

@@ -9,6 +9,8 @@
 mod backend;
 #[path = "../support/guest.rs"]
 mod guest;
+#[path = "../support/image.rs"]
+mod image;
 #[path = "../support/kvm.rs"]
 mod kvm;
 #[path = "../support/monitor.rs"]

@@ -46,14 +46,6 @@ pub struct Offer {
     pub protocol: u64,
     /// Id and size.
     pub regions: Vec<(u8, u64)>,
-    /// The request that it does not answer any more, and what it does instead.
-    pub stops_at: Option<(u32, Stop)>,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-pub enum Stop {
-    Silent,
-    HangUp,
 }
 
 impl Default for Offer {
@@ -62,7 +54,6 @@ impl Default for Offer {
             features: F_VERSION_1 | F_PROTOCOL,
             protocol: PROTOCOL,
             regions: vec![(0, 4 * MIB), (7, 2 * MIB)],
-            stops_at: None,
         }
     }
 }
@@ -112,11 +103,6 @@ impl Backend {
                     ours.keep(id, fd);
                 }
                 act(id, &ours);
-                match offer.stops_at {
-                    Some((stop, Stop::Silent)) if stop == id => continue,
-                    Some((stop, Stop::HangUp)) if stop == id => return ours.hang_up(),
-                    _ => {}
-                }
                 if let Some(payload) = answer_to(&offer, &request) {
                     // hotslot may be gone.
                     let _ = main.send_with(&message(id, VERSION_1 | REPLY, &payload), &[]);

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::image;
 use crate::monitor::{self, Operation};
 
 /// Longer than anything here takes, on the slowest machine.
@@ -22,7 +23,7 @@ pub struct Guest {
     hotslot: Child,
     stdin: ChildStdin,
     stdout: ChildStdout,
-    _kernel: tempfile::NamedTempFile,
+    _kernel: Option<tempfile::NamedTempFile>,
     log: tempfile::NamedTempFile,
     /// The registers of the device that the driver below drives.
     registers: u64,
@@ -30,9 +31,7 @@ pub struct Guest {
 
 /// The monitor as a file.
 pub fn kernel() -> tempfile::NamedTempFile {
-    let kernel = tempfile::NamedTempFile::new().unwrap();
-    kernel.as_file().write_all(&monitor::elf()).unwrap();
-    kernel
+    image::kernel(&monitor::elf())
 }
 
 /// hotslot with the monitor, ready for more options.
@@ -46,9 +45,15 @@ impl Guest {
     /// Boots the monitor with these further options of hotslot.
     pub fn boot<I: AsRef<std::ffi::OsStr>>(options: impl IntoIterator<Item = I>) -> Guest {
         let kernel = kernel();
+        let mut command = command(kernel.path());
+        command.args(options);
+        Guest::spawn(command, Some(kernel))
+    }
+
+    /// Runs hotslot with a kernel of the test's own, which is kept as long where it is a temporary one.
+    pub fn spawn(mut hotslot: Command, kernel: Option<tempfile::NamedTempFile>) -> Guest {
         let log = tempfile::NamedTempFile::new().unwrap();
-        let mut hotslot = command(kernel.path())
-            .args(options)
+        let mut hotslot = hotslot
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log.reopen().unwrap())
@@ -119,6 +124,19 @@ impl Guest {
                 self.fail(&format!("no '{text}'"));
             }
             std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Has hotslot print its memory map (SIGUSR1), until there is `text` in it.
+    pub fn wait_for_map(&self, text: &str) {
+        let start = Instant::now();
+        while !self.log().contains(text) {
+            if start.elapsed() > PATIENCE {
+                self.fail(&format!("no '{text}'"));
+            }
+            // SAFETY: a signal to a child of ours, which is not reaped yet.
+            unsafe { libc::kill(self.pid(), libc::SIGUSR1) };
+            std::thread::sleep(Duration::from_millis(100));
         }
     }
 
@@ -241,6 +259,9 @@ const DRIVER: u32 = 2;
 const DRIVER_OK: u32 = 4;
 const FEATURES_OK: u32 = 8;
 pub const NEEDS_RESET: u32 = 64;
+/// A device that was started.
+pub const RUNNING: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+const QUEUE_SIZE: u32 = 8;
 
 /// The driver, of the first device unless [`Guest::select`] said otherwise.
 impl Guest {
@@ -267,10 +288,15 @@ impl Guest {
         assert_eq!(self.register(register::STATUS), 0);
     }
 
-    /// Takes the device from reset to DRIVER_OK, with VIRTIO_F_VERSION_1, feature bit 0 where it is offered, and its first
-    /// queue in RAM at 16 MiB.
+    /// Takes the device from reset to DRIVER_OK; all has to go well.
     pub fn start_device(&mut self) {
         self.reset_device();
+        assert_eq!(self.try_start_device(), RUNNING, "{}", self.log());
+    }
+
+    /// Takes the device, which was reset, to DRIVER_OK, with VIRTIO_F_VERSION_1, feature bit 0 where it is offered, and its
+    /// first queue in RAM from 16 MiB on. Gives the Status that it has then.
+    pub fn try_start_device(&mut self) -> u32 {
         self.set_register(register::STATUS, ACKNOWLEDGE);
         self.set_register(register::STATUS, ACKNOWLEDGE | DRIVER);
         self.set_register(register::DEVICE_FEATURES_SEL, 0);
@@ -279,22 +305,60 @@ impl Guest {
             self.set_register(register::DRIVER_FEATURES_SEL, word);
             self.set_register(register::DRIVER_FEATURES, features);
         }
-        let status = ACKNOWLEDGE | DRIVER | FEATURES_OK;
-        self.set_register(register::STATUS, status);
-        assert_eq!(self.register(register::STATUS), status);
+        self.set_register(register::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        let [descriptors, available, used] = self.rings();
+        // Indices of an earlier start.
+        self.write32(available, 0);
+        self.write32(used, 0);
         self.set_register(register::QUEUE_SEL, 0);
-        self.set_register(register::QUEUE_SIZE, 8);
-        self.set_wide_register(register::QUEUE_DESC, 0x100_0000);
-        self.set_wide_register(register::QUEUE_DRIVER, 0x100_1000);
-        self.set_wide_register(register::QUEUE_DEVICE, 0x100_2000);
+        self.set_register(register::QUEUE_SIZE, QUEUE_SIZE);
+        self.set_wide_register(register::QUEUE_DESC, descriptors);
+        self.set_wide_register(register::QUEUE_DRIVER, available);
+        self.set_wide_register(register::QUEUE_DEVICE, used);
         self.set_register(register::QUEUE_READY, 1);
-        self.set_register(register::STATUS, status | DRIVER_OK);
-        assert_eq!(
-            self.register(register::STATUS),
-            status | DRIVER_OK,
-            "{}",
-            self.log()
-        );
+        self.set_register(register::STATUS, RUNNING);
+        self.register(register::STATUS)
+    }
+
+    /// Where the first queue of the device is: descriptor table, available ring, used ring.
+    fn rings(&self) -> [u64; 3] {
+        let base = 0x100_0000 + (self.registers - REGISTERS) * 4;
+        [base, monitor::available(base), monitor::used(base)]
+    }
+
+    /// Hands the device `len` bytes at `buffer` to fill, and waits until it has; gives the number of bytes that it did.
+    pub fn have_filled(&mut self, buffer: u64, len: u32) -> u32 {
+        self.fill(buffer, len).0
+    }
+
+    /// The same; gives the time from the kick until it is used, in ticks of the guest's time-stamp counter.
+    pub fn time_to_fill(&mut self, buffer: u64, len: u32) -> u64 {
+        self.fill(buffer, len).1
+    }
+
+    fn fill(&mut self, buffer: u64, len: u32) -> (u32, u64) {
+        let [descriptors, available, used] = self.rings();
+        let index = self.read32(available) >> 16;
+        let device_writes = 2;
+        self.write64(descriptors, buffer);
+        self.write64(descriptors + 8, u64::from(len) | device_writes << 32);
+        // The available ring's entries are 16 bits each; all say descriptor 0. A used ring's are 8 bytes.
+        let notify = self.registers + register::QUEUE_NOTIFY;
+        let next = u64::from(index as u16 + 1);
+        let ticks = self.ask(Operation::Request, 2, descriptors, notify << 16 | next);
+        let filled = self.read32(used + 4 + u64::from(index % QUEUE_SIZE) * 8 + 4);
+        (filled, ticks)
+    }
+
+    /// Waits until the device says that it needs a reset.
+    pub fn wait_for_needs_reset(&mut self) {
+        let start = Instant::now();
+        while self.register(register::STATUS) & NEEDS_RESET == 0 {
+            if start.elapsed() > PATIENCE {
+                self.fail("the device does not say that it needs a reset");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// The base and length of a shared memory region, as the registers tell; all-ones where there is none.

@@ -1,7 +1,7 @@
 //! A guest of a few dozen instructions that does what the test tells it: it reads and writes its own physical memory
 //! and I/O ports, and answers over the serial port. So a test is the driver, and sees what a guest sees.
 //!
-//! The guest is an ELF file made here. It runs on any `/dev/kvm`: no SSE, 2 MiB pages. Nothing handles interrupts.
+//! It runs on any `/dev/kvm`: no SSE, 2 MiB pages. Nothing handles interrupts.
 //!
 //! ```text
 //!   to the guest, on stdin:    operation (1 byte)  width (1 byte)  address (8 bytes)  value (8 bytes)
@@ -10,9 +10,10 @@
 
 use iced_x86::code_asm::*;
 
+use crate::image::{self, Segment};
+
 const LOAD: u64 = 0x10_0000;
 const TABLES: u64 = 0x20_0000;
-const PAGE: u64 = 0x1000;
 /// The monitor sees this much guest physical memory, one to one.
 const MAPPED_GIB: u64 = 64;
 
@@ -28,54 +29,30 @@ pub enum Operation {
     Out = 2,
     In = 3,
     Interrupts = 4,
+    /// One request of a virtio queue whose rings are at the address ([`available`], [`used`]). The value is the new index of
+    /// the available ring, and above its 16 bits the address of QueueNotify. The answer is how long the device took to use
+    /// it, in ticks of the time-stamp counter.
+    Request = 5,
 }
+
+/// Where the available ring of a queue is, whose descriptor table is at `rings`.
+pub const fn available(rings: u64) -> u64 {
+    rings + 0x1000
+}
+
+/// Where its used ring is.
+pub const fn used(rings: u64) -> u64 {
+    rings + 0x2000
+}
+
+/// Where the index is in either.
+const INDEX: u64 = 2;
 
 /// The monitor as an ELF file, for `hotslot -k`.
 pub fn elf() -> Vec<u8> {
     let code = code().expect("the monitor assembles");
-    let tables = page_tables();
-    let headers = 64 + 2 * 56u64;
-    let code_at = headers.next_multiple_of(PAGE);
-    let tables_at = (code_at + code.len() as u64).next_multiple_of(PAGE);
-
-    let mut file = Vec::new();
-    file.extend([0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    for half in [2u16, 62] {
-        file.extend(half.to_le_bytes()); // ET_EXEC, EM_X86_64
-    }
-    file.extend(1u32.to_le_bytes());
-    for word in [LOAD, 64, 0] {
-        file.extend(word.to_le_bytes()); // entry, program headers, no sections
-    }
-    file.extend(0u32.to_le_bytes());
-    for half in [64u16, 56, 2, 0, 0, 0] {
-        file.extend(half.to_le_bytes());
-    }
-    for (offset, address, len) in [(code_at, LOAD, code.len()), (tables_at, TABLES, tables.len())] {
-        file.extend(1u32.to_le_bytes()); // PT_LOAD
-        file.extend(7u32.to_le_bytes()); // read, write, execute
-        for word in [offset, address, address, len as u64, len as u64, PAGE] {
-            file.extend(word.to_le_bytes());
-        }
-    }
-    file.resize(code_at as usize, 0);
-    file.extend(code);
-    file.resize(tables_at as usize, 0);
-    file.extend(tables);
-    file
-}
-
-/// One PML4, one PDPT, then a page directory for each GiB.
-fn page_tables() -> Vec<u8> {
-    const PRESENT_WRITABLE: u64 = 3;
-    const LARGE: u64 = 1 << 7;
-    let mut entries = vec![0u64; 2 * 512];
-    entries[0] = (TABLES + PAGE) | PRESENT_WRITABLE;
-    for gib in 0..MAPPED_GIB {
-        entries[512 + gib as usize] = (TABLES + (2 + gib) * PAGE) | PRESENT_WRITABLE;
-    }
-    entries.extend((0..MAPPED_GIB * 512).map(|page| page << 21 | PRESENT_WRITABLE | LARGE));
-    entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
+    let tables = image::page_tables(TABLES, MAPPED_GIB);
+    image::elf(LOAD, &[Segment::new(LOAD, &code), Segment::new(TABLES, &tables)])
 }
 
 fn code() -> Result<Vec<u8>, IcedError> {
@@ -133,7 +110,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
                 (Operation::In, 1) => a.in_(al, dx)?,
                 (Operation::In, 2) => a.in_(ax, dx)?,
                 (Operation::In, _) => a.in_(eax, dx)?,
-                (Operation::Interrupts, _) => {}
+                (Operation::Interrupts | Operation::Request, _) => {}
             }
             if matches!(operation, Operation::In) {
                 a.mov(rbx, rax)?;
@@ -145,6 +122,28 @@ fn code() -> Result<Vec<u8>, IcedError> {
         a.set_label(&mut not_this)?;
         a.nop()?;
     }
+    let mut no_request = a.create_label();
+    let mut pending = a.create_label();
+    a.cmp(r8, Operation::Request as i32)?;
+    a.jne(no_request)?;
+    a.mov(word_ptr(r10 + available(INDEX)), r11w)?;
+    a.mov(rdi, r11)?;
+    a.shr(rdi, 16)?;
+    a.rdtsc()?;
+    a.shl(rdx, 32)?;
+    a.lea(rbx, ptr(rax + rdx))?;
+    a.mov(dword_ptr(rdi), 0)?;
+    a.set_label(&mut pending)?;
+    a.pause()?;
+    a.cmp(word_ptr(r10 + used(INDEX)), r11w)?;
+    a.jne(pending)?;
+    a.rdtsc()?;
+    a.shl(rdx, 32)?;
+    a.add(rax, rdx)?;
+    a.sub(rax, rbx)?;
+    a.mov(rbx, rax)?;
+    a.jmp(answer)?;
+    a.set_label(&mut no_request)?;
     let mut disable = a.create_label();
     a.test(r11, r11)?;
     a.je(disable)?;

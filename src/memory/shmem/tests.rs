@@ -1,9 +1,12 @@
-mod model;
+#[path = "../../../tests/support/recorder.rs"]
+mod recorder;
 
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
+
+use recorder::Guest;
 
 use super::*;
 
@@ -12,69 +15,6 @@ const PAGE: u64 = PAGE_SIZE;
 /// Where the fake machine's windows may go.
 const FIRST: u64 = 0x1_0000_0000;
 const LIMIT: u64 = 1 << 39;
-
-/// A machine that only remembers what the guest could see, and refuses what it is told to.
-#[derive(Default)]
-struct Guest {
-    live: Mutex<BTreeMap<u32, (GuestRange, usize, Access)>>,
-    no_slots: AtomicBool,
-    keeps_slots: AtomicBool,
-}
-
-impl GuestMapper for Guest {
-    unsafe fn map(&self, guest: GuestRange, host: *mut u8, access: Access) -> io::Result<SlotId> {
-        let mut live = self.live.lock().unwrap();
-        if self.no_slots.load(Ordering::Relaxed) {
-            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
-        }
-        assert!(live.values().all(|(other, ..)| !other.overlaps(&guest)));
-        let slot = (0..).find(|slot| !live.contains_key(slot)).unwrap();
-        live.insert(slot, (guest, host as usize, access));
-        Ok(SlotId(slot))
-    }
-
-    fn unmap(&self, SlotId(slot): SlotId) -> io::Result<()> {
-        if self.keeps_slots.load(Ordering::Relaxed) {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
-        }
-        let gone = self.live.lock().unwrap().remove(&slot);
-        gone.map(drop).ok_or(io::Error::from_raw_os_error(libc::ENOENT))
-    }
-}
-
-impl Guest {
-    /// What the guest sees: offset from `region`'s start, length, access.
-    fn sees(&self, region: GuestRange) -> Vec<(u64, u64, Access)> {
-        let live = self.live.lock().unwrap();
-        let mut list: Vec<_> = live
-            .values()
-            .filter(|(guest, ..)| guest.overlaps(&region))
-            .map(|(guest, _, access)| (guest.start() - region.start(), guest.len(), *access))
-            .collect();
-        list.sort_by_key(|&(offset, ..)| offset);
-        list
-    }
-
-    /// The byte that the guest reads at an address; `None` where it sees nothing that can be read.
-    fn reads(&self, address: u64) -> Option<u8> {
-        let live = self.live.lock().unwrap();
-        let (guest, host, _) = live
-            .values()
-            .find(|(guest, ..)| (guest.start()..=guest.last()).contains(&address))?;
-        let mut byte = 0u8;
-        let local = libc::iovec {
-            iov_base: (&raw mut byte).cast(),
-            iov_len: 1,
-        };
-        let remote = libc::iovec {
-            iov_base: (host + (address - guest.start()) as usize) as *mut libc::c_void,
-            iov_len: 1,
-        };
-        // SAFETY: one byte on our stack; a bad address is an error, not a fault.
-        let count = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
-        (count == 1).then_some(byte)
-    }
-}
 
 struct Bench {
     guest: Arc<Guest>,
@@ -138,7 +78,7 @@ impl Bench {
     }
 
     fn reads(&self, shmid: u8, offset: u64) -> Option<u8> {
-        self.guest.reads(self.region(shmid).start() + offset)
+        self.guest.read(self.region(shmid).start() + offset)
     }
 
     /// `request` fails with `errno` and changes nothing.
@@ -550,7 +490,7 @@ fn nothing_is_left_when_everything_is_unmapped_or_dropped() {
     assert_eq!(vmas(&bench.shmem), untouched, "reserved again, as one piece each");
     bench.map(0, 0, PAGE).unwrap();
     drop(bench.shmem);
-    assert!(bench.guest.live.lock().unwrap().is_empty());
+    assert_eq!(bench.guest.count(), 0);
 }
 
 #[test]
@@ -563,7 +503,7 @@ fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() 
     let region = bench.region(0);
     let guest = GuestRange::new(region.start(), 8 * PAGE).unwrap();
     assert_eq!(bench.shmem.fill_missing(region.start() + 7 * PAGE), None);
-    for (file_pages, left) in [(8, 6), (7, 5), (3, 1), (2, 0)] {
+    for (number, (file_pages, left)) in [(8, 6), (7, 5), (3, 1), (2, 0)].into_iter().enumerate() {
         bench.file.set_len(file_pages * PAGE).unwrap();
         // Neither what is there nor what is beside it is a reason.
         let last_left = (left > 0).then(|| region.start() + left * PAGE - 1);
@@ -574,7 +514,12 @@ fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() 
             assert_eq!(bench.shmem.fill_missing(other), None, "{other:#x}");
         }
         let len = (8 - left) * PAGE;
-        let filled = Filled { shmid: 0, guest, len };
+        let filled = Filled {
+            is_first: number == 0,
+            shmid: 0,
+            guest,
+            len,
+        };
         let touched = region.start() + left * PAGE;
         assert_eq!(bench.shmem.fill_missing(touched), Some(filled));
         let expected: Vec<_> = (0..8)
@@ -583,6 +528,8 @@ fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() 
         assert_eq!(pages(&bench), expected, "{file_pages} pages left of the file");
         assert_eq!(bench.shmem.mappings()[0].filled, len);
         assert_eq!(bench.shmem.fill_missing(touched), None);
+        let total = bench.shmem.filled();
+        assert_eq!((total.mappings, total.bytes), (1, len));
     }
     assert_eq!(bench.reads(7, PAGE), Some(2));
     bench.shmem.unmap(0, 0, 8 * PAGE).unwrap();
@@ -596,7 +543,7 @@ fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
     for shmid in [0, 7] {
         bench.shmem.map(&bench.request(shmid, 0, 8 * PAGE, 0)).unwrap();
     }
-    assert!(!bench.shmem.fill_all_for_now());
+    assert_eq!(bench.shmem.fill_all_for_now(), None);
     let untouched = vmas(&bench.shmem);
     bench.file.set_len(3 * PAGE).unwrap();
     for guarded in [false, true] {
@@ -607,8 +554,8 @@ fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
         assert_eq!(bench.reads(0, 2 * PAGE), Some(3));
         assert_eq!(bench.reads(7, 3 * PAGE), None);
         // Nobody touches it: the file shows again when it grows.
-        assert!(bench.shmem.fill_all_for_now());
-        assert!(!bench.shmem.fill_all_for_now());
+        assert_eq!(bench.shmem.fill_all_for_now(), Some(vec![]));
+        assert_eq!(bench.shmem.fill_all_for_now(), None);
         assert_eq!(bench.shmem.settle(), []);
         assert_eq!(bench.shmem.settle(), []);
         assert_eq!(vmas(&bench.shmem), untouched);
@@ -618,12 +565,18 @@ fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
     }
 
     bench.shmem.guard_missing();
-    assert!(bench.shmem.fill_all_for_now());
+    assert_eq!(bench.shmem.fill_all_for_now(), Some(vec![]));
     assert_eq!(bench.reads(7, 6 * PAGE), Some(0));
     let start = bench.region(7).start();
     let guest = GuestRange::new(start, 8 * PAGE).unwrap();
     let len = 5 * PAGE;
-    assert_eq!(bench.shmem.settle(), [Filled { shmid: 7, guest, len }]);
+    let filled = Filled {
+        is_first: true,
+        shmid: 7,
+        guest,
+        len,
+    };
+    assert_eq!(bench.shmem.settle(), [filled]);
     assert_eq!(
         (bench.reads(7, 3 * PAGE), bench.reads(0, 3 * PAGE)),
         (Some(0), None)
@@ -632,16 +585,78 @@ fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
     bench.shmem.guard_missing();
     bench.file.set_len(8 * PAGE).unwrap();
     assert_eq!(bench.reads(0, 3 * PAGE), None);
-    assert!(bench.shmem.fill_all_for_now());
+    assert_eq!(bench.shmem.fill_all_for_now(), Some(vec![]));
     assert_eq!(bench.shmem.settle(), []);
     assert_eq!(bench.reads(0, 3 * PAGE), Some(0));
     // Whatever state they are in, they can go.
     bench.file.set_len(0).unwrap();
-    assert!(bench.shmem.fill_all_for_now());
+    assert_eq!(bench.shmem.fill_all_for_now(), Some(vec![]));
     assert_eq!(bench.shmem.unmap_all().unwrap(), 2);
     bench.file.set_len(8 * PAGE).unwrap();
     bench.map(0, 0, 8 * PAGE).unwrap();
     assert_eq!(bench.reads(0, 0), Some(0));
+}
+
+#[test]
+fn what_goes_missing_while_more_is_filled_for_now_is_filled_too() {
+    // SHM-45: or who touches it tries for ever.
+    let bench = bench();
+    bench.shmem.map(&bench.request(0, 0, 8 * PAGE, 0)).unwrap();
+    let (region, areas) = (bench.region(0), vmas(&bench.shmem));
+    for file_pages in [6, 4, 2] {
+        bench.file.set_len(file_pages * PAGE).unwrap();
+        bench.shmem.guard_missing();
+        assert_eq!(bench.shmem.fill_all_for_now(), Some(vec![]));
+        assert_eq!(bench.shmem.fill_all_for_now(), None);
+        assert_eq!(vmas(&bench.shmem).len(), areas.len() + 1, "zeroes are one piece");
+    }
+    // Untouched, all of it is the file's again.
+    assert_eq!(bench.shmem.settle(), []);
+    assert_eq!(vmas(&bench.shmem), areas);
+    bench.file.set_len(8 * PAGE).unwrap();
+    assert_eq!(
+        (bench.reads(0, PAGE), bench.reads(0, 7 * PAGE)),
+        (Some(2), Some(0))
+    );
+    // What was touched stays.
+    bench.file.set_len(6 * PAGE).unwrap();
+    assert_eq!(bench.shmem.fill_all_for_now(), Some(vec![]));
+    assert_eq!(bench.reads(0, 7 * PAGE), Some(0));
+    bench.file.set_len(5 * PAGE).unwrap();
+    let kept = bench.shmem.fill_all_for_now().unwrap();
+    assert_eq!(kept.iter().map(|kept| kept.len).collect::<Vec<_>>(), [2 * PAGE]);
+    // Also when it is known what was touched.
+    bench.file.set_len(4 * PAGE).unwrap();
+    let filled = bench.shmem.fill_missing(region.start() + 4 * PAGE).unwrap();
+    assert_eq!((filled.len, filled.is_first), (4 * PAGE, false));
+    assert_eq!(bench.shmem.settle(), []);
+    let total = bench.shmem.filled();
+    assert_eq!((total.mappings, total.bytes), (1, 4 * PAGE));
+    bench.file.set_len(8 * PAGE).unwrap();
+    assert_eq!(bench.reads(0, 3 * PAGE), Some(0));
+}
+
+#[test]
+fn a_read_that_came_too_late_gives_what_is_there_now() {
+    // SHM-45
+    let bench = bench();
+    let start = bench.region(0).start();
+    let read = |at| {
+        let mut byte = [0x55];
+        bench.shmem.read(at, &mut byte).then_some(byte[0])
+    };
+    bench.shmem.map(&bench.request(0, PAGE, 2 * PAGE, 0)).unwrap();
+    let access = |at| bench.shmem.access_at(at);
+    assert_eq!((access(start), access(start + 3 * PAGE)), (None, None));
+    assert_eq!(access(start + PAGE), access(start + 3 * PAGE - 1));
+    assert!(access(start + PAGE).is_some());
+    assert_eq!((read(start), read(start + 2 * PAGE)), (None, Some(2)));
+    bench.file.set_len(PAGE).unwrap();
+    assert_eq!(read(start + 2 * PAGE), None);
+    assert!(bench.shmem.fill_missing(start + 2 * PAGE).is_some());
+    assert_eq!(read(start + 2 * PAGE), Some(0));
+    bench.shmem.unmap(0, PAGE, 2 * PAGE).unwrap();
+    assert_eq!((access(start + PAGE), read(start + PAGE)), (None, None));
 }
 
 #[test]

@@ -1,0 +1,83 @@
+//! How long a request to one device takes while the back-end of another misbehaves (SHM-66).
+//!
+//! The guest is the tests' monitor on this machine's `/dev/kvm`, both back-ends are `hotslot-backend torture`. A request is
+//! a buffer that the first device fills; the guest takes the time from the kick until the used ring shows it, by its
+//! time-stamp counter. Meanwhile the second device does nothing, or what the case says. Rounds of all cases take turns;
+//! each case is compared with the rounds in which the neighbour does nothing.
+//!
+//! A flood that is carried out changes memory slots without end, and each change costs the guest's processors what they knew
+//! of its memory: most where KVM is software. That, and not a wait for anybody, is what its ratio shows.
+//!
+//! On `/dev/kvm` and not on the emulated host, although that has the steadier clock: it has one processor, and what would
+//! be measured is how its scheduler shares it out.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // As in tests.
+
+#[path = "../tests/support/guest.rs"]
+mod guest;
+#[path = "../tests/support/image.rs"]
+mod image;
+#[path = "../tests/support/kvm.rs"]
+mod kvm;
+#[path = "../tests/support/monitor.rs"]
+mod monitor;
+#[path = "../tests/support/torture.rs"]
+mod torture;
+
+use guest::Guest;
+use torture::Torture;
+
+const ROUNDS: usize = 5;
+const REQUESTS: usize = 1000;
+/// Requests before those that count.
+const WARM_UP: usize = 50;
+
+/// What the neighbour does from its start on, in words and as options.
+const CASES: [(&str, &[&str]); 4] = [
+    ("nothing", &[]),
+    ("stalls inside a message", &["--do", "stall"]),
+    ("floods, answers read", &["--do", "flood=forever"]),
+    ("floods, no answer read", &["--do", "flood-unread=forever"]),
+];
+
+fn main() {
+    if !kvm::is_here() {
+        std::process::exit(1);
+    }
+    let mut samples = CASES.map(|_| Vec::new());
+    for _ in 0..ROUNDS {
+        for ((_, options), samples) in CASES.iter().zip(&mut samples) {
+            samples.extend(round(options));
+        }
+    }
+    println!("ticks from kick to used, {} requests a case", ROUNDS * REQUESTS);
+    println!(
+        "{:26}{:>12}{:>12}{:>12}",
+        "the neighbour", "median", "p99", "p99 ratio"
+    );
+    let mut quiet = None;
+    for ((name, _), samples) in CASES.iter().zip(&mut samples) {
+        samples.sort_unstable();
+        let (median, p99) = (samples[samples.len() / 2], samples[samples.len() * 99 / 100]);
+        let ratio = p99 as f64 / *quiet.get_or_insert(p99) as f64;
+        println!("{name:26}{median:12}{p99:12}{ratio:12.2}");
+    }
+}
+
+/// One machine: how long its requests took.
+fn round(options: &[&str]) -> Vec<u64> {
+    let (device, neighbour) = (Torture::start(&[]), Torture::start(options));
+    let devices = [device.device("measured"), neighbour.device("neighbour")];
+    let mut guest = Guest::boot(["--vhost-user", &devices[0], "--vhost-user", &devices[1]]);
+    for index in [1, 0] {
+        guest.select(index);
+        guest.start_device();
+    }
+    let mut request = || guest.time_to_fill(0x180_0000, 64);
+    for _ in 0..WARM_UP {
+        request();
+    }
+    let times = (0..REQUESTS).map(|_| request()).collect();
+    guest.exit();
+    times
+}

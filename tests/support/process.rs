@@ -1,0 +1,45 @@
+//! What a process has of the host: descriptors, address ranges, threads.
+
+#![allow(dead_code)] // Not every test program uses all of it.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+
+/// How many descriptors are open.
+pub fn descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+pub fn threads() -> usize {
+    fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// How many address ranges there are, and how many there may be.
+pub fn ranges() -> (usize, usize) {
+    let maps = BufReader::new(File::open("/proc/self/maps").unwrap());
+    let most = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    (maps.lines().count(), most.trim().parse().unwrap())
+}
+
+/// The lines of a process's maps (its number, or `self`) that are mappings of files in memory, or reservations. Not among them are reservations
+/// of one page, which guard the stacks of threads, and what the allocator has in reserve behind its heaps.
+pub fn areas(process: &str) -> Vec<String> {
+    const HEAP: u64 = 64 << 20;
+    let maps = BufReader::new(File::open(format!("/proc/{process}/maps")).unwrap());
+    let mut end_of_memory = 0;
+    let mut areas = Vec::new();
+    for line in maps.lines().map(Result::unwrap) {
+        let (start, rest) = line.split_once('-').unwrap();
+        let (end, rest) = rest.split_once(' ').unwrap();
+        let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).unwrap());
+        let is_guard = end - start == 4096;
+        let is_heap = start == end_of_memory && start % HEAP != 0 && end % HEAP == 0;
+        if rest.starts_with("rw-p") {
+            end_of_memory = end;
+        }
+        if line.contains("memfd:") || rest.starts_with("---p") && !is_guard && !is_heap {
+            areas.push(line);
+        }
+    }
+    areas
+}
