@@ -9,6 +9,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use hotslot::size::parse as parse_size;
+
 const OPEN_READ: &str = "open for reading";
 const OPEN_WRITE: &str = "open for reading and writing";
 
@@ -27,7 +29,7 @@ pub struct Args {
 
     /// Size of the memory (4096, 64K, 16M, 8G), exactly; a shorter or missing file is extended to it, sparsely,
     /// unless --read-only; of a longer file the guest sees the beginning
-    #[arg(long, value_name = "SIZE", value_parser = hotslot::size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     size: Option<u64>,
 
     /// Let the guest read only; the file is neither created nor extended, and needs no write permission

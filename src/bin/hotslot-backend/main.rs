@@ -1,6 +1,7 @@
 //! hotslot-backend: vhost-user devices that hand files to a front-end, which maps them into its guest.
 //!
-//! Reading order: `pmem` (a device), `backing` (its file), `server` (the socket, one front-end after another).
+//! Reading order: `pmem` (a device), `backing` (its file), `server` (the socket, one front-end after another), `torture` (one
+//! that misbehaves on demand).
 //!
 //! Exit status: 0 after SIGINT, SIGTERM or the end of `--once`, 2 for a command line or a file that cannot be
 //! served, 1 for everything else.
@@ -10,6 +11,7 @@
 mod backing;
 mod pmem;
 mod server;
+mod torture;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -29,11 +31,15 @@ struct Cli {
 #[derive(Subcommand)]
 enum Device {
     Pmem(pmem::Args),
+    Torture(torture::Args),
 }
 
 fn main() -> ExitCode {
     let failure = match Cli::parse().device {
         Device::Pmem(args) => pmem::run(&args).err().map(|e| (e.status(), e.hint(), chain(&e))),
+        Device::Torture(args) => torture::run(&args)
+            .err()
+            .map(|e| (e.status(), e.hint(), chain(&e))),
     };
     let Some((status, hint, sentence)) = failure else {
         return ExitCode::SUCCESS;

@@ -91,9 +91,9 @@ impl Error {
     }
 }
 
-/// A listening socket; its file goes when this does. From its making on, SIGINT and SIGTERM end [`serve`] only.
+/// A listening socket; its file goes when this does. From its making on, SIGINT and SIGTERM end [`serve_with`] only.
 pub struct Listening {
-    listener: Listener,
+    listener: UnixListener,
     once: bool,
     file: SocketFile,
 }
@@ -142,7 +142,7 @@ pub fn listen(options: &Options) -> Result<Listening, Error> {
     let listener = UnixListener::bind(path).map_err(bind_error)?;
     let file = SocketFile::new(path).map_err(bind_error)?;
     Ok(Listening {
-        listener: Listener::from(listener),
+        listener,
         once: options.once,
         file,
     })
@@ -196,23 +196,40 @@ fn end_event() -> &'static EventFd {
     END.get_or_init(|| EventFd::new(libc::EFD_CLOEXEC).expect("invariant: the first eventfd of a process"))
 }
 
-/// Serves one front-end after another, each with a device from `make`, until SIGINT or SIGTERM; with `--once`, until
-/// the first one has disconnected.
+/// Serves one front-end after another, each with a device from `make`: [`serve_with`] for a [`Device`].
 ///
 /// # Errors
 ///
-/// A socket that cannot be accepted from, threads or descriptors that cannot be made; with `--once` also a session
-/// that ended otherwise than by a hang-up.
+/// Those of [`serve_with`].
 pub fn serve<D, F>(name: &'static str, listening: Listening, make: F) -> Result<(), Error>
 where
     D: Device + 'static,
     F: Fn(Memory) -> D + Send + 'static,
 {
+    let listener = listening.listener.try_clone().map_err(|source| Error::SetUp {
+        what: "the listening socket",
+        source,
+    })?;
+    let mut listener = Listener::from(listener);
+    serve_with(name, listening, move |_| session(name, &mut listener, &make))
+}
+
+/// Calls `session`, which accepts and serves one front-end, again and again, on a thread of its own, until SIGINT or
+/// SIGTERM; with `--once`, until the first front-end that asked for anything has disconnected.
+///
+/// # Errors
+///
+/// A socket that cannot be accepted from, threads or descriptors that cannot be made; with `--once` also a session
+/// that ended otherwise than by a hang-up.
+pub fn serve_with<F>(name: &'static str, listening: Listening, mut session: F) -> Result<(), Error>
+where
+    F: FnMut(&UnixListener) -> Result<Session, Error> + Send + 'static,
+{
     let set_up = |what| move |source| Error::SetUp { what, source };
     let end = end_event();
 
     let Listening {
-        mut listener,
+        listener,
         once,
         file: _file,
     } = listening;
@@ -222,7 +239,7 @@ where
         .name("front-ends".to_owned())
         .spawn(move || {
             let result = loop {
-                match session(name, &mut listener, &make) {
+                match session(&listener) {
                     Ok(Session::NothingAsked) => {}
                     Ok(Session::Ended) if once => break Ok(()),
                     Ok(Session::Ended) => {}
@@ -252,7 +269,7 @@ where
 }
 
 /// How a session ended.
-enum Session {
+pub enum Session {
     /// The peer hung up without a request.
     NothingAsked,
     /// The peer hung up.

@@ -1,0 +1,331 @@
+//! The backend channel: requests to the front-end, and its answers (vhost-user, "Back-end message types").
+//!
+//! Used by the thread of `actor` only, so that the main socket is served whatever happens here.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::files::{self, PAGE};
+use super::plan::{Event, Moment};
+use super::report::Answer;
+use super::shared::Shared;
+use super::wire::{self, MAP, MMap, UNMAP, Wire, WireError, flags, message};
+
+/// The pattern is a quarter of region 0, and no more than this.
+const MAX_PATTERN: u64 = 16 * PAGE;
+
+/// How a request went.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Outcome {
+    Done,
+    Refused,
+    /// No answer was asked for, or REPLY_ACK was not negotiated.
+    Unanswered,
+}
+
+/// Why there is no channel any more, or none to be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Gone {
+    #[error("no answer within {} s", .0.as_secs_f32())]
+    Silent(Duration),
+    #[error("the front-end closed the channel")]
+    Closed,
+    #[error("not an answer to it: {0}")]
+    OutOfStep(String),
+    #[error("{0}")]
+    Spoilt(&'static str),
+    #[error("this back-end cannot go on: {0}")]
+    Ours(#[from] io::Error),
+}
+
+impl From<WireError> for Gone {
+    fn from(error: WireError) -> Self {
+        match error {
+            WireError::Silence(patience) => Gone::Silent(patience),
+            WireError::Closed => Gone::Closed,
+            WireError::Oversized(_) => Gone::OutOfStep(error.to_string()),
+            WireError::Io(error) => Gone::Ours(error),
+        }
+    }
+}
+
+/// What was negotiated, as far as the channel is concerned.
+#[derive(Clone, Copy, Debug)]
+pub struct Agreed {
+    pub reply_ack: bool,
+    pub shmem: bool,
+}
+
+/// A range that is mapped, as far as we know.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Live {
+    shmid: u8,
+    shm_offset: u64,
+    len: u64,
+}
+
+/// Our end of a backend channel.
+pub struct Channel {
+    pub wire: Arc<Wire>,
+    pub agreed: Agreed,
+    pub shared: Arc<Shared>,
+    live: Vec<Live>,
+    /// How many resets there had been when `live` was right.
+    resets: u32,
+    maps: u32,
+    unmaps: u32,
+    pattern: Option<File>,
+}
+
+impl Channel {
+    pub fn new(wire: Arc<Wire>, agreed: Agreed, shared: Arc<Shared>) -> Self {
+        let resets = shared.resets();
+        Channel {
+            wire,
+            agreed,
+            shared,
+            live: Vec::new(),
+            resets,
+            maps: 0,
+            unmaps: 0,
+            pattern: None,
+        }
+    }
+
+    /// The pattern's place: the beginning of region 0. Empty where that is too small.
+    pub fn pattern_len(&self) -> u64 {
+        (self.shared.region_size(0) / 4 / PAGE * PAGE).min(MAX_PATTERN)
+    }
+
+    /// The file of the pattern that is mapped.
+    pub fn pattern(&self) -> Option<&File> {
+        self.pattern.as_ref()
+    }
+
+    /// Has the pattern mapped into region 0, read-only or read-write as the command line says.
+    pub fn map_pattern(&mut self, read_write: bool) -> Result<(), Gone> {
+        let len = self.pattern_len();
+        self.forget_what_was_reset();
+        if !self.agreed.shmem || len == 0 || self.live.contains(&self.pattern_range()) {
+            return Ok(());
+        }
+        let file = files::file(files::PATTERN, len)?;
+        let request = MMap {
+            len,
+            flags: if read_write { MMap::READ_WRITE } else { 0 },
+            ..MMap::default()
+        };
+        let outcome = self.map("pattern", &request, &[file.as_fd()])?;
+        if outcome != Outcome::Refused {
+            self.pattern = Some(file);
+        }
+        Ok(())
+    }
+
+    fn pattern_range(&self) -> Live {
+        Live {
+            shmid: 0,
+            shm_offset: 0,
+            len: self.pattern_len(),
+        }
+    }
+
+    /// MAP, with a line that says what came of it.
+    pub fn map(&mut self, why: &str, request: &MMap, fds: &[BorrowedFd<'_>]) -> Result<Outcome, Gone> {
+        let result = self.quiet_map(request, fds);
+        let with = match fds.len() {
+            1 => String::new(),
+            0 => ", without a descriptor".to_owned(),
+            count => format!(", with {count} descriptors"),
+        };
+        self.say(why, format_args!("MAP {}{with}", Shown(request)), &result);
+        result.map(|(outcome, _)| outcome)
+    }
+
+    /// UNMAP, with a line that says what came of it.
+    pub fn unmap(&mut self, why: &str, request: &MMap, fds: &[BorrowedFd<'_>]) -> Result<Outcome, Gone> {
+        let result = self.quiet_unmap(request, fds);
+        let with = if fds.is_empty() { "" } else { ", with a descriptor" };
+        let MMap {
+            shmid,
+            shm_offset,
+            len,
+            ..
+        } = request;
+        let what = format_args!("UNMAP shmid {shmid}, shm_offset {shm_offset:#x}, len {len:#x}{with}");
+        self.say(why, what, &result);
+        result.map(|(outcome, _)| outcome)
+    }
+
+    /// A request that is none of those, with a line that says what came of it.
+    pub fn other(&mut self, why: &str, what: &str, bytes: &[u8], id: u32) -> Result<Outcome, Gone> {
+        let result = self.send(bytes, &[]).and_then(|()| self.answer(id));
+        self.say(why, what, &result);
+        result.map(|(outcome, _)| outcome)
+    }
+
+    /// MAP without a line.
+    pub fn quiet_map(&mut self, request: &MMap, fds: &[BorrowedFd<'_>]) -> Result<(Outcome, u64), Gone> {
+        let result = self.exchange(MAP, request, fds)?;
+        if result.0 != Outcome::Refused {
+            self.note(true, request);
+        }
+        Ok(result)
+    }
+
+    /// UNMAP without a line.
+    pub fn quiet_unmap(&mut self, request: &MMap, fds: &[BorrowedFd<'_>]) -> Result<(Outcome, u64), Gone> {
+        let result = self.exchange(UNMAP, request, fds)?;
+        if result.0 != Outcome::Refused {
+            self.note(false, request);
+        }
+        Ok(result)
+    }
+
+    /// Remembers what is mapped, or no longer.
+    pub fn note(&mut self, mapped: bool, request: &MMap) {
+        let range = Live {
+            shmid: request.shmid,
+            shm_offset: request.shm_offset,
+            len: request.len,
+        };
+        match mapped {
+            true => self.live.push(range),
+            false => self.live.retain(|live| *live != range),
+        }
+    }
+
+    /// Unmaps what was mapped, except the pattern.
+    pub fn clean_up(&mut self) -> Result<(), Gone> {
+        self.forget_what_was_reset();
+        let pattern = self.pattern_range();
+        for range in std::mem::take(&mut self.live) {
+            if range == pattern {
+                self.live.push(pattern);
+                continue;
+            }
+            let request = MMap {
+                shmid: range.shmid,
+                shm_offset: range.shm_offset,
+                len: range.len,
+                ..MMap::default()
+            };
+            self.quiet_unmap(&request, &[])?;
+        }
+        Ok(())
+    }
+
+    fn forget_what_was_reset(&mut self) {
+        let resets = self.shared.resets();
+        if resets != self.resets {
+            self.resets = resets;
+            self.live.clear();
+            self.pattern = None;
+        }
+    }
+
+    fn exchange(&mut self, id: u32, request: &MMap, fds: &[BorrowedFd<'_>]) -> Result<(Outcome, u64), Gone> {
+        let bytes = message(id, flags::VERSION_1 | flags::NEED_REPLY, &request.bytes());
+        let nth = self.send_own(id, &bytes, fds)?;
+        let result = self.answer(id)?;
+        self.moment(id, nth, Moment::After)?;
+        Ok(result)
+    }
+
+    /// Sends a MAP or an UNMAP, and does what is to be done before, in the middle and after. Says the how manieth it is.
+    pub fn send_own(&mut self, id: u32, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u32, Gone> {
+        let count = if id == MAP {
+            &mut self.maps
+        } else {
+            &mut self.unmaps
+        };
+        *count += 1;
+        let nth = *count;
+        self.moment(id, nth, Moment::Before)?;
+        if self
+            .shared
+            .ends(Event::Own(id), nth, Moment::Half)
+            .next()
+            .is_some()
+        {
+            self.send(&bytes[..bytes.len() / 2], fds)?;
+            self.moment(id, nth, Moment::Half)?;
+        }
+        self.send(bytes, fds)?;
+        self.moment(id, nth, Moment::Sent)?;
+        Ok(nth)
+    }
+
+    fn moment(&self, id: u32, nth: u32, moment: Moment) -> Result<(), Gone> {
+        match self.shared.end(Event::Own(id), nth, moment) {
+            true => Err(Gone::Closed),
+            false => Ok(()),
+        }
+    }
+
+    /// Sends bytes.
+    pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Gone> {
+        Ok(self.wire.send(bytes, fds, self.shared.device.patience)?)
+    }
+
+    /// The answer to a request that asked for one.
+    pub fn answer(&self, id: u32) -> Result<(Outcome, u64), Gone> {
+        if !self.agreed.reply_ack {
+            return Ok((Outcome::Unanswered, 0));
+        }
+        let reply = self.wire.receive(Some(self.shared.device.patience))?;
+        let right_flags =
+            reply.flags & (flags::VERSION_MASK | flags::REPLY) == flags::VERSION_1 | flags::REPLY;
+        if reply.request != id || !right_flags || reply.payload.len() != 8 || !reply.fds.is_empty() {
+            return Err(Gone::OutOfStep(format!(
+                "id {}, flags {:#x}, {} bytes of payload, {} descriptors; expected is id {id}, flags 0x5, 8 bytes, none",
+                reply.request,
+                reply.flags,
+                reply.payload.len(),
+                reply.fds.len()
+            )));
+        }
+        match reply.quad(0) {
+            0 => Ok((Outcome::Done, 0)),
+            value => Ok((Outcome::Refused, value)),
+        }
+    }
+
+    fn say(&self, why: &str, what: impl fmt::Display, result: &Result<(Outcome, u64), Gone>) {
+        let line = |came: &dyn fmt::Display| self.shared.report.line(format_args!("{why}: {what}: {came}"));
+        match result {
+            Ok((Outcome::Unanswered, _)) => line(&"sent; no answer, since REPLY_ACK was not negotiated"),
+            Ok((_, value)) => line(&Answer(*value)),
+            Err(gone) => line(gone),
+        }
+    }
+}
+
+/// A MAP as a person reads it.
+struct Shown<'a>(&'a MMap);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let MMap {
+            shmid,
+            fd_offset,
+            shm_offset,
+            len,
+            flags,
+            ..
+        } = self.0;
+        write!(
+            f,
+            "shmid {shmid}, shm_offset {shm_offset:#x}, len {len:#x} at file offset {fd_offset:#x}, "
+        )?;
+        match *flags {
+            0 => f.write_str("read-only"),
+            wire::MMap::READ_WRITE => f.write_str("read-write"),
+            flags => write!(f, "flags {flags:#x}"),
+        }
+    }
+}
