@@ -7,9 +7,11 @@
 //!
 //! What it reads, and from where, is in `guest/README.md`.
 
+mod board;
 mod boot;
 mod console;
 mod finish;
+mod hammer;
 mod lab;
 mod modules;
 mod parameters;

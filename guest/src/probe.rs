@@ -7,14 +7,14 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 
-use crate::Outcome;
 use crate::parameters::number;
+use crate::{Outcome, hammer};
 
 const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | mem-read ADDRESS LENGTH | \
-                     mem-write ADDRESS HEX-BYTES | panic";
+                     mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | panic";
 
 /// The size of a page on x86_64.
-const PAGE: usize = 4096;
+pub const PAGE: usize = 4096;
 
 /// Runs one probe.
 pub fn main(arguments: &[OsString]) -> ExitCode {
@@ -29,6 +29,7 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["pmem-write", file, text] => pmem_write(file, text),
         ["mem-read", address, length] => mem_read(address, length),
         ["mem-write", address, bytes] => mem_write(address, bytes),
+        ["hammer", window, board] => hammer(window, board),
         ["panic"] => panic_kernel(),
         _ => {
             eprintln!("{USAGE}");
@@ -48,7 +49,7 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
 }
 
 /// Memory of this process, or of the machine, mapped until this value is dropped.
-struct Mapping {
+pub struct Mapping {
     start: *mut u8,
     length: usize,
 }
@@ -155,27 +156,29 @@ fn cpus() -> Outcome<String> {
     const ONLINE: &str = "/sys/devices/system/cpu/online";
     let text = fs::read_to_string(ONLINE).map_err(|error| format!("cannot read {ONLINE}: {error}"))?;
     let list = cpu_list(text.trim()).ok_or_else(|| format!("{ONLINE} reads {text:?}"))?;
-    for cpu in &list {
-        // SAFETY: the set is plain data, ours, and outlives the call; 0 names this thread.
-        let (result, now) = unsafe {
-            let mut set: libc::cpu_set_t = std::mem::zeroed();
-            libc::CPU_SET(*cpu, &mut set);
-            (
-                libc::sched_setaffinity(0, size_of_val(&set), &raw const set),
-                libc::sched_getcpu(),
-            )
-        };
-        if result != 0 {
-            return Err(format!(
-                "cannot move to processor {cpu}: {}",
-                io::Error::last_os_error()
-            ));
-        }
-        if usize::try_from(now) != Ok(*cpu) {
-            return Err(format!("asked for processor {cpu}, running on {now}"));
-        }
-    }
+    list.iter().try_for_each(|cpu| run_on(*cpu))?;
     Ok(format!("probe cpus: {} ran", list.len()))
+}
+
+/// From now on this thread runs on this processor.
+pub fn run_on(cpu: usize) -> Outcome<()> {
+    // SAFETY: the set is plain data, ours, and outlives the call; 0 names this thread.
+    let (result, now) = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        (
+            libc::sched_setaffinity(0, size_of_val(&set), &raw const set),
+            libc::sched_getcpu(),
+        )
+    };
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        return Err(format!("cannot move to processor {cpu}: {error}"));
+    }
+    if usize::try_from(now) != Ok(cpu) {
+        return Err(format!("asked for processor {cpu}, running on {now}"));
+    }
+    Ok(())
 }
 
 /// The kernel's notation for a set of processors, such as `0-3,5`.
@@ -229,10 +232,8 @@ fn pmem_write(path: &str, text: &str) -> Outcome<String> {
 }
 
 /// Physical memory through /dev/mem: the mapping, and the first wanted byte in it.
-fn map_physical(address: &str, length: usize) -> Outcome<(Mapping, *mut u8)> {
-    let address = number(address)
-        .and_then(|address| i64::try_from(address).ok())
-        .ok_or_else(|| format!("{address} is no physical address"))?;
+pub fn map_physical(address: u64, length: usize) -> Outcome<(Mapping, *mut u8)> {
+    let address = i64::try_from(address).map_err(|_| format!("{address:#x} is no physical address"))?;
     let inside = address as usize % PAGE;
     let failed = |error: io::Error| {
         format!(
@@ -246,6 +247,14 @@ fn map_physical(address: &str, length: usize) -> Outcome<(Mapping, *mut u8)> {
         Mapping::new(whole, libc::MAP_SHARED, Some((&file, address - inside as i64))).map_err(failed)?;
     let first = mapping.start.wrapping_add(inside);
     Ok((mapping, first))
+}
+
+fn physical(address: &str) -> Outcome<u64> {
+    number(address).ok_or_else(|| format!("{address} is no physical address"))
+}
+
+fn hammer(window: &str, board: &str) -> Outcome<String> {
+    hammer::hammer(physical(window)?, physical(board)?)
 }
 
 /// The widest access that an address and a length allow in one piece: a device's register is read at once.
@@ -262,7 +271,7 @@ fn mem_read(address: &str, length: &str) -> Outcome<String> {
         .and_then(|length| usize::try_from(length).ok())
         .filter(|length| (1..=1 << 20).contains(length))
         .ok_or_else(|| format!("{length} is no length from 1 to 1 MiB"))?;
-    let (mapping, first) = map_physical(address, length)?;
+    let (mapping, first) = map_physical(physical(address)?, length)?;
     // SAFETY: `length` bytes from `first` lie in `mapping`, which lives to the end of the function; the wide accesses
     // are aligned, as `access_width` promises.
     let bytes = unsafe {
@@ -282,7 +291,7 @@ fn mem_read(address: &str, length: &str) -> Outcome<String> {
 /// Writes physical memory, in one access when the length is 1, 2, 4 or 8 and aligned.
 fn mem_write(address: &str, hex: &str) -> Outcome<String> {
     let bytes = hex_bytes(hex).ok_or_else(|| format!("{hex:?} is no string of bytes in hex"))?;
-    let (mapping, first) = map_physical(address, bytes.len())?;
+    let (mapping, first) = map_physical(physical(address)?, bytes.len())?;
     // SAFETY: as in `mem_read`; whoever runs this probe answers for what lies at that address.
     unsafe {
         match (access_width(first, bytes.len()), bytes.as_slice()) {

@@ -13,6 +13,9 @@ const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
 const HOTSLOT: &str = env!("CARGO_BIN_EXE_hotslot");
 const BACKEND: &str = env!("CARGO_BIN_EXE_hotslot-backend");
 
+/// How long the endurance test is to be, where it shall not be short.
+pub const ENDURANCE: &str = "HOTSLOT_ENDURANCE_SECONDS";
+
 /// Where sessions leave their files.
 const FILES: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/linux");
 
@@ -53,6 +56,28 @@ static HOUSE: LazyLock<House> = LazyLock::new(|| {
     stdout("scripts/image.sh", &arguments);
     House { kind, kernel, image }
 });
+
+/// The program of another of the project's tests, built as this one is: what needs no Linux runs on a host with KVM, too.
+pub fn test_program(name: &str) -> PathBuf {
+    let mut arguments = vec![
+        "test",
+        "--no-run",
+        "--locked",
+        "--message-format=json",
+        "--test",
+        name,
+    ];
+    if !cfg!(debug_assertions) {
+        arguments.push("--release");
+    }
+    let messages = stdout(env!("CARGO"), &arguments);
+    // A message a line; what the test needs (hotslot itself) is among them.
+    let path = messages
+        .lines()
+        .filter(|line| line.contains(r#""kind":["test"]"#))
+        .find_map(|line| line.split_once(r#""executable":""#)?.1.split('"').next());
+    PathBuf::from(path.unwrap_or_else(|| panic!("cargo built no {name}:\n{messages}")))
+}
 
 /// Runs a command of the project's and gives what it printed, without the last newline.
 fn stdout(program: &str, arguments: &[&str]) -> String {
@@ -128,6 +153,17 @@ impl Session {
     /// Runs `tests/linux/host/NAME.sh`, with these files in its directory `OUT`. `memory` is what the guests and the
     /// files need on an emulated host.
     pub fn run(name: &str, memory: &str, seconds: u32, files: &[(&str, Vec<u8>)]) -> Session {
+        Session::with_programs(name, memory, seconds, files, &[])
+    }
+
+    /// With more programs, each in the environment variable of that name.
+    pub fn with_programs(
+        name: &str,
+        memory: &str,
+        seconds: u32,
+        files: &[(&str, Vec<u8>)],
+        programs: &[(&'static str, PathBuf)],
+    ) -> Session {
         static RUNNING: Mutex<u32> = Mutex::new(0);
         static ENDED: Condvar = Condvar::new();
         let house = &*HOUSE;
@@ -144,7 +180,7 @@ impl Session {
         }
         *running += 1;
         drop(running);
-        let output = house.run(name, memory, seconds, &out);
+        let output = house.run(name, memory, seconds, &out, programs);
         *RUNNING.lock().unwrap() -= 1;
         ENDED.notify_one();
 
@@ -177,7 +213,14 @@ impl Session {
 }
 
 impl House {
-    fn run(&self, name: &str, memory: &str, seconds: u32, out: &Path) -> Output {
+    fn run(
+        &self,
+        name: &str,
+        memory: &str,
+        seconds: u32,
+        out: &Path,
+        programs: &[(&'static str, PathBuf)],
+    ) -> Output {
         // Past the test harness, which keeps what a test prints: this is for whoever waits.
         let place = match self.kind {
             Kind::Kvm => "this machine's KVM",
@@ -192,14 +235,16 @@ impl House {
         let script = format!("{scripts}/{name}.sh");
         let (bzimage, vmlinux) = (self.kernel.join("bzImage"), self.kernel.join("vmlinux"));
         let mut variables = vec![
-            ("HOTSLOT", PathBuf::from(HOTSLOT)),
-            ("BACKEND", PathBuf::from(BACKEND)),
             ("BZIMAGE", bzimage.clone()),
             ("VMLINUX", vmlinux.clone()),
             ("IMAGE", self.image.clone()),
             ("OUT", out.to_owned()),
             ("INPUT", out.join("input")),
         ];
+        let own = [("HOTSLOT", HOTSLOT.into()), ("BACKEND", BACKEND.into())];
+        let programs = [&own, programs].concat();
+        variables.extend_from_slice(&programs);
+        variables.extend(std::env::var_os(ENDURANCE).map(|seconds| (ENDURANCE, seconds.into())));
         let mut command = match self.kind {
             Kind::Kvm => {
                 let mut command = Command::new("timeout");
@@ -210,8 +255,8 @@ impl House {
                 variables.push(("LAB", "1".into()));
                 let mut command = Command::new(format!("{PROJECT}/scripts/lab.sh"));
                 command.args(["--memory", memory, "--timeout", &seconds.to_string()]);
-                for program in [HOTSLOT, BACKEND] {
-                    command.args(["--exec", program]);
+                for (_, program) in &programs {
+                    command.arg("--exec").arg(program);
                 }
                 for file in [out, &self.image, Path::new(&scripts), &bzimage, &vmlinux] {
                     command.arg("--file").arg(file);
