@@ -1,0 +1,116 @@
+#!/bin/bash
+# usage: fuzz.sh [--seconds N] [TARGET...]
+#
+# Builds and runs the fuzz targets, one after the other: backend_channel, main_socket, registers, device_strings, or
+# those that are named. What each is fed and what must hold is said in its file in fuzz/fuzz_targets.
+#
+#   --seconds N        how long each runs (default: 10)
+#
+# With a nightly toolchain they are built with the address sanitizer, otherwise without one, on the usual toolchain.
+# Installs what is missing (cargo-fuzz goes into target/). Each starts from fuzz/seeds and what it found worth keeping
+# in earlier runs, fuzz/corpus.
+#
+# One line tells of each target; the last one is 'N passed, N failed'. The exit status is 1 when anything failed: then
+# the input is in fuzz/artifacts, and how to run it again is said.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "$0")/lib.sh"
+
+CARGO_FUZZ_VERSION=0.13.2
+FUZZ=$PROJECT/fuzz
+TRIPLE=x86_64-unknown-linux-gnu
+BINARIES=$TARGET/fuzz/$TRIPLE/release
+LOGS=$TARGET/fuzz/logs
+
+# Bytes of an input, at most: enough for the longest stories, and short ones are found sooner.
+MAX_LEN=2048
+# Seconds for one input: longer than all deadlines of the VMM together, so that who waits for one is told of it, even on
+# a busy machine.
+INPUT_TIMEOUT=120
+
+main() {
+    local seconds=10 targets=() target passed=0 failed=0
+    while (($#)); do
+        case $1 in
+        -h | --help) usage && return ;;
+        --seconds)
+            [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "--seconds needs a whole number"
+            seconds=$2
+            shift
+            ;;
+        -*) die "$1: unknown option (--help says which there are)" ;;
+        *)
+            [[ -e $FUZZ/fuzz_targets/$1.rs ]] || die "$1: there is no such target (--help lists them)"
+            targets+=("$1")
+            ;;
+        esac
+        shift
+    done
+    if ((${#targets[@]} == 0)); then
+        targets=(backend_channel main_socket registers device_strings)
+    fi
+
+    need cc:gcc c++:g++
+    need_cargo_fuzz
+    mkdir -p "$LOGS"
+    for target in "${targets[@]}"; do
+        if build "$target" && run "$target" "$seconds"; then
+            passed=$((passed + 1))
+        else
+            failed=$((failed + 1))
+        fi
+    done
+    echo "$passed passed, $failed failed"
+    ((failed == 0))
+}
+
+need_cargo_fuzz() {
+    command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
+    PATH=$TARGET/tools/bin:$PATH
+    command -v cargo-fuzz >/dev/null && return
+    say "installing cargo-fuzz $CARGO_FUZZ_VERSION into $TARGET/tools"
+    cargo install --quiet --locked --version "$CARGO_FUZZ_VERSION" --root "$TARGET/tools" cargo-fuzz </dev/null >&2 ||
+        die "could not install cargo-fuzz"
+}
+
+has_nightly() { rustup toolchain list 2>/dev/null | grep -q '^nightly-'; }
+
+build() {
+    local cargo=(cargo) options=(--fuzz-dir "$FUZZ" --target-dir "$TARGET/fuzz" --target "$TRIPLE")
+    if has_nightly; then
+        cargo+=(+nightly)
+    else
+        options+=(--sanitizer none)
+    fi
+    "${cargo[@]}" fuzz build "${options[@]}" "$1" </dev/null >"$LOGS/$1.build" 2>&1 && return
+    grep -A 20 '^error' "$LOGS/$1.build" >&2 || tail -n 20 "$LOGS/$1.build" >&2
+    echo "$1: did not build"
+    return 1
+}
+
+# Says how it went in one line, on a finding in some more.
+run() {
+    local target=$1 seconds=$2 log=$LOGS/$1.run status=0 counts found
+    local corpus=$FUZZ/corpus/$target artifacts=$FUZZ/artifacts/$target
+    mkdir -p "$corpus" "$artifacts"
+    # No look for leaks: a thread that is just ending looks like one (its destructors' list). Descriptors and mappings are
+    # counted by the targets themselves.
+    "$BINARIES/$target" -max_total_time="$seconds" -max_len="$MAX_LEN" -timeout="$INPUT_TIMEOUT" -detect_leaks=0 -print_final_stats=1 \
+        -artifact_prefix="$artifacts/" "$corpus" "$FUZZ/seeds/$target" </dev/null >"$log" 2>&1 || status=$?
+    counts=$(awk '/^stat::number_of_executed_units/ { runs = $2 } /^stat::new_units_added/ { new = $2 }
+        END { printf "%d executions, %d new inputs", runs, new }' "$log")
+    if ((status == 0)); then
+        echo "$target: $counts, no finding"
+        return
+    fi
+    echo "$target: $counts, FAILED (exit status $status)"
+    grep -aE -A 3 'panicked at|ERROR: |^SUMMARY' "$log" >&2 || tail -n 20 "$log" >&2
+    found=$(sed -n 's/.*Test unit written to //p' "$log" | tail -n 1)
+    if [[ -n $found ]]; then
+        say "the input is $found; to run it again: $BINARIES/$target $found"
+    fi
+    say "all that was said is in $log"
+    return 1
+}
+
+main "$@"
