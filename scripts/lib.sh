@@ -61,6 +61,13 @@ host_kind() {
 
 kvm_opens() { (: <>/dev/kvm) 2>/dev/null; }
 
+# What the tests that boot Linux need. Says itself what is missing and cannot be installed; what needs it then fails by
+# itself.
+linux_tools() {
+    (need busybox:busybox-static cpio:cpio depmod:kmod mkfs.ext4:e2fsprogs debugfs:e2fsprogs) || true
+    [[ $(host_kind) == kvm ]] || (need qemu-system-x86_64:qemu-system-x86) || true
+}
+
 is_elf() { [[ $(od -An -tx1 -N 4 "$1" 2>/dev/null) == ' 7f 45 4c 46' ]]; }
 
 # Builds the guest's static PID 1 where its sources are newer, and prints its path.

@@ -1,15 +1,19 @@
 #!/bin/bash
-# usage: test.sh [quick]
+# usage: test.sh [quick|long]
 #
-# Runs all tests: format, lints, documentation, shell scripts, then the tests without a Linux guest (unit, protocol, and
-# small guests on this machine's /dev/kvm), then those that boot a stock kernel, on this machine's KVM or on the
-# emulated host of lab.sh. Installs and builds what is missing.
+# Runs all tests: format, lints, documentation, shell scripts, whether each assertion of the contract has a test; then the
+# tests without a Linux guest (unit, protocol, and small guests on this machine's /dev/kvm), some seconds of each fuzz
+# target, and the tests that boot a stock kernel, on this machine's KVM or on the emulated host of lab.sh. Installs and
+# builds what is missing.
 #
-#   quick              only what needs no Linux guest
+#   quick              only what needs no Linux guest and no fuzzing
+#   long               with what takes hours: a million random operations against the model, ten minutes of endurance for
+#                      each kind of guest, all the mappings that one device can have, a quarter of an hour for each fuzz
+#                      target
 #
-# A step that fails does not stop those after it. The last line is 'N passed, N failed', in which each of the first four
-# steps counts as one test, and so does a step that could not run; the exit status is 1 when anything failed.
-# REQUIRE_KVM=1 makes a failure of a test that finds no /dev/kvm.
+# A step that fails does not stop those after it. The last line is 'N passed, N failed', in which format, lints,
+# documentation, shell scripts, contract and fuzzing count as one test each, and so does a step that could not run; the
+# exit status is 1 when anything failed. REQUIRE_KVM=1 makes a failure of a test that finds no /dev/kvm.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -19,10 +23,15 @@ failed=0
 failures=()
 
 main() {
-    local quick=''
+    local quick='' long='' fuzz_seconds=5
     case ${1-} in
     -h | --help) usage && return ;;
     quick) quick=1 ;;
+    long)
+        long=1
+        export HOTSLOT_MODEL_OPERATIONS=1000000 HOTSLOT_ENDURANCE_SECONDS=600
+        fuzz_seconds=900
+        ;;
     '') ;;
     *) die "$1: not understood (--help says what is)" ;;
     esac
@@ -32,18 +41,21 @@ main() {
     command -v cargo >/dev/null || say "there is no cargo: install Rust, see https://rustup.rs"
     say "small guests: $(small_guests)"
 
-    check "format" cargo fmt --all --check
+    check "format" formatted
     check "lints" cargo clippy --workspace --all-targets --locked -- -D warnings
     RUSTDOCFLAGS='-D warnings' check "documentation" cargo doc --workspace --no-deps --document-private-items --locked
     (need shellcheck:shellcheck) || true
     check "shell scripts" shellcheck -x scripts/*.sh .ci/run tests/linux/*/*.sh
+    # Whether each assertion has a test; that the tests hold is for the tests to say.
+    check "contract" scripts/contract.sh --list
     local targets
     mapfile -t targets < <(test_targets)
     tests "tests without Linux" cargo test --workspace --locked --no-fail-fast --lib --bins "${targets[@]}"
+    [[ -z $long ]] || tests "tests that take long" cargo test --release --locked --test small_guest -- --ignored
     if [[ -z $quick ]]; then
+        check "fuzzing" scripts/fuzz.sh --seconds "$fuzz_seconds"
         say "Linux guests: $(linux_guests)"
-        (need busybox:busybox-static cpio:cpio depmod:kmod mkfs.ext4:e2fsprogs debugfs:e2fsprogs) || true
-        [[ $(host_kind) == kvm ]] || (need qemu-system-x86_64:qemu-system-x86) || true
+        linux_tools
         # More at a time than processors: most of them only wait for a session.
         tests "tests with Linux" cargo test --release --locked --test linux -- --test-threads=16
     fi
@@ -81,6 +93,9 @@ test_targets() {
         [[ $name == linux ]] || printf -- '--test=%s\n' "$name"
     done
 }
+
+# The fuzz targets are a workspace of their own.
+formatted() { cargo fmt --all --check && cargo fmt --manifest-path fuzz/Cargo.toml --all --check; }
 
 # A step that is one test: its name, its command.
 check() {
