@@ -180,6 +180,11 @@ pub struct SharedMemory {
     /// Lock order: taken under the device's channel lock or the transport's, or alone; `GuestMapper`'s own lock comes
     /// after it. Never held while a peer is waited for.
     state: Mutex<State>,
+    /// Held from a look for missing pages until what was found is changed. To look is to read: among pages that another
+    /// thread filled for now meanwhile, that would pass for the guest's touch (SHM-45).
+    ///
+    /// Lock order: before `state`. Whoever waits for it needs such a look itself.
+    looking: Mutex<()>,
     /// The live mappings once more, by first guest address: last address, and what the guest may do there. For the
     /// accesses of the guest that come to us; most of them are to holes, and must not wait for a back-end that maps and
     /// unmaps all the time. A mapping is in it a little longer than in the guest.
@@ -279,6 +284,7 @@ impl SharedMemory {
             mapper,
             quota,
             state,
+            looking: Mutex::default(),
             reach: RwLock::default(),
         })
     }

@@ -5,7 +5,7 @@
 //! which looks for processors that wait for such a page without end.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use super::super::GuestRange;
 use super::super::window::{Span, Window};
@@ -43,7 +43,7 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// What is missing. It may wait for the disk, or for whoever serves the file: no lock is held here.
+    /// What is missing. It may wait for the disk, or for whoever serves the file: the state is not locked here.
     fn missing(&self) -> Option<Span<'_>> {
         self.window.span(self.offset, self.in_place)?.missing()
     }
@@ -111,6 +111,7 @@ impl SharedMemory {
     /// when the guest touched it.
     pub fn fill_missing(&self, at: u64) -> Option<Filled> {
         self.access_at(at)?;
+        let _alone = self.look();
         let (candidates, _) = self.candidates(Some(at), true);
         let candidate = candidates.first()?;
         let missing = candidate.missing()?;
@@ -129,6 +130,7 @@ impl SharedMemory {
     /// until [`Self::settle`] has seen what was touched. `None` where nothing is missing; else what was filled before,
     /// and stays so.
     pub fn fill_all_for_now(&self) -> Option<Vec<Filled>> {
+        let _alone = self.look();
         let (candidates, mut changed) = self.candidates(None, true);
         let mut filled = Vec::new();
         for candidate in &candidates {
@@ -176,6 +178,7 @@ impl SharedMemory {
     /// Puts all that is missing out of reach, until the guest touches some of it or [`Self::fill_missing`] looks: such
     /// an access fails at once instead of waiting for a page that never comes. Nothing else can be noticed of it.
     pub fn guard_missing(&self) {
+        let _alone = self.look();
         for candidate in &self.candidates(None, false).0 {
             if let Some(missing) = candidate.missing() {
                 self.change(candidate, |_, mapping, _| {
@@ -188,6 +191,10 @@ impl SharedMemory {
                 });
             }
         }
+    }
+
+    fn look(&self) -> MutexGuard<'_, ()> {
+        self.looking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All mappings, or the one with guest address `at`. `unguard` puts what is guarded within reach again; whether there

@@ -637,6 +637,34 @@ fn what_goes_missing_while_more_is_filled_for_now_is_filled_too() {
 }
 
 #[test]
+fn a_look_for_missing_pages_is_no_touch() {
+    // SHM-44, SHM-45
+    let bench = bench();
+    for shmid in [0, 7] {
+        bench.shmem.map(&bench.request(shmid, 0, 8 * PAGE, 0)).unwrap();
+    }
+    bench.file.set_len(3 * PAGE).unwrap();
+    std::thread::scope(|scope| {
+        let filling = scope.spawn(|| {
+            for _ in 0..2000 {
+                bench.shmem.fill_all_for_now();
+                assert_eq!(bench.shmem.settle(), []);
+            }
+        });
+        while !filling.is_finished() {
+            bench.shmem.guard_missing();
+        }
+    });
+    bench.file.set_len(8 * PAGE).unwrap();
+    bench.shmem.fill_all_for_now();
+    bench.shmem.settle();
+    assert_eq!(
+        (bench.reads(0, 7 * PAGE), bench.reads(7, 7 * PAGE)),
+        (Some(0), Some(0))
+    );
+}
+
+#[test]
 fn a_read_that_came_too_late_gives_what_is_there_now() {
     // SHM-45
     let bench = bench();
