@@ -62,8 +62,13 @@ fn survives(deaths: &[(Vec<String>, Phase)]) {
                 assert!(sees_pattern || seen == HOLE, "{steps:?}: {seen:#x}");
                 let expected = *sees == Sees::Either || (*sees == Sees::Pattern) == sees_pattern;
                 assert!(expected, "{steps:?}: {seen:#x}");
-                // What is there stays.
-                assert_eq!(guest.read64(base + 0x1008), seen, "{steps:?}");
+                // What is there stays. A request that was on its way may come true after the guest was told of the death.
+                let later = guest.read64(base + 0x1008);
+                let came_late = *sees == Sees::Either && later == pattern(0x1008);
+                assert!(
+                    later == seen || came_late,
+                    "{steps:?}: {seen:#x}, then {later:#x}"
+                );
             }
             Phase::Reset => {
                 assert_eq!(status, RUNNING, "{steps:?}\n{}", guest.log());
