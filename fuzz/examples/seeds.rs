@@ -101,6 +101,18 @@ fn backend_channel() -> Vec<Seed> {
             .concat(),
         ),
         (
+            "reset_twice_after_noise",
+            [
+                &ALL[..],
+                // A reply, where only requests belong; what comes after it was sent before anybody looked.
+                &[LATER, 0xf0, 5, 0, 0, 0, 0, 0, 0, 1, 1, 0x10, 0],
+                &later(map(0, 4)),
+                &[RESET],
+                &[RESET],
+            ]
+            .concat(),
+        ),
+        (
             "reset_inside_a_message",
             [
                 &ALL[..],

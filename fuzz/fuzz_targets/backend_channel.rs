@@ -334,9 +334,6 @@ impl Device {
         while !self.ended && is_readable(&self.channel) {
             self.ended = self.channel.serve().is_err();
         }
-        if self.ended {
-            self.channel.shut_down();
-        }
         self.look_at_answers(true);
     }
 

@@ -88,6 +88,8 @@ struct Inbox {
     connection: Connection,
     /// Whether the message that is half here was begun before the device was last reset.
     stale: bool,
+    /// SHM-64: nothing that comes after what ended the channel is served, by whoever looks next.
+    ended: bool,
 }
 
 impl BackendChannel {
@@ -106,6 +108,7 @@ impl BackendChannel {
             inbox: Mutex::new(Inbox {
                 connection: Connection::new(socket, MMAP_LEN),
                 stale: false,
+                ended: false,
             }),
         })
     }
@@ -131,6 +134,15 @@ impl BackendChannel {
 
     /// Handles the next request. False where there is none, or not all of it.
     fn serve_one(&self, inbox: &mut Inbox) -> Result<bool, ChannelError> {
+        if inbox.ended {
+            return Err(ConnectionError::HungUp.into());
+        }
+        let served = self.serve_next(inbox);
+        inbox.ended = served.is_err();
+        served
+    }
+
+    fn serve_next(&self, inbox: &mut Inbox) -> Result<bool, ChannelError> {
         let Some(message) = inbox.connection.try_receive()? else {
             return Ok(false);
         };
@@ -312,6 +324,26 @@ mod tests {
         theirs.write_all(&request[5..]).unwrap();
         channel.serve().unwrap();
         assert!(!channel.lock().stale);
+    }
+
+    #[test]
+    fn nothing_is_served_after_what_ended_the_channel() {
+        // SHM-64: whether the device's thread finds it or a reset.
+        let (mut channel, mut theirs) = channel();
+        channel.reply_ack = true;
+        let (reply, request) = (Header::reply(50, 0), Header::request(50, 0, true));
+        theirs
+            .write_all(&[reply.encode(), request.encode()].concat())
+            .unwrap();
+        let drain = || channel.drain(Deadline::after(Duration::from_secs(20)));
+        assert!(matches!(drain(), Err(ChannelError::Reply(50))));
+        for ended in [drain(), channel.serve()] {
+            assert!(matches!(
+                ended,
+                Err(ChannelError::Connection(ConnectionError::HungUp))
+            ));
+        }
+        assert!(!is_readable(&theirs), "an answer");
     }
 
     #[test]
