@@ -78,8 +78,11 @@ pub struct Cli {
 
 const DEVICE_HELP: &str = "Add a virtio device whose back-end listens on a Unix socket
 
-PATH,type=fs|pmem|blk|rng|vsock|console|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20][,name=NAME]. Can be given \
-several times; the guest finds the devices in this order.";
+PATH,type=fs|pmem|blk|rng|vsock|console|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20]\
+[,share-shmem=on][,name=NAME]. Can be given several times; the guest finds the devices in this order.
+
+share-shmem=on shows what this device's back-end maps to the back-ends of the other devices, so that the guest can use \
+it for their requests (O_DIRECT from a DAX file to a disk).";
 
 const STATUSES: &str = "Exit status:
   0 the guest switched itself off       32 it reset itself
@@ -164,7 +167,6 @@ mod tests {
             "trace-vhost-user",
             "backend-loss",
             "reconnect",
-            "share-shmem",
         ] {
             assert!(!help.contains(unfinished), "{unfinished}");
         }

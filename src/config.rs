@@ -97,7 +97,7 @@ pub enum ConfigError {
     },
 }
 
-const KEYS: &str = "type, name, queues, queue-size, shmem-bit";
+const KEYS: &str = "type, name, queues, queue-size, shmem-bit, share-shmem";
 
 /// The largest queue that a driver may choose where the user does not say otherwise: what most of QEMU's devices have.
 const QUEUE_SIZE: u16 = 256;
@@ -113,7 +113,8 @@ impl FromStr for DeviceSpec {
             return Err(ConfigError::NoPath);
         }
         let socket = PathBuf::from(path);
-        let (mut kind, mut name, mut queues, mut queue_size, mut shmem_bit) = (None, None, None, None, None);
+        let (mut kind, mut name, mut queues, mut queue_size) = (None, None, None, None);
+        let (mut shmem_bit, mut share_shmem) = (None, None);
         for part in parts {
             let (key, value) = part
                 .split_once('=')
@@ -124,7 +125,8 @@ impl FromStr for DeviceSpec {
                 "queues" => queues.replace(parse_queues(value)?).is_some(),
                 "queue-size" => queue_size.replace(parse_queue_size(value)?).is_some(),
                 "shmem-bit" => shmem_bit.replace(parse_shmem_bit(value)?).is_some(),
-                "share-shmem" | "reconnect" => return Err(ConfigError::NotYet(key.into())),
+                "share-shmem" => share_shmem.replace(parse_share_shmem(value)?).is_some(),
+                "reconnect" => return Err(ConfigError::NotYet(key.into())),
                 _ => return Err(ConfigError::UnknownKey(key.into())),
             };
             if twice {
@@ -142,12 +144,20 @@ impl FromStr for DeviceSpec {
             queues,
             queue_size: queue_size.unwrap_or(QUEUE_SIZE),
             shmem_bit: shmem_bit.unwrap_or(SHMEM_BIT),
+            share_shmem: share_shmem.unwrap_or(false),
         })
     }
 }
 
 /// What a device string starts with if its path was forgotten.
-const TYPE_OR_KEY: [&str; 5] = ["type=", "name=", "queues=", "queue-size=", "shmem-bit="];
+const TYPE_OR_KEY: [&str; 6] = [
+    "type=",
+    "name=",
+    "queues=",
+    "queue-size=",
+    "shmem-bit=",
+    "share-shmem=",
+];
 
 fn bad(key: &'static str, value: &str, wanted: &'static str) -> ConfigError {
     ConfigError::BadValue {
@@ -178,6 +188,14 @@ fn parse_queue_size(value: &str) -> Result<u16, ConfigError> {
 fn parse_shmem_bit(value: &str) -> Result<u32, ConfigError> {
     let number = value.parse().ok().filter(|number| (20..=22).contains(number));
     number.ok_or_else(|| bad("shmem-bit", value, "it is 22, or a draft's 20 or 21"))
+}
+
+fn parse_share_shmem(value: &str) -> Result<bool, ConfigError> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(bad("share-shmem", value, "it is on or off")),
+    }
 }
 
 /// The host's side of the serial port.
@@ -241,11 +259,16 @@ mod tests {
                 queues: None,
                 queue_size: QUEUE_SIZE,
                 shmem_bit: 22,
+                share_shmem: false,
             }
         );
-        let device: DeviceSpec = "a=b.sock,queues=3,type=26,queue-size=128,shmem-bit=20,name=share"
-            .parse()
-            .unwrap();
+        let device: DeviceSpec =
+            "a=b.sock,queues=3,type=26,share-shmem=on,queue-size=128,shmem-bit=20,name=share"
+                .parse()
+                .unwrap();
+        assert!(device.share_shmem);
+        let device_off: DeviceSpec = "a,type=fs,share-shmem=off".parse().unwrap();
+        assert!(!device_off.share_shmem);
         assert_eq!(device.socket, PathBuf::from("a=b.sock"));
         assert_eq!((device.kind.id(), device.name.as_str()), (26, "share"));
         assert_eq!(
@@ -273,8 +296,12 @@ mod tests {
             ("a.sock,type=fs,type=fs", "`type` is given twice"),
             ("a.sock,type=fs,reconnect=5", "`reconnect` is not supported yet"),
             (
-                "a.sock,type=fs,share-shmem=on",
-                "`share-shmem` is not supported yet",
+                "a.sock,type=fs,share-shmem=yes",
+                "`yes` is not a good share-shmem: it is on or off",
+            ),
+            (
+                "a.sock,share-shmem=on,type=fs,share-shmem=on",
+                "`share-shmem` is given twice",
             ),
         ] {
             let error = text.parse::<DeviceSpec>().unwrap_err().to_string();

@@ -13,7 +13,8 @@
 //! 4. [`arch`]: where everything is, how a kernel is loaded, what it is told (CPUID, MSRs, ACPI).
 //! 5. [`memory`]: RAM; windows and mappings of shared memory regions, with every check of the contract.
 //! 6. [`virtio`]: what a device is; its registers as a page of memory; Status.
-//! 7. [`vhost_user`]: the wire, the two sockets, what is agreed, our requests, the back-end's requests.
+//! 7. [`vhost_user`]: the wire, the two sockets, what is agreed, our requests, the back-end's requests, who sees
+//!    whose mappings.
 //! 8. [`devices`]: serial port, power, reset, panic, debug exit.
 //! 9. [`cli`], [`config`], [`exit`], [`report`], [`terminal`], [`thread`], [`size`]: the program around it.
 //!
@@ -45,11 +46,12 @@
 //!
 //! **A mapping** ([`vhost_user::backend_channel`]): message and descriptor in one recvmsg → negotiated? → region, page,
 //! overflow, bounds, overlap, quota ([`memory::shmem`]) → mmap, moved into the window ([`memory::window`]) → slot
-//! ([`kvm::slots`]) → recorded → answer 0. Each failure undoes in reverse and answers -errno.
+//! ([`kvm::slots`]) → recorded → other back-ends told, if asked for ([`vhost_user::sharing`]) → answer 0. Each failure
+//! undoes in reverse and answers -errno.
 //!
 //! **A reset** ([`vhost_user::device`]): Status = 0 → gate closed → GET_VRING_BASE for each ring → RESET_DEVICE or SET_STATUS 0
-//! where negotiated → channel drained → slots gone, window reserved again → transport cleared → the write
-//! completes. The gate opens with the first message of the next start.
+//! where negotiated → channel drained → slots gone, window reserved again → others have let go → transport
+//! cleared → the write completes. The gate opens with the first message of the next start.
 //!
 //! # Glossary
 //!
@@ -61,6 +63,7 @@
 //! | shared memory region, shmid | a range of guest physical memory that belongs to a device, and its id, 0 to 255 (VIRTIO 1.3, section 2.10) |
 //! | window | a region together with the host addresses reserved for it, of the same size |
 //! | mapping | a part of a file, at an offset in a window: what SHMEM_MAP makes and SHMEM_UNMAP takes away |
+//! | owner, recipient | a device whose mappings others see (`share-shmem=on`), and one whose back-end sees them |
 //! | hole | a part of a region without a mapping: the guest reads all-ones there |
 //! | slot | KVM's unit of guest memory: a guest physical range and the host memory behind it |
 //! | gate | whether a device takes SHMEM_MAP now: not between a reset and the next start |

@@ -417,10 +417,8 @@ fn device_strings() -> Vec<Seed> {
             "device_in_full",
             text(0, "a=b,queues=3,type=26,queue-size=128,shmem-bit=20,name=share"),
         ),
-        (
-            "device_not_yet",
-            text(0, "a,type=pmem,reconnect=5,share-shmem=on"),
-        ),
+        ("device_not_yet", text(0, "a,type=pmem,reconnect=5")),
+        ("device_that_shares", text(0, "a,type=pmem,share-shmem=on")),
         ("memory", text(1, "16777215T")),
         ("bytes", text(1, "0018446744073709551615")),
         ("time_span", text(2, "500ms")),

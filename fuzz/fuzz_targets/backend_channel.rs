@@ -212,7 +212,7 @@ impl Device {
         let (ours, peer) = UnixStream::pair().unwrap();
         peer.set_nonblocking(true).unwrap();
         Device {
-            channel: BackendChannel::new("fuzz", &agreement(agreed), ours, Arc::clone(&shmem)).unwrap(),
+            channel: BackendChannel::new("fuzz", &agreement(agreed), ours, Arc::clone(&shmem), None).unwrap(),
             machine,
             shmem,
             peer,
@@ -519,7 +519,7 @@ fn agreement(protocol_features: u64) -> Agreement {
         features: bench::F_VERSION_1 | bench::F_PROTOCOL,
         protocol_features,
     };
-    negotiate(offer, "rng".parse().unwrap(), 22).unwrap()
+    negotiate(offer, "rng".parse().unwrap(), 22, false).unwrap()
 }
 
 /// How many descriptors, and which of [`files`] is the first.

@@ -46,6 +46,7 @@ fn check_device(device: &DeviceSpec) {
         queues,
         queue_size,
         shmem_bit,
+        share_shmem,
     } = device;
     assert!(!name.is_empty() && !socket.as_os_str().is_empty());
     assert!((1..=255).contains(&kind.id()));
@@ -53,8 +54,9 @@ fn check_device(device: &DeviceSpec) {
     assert!(queue_size.is_power_of_two() && *queue_size <= 32768);
     assert!((20..=22).contains(shmem_bit));
     let queues = queues.map_or(String::new(), |queues| format!(",queues={queues}"));
+    let share = if *share_shmem { "on" } else { "off" };
     let full = format!(
-        "{},shmem-bit={shmem_bit},queue-size={queue_size},name={name},type={}{queues}",
+        "{},share-shmem={share},shmem-bit={shmem_bit},queue-size={queue_size},name={name},type={}{queues}",
         socket.display(),
         kind.id(),
     );

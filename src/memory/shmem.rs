@@ -233,6 +233,17 @@ impl Region {
         let end = after.map_or(self.window.guest().len(), |(&start, _)| start);
         self.window.span(start, end - start)
     }
+
+    fn info(&self, shmid: u8, offset: u64, mapping: &Mapping) -> Option<MappingInfo> {
+        let span = self.window.span(offset, mapping.span_len())?;
+        Some(MappingInfo {
+            shmid,
+            guest: span.guest(),
+            file_offset: mapping.file_offset,
+            access: mapping.access,
+            filled: mapping.filled,
+        })
+    }
 }
 
 impl Mapping {
@@ -311,19 +322,20 @@ impl SharedMemory {
         let mut list = Vec::new();
         for (&shmid, region) in &self.lock().regions {
             for (&offset, mapping) in &region.mappings {
-                let Some(span) = region.window.span(offset, mapping.span_len()) else {
-                    continue;
-                };
-                list.push(MappingInfo {
-                    shmid,
-                    guest: span.guest(),
-                    file_offset: mapping.file_offset,
-                    access: mapping.access,
-                    filled: mapping.filled,
-                });
+                list.extend(region.info(shmid, offset, mapping));
             }
         }
         list
+    }
+
+    /// The live mapping that starts at an offset of a region, and its address in this process, which no other memory of
+    /// the guest has.
+    pub fn mapping(&self, shmid: u8, shm_offset: u64) -> Option<(MappingInfo, u64)> {
+        let state = self.lock();
+        let region = state.regions.get(&shmid)?;
+        let mapping = region.mappings.get(&shm_offset)?;
+        let host = region.window.span(shm_offset, mapping.span_len())?.host();
+        Some((region.info(shmid, shm_offset, mapping)?, host as u64))
     }
 
     /// Maps a file; the guest sees it when this returns (SHM-60).

@@ -16,6 +16,7 @@ use thiserror::Error;
 use super::connection::{Connection, ConnectionError, Deadline, Message};
 use super::message::{BackendRequest, Header, MMAP_LEN, MMap, U64_LEN, protocol_features as protocol};
 use super::negotiate::Agreement;
+use super::sharing::Member;
 use crate::memory::Access;
 use crate::memory::shmem::{MapRequest, SharedMemory, ShmemError};
 use crate::report::{MisuseLog, with_causes};
@@ -77,10 +78,14 @@ pub struct BackendChannel {
     log: MisuseLog,
     reply_ack: bool,
     shmem: Option<Arc<SharedMemory>>,
+    /// To show other back-ends what is mapped (SHM-80).
+    sharing: Option<Member>,
     /// A copy of the socket, to wait on and to end it without the lock.
     socket: UnixStream,
-    /// Lock order: before `SharedMemory`'s. Held while requests are handled, which waits for no answer of the back-end;
-    /// for room in its socket no longer than [`ANSWER_TIMEOUT`].
+    /// Lock order: before `SharedMemory`'s and `Sharing`'s. Held while requests are handled, which waits for no answer of
+    /// the back-end; for room in its socket no longer than [`ANSWER_TIMEOUT`]. With `share-shmem=on` it is held while
+    /// other back-ends are told, too: a reset, which drains the channel, finds each mapping shared or not begun, and a
+    /// range is not mapped again before all have let go of it. `sharing` says why that wait ends.
     inbox: Mutex<Inbox>,
 }
 
@@ -93,17 +98,19 @@ struct Inbox {
 }
 
 impl BackendChannel {
-    /// Serves `socket` for the device `name`; `shmem` is where mappings go.
+    /// Serves `socket` for the device `name`; `shmem` is where mappings go, `sharing` who shows them to others.
     pub fn new(
         name: &str,
         agreement: &Agreement,
         socket: UnixStream,
         shmem: Arc<SharedMemory>,
+        sharing: Option<Member>,
     ) -> io::Result<Self> {
         Ok(BackendChannel {
             log: MisuseLog::new(name),
             reply_ack: agreement.has(protocol::REPLY_ACK),
             shmem: agreement.has_shmem().then_some(shmem),
+            sharing,
             socket: socket.try_clone()?,
             inbox: Mutex::new(Inbox {
                 connection: Connection::new(socket, MMAP_LEN),
@@ -180,7 +187,8 @@ impl BackendChannel {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its descriptors are closed when this returns, whatever it returns (SHM-27, SHM-46).
+    /// Its descriptors are closed when this returns, whatever it returns (SHM-27, SHM-46): all but the one of a file that
+    /// is shared.
     fn handle(&self, message: Message) -> Result<(), Refusal> {
         match BackendRequest::from_id(message.header.request) {
             Some(BackendRequest::ShmemMap) => self.map(message),
@@ -189,7 +197,7 @@ impl BackendChannel {
         }
     }
 
-    fn map(&self, message: Message) -> Result<(), Refusal> {
+    fn map(&self, mut message: Message) -> Result<(), Refusal> {
         let (shmem, request) = self.shmem_request(&message)?;
         if message.fds_lost {
             return Err(Refusal::DescriptorLost);
@@ -213,6 +221,12 @@ impl BackendChannel {
             file_offset: request.fd_offset,
             access,
         })?;
+        // After the guest's mapping, and before the answer: the guest hands no page to a device that does not know it.
+        if let (Some(sharing), Some(file)) = (&self.sharing, message.fds.pop()) {
+            if let Some((mapping, host)) = shmem.mapping(request.shmid, request.shm_offset) {
+                sharing.share(&mapping, host, file);
+            }
+        }
         Ok(())
     }
 
@@ -224,7 +238,11 @@ impl BackendChannel {
                 expected: 0,
             });
         }
-        Ok(shmem.unmap(request.shmid, request.shm_offset, request.len)?)
+        shmem.unmap(request.shmid, request.shm_offset, request.len)?;
+        if let (Some(sharing), Some(region)) = (&self.sharing, shmem.region(request.shmid)) {
+            sharing.withdraw(region.start() + request.shm_offset);
+        }
+        Ok(())
     }
 
     fn shmem_request(&self, message: &Message) -> Result<(&SharedMemory, MMap), Refusal> {
@@ -278,7 +296,7 @@ mod tests {
         let shmem = SharedMemory::new([], &mut windows, Arc::new(NoGuest), 1).unwrap();
         let agreement = Agreement::default();
         (
-            BackendChannel::new("test", &agreement, ours, Arc::new(shmem)).unwrap(),
+            BackendChannel::new("test", &agreement, ours, Arc::new(shmem), None).unwrap(),
             theirs,
         )
     }

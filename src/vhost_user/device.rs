@@ -2,12 +2,13 @@
 //!
 //! The set-up makes one in two steps, since the place of the shared memory regions depends on all back-ends:
 //! [`super::frontend::Frontend::connect`] learns what the back-end is, [`VhostUserDevice::new`] opens the backend
-//! channel. From then on `virtio::mmio` calls it on vCPU threads; [`super::watch`] runs beside it.
+//! channel. From then on `virtio::mmio` calls it on vCPU threads; [`super::watch`] runs beside it, and a courier of
+//! [`super::sharing`] where the back-end sees other devices' mappings.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -17,6 +18,8 @@ use super::connection::Deadline;
 use super::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use super::memory_table::MemoryTable;
 use super::message::protocol_features as protocol;
+use super::negotiate::Agreement;
+use super::sharing::{Courier, Member};
 use super::watch::{Link, Watch};
 use crate::memory::GuestRange;
 use crate::memory::shmem::SharedMemory;
@@ -47,30 +50,44 @@ pub struct VhostUserDevice {
     link: Arc<Link>,
     /// The queues whose rings the back-end runs.
     running: BTreeSet<u16>,
-    frontend: Frontend,
+    agreement: Agreement,
+    /// The main socket.
+    ///
+    /// Lock order: after the transport's, before `Sharing`'s. Held for a conversation with the back-end, which has a
+    /// deadline. The channel's thread never takes it: a back-end that maps while we wait for its answer is served.
+    main: Arc<Mutex<Frontend>>,
+    /// Where its mappings are shown to others (SHM-80).
+    sharing: Option<Member>,
     /// The device's thread, which ends with the device.
     _watch: Watch,
+    /// Who tells its back-end of other devices' mappings. Ended after the watch, which would see the back-end go.
+    courier: Option<Courier>,
 }
 
 impl VhostUserDevice {
-    /// Opens the backend channel of a back-end that is connected, and starts the device's thread.
+    /// Opens the backend channel of a back-end that is connected, and starts the device's thread. `member`: what it
+    /// is among devices that see each other's mappings (SHM-80).
     pub fn new(
         spec: &DeviceSpec,
         handshake: Handshake,
         memory: MemoryTable,
         shmem: Arc<SharedMemory>,
         interrupt: Arc<Interrupt>,
+        member: Option<Member>,
     ) -> Result<VhostUserDevice, DeviceError> {
         let Handshake {
             mut frontend,
             queues,
             config,
+            memory_slots,
             ..
         } = handshake;
-        let (channel, theirs) = if frontend.agreement().has(protocol::BACKEND_REQ) {
+        let agreement = *frontend.agreement();
+        let sharing = member.clone().filter(|_| spec.share_shmem);
+        let (channel, theirs) = if agreement.has(protocol::BACKEND_REQ) {
             let (ours, theirs) = UnixStream::pair()?;
-            let shmem = Arc::clone(&shmem);
-            let channel = BackendChannel::new(&spec.name, frontend.agreement(), ours, shmem)?;
+            let (shmem, sharing) = (Arc::clone(&shmem), sharing.clone());
+            let channel = BackendChannel::new(&spec.name, &agreement, ours, shmem, sharing)?;
             (Some(Arc::new(channel)), Some(theirs))
         } else {
             (None, None)
@@ -82,6 +99,16 @@ impl VhostUserDevice {
         if let Some(theirs) = theirs {
             frontend.set_backend_channel(theirs.as_fd())?;
         }
+        let main = Arc::new(Mutex::new(frontend));
+        let courier = match member.zip(memory_slots) {
+            Some((member, slots)) => {
+                let room = usize::try_from(slots).unwrap_or(usize::MAX);
+                let room = room.saturating_sub(memory.regions().len());
+                let (main, link) = (Arc::clone(&main), Arc::clone(&link));
+                Some(Courier::start(&spec.name, member, room, main, link)?)
+            }
+            None => None,
+        };
         Ok(VhostUserDevice {
             name: spec.name.clone(),
             device_type: spec.kind.id(),
@@ -92,20 +119,25 @@ impl VhostUserDevice {
             interrupt,
             link,
             running: BTreeSet::new(),
-            frontend,
+            agreement,
+            main,
+            sharing,
             _watch: watch,
+            courier,
         })
     }
 
     /// Talks to the back-end. One that breaks the protocol, or does not answer in time, is cut off.
     fn talk<T>(
         &mut self,
-        conversation: impl FnOnce(&mut Self) -> Result<T, FrontendError>,
+        conversation: impl FnOnce(&mut Self, &mut Frontend) -> Result<T, FrontendError>,
     ) -> Result<T, DeviceError> {
+        let main = Arc::clone(&self.main);
+        let mut frontend = main.lock().unwrap_or_else(PoisonError::into_inner);
         if self.link.is_lost() {
             return Err(BackendLost.into());
         }
-        conversation(self).map_err(|error| {
+        conversation(self, &mut frontend).map_err(|error| {
             if error.is_fatal() {
                 self.link.give_up(&error);
             }
@@ -113,10 +145,15 @@ impl VhostUserDevice {
         })
     }
 
-    fn start_ring(&mut self, queue: &QueueSetup<'_>, deadline: Deadline) -> Result<(), FrontendError> {
+    fn start_ring(
+        &mut self,
+        frontend: &mut Frontend,
+        queue: &QueueSetup<'_>,
+        deadline: Deadline,
+    ) -> Result<(), FrontendError> {
         // SAFETY: the interrupt owns the event, and outlives the call.
         let call = unsafe { BorrowedFd::borrow_raw(self.interrupt.call().as_raw_fd()) };
-        let started = self.frontend.start_ring(queue, &self.memory, call, deadline);
+        let started = frontend.start_ring(queue, &self.memory, call, deadline);
         // A ring that is told of half way may run as well, and is to be stopped.
         if !matches!(started, Err(FrontendError::RingOutsideRam { .. })) {
             self.running.insert(queue.index);
@@ -135,7 +172,7 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn features(&self) -> u64 {
-        self.frontend.agreement().guest_features
+        self.agreement.guest_features
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -151,13 +188,11 @@ impl VirtioDevice for VhostUserDevice {
             return Ok(());
         };
         let end = start.saturating_add(data.len());
-        if self.config.get(start..end).is_none() || !self.frontend.agreement().has(protocol::CONFIG) {
+        if self.config.get(start..end).is_none() || !self.agreement.has(protocol::CONFIG) {
             return Ok(());
         }
-        self.talk(|device| {
-            device
-                .frontend
-                .set_config(start as u32, data, Deadline::after(CONTROL_TIMEOUT))?;
+        self.talk(|device, frontend| {
+            frontend.set_config(start as u32, data, Deadline::after(CONTROL_TIMEOUT))?;
             device.config[start..end].copy_from_slice(data);
             Ok(())
         })
@@ -170,14 +205,17 @@ impl VirtioDevice for VhostUserDevice {
     fn start(&mut self, features: u64, queues: &[QueueSetup<'_>]) -> Result<(), DeviceError> {
         // SHM-75: from the first of these messages on, and every one of them is answered before DRIVER_OK is through
         // where REPLY_ACK allows. So what the back-end maps when it is started is there for the driver.
-        self.talk(|device| {
+        self.talk(|device, frontend| {
             device.shmem.open_gate();
             let deadline = Deadline::after(START_TIMEOUT);
-            device.frontend.set_up(features, &device.memory, deadline)?;
-            for queue in queues {
-                device.start_ring(queue, deadline)?;
+            frontend.set_up(features, &device.memory, deadline)?;
+            if let Some(courier) = &device.courier {
+                courier.restart(frontend, deadline)?;
             }
-            device.frontend.set_status(STATUS_RUNNING, deadline)
+            for queue in queues {
+                device.start_ring(frontend, queue, deadline)?;
+            }
+            frontend.set_status(STATUS_RUNNING, deadline)
         })
     }
 
@@ -186,11 +224,11 @@ impl VirtioDevice for VhostUserDevice {
         let deadline = Deadline::after(CONTROL_TIMEOUT);
         let running = std::mem::take(&mut self.running);
         if !self.link.is_lost() {
-            let told = self.talk(|device| {
+            let told = self.talk(|_, frontend| {
                 for index in running {
-                    device.frontend.stop_ring(index, deadline)?;
+                    frontend.stop_ring(index, deadline)?;
                 }
-                device.frontend.reset_device(deadline)
+                frontend.reset_device(deadline)
             });
             match told {
                 // The back-end is cut off, and the log says so.
@@ -213,16 +251,27 @@ impl VirtioDevice for VhostUserDevice {
                 with_causes(&error)
             ),
         }
+        if let Some(sharing) = &self.sharing {
+            sharing.withdraw_all();
+        }
     }
 
     fn stop_queue(&mut self, index: u16) -> Result<(), DeviceError> {
         // SHM-74: this removes no mapping.
         self.running.remove(&index);
-        self.talk(|device| device.frontend.stop_ring(index, Deadline::after(CONTROL_TIMEOUT)))
+        self.talk(|_, frontend| frontend.stop_ring(index, Deadline::after(CONTROL_TIMEOUT)))
     }
 
     fn start_queue(&mut self, queue: QueueSetup<'_>) -> Result<(), DeviceError> {
-        self.talk(|device| device.start_ring(&queue, Deadline::after(CONTROL_TIMEOUT)))
+        self.talk(|device, frontend| device.start_ring(frontend, &queue, Deadline::after(CONTROL_TIMEOUT)))
+    }
+}
+
+impl Drop for VhostUserDevice {
+    fn drop(&mut self) {
+        if let Some(sharing) = &self.sharing {
+            sharing.leave();
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Our requests on the main socket (vhost-user "Front-end message types"): connecting and negotiating, then starting
 //! and stopping rings. Every wait has a deadline.
 //!
-//! `device` is the only caller: the set-up calls [`Frontend::connect`], the rest runs on vCPU threads.
+//! The set-up calls [`Frontend::connect`]; from then on `device` calls it on vCPU threads, and `sharing` on a thread of
+//! its own, one at a time.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,7 +18,8 @@ use super::connection::{Connection, ConnectionError, Deadline};
 use super::kind::DeviceKind;
 use super::memory_table::MemoryTable;
 use super::message::{
-    FrontendRequest, Header, Payload, SHMEM_CONFIG_LEN, ShmemConfig, U64_LEN, protocol_features as protocol,
+    FrontendRequest, Header, MemoryRegion, Payload, SHMEM_CONFIG_LEN, ShmemConfig, U64_LEN,
+    protocol_features as protocol,
 };
 use super::negotiate::{Agreement, NegotiationError, Offer, negotiate};
 use crate::report;
@@ -50,6 +52,8 @@ pub struct DeviceSpec {
     pub queue_size: u16,
     /// The protocol feature bit that means SHMEM: 22, or 20 or 21 for a back-end built from a draft (SHM-1).
     pub shmem_bit: u32,
+    /// Whether other devices' back-ends see what this one's maps (SHM-80).
+    pub share_shmem: bool,
 }
 
 /// Why a request did not succeed.
@@ -157,25 +161,42 @@ pub struct Handshake {
     pub config: Vec<u8>,
     /// Size in bytes of each shared memory region; the index is its id, 0 means none. Empty without SHMEM.
     pub region_sizes: Vec<u64>,
+    /// How many ranges of memory the back-end can be told of in all, RAM among them; `None` where it cannot be told of
+    /// single ones (CONFIGURE_MEM_SLOTS), or need not be.
+    pub memory_slots: Option<u64>,
 }
 
 impl Frontend {
-    /// Connects to a back-end, waiting up to `patience` for somebody to listen, and finds out what it is.
-    pub fn connect(spec: &DeviceSpec, patience: Duration) -> Result<Handshake, FrontendError> {
+    /// Connects to a back-end, waiting up to `patience` for somebody to listen, and finds out what it is. `sees_others`:
+    /// there is another device whose mappings it is to see (SHM-80).
+    pub fn connect(
+        spec: &DeviceSpec,
+        patience: Duration,
+        sees_others: bool,
+    ) -> Result<Handshake, FrontendError> {
         let socket = connect(&spec.name, &spec.socket, patience)?;
-        let mut frontend = Frontend::negotiate(socket, spec)?;
+        let mut frontend = Frontend::negotiate(socket, spec, sees_others)?;
         let queues = frontend.queue_count(spec)?;
         let region_sizes = frontend.region_sizes()?;
         let config = frontend.config(&spec.name, spec.kind)?;
+        let memory_slots = match frontend.agreement.has(protocol::CONFIGURE_MEM_SLOTS) {
+            true => Some(frontend.memory_slots(Deadline::after(SETUP_REPLY_TIMEOUT))?),
+            false => None,
+        };
         Ok(Handshake {
             frontend,
             queues,
             config,
             region_sizes,
+            memory_slots,
         })
     }
 
-    fn negotiate(socket: UnixStream, spec: &DeviceSpec) -> Result<Frontend, FrontendError> {
+    fn negotiate(
+        socket: UnixStream,
+        spec: &DeviceSpec,
+        sees_others: bool,
+    ) -> Result<Frontend, FrontendError> {
         let nothing_yet = Agreement::default();
         let mut frontend = Frontend {
             connection: Connection::new(socket, U64_LEN),
@@ -195,6 +216,7 @@ impl Frontend {
             },
             spec.kind,
             spec.shmem_bit,
+            sees_others,
         )?;
         if let Some(acked) = agreement.protocol_features {
             // Before the agreement holds: a back-end need not know NEED_REPLY yet.
@@ -305,6 +327,43 @@ impl Frontend {
         let table = regions.iter().fold(table, Payload::region);
         let fds = vec![memory.file().as_fd(); regions.len()];
         self.tell(FrontendRequest::SetMemTable, &table, &fds, deadline)
+    }
+
+    /// Tells the back-end of one more range of memory, in `file`; it knows the range when this returns.
+    pub fn add_memory(
+        &mut self,
+        region: &MemoryRegion,
+        file: BorrowedFd<'_>,
+        deadline: Deadline,
+    ) -> Result<(), FrontendError> {
+        self.change_memory(FrontendRequest::AddMemReg, region, &[file], deadline)
+    }
+
+    /// Tells the back-end that it no longer has a range of memory, given as it was told of it; it has let go of it when
+    /// this returns.
+    pub fn remove_memory(&mut self, region: &MemoryRegion, deadline: Deadline) -> Result<(), FrontendError> {
+        self.change_memory(FrontendRequest::RemMemReg, region, &[], deadline)
+    }
+
+    fn change_memory(
+        &mut self,
+        request: FrontendRequest,
+        region: &MemoryRegion,
+        fds: &[BorrowedFd<'_>],
+        deadline: Deadline,
+    ) -> Result<(), FrontendError> {
+        let padding = 0;
+        let payload = Payload::default().u64(padding).region(region);
+        self.tell(request, &payload, fds, deadline)?;
+        if self.agreement.has(protocol::REPLY_ACK) {
+            return Ok(());
+        }
+        // Requests are handled in order: when this one is answered, that one was handled.
+        self.memory_slots(deadline).map(drop)
+    }
+
+    fn memory_slots(&mut self, deadline: Deadline) -> Result<u64, FrontendError> {
+        self.ask_u64(FrontendRequest::GetMaxMemSlots, deadline)
     }
 
     /// Starts a ring, from its first entry on.

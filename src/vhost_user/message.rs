@@ -149,6 +149,9 @@ ids! {
         GetConfig = 24 => "GET_CONFIG",
         SetConfig = 25 => "SET_CONFIG",
         ResetDevice = 34 => "RESET_DEVICE",
+        GetMaxMemSlots = 36 => "GET_MAX_MEM_SLOTS",
+        AddMemReg = 37 => "ADD_MEM_REG",
+        RemMemReg = 38 => "REM_MEM_REG",
         SetStatus = 39 => "SET_STATUS",
         GetShmemConfig = 44 => "GET_SHMEM_CONFIG",
     }
@@ -176,6 +179,8 @@ pub mod protocol_features {
     pub const BACKEND_SEND_FD: u64 = 1 << 10;
     /// RESET_DEVICE.
     pub const RESET_DEVICE: u64 = 1 << 13;
+    /// GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG.
+    pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     /// SET_STATUS.
     pub const STATUS: u64 = 1 << 16;
     /// SHMEM's bit in the merged specification; drafts had 20 and 21 (SHM-1).
@@ -247,7 +252,7 @@ impl ShmemConfig {
     }
 }
 
-/// One entry of SET_MEM_TABLE.
+/// One entry of SET_MEM_TABLE, or all of ADD_MEM_REG and REM_MEM_REG.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRegion {
     /// Guest physical address.
@@ -390,6 +395,9 @@ mod tests {
         for (request, id) in [
             (FrontendRequest::GetShmemConfig, 44),
             (FrontendRequest::ResetDevice, 34),
+            (FrontendRequest::GetMaxMemSlots, 36),
+            (FrontendRequest::AddMemReg, 37),
+            (FrontendRequest::RemMemReg, 38),
             (FrontendRequest::SetStatus, 39),
             (FrontendRequest::SetBackendReqFd, 21),
         ] {

@@ -3,7 +3,7 @@
 //!
 //! Reading order: [`message`] (the wire), [`connection`] (one socket), [`kind`] and [`negotiate`] (what is agreed),
 //! [`frontend`] (our requests), [`backend_channel`] (theirs), [`watch`] (who serves those),
-//! [`device`] (the virtio device that all this makes).
+//! [`device`] (the virtio device that all this makes), [`sharing`] (what devices see of each other's mappings).
 
 pub mod backend_channel;
 pub mod connection;
@@ -13,4 +13,5 @@ pub mod kind;
 pub mod memory_table;
 pub mod message;
 pub mod negotiate;
+pub mod sharing;
 pub mod watch;

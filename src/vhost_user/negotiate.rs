@@ -99,8 +99,14 @@ const NOT_PASSED_ON: u64 = F_PROTOCOL_FEATURES
     // A packed ring starts with other ring indices than those that we give a back-end.
     | 1 << VIRTIO_F_RING_PACKED;
 
-/// Agrees with a back-end for a device of type `kind`, whose SHMEM bit is `shmem_bit` (SHM-1).
-pub fn negotiate(offer: Offer, kind: DeviceKind, shmem_bit: u32) -> Result<Agreement, NegotiationError> {
+/// Agrees with a back-end for a device of type `kind`, whose SHMEM bit is `shmem_bit` (SHM-1). `sees_others`: it is to be
+/// told of other devices' mappings (SHM-80).
+pub fn negotiate(
+    offer: Offer,
+    kind: DeviceKind,
+    shmem_bit: u32,
+    sees_others: bool,
+) -> Result<Agreement, NegotiationError> {
     let Offer {
         features,
         protocol_features: offered,
@@ -128,6 +134,11 @@ pub fn negotiate(offer: Offer, kind: DeviceKind, shmem_bit: u32) -> Result<Agree
         | protocol::CONFIG
         | protocol::RESET_DEVICE
         | protocol::STATUS
+        | if sees_others {
+            protocol::CONFIGURE_MEM_SLOTS
+        } else {
+            0
+        }
         | if shmem { shmem_mask } else { 0 };
     let acked = if has_protocol { offered & wanted } else { 0 };
 
@@ -170,7 +181,7 @@ mod tests {
             features,
             protocol_features,
         };
-        negotiate(offer, kind.parse().unwrap(), bit)
+        negotiate(offer, kind.parse().unwrap(), bit, false)
     }
 
     #[test]
@@ -197,6 +208,21 @@ mod tests {
             for mask in (0..64).map(|bit| 1 << bit) {
                 assert_eq!(agreement.has(mask), acked.unwrap_or(0) & mask != 0); // SHM-3
             }
+        }
+    }
+
+    #[test]
+    fn memory_slots_are_agreed_on_only_where_they_are_of_use() {
+        // SHM-80
+        for (offered, sees_others, agreed) in
+            [(1 << 15, true, true), (1 << 15, false, false), (0, true, false)]
+        {
+            let offer = Offer {
+                features: VERSION_1 | F_PROTOCOL_FEATURES,
+                protocol_features: offered,
+            };
+            let agreement = negotiate(offer, "rng".parse().unwrap(), 22, sees_others).unwrap();
+            assert_eq!(agreement.has(protocol::CONFIGURE_MEM_SLOTS), agreed);
         }
     }
 

@@ -57,11 +57,16 @@ impl Link {
         if !self.lost.swap(true, Ordering::AcqRel) {
             log::error!("{}: {}; the device needs a reset", self.name, with_causes(why));
             self.interrupt.needs_reset();
-            // It fails only where the peer was faster.
-            let _ = self.main.shutdown(Shutdown::Both);
-            if let Some(channel) = &self.channel {
-                channel.shut_down();
-            }
+            self.hang_up();
+        }
+    }
+
+    /// Hangs up on both sockets: whoever waits on them goes on.
+    pub fn hang_up(&self) {
+        // It fails only where the peer was faster.
+        let _ = self.main.shutdown(Shutdown::Both);
+        if let Some(channel) = &self.channel {
+            channel.shut_down();
         }
     }
 

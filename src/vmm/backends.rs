@@ -20,6 +20,7 @@ use crate::vhost_user::device::VhostUserDevice;
 use crate::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use crate::vhost_user::memory_table::MemoryTable;
 use crate::vhost_user::message::MemoryRegion;
+use crate::vhost_user::sharing::{Member, Sharing};
 use crate::virtio::device::DeviceError;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::mmio::MmioTransport;
@@ -91,9 +92,18 @@ pub fn connect(
 ) -> Result<Vec<Backend>, BackendError> {
     let quota = mapping_quota(slots, specs.len());
     let mut backends = Vec::new();
-    for spec in specs {
-        let handshake =
-            Frontend::connect(spec, patience).map_err(|error| BackendError::new(spec, error.into()))?;
+    for (index, spec) in specs.iter().enumerate() {
+        let mut others = specs.iter().enumerate().filter(|(other, _)| *other != index);
+        let sees_others = others.any(|(_, other)| other.share_shmem);
+        let handshake = Frontend::connect(spec, patience, sees_others)
+            .map_err(|error| BackendError::new(spec, error.into()))?;
+        if sees_others && handshake.memory_slots.is_none() {
+            log::warn!(
+                "{}: the back-end does not offer protocol feature CONFIGURE_MEM_SLOTS: it does not see what other devices \
+                 share, and fails requests of the guest that use it",
+                spec.name
+            );
+        }
         let sizes = (0..=u8::MAX).zip(handshake.region_sizes.iter().copied());
         let shmem = SharedMemory::new(sizes, windows, Arc::clone(mapper), quota)
             .map_err(|error| BackendError::new(spec, error.into()))?;
@@ -129,6 +139,7 @@ pub struct Attached {
     name: String,
     registers: GuestRange,
     shmem: Arc<SharedMemory>,
+    member: Option<Member>,
     _page: Arc<RegisterPage>,
     /// What its driver has to be told.
     pub acpi: acpi::VirtioDevice,
@@ -160,6 +171,7 @@ pub fn attach(
     ram: &Ram,
 ) -> Result<Vec<Attached>, AttachError> {
     let memory = memory_table(ram);
+    let sharing = sharing(&backends);
     let mut attached = Vec::new();
     // `Vmm::build` has checked that there are as many places as devices.
     for (backend, (address, gsi)) in backends.into_iter().zip((0..).map_while(layout::virtio_device)) {
@@ -171,12 +183,14 @@ pub fn attach(
         let page = RegisterPage::new().map_err(AttachError::Registers)?;
         let interrupt = Interrupt::new(Arc::clone(&page)).map_err(AttachError::Registers)?;
         vm.register_irqfd(interrupt.call(), gsi)?;
+        let member = sharing.as_ref().map(|sharing| sharing.join(&spec.name));
         let device = VhostUserDevice::new(
             &spec,
             handshake,
             memory.clone(),
             Arc::clone(&shmem),
             Arc::clone(&interrupt),
+            member.clone(),
         )
         .map_err(|error| BackendError::new(&spec, Cause::Device(error)))?;
         let transport = MmioTransport::new(Arc::clone(&page), interrupt, Box::new(device))
@@ -194,6 +208,7 @@ pub fn attach(
             name: spec.name,
             registers,
             shmem,
+            member,
             _page: page,
             acpi: acpi::VirtioDevice {
                 registers: address,
@@ -202,6 +217,19 @@ pub fn attach(
         });
     }
     Ok(attached)
+}
+
+/// What devices see of each other's mappings (SHM-80); `None` where nobody shows any, or nobody can see them.
+fn sharing(backends: &[Backend]) -> Option<Arc<Sharing>> {
+    let owners = backends.iter().filter(|backend| backend.spec.share_shmem).count();
+    let can_see = |backend: &Backend| backend.handshake.memory_slots.is_some();
+    if owners == 0 || !backends.iter().any(can_see) {
+        return None;
+    }
+    // Half of what the process may have is for the files of mappings.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let limit = limit.map_or(usize::MAX, |limit| limit as usize);
+    Some(Sharing::new(limit / 2 / owners))
 }
 
 /// RAM as back-ends are told of it.
@@ -235,8 +263,13 @@ impl Attached {
                     0 => String::new(),
                     bytes => format!(", the last {bytes:#x} bytes are zeroes (the file became shorter)"),
                 };
+                let is_shared = |member: &Member| member.is_shared(mapping.guest.start());
+                let shared = match self.member.as_ref().is_some_and(is_shared) {
+                    true => ", shared",
+                    false => "",
+                };
                 lines.push(format!(
-                    "  {}  mapping, {access}, file offset {:#x}{filled}",
+                    "  {}  mapping, {access}{shared}, file offset {:#x}{filled}",
                     show(&mapping.guest),
                     mapping.file_offset
                 ));

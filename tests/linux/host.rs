@@ -20,7 +20,13 @@ pub const ENDURANCE: &str = "HOTSLOT_ENDURANCE_SECONDS";
 const FILES: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/linux");
 
 /// What the guests need of the stock kernel's modules.
-const MODULES: [&str; 4] = ["virtio_mmio", "virtio_pmem", "nd_pmem", "pvpanic-mmio"];
+const MODULES: [&str; 5] = [
+    "virtio_mmio",
+    "virtio_pmem",
+    "nd_pmem",
+    "virtio_blk",
+    "pvpanic-mmio",
+];
 
 /// Each emulated host keeps one processor busy, and takes gigabytes.
 const SESSIONS_AT_A_TIME: u32 = 2;
@@ -80,7 +86,7 @@ pub fn test_program(name: &str) -> PathBuf {
 }
 
 /// Runs a command of the project's and gives what it printed, without the last newline.
-fn stdout(program: &str, arguments: &[&str]) -> String {
+pub fn stdout(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program)
         .args(arguments)
         .current_dir(PROJECT)

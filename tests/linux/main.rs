@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 
-use host::{Guest, Session};
+use host::{Guest, Session, stdout};
 
 static MACHINES: LazyLock<Session> = LazyLock::new(|| Session::run("machines", "2G", 420, &[]));
 static MEMORY: LazyLock<Session> = LazyLock::new(|| Session::run("memory", "8G", 580, &[]));
@@ -29,6 +29,12 @@ static SMALL: LazyLock<Session> = LazyLock::new(|| {
 static PMEM: LazyLock<Session> = LazyLock::new(|| {
     let disks = [("disk0.img", disk(None)), ("disk1.img", disk(Some(GIVEN)))];
     Session::run("pmem", "2G", 300, &disks)
+});
+
+static SHARING: LazyLock<Session> = LazyLock::new(|| {
+    let files = [("disk.img", disk(None)), ("blk.img", vec![0; 1 << 20])];
+    let daemon = stdout("bash", &["-c", "type -P qemu-storage-daemon"]);
+    Session::with_programs("sharing", "2G", 300, &files, &[("STORAGE_DAEMON", daemon.into())])
 });
 
 /// A sentence in the file `given` of the read-only disk.
@@ -286,6 +292,29 @@ fn a_driver_that_lets_go_and_comes_back_takes_the_mapping_with_it() {
             .all(|map| mapping(map, "disk1").as_deref() == Some("read-only"))
     );
     assert_eq!(guest.one("found again"), "Written through a mapping.");
+}
+
+#[test]
+fn a_disk_of_another_back_end_reads_and_writes_files_that_are_mapped() {
+    // SHM-80: O_DIRECT, from the mapping and into it.
+    let guest = SHARING.guest("on");
+    guest.ended(0, "the guest ended with status 0 (debug exit)");
+    assert_eq!(guest.one("probe direct-io"), "262144 bytes", "{guest}");
+    let image = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(image.path(), SHARING.file("on.img")).unwrap();
+    let file = file_in(image.path(), "direct");
+    let (first, second) = file.split_at(file.len() / 2);
+    assert_eq!(first.len(), 256 << 10);
+    assert!(first == second && first == &SHARING.file("blk.img")[..first.len()]);
+}
+
+#[test]
+fn a_disk_of_another_back_end_that_does_not_see_them_fails_and_the_machine_goes_on() {
+    // SHM-80: how it fails is up to the back-end. QEMU's hangs up, and Linux waits for its disk for ever.
+    let guest = SHARING.guest("off");
+    guest.ended(0, "the guest ended with status 0 (debug exit)");
+    assert_eq!(guest.said("probe direct-io").count(), 0, "{guest}");
+    assert_eq!(guest.one("machine"), "goes on", "{guest}");
 }
 
 /// One of the project's other test programs ran all it was asked for, on a KVM that is the processor's; what it has to

@@ -21,6 +21,7 @@ use hotslot::vhost_user::device::VhostUserDevice;
 use hotslot::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use hotslot::vhost_user::memory_table::MemoryTable;
 use hotslot::vhost_user::message::MemoryRegion;
+use hotslot::vhost_user::sharing::Member;
 use hotslot::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use hotslot::virtio::interrupt::Interrupt;
 use hotslot::virtio::register_page::{Register, RegisterPage};
@@ -42,6 +43,7 @@ pub const REPLY_ACK: u64 = 1 << 3;
 pub const BACKEND_REQ: u64 = 1 << 5;
 pub const CONFIG: u64 = 1 << 9;
 pub const SEND_FD: u64 = 1 << 10;
+pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 pub const RESET_DEVICE: u64 = 1 << 13;
 pub const STATUS: u64 = 1 << 16;
 pub const SHMEM: u64 = 1 << 22;
@@ -55,6 +57,8 @@ pub struct Offer {
     pub features: u64,
     pub protocol: u64,
     pub queues: u64,
+    /// How many ranges of memory it can be told of.
+    pub slots: u64,
     pub regions: Vec<(u8, u64)>,
 }
 
@@ -64,6 +68,7 @@ impl Default for Offer {
             features: F_VERSION_1 | F_PROTOCOL,
             protocol: MQ | REPLY_ACK | BACKEND_REQ | SEND_FD | RESET_DEVICE | STATUS | SHMEM,
             queues: 2,
+            slots: 509,
             regions: vec![(0, REGION), (7, REGION)],
         }
     }
@@ -116,6 +121,9 @@ pub struct Setup {
     pub guest: Arc<Guest>,
     /// Where its windows may be.
     pub windows: WindowAllocator,
+    /// Whether others see its mappings, and what it is among them.
+    pub shares: bool,
+    pub member: Option<Member>,
     script: Script,
 }
 
@@ -128,6 +136,8 @@ impl Setup {
             quota: 4096,
             guest: Arc::default(),
             windows: WindowAllocator::new(1 << 32, 1 << 40),
+            shares: false,
+            member: None,
             script: Box::new(|_, _| Answer::Usual),
         }
     }
@@ -175,7 +185,10 @@ impl Setup {
             *peer.channel.lock().unwrap() = None;
             *main.lock().unwrap() = None;
         });
-        (Frontend::connect(&backend.spec, PATIENCE), backend)
+        (
+            Frontend::connect(&backend.spec, PATIENCE, backend.member.is_some()),
+            backend,
+        )
     }
 
     fn backend(&self) -> Backend {
@@ -187,12 +200,14 @@ impl Setup {
             queues: Some(2),
             queue_size: 64,
             shmem_bit: self.shmem_bit,
+            share_shmem: self.shares,
         };
         Backend {
             _dir: dir,
             spec,
             quota: self.quota,
             windows: self.windows.clone(),
+            member: self.member.clone(),
             seen: Arc::default(),
             main: Arc::default(),
             channel: Arc::default(),
@@ -204,7 +219,7 @@ impl Setup {
     pub fn foreign(self, listen: impl FnOnce(PathBuf)) -> Bench {
         let backend = self.backend();
         listen(backend.spec.socket.clone());
-        let handshake = Frontend::connect(&backend.spec, PATIENCE).unwrap();
+        let handshake = Frontend::connect(&backend.spec, PATIENCE, backend.member.is_some()).unwrap();
         backend.device(handshake).unwrap()
     }
 
@@ -262,6 +277,7 @@ fn usual(offer: &Offer, request: &Message) -> Option<Vec<u8>> {
         1 => wire::quads([offer.features]),
         15 => wire::quads([offer.protocol]),
         17 => wire::quads([offer.queues]),
+        36 => wire::quads([offer.slots]),
         44 => wire::shmem_config(offer.regions.len() as u32, 0, &offer.regions),
         24 | 11 => request.payload.clone(),
         _ if request.flags & NEED_REPLY != 0 => wire::quads([0]),
@@ -275,6 +291,7 @@ pub struct Backend {
     spec: DeviceSpec,
     quota: usize,
     windows: WindowAllocator,
+    member: Option<Member>,
     seen: Arc<Mutex<Vec<Seen>>>,
     main: Arc<Mutex<Option<Wire>>>,
     channel: Arc<Mutex<Option<Wire>>>,
@@ -317,7 +334,14 @@ impl Backend {
             mmap_offset: 0,
         };
         let memory = MemoryTable::new(Arc::new(memfd(ram.size)), vec![ram]);
-        let device = VhostUserDevice::new(&self.spec, handshake, memory, Arc::clone(&shmem), interrupt)?;
+        let device = VhostUserDevice::new(
+            &self.spec,
+            handshake,
+            memory,
+            Arc::clone(&shmem),
+            interrupt,
+            self.member.clone(),
+        )?;
         Ok(Bench {
             device: Mutex::new(Some(device)),
             shmem,

@@ -1,6 +1,7 @@
 //! A back-end made of the crates that others make theirs of: `vhost` and `vhost-user-backend`.
 
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
@@ -10,11 +11,12 @@ use vhost::vhost_user::{
     Backend as Channel, Listener, VhostUserFrontendReqHandler, VhostUserProtocolFeatures,
 };
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::bench::*;
-use crate::wire::PATIENCE;
+use crate::sharing::{Devices, address, read_write};
+use crate::wire::{MMap, PATIENCE};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -62,7 +64,7 @@ impl VhostUserBackendMut for Maps {
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::from_bits_truncate(
-            MQ | REPLY_ACK | BACKEND_REQ | SEND_FD | RESET_DEVICE | SHMEM,
+            MQ | REPLY_ACK | BACKEND_REQ | SEND_FD | RESET_DEVICE | SHMEM | CONFIGURE_MEM_SLOTS,
         )
     }
 
@@ -93,15 +95,17 @@ impl VhostUserBackendMut for Maps {
     }
 }
 
-#[test]
-fn a_back_end_made_of_the_usual_crates_maps_when_it_is_started_and_not_when_it_is_reset() {
-    // SHM-67, SHM-69, SHM-71, SHM-75
+type Told = mpsc::Receiver<(&'static str, bool)>;
+type End = mpsc::Receiver<Result<(), String>>;
+
+/// A device with such a back-end, the back-end's view of guest memory, what it tells, and how it ends.
+fn start(setup: Setup) -> (Bench, Memory, Told, End) {
     let (tell, told) = mpsc::channel();
     let backend = Arc::new(Mutex::new(Maps { channel: None, tell }));
     let memory = Memory::new(GuestMemoryMmap::new());
-    let mut daemon = VhostUserDaemon::new("test".to_string(), backend, memory).unwrap();
+    let mut daemon = VhostUserDaemon::new("test".to_string(), backend, memory.clone()).unwrap();
     let (ended, end) = mpsc::channel();
-    let bench = Setup::new().foreign(move |socket| {
+    let bench = setup.foreign(move |socket| {
         let mut listener = Listener::new(socket, true).unwrap();
         thread::spawn(move || {
             daemon.start(&mut listener).unwrap();
@@ -109,6 +113,61 @@ fn a_back_end_made_of_the_usual_crates_maps_when_it_is_started_and_not_when_it_i
             ended.send(result).unwrap();
         });
     });
+    (bench, memory, told, end)
+}
+
+#[test]
+fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shares() {
+    // SHM-80
+    let mut devices = Devices::new();
+    let owner = devices.owner(Setup::new()).start();
+    let (other, memory, _told, end) = start(devices.recipient(Setup::new()));
+    let file = file_of(3, 0x11);
+    let request = MMap {
+        fd_offset: PAGE,
+        len: 2 * PAGE,
+        ..read_write(4)
+    };
+    let byte_at = |page| {
+        memory
+            .memory()
+            .read_obj::<u8>(GuestAddress(address(&owner, page)))
+    };
+    other.start().unwrap();
+    for _ in 0..3 {
+        assert_eq!(owner.map(request, &file), 0);
+        assert_eq!(byte_at(4).unwrap(), 0x11);
+        let second = GuestAddress(address(&owner, 5));
+        memory.memory().write_obj(0x22u8, second).unwrap();
+        assert_eq!(owner.reads(0, 5 * PAGE), Some(0x22));
+        assert!(owner.writes(0, 5 * PAGE, 0x33));
+        assert_eq!(byte_at(5).unwrap(), 0x33);
+        // It is the same after a start, which makes the back-end forget.
+        other.reset();
+        other.start().unwrap();
+        assert_eq!(byte_at(5).unwrap(), 0x33);
+        assert_eq!(owner.unmap(request), 0);
+        byte_at(4).unwrap_err();
+    }
+    // More than fits into the file, which then grows (Linux' DAX).
+    let short = memfd(1);
+    let long = MMap {
+        len: 8 * PAGE,
+        ..read_write(8)
+    };
+    assert_eq!(owner.map(long, &short), 0);
+    short.set_len(8 * PAGE).unwrap();
+    short.write_all_at(&[0x44], 7 * PAGE).unwrap();
+    assert_eq!(byte_at(15).unwrap(), 0x44);
+    owner.reset();
+    byte_at(15).unwrap_err();
+    assert!(end.try_recv().is_err() && !other.needs_reset());
+}
+
+#[test]
+fn a_back_end_made_of_the_usual_crates_maps_when_it_is_started_and_not_when_it_is_reset() {
+    // SHM-67, SHM-69, SHM-71, SHM-75
+    let (bench, _, told, end) = start(Setup::new());
     for _ in 0..3 {
         bench.start().unwrap();
         assert_eq!(told.recv_timeout(PATIENCE).unwrap(), ("started", true));

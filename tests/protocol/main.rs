@@ -12,4 +12,5 @@ mod interop;
 mod lifecycle;
 mod replies;
 mod requests;
+mod sharing;
 mod wire;

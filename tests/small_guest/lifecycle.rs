@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::backend::{Backend, GET_VRING_BASE, Offer, SET_MEM_TABLE, content, file, page};
+use crate::backend::{
+    ADD_MEM_REG, Backend, CONFIGURE_MEM_SLOTS, GET_VRING_BASE, Offer, REM_MEM_REG, SET_MEM_TABLE, content,
+    file, page,
+};
 use crate::guest::{Guest, NEEDS_RESET, register};
 use crate::kvm;
 
@@ -142,4 +145,51 @@ fn devices_do_not_share_their_mappings() {
     assert_eq!(guest.read64(bases[0]), content(12, 0));
     assert_eq!(guest.read64(bases[1]), HOLE);
     guest.exit();
+}
+
+#[test]
+fn a_device_shows_its_mappings_to_those_that_can_see_them() {
+    // SHM-79, SHM-80
+    if !kvm::is_here() {
+        return;
+    }
+    let can_see = || {
+        let mut offer = Offer::default();
+        offer.protocol |= CONFIGURE_MEM_SLOTS;
+        Backend::offering(offer)
+    };
+    let [owner, seeing, blind] = [can_see(), can_see(), Backend::start()];
+    let devices = [
+        owner.device("owner") + ",share-shmem=on",
+        seeing.device("seeing"),
+        blind.device("blind"),
+    ];
+    let mut guest = Guest::boot(devices.iter().flat_map(|device| ["--vhost-user", device]));
+    for device in 0..3 {
+        guest.select(device);
+        guest.start_device();
+    }
+    let told = |backend: &Backend| {
+        let mut seen = backend.seen();
+        seen.retain(|id| [ADD_MEM_REG, REM_MEM_REG].contains(id));
+        seen
+    };
+    assert_eq!(owner.map(page(0), &file(1, 1)), 0);
+    assert_eq!(seeing.map(page(0), &file(2, 1)), 0);
+    assert_eq!(told(&seeing), [ADD_MEM_REG]);
+    guest.wait_for_map("mapping, read-only, shared, file offset 0x0");
+    assert_eq!(guest.log().matches(", shared,").count(), 1, "{}", guest.log());
+    guest.select(0);
+    guest.reset_device();
+    assert_eq!(told(&seeing), [ADD_MEM_REG, REM_MEM_REG]);
+    assert_eq!((told(&owner), told(&blind)), (vec![], vec![]));
+    assert_eq!(owner.map(page(0), &file(1, 1)), -i64::from(libc::EBUSY));
+    guest.start_device();
+    assert_eq!(owner.map(page(0), &file(1, 1)), 0);
+    // Everybody is let go in peace.
+    let log = guest.exit();
+    let cannot = "does not offer protocol feature CONFIGURE_MEM_SLOTS";
+    assert!(log.contains(&format!("blind: the back-end {cannot}")), "{log}");
+    assert_eq!(log.matches(cannot).count(), 1, "{log}");
+    assert!(!log.contains("needs a reset"), "{log}");
 }

@@ -28,7 +28,10 @@ const SET_VRING_CALL: u32 = 13;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_BACKEND_REQ_FD: u32 = 21;
+const GET_MAX_MEM_SLOTS: u32 = 36;
 const GET_SHMEM_CONFIG: u32 = 44;
+pub const ADD_MEM_REG: u32 = 37;
+pub const REM_MEM_REG: u32 = 38;
 
 /// Feature bits.
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -37,6 +40,7 @@ pub const F_PROTOCOL: u64 = 1 << 30;
 /// Protocol feature bits: MQ, REPLY_ACK, BACKEND_REQ, BACKEND_SEND_FD, RESET_DEVICE, STATUS, SHMEM.
 pub const BACKEND_REQ: u64 = 1 << 5;
 pub const SHMEM: u64 = 1 << 22;
+pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 const PROTOCOL: u64 = 1 | 1 << 3 | BACKEND_REQ | 1 << 10 | 1 << 13 | 1 << 16 | SHMEM;
 
 /// What a back-end offers.
@@ -139,6 +143,7 @@ fn answer_to(offer: &Offer, request: &Message) -> Option<Vec<u8>> {
         GET_FEATURES => wire::quads([offer.features]),
         GET_PROTOCOL_FEATURES => wire::quads([offer.protocol]),
         GET_QUEUE_NUM => wire::quads([1]),
+        GET_MAX_MEM_SLOTS => wire::quads([32]),
         GET_SHMEM_CONFIG => wire::shmem_config(offer.regions.len() as u32, 0, &offer.regions),
         GET_VRING_BASE => request.payload.clone(),
         _ if request.flags & NEED_REPLY != 0 => wire::quads([0]),

@@ -200,10 +200,11 @@ impl Guest {
         self.wait()
     }
 
-    /// Ends the machine through the debug-exit port; it must end with this very status.
-    pub fn exit(self) {
+    /// Ends the machine through the debug-exit port; it must end with this very status. Gives what hotslot printed.
+    pub fn exit(self) -> String {
         let (status, log) = self.end_with(Operation::Out, 1, DEBUG_EXIT, 42);
         assert_eq!(status.code(), Some(42), "{log}");
+        log
     }
 
     /// Waits for the end of hotslot; gives its status and what it printed on stderr.
