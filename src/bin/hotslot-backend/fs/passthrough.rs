@@ -634,26 +634,29 @@ impl FileSystem for Directory {
 
     fn getxattr(&self, _: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
         let inode = self.inodes.get(inode)?;
-        let mut value = vec![0; size.min(XATTR_MAX) as usize];
-        let len = rustix::fs::getxattr(number(&inode.path), name, &mut value[..])?;
+        let path = number(&inode.path);
         if size == 0 {
+            let len = rustix::fs::getxattr_query(path, name)?;
             return Ok(GetxattrReply::Count(
                 u32::try_from(len).map_err(io::Error::other)?,
             ));
         }
+        let mut value = vec![0; size.min(XATTR_MAX) as usize];
+        let len = rustix::fs::getxattr(path, name, &mut value[..])?;
         value.truncate(len);
         Ok(GetxattrReply::Value(value))
     }
 
     fn listxattr(&self, _: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
         let inode = self.inodes.get(inode)?;
-        let mut names = vec![0; size.min(XATTR_MAX) as usize];
-        let len = rustix::fs::listxattr(number(&inode.path), &mut names[..])?;
+        let path = number(&inode.path);
         if size == 0 {
-            return Ok(ListxattrReply::Count(
-                u32::try_from(len).map_err(io::Error::other)?,
-            ));
+            let len = rustix::fs::listxattr_query(path)?;
+            let len = u32::try_from(len).map_err(io::Error::other)?;
+            return Ok(ListxattrReply::Count(len));
         }
+        let mut names = vec![0; size.min(XATTR_MAX) as usize];
+        let len = rustix::fs::listxattr(path, &mut names[..])?;
         names.truncate(len);
         Ok(ListxattrReply::Names(names))
     }
