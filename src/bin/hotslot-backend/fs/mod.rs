@@ -256,7 +256,11 @@ impl Fs {
             };
             let head = request.head_index();
             let written = self.requester.answer(request, &memory);
-            queue::done(vring, head, written)?;
+            // The requests behind it may have come with the same kick.
+            if let Err(e) = queue::done(vring, head, written) {
+                self.complaints
+                    .say(format_args!("request {head} cannot be handed back: {e}"));
+            }
         }
     }
 }
