@@ -1,8 +1,9 @@
 //! What is mapped into the window, as the front-end is asked for it.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 
 use crate::fuse::{self, quads, removemapping, setupmapping};
 use crate::machine::{Asked, Backend, MAP, MIB, Machine, Place, UNMAP};
@@ -61,14 +62,9 @@ fn a_mapping_is_of_the_file_at_the_place_asked_for() {
         fuse::SETUPMAPPING,
         node,
         &setupmapping(0, UNIT, READ, 6 * MIB),
-        &[(MAP, 6 * MIB, UNIT, 0, 0)],
+        &[(MAP, 6 * MIB, UNIT, 0, 1)],
     );
     assert_eq!(through_mapping(&asked[0], None), b"data\0\0\0\0");
-    assert_eq!(
-        crate::access_of(&asked[0]),
-        libc::O_RDWR,
-        "others may have to map it for writing"
-    );
 
     let long = machine.lookup("long");
     let asked = machine.asking(
@@ -90,21 +86,48 @@ fn a_mapping_is_of_the_file_at_the_place_asked_for() {
     assert_eq!(fs::metadata(place.path("f")).unwrap().len(), 4);
 }
 
-/// As Linux does: first for reading, then the same for writing.
+/// As Linux does: first for reading, then the same for writing. There is no moment at which those who read find nothing.
 #[test]
-fn an_upgrade_unmaps_and_maps_anew() {
+fn what_can_be_written_is_mapped_for_that_at_once() {
     let place = Place::new();
     let (_backend, mut machine, node) = machine(&place);
     let read = setupmapping(0, UNIT, READ, UNIT);
-    machine.asking(fuse::SETUPMAPPING, node, &read, &[(MAP, UNIT, UNIT, 0, 0)]);
+    let asked = machine.asking(fuse::SETUPMAPPING, node, &read, &[(MAP, UNIT, UNIT, 0, 1)]);
+    machine.asking(fuse::SETUPMAPPING, node, &setupmapping(0, UNIT, WRITE, UNIT), &[]);
+    machine.asking(fuse::SETUPMAPPING, node, &read, &[]);
+    through_mapping(&asked[0], Some(b"DATA"));
+    assert_eq!(place.read("f"), b"DATA");
+
+    // Another part of the file at the same place is another mapping.
+    machine.asking(
+        fuse::SETUPMAPPING,
+        node,
+        &setupmapping(UNIT, UNIT, WRITE, UNIT),
+        &[(UNMAP, UNIT, UNIT, 0, 0), (MAP, UNIT, UNIT, UNIT, 1)],
+    );
+}
+
+/// A program is mapped so that the host can run it meanwhile, until somebody has it open for writing.
+#[test]
+fn a_program_is_mapped_read_only_until_it_is_written() {
+    let place = Place::new();
+    let (_backend, mut machine, node) = machine(&place);
+    fs::set_permissions(place.path("f"), Permissions::from_mode(0o755)).unwrap();
+    let read = setupmapping(0, UNIT, READ, 0);
+    let asked = machine.asking(fuse::SETUPMAPPING, node, &read, &[(MAP, 0, UNIT, 0, 0)]);
+    assert_eq!(crate::access_of(&asked[0]), libc::O_RDONLY);
     let asked = machine.asking(
         fuse::SETUPMAPPING,
         node,
-        &setupmapping(0, UNIT, WRITE, UNIT),
-        &[(UNMAP, UNIT, UNIT, 0, 0), (MAP, UNIT, UNIT, 0, 1)],
+        &setupmapping(0, UNIT, WRITE, 0),
+        &[(UNMAP, 0, UNIT, 0, 0), (MAP, 0, UNIT, 0, 1)],
     );
     through_mapping(&asked[1], Some(b"DATA"));
     assert_eq!(place.read("f"), b"DATA");
+
+    machine.open(node, libc::O_WRONLY);
+    let read = setupmapping(0, UNIT, READ, UNIT);
+    machine.asking(fuse::SETUPMAPPING, node, &read, &[(MAP, UNIT, UNIT, 0, 1)]);
 }
 
 #[test]
@@ -117,7 +140,7 @@ fn mappings_are_removed_one_by_one_together_and_all_at_once() {
             fuse::SETUPMAPPING,
             node,
             &setupmapping(0, UNIT, READ, at),
-            &[(MAP, at, UNIT, 0, 0)],
+            &[(MAP, at, UNIT, 0, 1)],
         );
     }
     let gone = |index: u64| (UNMAP, index * UNIT, UNIT, 0, 0);
@@ -146,7 +169,7 @@ fn a_mapping_takes_the_place_of_whole_others() {
             fuse::SETUPMAPPING,
             node,
             &setupmapping(0, UNIT, READ, at),
-            &[(MAP, at, UNIT, 0, 0)],
+            &[(MAP, at, UNIT, 0, 1)],
         );
     }
     machine.asking(
@@ -156,7 +179,7 @@ fn a_mapping_takes_the_place_of_whole_others() {
         &[
             (UNMAP, 0, UNIT, 0, 0),
             (UNMAP, UNIT, UNIT, 0, 0),
-            (MAP, 0, 3 * UNIT, 0, 0),
+            (MAP, 0, 3 * UNIT, 0, 1),
         ],
     );
     for (at, len) in [
@@ -217,7 +240,7 @@ fn what_cannot_be_mapped_is_not_asked_for() {
 fn a_refusal_is_the_guests_error_and_leaves_no_mapping() {
     let place = Place::new();
     let (backend, mut machine, node) = machine(&place);
-    let map = (MAP, 0, UNIT, 0, 0);
+    let map = (MAP, 0, UNIT, 0, 1);
     let body = setupmapping(0, UNIT, READ, 0);
     machine.send(1, fuse::SETUPMAPPING, node, &body);
     machine.serve(-i64::from(libc::ENOMEM));
@@ -225,8 +248,8 @@ fn a_refusal_is_the_guests_error_and_leaves_no_mapping() {
     backend.wait_for("SHMEM_MAP of region 0, offset 0x0, 0x200000 bytes, failed: the front-end refused");
     machine.asking(fuse::SETUPMAPPING, node, &body, &[map]);
 
-    // An upgrade that is refused leaves nothing there.
-    machine.send(1, fuse::SETUPMAPPING, node, &setupmapping(0, UNIT, WRITE, 0));
+    // A replacement that is refused leaves nothing there.
+    machine.send(1, fuse::SETUPMAPPING, node, &setupmapping(UNIT, UNIT, WRITE, 0));
     assert_eq!(machine.serve(0).request, UNMAP);
     assert_eq!(machine.serve(-i64::from(libc::ENOMEM)).request, MAP);
     assert_eq!(machine.finish().0, libc::EIO);
@@ -246,7 +269,7 @@ fn nothing_stays_mapped_at_a_reset_or_the_end_of_the_file_system() {
     let place = Place::new();
     let (_backend, mut machine, node) = machine(&place);
     let body = setupmapping(0, UNIT, READ, UNIT);
-    let (map, unmap) = ((MAP, UNIT, UNIT, 0, 0), (UNMAP, UNIT, UNIT, 0, 0));
+    let (map, unmap) = ((MAP, UNIT, UNIT, 0, 1), (UNMAP, UNIT, UNIT, 0, 0));
     machine.asking(fuse::SETUPMAPPING, node, &body, &[map]);
     machine.reset();
     machine.start();

@@ -202,7 +202,7 @@ fn the_next_front_end_finds_nothing_of_the_last() {
             fuse::SETUPMAPPING,
             node,
             &body,
-            &[(machine::MAP, 0, 2 * MIB, 0, 0)],
+            &[(machine::MAP, 0, 2 * MIB, 0, 1)],
         );
         // One session has ended before the next begins.
         backend.descriptors()

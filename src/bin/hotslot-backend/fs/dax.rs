@@ -2,16 +2,17 @@
 //!
 //! VIRTIO 1.2, section 5.11.6.4. The guest chooses the places and asks for them with FUSE_SETUPMAPPING and
 //! FUSE_REMOVEMAPPING; the front-end makes them (vhost-user SHMEM_MAP, SHMEM_UNMAP). It refuses a mapping over another,
-//! and unmaps one whole mapping at a time, so what is mapped is kept here. Called by [`super::passthrough`] through
-//! fuse-backend-rs, on the threads that answer requests.
+//! and unmaps one whole mapping at a time, so what is mapped is kept here. Called by [`super::passthrough`] on the threads
+//! that answer requests.
+//!
+//! Between the unmapping of one mapping and the making of another in its place there is a hole, in which a guest's other
+//! threads read all-ones. So what is mapped already as it should be stays.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 
-use fuse_backend_rs::abi::virtio_fs::{RemovemappingOne, SetupmappingFlags};
-use fuse_backend_rs::transport::FsCacheReqHandler;
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use vhost::vhost_user::{Backend, Error as ProtocolError, VhostUserFrontendReqHandler};
 
@@ -21,14 +22,24 @@ use super::{Complaints, lock};
 const SHMID: u8 = 0;
 pub const PAGE: u64 = 4096;
 
+/// A part of a file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Mapping {
+    /// The file's node id.
+    pub node: u64,
+    pub file_offset: u64,
+    pub len: u64,
+    pub writable: bool,
+}
+
 /// The window of one front-end.
 pub struct Window {
     size: u64,
     /// Our requests to the front-end. Held only to copy the handle.
     channel: Mutex<Option<Backend>>,
-    /// Lengths by offset: neither empty nor overlapping. Held while the front-end's answer is awaited, so that no two
+    /// By offset in the window: neither empty nor overlapping. Held while the front-end's answer is awaited, so that no two
     /// requests of the guest mix; the main socket's thread takes it only when no request is being answered. `channel` is inside.
-    mappings: Mutex<BTreeMap<u64, u64>>,
+    mappings: Mutex<BTreeMap<u64, Mapping>>,
     complaints: Arc<Complaints>,
 }
 
@@ -61,25 +72,19 @@ impl Window {
     /// Removes all mappings.
     pub fn empty(&self) {
         let mut mappings = lock(&self.mappings);
-        while let Some((offset, len)) = mappings.pop_first() {
-            self.unmap(offset, len);
+        while let Some((offset, mapping)) = mappings.pop_first() {
+            self.unmap(offset, mapping.len);
         }
     }
 
-    /// Maps `len` bytes of a file at `offset` of the window, in place of whatever lies in there.
+    /// Maps a part of `file` at `offset` of the window, in place of whatever lies in there.
     ///
     /// # Errors
     ///
     /// EINVAL for a range that is empty, not made of pages, not inside the window, or that cuts a mapping in two: the
     /// guest believes in all of it. EIO when the front-end refuses; the range is then empty.
-    fn replace(
-        &self,
-        offset: u64,
-        len: u64,
-        file: RawFd,
-        file_offset: u64,
-        writable: bool,
-    ) -> io::Result<()> {
+    pub fn map(&self, offset: u64, mapping: Mapping, file: &File) -> io::Result<()> {
+        let Mapping { file_offset, len, .. } = mapping;
         let inside = offset.checked_add(len).is_some_and(|end| end <= self.size);
         let in_file = file_offset
             .checked_add(len)
@@ -89,9 +94,12 @@ impl Window {
             return Err(invalid());
         }
         let mut mappings = lock(&self.mappings);
-        self.remove(&mut mappings, offset, offset + len)?;
+        if mappings.get(&offset) == Some(&mapping) {
+            return Ok(());
+        }
+        self.remove_from(&mut mappings, offset, offset + len)?;
 
-        let flags = if writable {
+        let flags = if mapping.writable {
             VhostUserMMapFlags::WRITABLE
         } else {
             VhostUserMMapFlags::empty()
@@ -99,29 +107,42 @@ impl Window {
         let request = VhostUserMMap {
             flags: flags.bits(),
             fd_offset: file_offset,
-            ..mapping(offset, len)
+            ..range(offset, len)
         };
         self.ask("SHMEM_MAP", offset, len, |channel| {
-            channel.shmem_map(&request, &file as &dyn AsRawFd)
+            channel.shmem_map(&request, file)
         })?;
-        mappings.insert(offset, len);
+        mappings.insert(offset, mapping);
         Ok(())
     }
 
-    /// Unmaps what lies between two offsets.
-    fn remove(&self, mappings: &mut BTreeMap<u64, u64>, start: u64, end: u64) -> io::Result<()> {
-        let inside: Vec<(u64, u64)> = mappings.range(start..end).map(|(&at, &len)| (at, len)).collect();
+    /// Unmaps what lies in a range. One without a mapping is fine, and so is one that reaches beyond the window: a
+    /// guest removes everything with a length of ~0.
+    ///
+    /// # Errors
+    ///
+    /// EINVAL for a range that cuts a mapping in two; nothing is unmapped.
+    pub fn remove(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.remove_from(&mut lock(&self.mappings), offset, offset.saturating_add(len))
+    }
+
+    fn remove_from(&self, mappings: &mut BTreeMap<u64, Mapping>, start: u64, end: u64) -> io::Result<()> {
+        let end_of = |(at, mapping): (&u64, &Mapping)| at + mapping.len;
         let reaches_in = mappings
             .range(..start)
             .next_back()
-            .is_some_and(|(at, len)| at + len > start);
-        let reaches_out = inside.last().is_some_and(|(at, len)| at + len > end);
+            .is_some_and(|last| end_of(last) > start);
+        let reaches_out = mappings
+            .range(start..end)
+            .next_back()
+            .is_some_and(|last| end_of(last) > end);
         if reaches_in || reaches_out {
             return Err(invalid());
         }
-        for (offset, len) in inside {
-            mappings.remove(&offset);
-            self.unmap(offset, len);
+        while let Some((&offset, _)) = mappings.range(start..end).next() {
+            if let Some(mapping) = mappings.remove(&offset) {
+                self.unmap(offset, mapping.len);
+            }
         }
         Ok(())
     }
@@ -129,7 +150,7 @@ impl Window {
     /// A refusal means that the front-end has no such mapping (any more), which is what is wanted.
     fn unmap(&self, offset: u64, len: u64) {
         let _ = self.ask("SHMEM_UNMAP", offset, len, |channel| {
-            channel.shmem_unmap(&mapping(offset, len))
+            channel.shmem_unmap(&range(offset, len))
         });
     }
 
@@ -158,7 +179,7 @@ impl Window {
     }
 }
 
-fn mapping(offset: u64, len: u64) -> VhostUserMMap {
+fn range(offset: u64, len: u64) -> VhostUserMMap {
     VhostUserMMap {
         shmid: SHMID,
         shm_offset: offset,
@@ -169,27 +190,4 @@ fn mapping(offset: u64, len: u64) -> VhostUserMMap {
 
 fn invalid() -> io::Error {
     io::Error::from_raw_os_error(libc::EINVAL)
-}
-
-/// A window in the terms of fuse-backend-rs.
-pub struct Requests(pub Arc<Window>);
-
-impl FsCacheReqHandler for Requests {
-    fn map(&mut self, foffset: u64, moffset: u64, len: u64, flags: u64, fd: RawFd) -> io::Result<()> {
-        let writable = flags & SetupmappingFlags::WRITE.bits() != 0;
-        self.0.replace(moffset, len, fd, foffset, writable)
-    }
-
-    /// A range without a mapping is fine, and so is one beyond the window: a guest removes everything with a length of ~0.
-    fn unmap(&mut self, requests: Vec<RemovemappingOne>) -> io::Result<()> {
-        let mut mappings = lock(&self.0.mappings);
-        for range in requests {
-            self.0.remove(
-                &mut mappings,
-                range.moffset,
-                range.moffset.saturating_add(range.len),
-            )?;
-        }
-        Ok(())
-    }
 }

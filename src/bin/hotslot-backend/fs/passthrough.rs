@@ -36,7 +36,7 @@ use rustix::process::{Gid, Uid};
 use rustix::thread::CapabilitySet;
 
 use super::confine::Root;
-use super::dax::Window;
+use super::dax::{Mapping, Window};
 use super::inodes::{Inode, Inodes, Open, Opens, ROOT};
 
 /// The most that one request reads or writes: what is agreed with the guest.
@@ -142,21 +142,39 @@ impl Directory {
 
     /// Opens a regular file for writing, or finds it open for that: it may have become read-only since, as the files
     /// that git creates are from the beginning.
-    fn open_for_writing(&self, inode: &Inode, flags: OFlags) -> io::Result<File> {
+    fn open_for_writing(&self, inode: &Inode) -> io::Result<File> {
         if inode.kind != libc::S_IFREG {
             return error(libc::EINVAL);
         }
-        let opened = self.open_inode(inode, flags);
+        let opened = self.open_inode(inode, OFlags::RDWR);
         if !is_denied(&opened) {
             return opened;
         }
-        let can_write = |open: &Arc<Open>| {
-            rustix::fs::fcntl_getfl(&open.file).is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
-        };
-        match self.opens.of(inode.node).iter().find(|open| can_write(open)) {
+        let mut opens = self.opens.of(inode.node).into_iter();
+        match opens.find(|open| access(open) == OFlags::RDWR) {
             Some(open) => open.file.try_clone(),
             None => opened,
         }
+    }
+
+    /// Opens a regular file to be mapped. The second value says whether that is for writing.
+    ///
+    /// Linux maps for reading first and asks for the same range again when it writes, which would open a hole under those who
+    /// read. So whatever can be written is mapped for that at once. Other back-ends, to which a front-end may have to hand the
+    /// mapping, need that anyway. Except programs that nobody has open for writing: to run them the host wants no writer.
+    fn open_for_mapping(&self, inode: &Inode, writes: bool) -> io::Result<(File, bool)> {
+        let is_program = inode.path.metadata()?.mode() & 0o111 != 0;
+        let is_written = || {
+            let opens = self.opens.of(inode.node);
+            opens.iter().any(|open| access(open) != OFlags::RDONLY)
+        };
+        if writes || !self.read_only && (!is_program || is_written()) {
+            let opened = self.open_for_writing(inode);
+            if writes || !is_denied(&opened) {
+                return Ok((opened?, true));
+            }
+        }
+        Ok((self.open_inode(inode, OFlags::RDONLY)?, false))
     }
 
     /// The flags that the guest opens a file with.
@@ -380,7 +398,7 @@ impl FileSystem for Directory {
             let _dropped = self.drop_setid(valid.contains(SetattrValid::KILL_SUIDGID))?;
             match handle {
                 Some(handle) => rustix::fs::ftruncate(&self.opens.get(node, handle)?.file, len)?,
-                None => rustix::fs::ftruncate(self.open_for_writing(&inode, OFlags::RDWR)?, len)?,
+                None => rustix::fs::ftruncate(self.open_for_writing(&inode)?, len)?,
             }
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
@@ -720,41 +738,44 @@ impl FileSystem for Directory {
     fn setupmapping(
         &self,
         _: &Context,
-        inode: u64,
+        node: u64,
         _: u64,
         file_offset: u64,
         len: u64,
         flags: u64,
         offset: u64,
-        window: &mut dyn FsCacheReqHandler,
+        _: &mut dyn FsCacheReqHandler,
     ) -> io::Result<()> {
-        let inode = self.inodes.get(inode)?;
+        let window = self.window.as_ref().ok_or_else(|| from_raw(libc::ENOSYS))?;
+        let inode = self.inodes.get(node)?;
+        if inode.kind != libc::S_IFREG {
+            return error(libc::EINVAL);
+        }
         let writes = flags & SetupmappingFlags::WRITE.bits() != 0;
         if writes {
             self.check_writable()?;
         }
-        if inode.kind != libc::S_IFREG {
-            return error(libc::EINVAL);
-        }
-        // Writable if it can be, though the mapping is not: a front-end may have to hand it to other back-ends, which map it as they like.
-        let mut file = error(libc::EROFS);
-        if !self.read_only {
-            file = self.open_for_writing(&inode, OFlags::RDWR);
-        }
-        if !writes && is_denied(&file) {
-            file = self.open_inode(&inode, OFlags::RDONLY);
-        }
-        window.map(file_offset, offset, len, flags, file?.as_raw_fd())
+        let (file, writable) = self.open_for_mapping(&inode, writes)?;
+        let mapping = Mapping {
+            node,
+            file_offset,
+            len,
+            writable,
+        };
+        window.map(offset, mapping, &file)
     }
 
     fn removemapping(
         &self,
         _: &Context,
         _: u64,
-        requests: Vec<RemovemappingOne>,
-        window: &mut dyn FsCacheReqHandler,
+        ranges: Vec<RemovemappingOne>,
+        _: &mut dyn FsCacheReqHandler,
     ) -> io::Result<()> {
-        window.unmap(requests)
+        let window = self.window.as_ref().ok_or_else(|| from_raw(libc::ENOSYS))?;
+        ranges
+            .iter()
+            .try_for_each(|range| window.remove(range.moffset, range.len))
     }
 
     fn lseek(&self, _: &Context, node: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
@@ -858,6 +879,15 @@ fn is_denied<T>(result: &io::Result<T>) -> bool {
     matches!(result, Err(e) if e.raw_os_error().is_some_and(|number| DENIED.contains(&number)))
 }
 
+/// How it is open: O_RDONLY, O_WRONLY or O_RDWR.
+fn access(open: &Open) -> OFlags {
+    rustix::fs::fcntl_getfl(&open.file).map_or(OFlags::RDONLY, |flags| flags & OFlags::RWMODE)
+}
+
 fn error<T>(number: i32) -> io::Result<T> {
-    Err(io::Error::from_raw_os_error(number))
+    Err(from_raw(number))
+}
+
+fn from_raw(number: i32) -> io::Error {
+    io::Error::from_raw_os_error(number)
 }

@@ -6,18 +6,20 @@
 
 use std::io::{self, Read, Write};
 use std::mem::{offset_of, size_of};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use fuse_backend_rs::abi::fuse_abi::{
     CopyFileRangeIn, CreateIn, EntryOut, InHeader, InitOut, Kstatfs, Opcode, OpenOut, OutHeader, WriteOut,
 };
+use fuse_backend_rs::abi::virtio_fs::RemovemappingOne;
 use fuse_backend_rs::api::filesystem::Context;
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writer};
 use fuse_vm_memory::ByteValued;
 
 use super::Complaints;
-use super::dax::{PAGE, Requests, Window};
+use super::dax::{PAGE, Window};
 use super::passthrough::Directory;
 use super::queue::{Chain, Memory};
 
@@ -84,7 +86,7 @@ impl Requester {
         let written = match self.answer_ours(&header, request.clone()) {
             Some(result) => reply(&mut answer, &header, result),
             None => {
-                let mut window = self.window.clone().map(Requests);
+                let mut window = self.window.as_ref().map(|_| HasWindow);
                 let window = window.as_mut().map(|window| window as &mut dyn FsCacheReqHandler);
                 match self
                     .server
@@ -179,6 +181,20 @@ impl Requester {
             passthrough: 0,
         };
         Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
+    }
+}
+
+/// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING for those who have one of these. It would be given a
+/// descriptor's number, without the file that it is of: [`Directory`] has both, and the window.
+struct HasWindow;
+
+impl FsCacheReqHandler for HasWindow {
+    fn map(&mut self, _: u64, _: u64, _: u64, _: u64, _: RawFd) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    fn unmap(&mut self, _: Vec<RemovemappingOne>) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
     }
 }
 
