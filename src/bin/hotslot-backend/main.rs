@@ -1,7 +1,7 @@
 //! hotslot-backend: vhost-user devices that hand files to a front-end, which maps them into its guest.
 //!
-//! Reading order: `pmem` (a device), `backing` (its file), `server` (the socket, one front-end after another), `torture` (one
-//! that misbehaves on demand).
+//! Reading order: `pmem` (a device), `backing` (its file), `server` (the socket, one front-end after another), `fs` (a
+//! directory, whose files are mapped as the guest asks), `torture` (one that misbehaves on demand).
 //!
 //! Exit status: 0 after SIGINT, SIGTERM or the end of `--once`, 2 for a command line or a file that cannot be
 //! served, 1 for everything else.
@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod backing;
+mod fs;
 mod pmem;
 mod server;
 mod torture;
@@ -31,12 +32,14 @@ struct Cli {
 #[derive(Subcommand)]
 enum Device {
     Pmem(pmem::Args),
+    Fs(fs::Args),
     Torture(torture::Args),
 }
 
 fn main() -> ExitCode {
     let failure = match Cli::parse().device {
         Device::Pmem(args) => pmem::run(&args).err().map(|e| (e.status(), e.hint(), chain(&e))),
+        Device::Fs(args) => fs::run(&args).err().map(|e| (e.status(), e.hint(), chain(&e))),
         Device::Torture(args) => torture::run(&args)
             .err()
             .map(|e| (e.status(), e.hint(), chain(&e))),

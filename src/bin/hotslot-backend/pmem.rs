@@ -107,7 +107,9 @@ pub fn run(args: &Args) -> Result<(), Error> {
     for note in backing.notes() {
         say(format_args!("{NAME}: note: {note}"));
     }
-    server::serve(NAME, listening, move |memory| Pmem::new(backing.clone(), memory))?;
+    server::serve(NAME, listening, move |memory| {
+        Ok(Pmem::new(backing.clone(), memory))
+    })?;
     Ok(())
 }
 

@@ -198,20 +198,22 @@ fn end_event() -> &'static EventFd {
 
 /// Serves one front-end after another, each with a device from `make`: [`serve_with`] for a [`Device`].
 ///
+/// `make` is called on the thread that serves, before it waits for the next front-end.
+///
 /// # Errors
 ///
-/// Those of [`serve_with`].
-pub fn serve<D, F>(name: &'static str, listening: Listening, make: F) -> Result<(), Error>
+/// Those of [`serve_with`] and of `make`.
+pub fn serve<D, F>(name: &'static str, listening: Listening, mut make: F) -> Result<(), Error>
 where
     D: Device + 'static,
-    F: Fn(Memory) -> D + Send + 'static,
+    F: FnMut(Memory) -> Result<D, Error> + Send + 'static,
 {
     let listener = listening.listener.try_clone().map_err(|source| Error::SetUp {
         what: "the listening socket",
         source,
     })?;
     let mut listener = Listener::from(listener);
-    serve_with(name, listening, move |_| session(name, &mut listener, &make))
+    serve_with(name, listening, move |_| session(name, &mut listener, &mut make))
 }
 
 /// Calls `session`, which accepts and serves one front-end, again and again, on a thread of its own, until SIGINT or
@@ -284,10 +286,10 @@ pub enum Session {
 fn session<D: Device + 'static>(
     name: &'static str,
     listener: &mut Listener,
-    make: impl Fn(Memory) -> D,
+    make: &mut impl FnMut(Memory) -> Result<D, Error>,
 ) -> Result<Session, Error> {
     let memory = Memory::new(GuestMemoryMmap::new());
-    let device = Arc::new(make(memory.clone()));
+    let device = Arc::new(make(memory.clone())?);
     let end_worker = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(|source| Error::SetUp {
         what: "an eventfd",
         source,

@@ -1,0 +1,143 @@
+//! The directory, and how the threads that serve it are kept inside.
+//!
+//! The file system of [`super::passthrough`] never resolves a path: it opens one name at a time, in a directory that it
+//! holds, and follows no link. This is the fence around it, for what that may have missed. Landlock (Linux 5.19 and
+//! later) judges each file that is opened, by where it is, and each change of a directory; as root the threads are also
+//! in a chroot and keep only the capabilities that a file system needs. Called by [`super`] on the thread that serves,
+//! whose children inherit it. The main thread stays as it was: it waits for a signal and removes the socket.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetError, RulesetStatus, make_bitflags,
+};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit};
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+
+/// What root keeps: to act on files as their owners may, and to create them as a user of the guest.
+const KEPT: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID);
+
+const PROC_SELF_FD: &CStr = c"/proc/self/fd";
+
+/// The directory, as the threads that serve it know it.
+pub struct Root {
+    /// Opened with O_PATH.
+    pub dir: File,
+    /// `/proc/self/fd`, which is also the working directory: what an O_PATH descriptor refers to is reached as its number in there.
+    pub proc: File,
+    /// Whether files are created with the user of the guest who creates them, or else with ours.
+    pub acts_as_guest: bool,
+    /// What is not as tight as it could be, and why.
+    pub note: Option<String>,
+}
+
+/// Opens the directory of the command line.
+///
+/// # Errors
+///
+/// It is not there, is no directory, or cannot be entered.
+pub fn open(dir: &Path) -> io::Result<File> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(dir, flags, Mode::empty())?;
+    rustix::fs::accessat(
+        &file,
+        c".",
+        rustix::fs::Access::READ_OK | rustix::fs::Access::EXEC_OK,
+        rustix::fs::AtFlags::EACCESS,
+    )?;
+    Ok(file.into())
+}
+
+/// As many descriptors as the process may have: each file that the guest knows is one.
+pub fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    // With fewer the guest is told ENFILE sooner.
+    let _ = rustix::process::setrlimit(Resource::Nofile, raised);
+}
+
+/// Confines this thread and those that it starts.
+///
+/// # Errors
+///
+/// There is no /proc, or a step that this system offers was refused. What it does not offer is in [`Root::note`].
+pub fn confine(dir: &File, read_only: bool) -> io::Result<Root> {
+    let proc: File = rustix::fs::open(
+        PROC_SELF_FD,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?
+    .into();
+    let dir = dir.try_clone()?;
+    let has = rustix::thread::capabilities(None)?.effective;
+
+    // A root, a working directory and a umask of our own. This flag shares no descriptors anew, which is what is unsafe about others.
+    #[expect(deprecated)]
+    rustix::thread::unshare(UnshareFlags::FS)?;
+    // The guest's umask counts.
+    rustix::process::umask(Mode::empty());
+    if has.contains(CapabilitySet::SYS_CHROOT) {
+        rustix::process::fchdir(&dir)?;
+        rustix::process::chroot(c".")?;
+    }
+    rustix::process::fchdir(&proc)?;
+
+    let acts_as_guest = has.contains(CapabilitySet::SETUID | CapabilitySet::SETGID);
+    if has.contains(CapabilitySet::SETGID) {
+        rustix::thread::set_thread_groups(&[])?;
+    }
+    let kept = has & KEPT;
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets {
+            effective: kept,
+            permitted: kept,
+            inheritable: CapabilitySet::empty(),
+        },
+    )?;
+    rustix::thread::set_no_new_privs(true)?;
+    let note = restrict(&dir, read_only).err().map(|why| {
+        format!("Landlock cannot guard the directory on this kernel ({why}): only our own checks do")
+    });
+    Ok(Root {
+        dir,
+        proc,
+        acts_as_guest,
+        note,
+    })
+}
+
+/// Landlock: files of the directory, and no others.
+fn restrict(dir: &File, read_only: bool) -> Result<(), RulesetError> {
+    let all = AccessFs::from_all(ABI::V5);
+    let allowed: BitFlags<AccessFs> = if read_only {
+        make_bitflags!(AccessFs::{ReadFile | ReadDir})
+    } else {
+        all & !make_bitflags!(AccessFs::{Execute | MakeBlock | IoctlDev})
+    };
+    let status = Ruleset::default()
+        // Its first version forbids to move files between directories.
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::Refer)?
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(all)?
+        .create()?
+        .add_rule(PathBeneath::new(dir, allowed))?
+        .restrict_self()?;
+    debug_assert_ne!(status.ruleset, RulesetStatus::NotEnforced);
+    Ok(())
+}

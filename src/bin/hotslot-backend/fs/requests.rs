@@ -1,0 +1,238 @@
+//! From the bytes of a request to the bytes of its answer.
+//!
+//! fuse-backend-rs decodes FUSE and calls [`super::passthrough`]; here is what it does not decode (FUSE_TMPFILE, FUSE_SYNCFS,
+//! FUSE_COPY_FILE_RANGE, and FUSE_STATFS, whose answer only it could build), the limits on what it is given, and an
+//! answer where it has none. Called by [`super`] on the threads that answer requests.
+
+use std::io::{self, Read, Write};
+use std::mem::{offset_of, size_of};
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use fuse_backend_rs::abi::fuse_abi::{
+    CopyFileRangeIn, CreateIn, EntryOut, InHeader, InitOut, Kstatfs, Opcode, OpenOut, OutHeader, WriteOut,
+};
+use fuse_backend_rs::abi::virtio_fs::RemovemappingOne;
+use fuse_backend_rs::api::filesystem::Context;
+use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
+use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writer};
+use fuse_vm_memory::ByteValued;
+
+use super::Complaints;
+use super::dax::{PAGE, Window};
+use super::passthrough::Directory;
+use super::queue::{Chain, Memory};
+
+/// Opcodes that are newer than fuse-backend-rs.
+const FUSE_SYNCFS: u32 = 50;
+const FUSE_TMPFILE: u32 = 51;
+
+/// A request has a header, arguments and at most the data of one write.
+const MAX_REQUEST: usize = MAX_BUFFER_SIZE as usize + (64 << 10);
+
+/// The file system of one front-end, behind its requests.
+pub struct Requester {
+    server: Server<Arc<Directory>>,
+    directory: Arc<Directory>,
+    window: Option<Arc<Window>>,
+    complaints: Arc<Complaints>,
+}
+
+impl Requester {
+    pub fn new(directory: Directory, window: Option<Arc<Window>>, complaints: Arc<Complaints>) -> Self {
+        let directory = Arc::new(directory);
+        Requester {
+            server: Server::new(Arc::clone(&directory)),
+            directory,
+            window,
+            complaints,
+        }
+    }
+
+    /// The front-end has reset the device: nothing is open, known or mapped.
+    pub fn reset(&self) {
+        if let Some(window) = &self.window {
+            window.forget();
+        }
+        self.directory.clear();
+    }
+
+    /// Executes a request. Returns how many bytes of its buffers were written.
+    pub fn answer(&self, chain: Chain, memory: &Memory) -> u32 {
+        let buffers = Reader::from_descriptor_chain(&**memory, chain.clone())
+            .and_then(|request| Ok((request, VirtioFsWriter::new(&**memory, chain)?)));
+        let (request, mut answer) = match buffers {
+            Ok(buffers) => buffers,
+            Err(e) => {
+                self.complaints
+                    .say(format_args!("a request is not in the guest's memory: {e}"));
+                return 0;
+            }
+        };
+        if request.available_bytes() > MAX_REQUEST {
+            let len = request.available_bytes();
+            self.complaints
+                .say(format_args!("a request has {len} bytes, more than {MAX_REQUEST}"));
+            return 0;
+        }
+        let Ok(header) = request.clone().read_obj::<InHeader>() else {
+            let len = request.available_bytes();
+            self.complaints
+                .say(format_args!("a request is too short for its header: {len} bytes"));
+            return 0;
+        };
+
+        let mut spare = answer.clone();
+        let written = match self.answer_ours(&header, request.clone()) {
+            Some(result) => reply(&mut answer, &header, result),
+            None => {
+                let mut window = self.window.as_ref().map(|_| HasWindow);
+                let window = window.as_mut().map(|window| window as &mut dyn FsCacheReqHandler);
+                match self
+                    .server
+                    .handle_message(request, Writer::VirtioFs(answer), window, None)
+                {
+                    Ok(written) => Ok(written),
+                    Err(e) => {
+                        self.complaints.say(format_args!(
+                            "request {} with opcode {} makes no sense: {e}",
+                            header.unique, header.opcode
+                        ));
+                        if wants_no_answer(&header) {
+                            return 0;
+                        }
+                        reply(
+                            &mut spare.clone(),
+                            &header,
+                            Err(io::Error::from_raw_os_error(libc::EINVAL)),
+                        )
+                    }
+                }
+            }
+        };
+        let written = written.and_then(|written| {
+            if header.opcode == Opcode::Init as u32 && self.window.is_some() {
+                set_map_alignment(&mut spare, written)?;
+            }
+            u32::try_from(written).map_err(io::Error::other)
+        });
+        written.unwrap_or_else(|e| {
+            self.complaints.say(format_args!(
+                "request {} with opcode {} has no room for its answer: {e}",
+                header.unique, header.opcode
+            ));
+            0
+        })
+    }
+
+    /// The answer to what fuse-backend-rs does not decode.
+    fn answer_ours<'a>(&self, header: &InHeader, mut request: Reader<'a>) -> Option<io::Result<Vec<u8>>> {
+        let body = |request: &mut Reader<'a>| request.read_exact(&mut [0; size_of::<InHeader>()]);
+        let answer = match header.opcode {
+            opcode if opcode == Opcode::Statfs as u32 => self.statfs(header),
+            opcode if opcode == Opcode::CopyFileRange as u32 => body(&mut request)
+                .and_then(|()| request.read_obj())
+                .map_err(malformed)
+                .and_then(|args| self.copy_file_range(header, args)),
+            FUSE_SYNCFS => self.directory.sync().map(|()| Vec::new()),
+            FUSE_TMPFILE => body(&mut request)
+                .and_then(|()| request.read_obj())
+                .map_err(malformed)
+                .and_then(|args| self.tmpfile(header, args)),
+            _ => return None,
+        };
+        Some(answer)
+    }
+
+    fn statfs(&self, header: &InHeader) -> io::Result<Vec<u8>> {
+        let stat = self.directory.file_system(header.nodeid)?;
+        let answer = Kstatfs {
+            blocks: stat.f_blocks,
+            bfree: stat.f_bfree,
+            bavail: stat.f_bavail,
+            files: stat.f_files,
+            ffree: stat.f_ffree,
+            bsize: stat.f_bsize as u32,
+            namelen: stat.f_namemax as u32,
+            frsize: stat.f_frsize as u32,
+            ..Default::default()
+        };
+        Ok(answer.as_slice().to_vec())
+    }
+
+    fn copy_file_range(&self, header: &InHeader, args: CopyFileRangeIn) -> io::Result<Vec<u8>> {
+        if args.flags != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let size = self.directory.copy(
+            (header.nodeid, args.fh_in, args.offset_in),
+            (args.nodeid_out, args.fh_out, args.offset_out),
+            args.len,
+        )?;
+        Ok(WriteOut { size, padding: 0 }.as_slice().to_vec())
+    }
+
+    fn tmpfile(&self, header: &InHeader, args: CreateIn) -> io::Result<Vec<u8>> {
+        let context = Context::from(header);
+        let (entry, handle, options, _) = self.directory.temporary(&context, header.nodeid, args)?;
+        let open = OpenOut {
+            fh: handle.unwrap_or_default(),
+            open_flags: options.bits(),
+            passthrough: 0,
+        };
+        Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
+    }
+}
+
+/// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING for those who have one of these. It would be given a
+/// descriptor's number, without the file that it is of: [`Directory`] has both, and the window.
+struct HasWindow;
+
+impl FsCacheReqHandler for HasWindow {
+    fn map(&mut self, _: u64, _: u64, _: u64, _: u64, _: RawFd) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    fn unmap(&mut self, _: Vec<RemovemappingOne>) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+}
+
+/// Writes an answer. Returns its length.
+fn reply(answer: &mut VirtioFsWriter, header: &InHeader, result: io::Result<Vec<u8>>) -> io::Result<usize> {
+    let (error, body) = match result {
+        Ok(body) => (0, body),
+        Err(e) => (-e.raw_os_error().unwrap_or(libc::EIO), Vec::new()),
+    };
+    let len = size_of::<OutHeader>() + body.len();
+    let header = OutHeader {
+        len: u32::try_from(len).map_err(io::Error::other)?,
+        error,
+        unique: header.unique,
+    };
+    answer.write_all(&[header.as_slice(), &body].concat())?;
+    Ok(len)
+}
+
+/// In an answer to FUSE_INIT: mappings begin at pages. fuse-backend-rs leaves it zero, which means at any byte.
+fn set_map_alignment(answer: &mut VirtioFsWriter, written: usize) -> io::Result<()> {
+    let at = size_of::<OutHeader>() + offset_of!(InitOut, map_alignment);
+    if written >= at + size_of::<u16>() {
+        let alignment = PAGE.trailing_zeros() as u16;
+        answer
+            .split_at(at)
+            .map_err(io::Error::other)?
+            .write_obj(alignment)?;
+    }
+    Ok(())
+}
+
+fn wants_no_answer(header: &InHeader) -> bool {
+    [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt]
+        .iter()
+        .any(|&opcode| header.opcode == opcode as u32)
+}
+
+fn malformed(_: io::Error) -> io::Error {
+    io::Error::from_raw_os_error(libc::EINVAL)
+}

@@ -1,0 +1,531 @@
+//! A running back-end, a front-end, and the guest behind it, whose queues are made by hand.
+//!
+//! Every wait has a deadline: the one for the program ends it, and so whatever waits for it.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::fuse;
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_hotslot-backend");
+pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const MIB: u64 = 1 << 20;
+
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+const VERSION_1: u64 = 1 << 32;
+const MQ: u64 = 1 << 0;
+const REPLY_ACK: u64 = 1 << 3;
+const BACKEND_REQ: u64 = 1 << 5;
+const CONFIG: u64 = 1 << 9;
+const RESET_DEVICE: u64 = 1 << 13;
+pub const SHMEM: u64 = 1 << 22;
+
+pub const MAP: u32 = 9;
+pub const UNMAP: u32 = 10;
+
+// ---------------------------------------------------------------------------------------- the program
+
+/// A directory with the shared directory `dir` in it, and `outside`, which nobody may reach from there.
+pub struct Place {
+    pub top: TempDir,
+}
+
+pub const SECRET: &str = "a secret";
+
+impl Place {
+    pub fn new() -> Self {
+        let top = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        fs::create_dir(top.path().join("dir")).unwrap();
+        fs::create_dir(top.path().join("outside")).unwrap();
+        fs::write(top.path().join("outside/secret"), SECRET).unwrap();
+        Place { top }
+    }
+
+    /// A path in the shared directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.top.path().join("dir").join(name)
+    }
+
+    pub fn outside(&self) -> PathBuf {
+        self.top.path().join("outside")
+    }
+
+    pub fn write(&self, name: &str, data: impl AsRef<[u8]>) {
+        fs::write(self.path(name), data).unwrap();
+    }
+
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        fs::read(self.path(name)).unwrap()
+    }
+}
+
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < DEADLINE, "waited for {what} in vain");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A running back-end. It is killed at the deadline and when this is dropped.
+pub struct Backend {
+    child: Arc<Mutex<Child>>,
+    socket: PathBuf,
+    stderr: Arc<Mutex<String>>,
+    _alive: mpsc::Sender<()>,
+}
+
+impl Backend {
+    pub fn start(place: &Place, args: &str) -> Self {
+        Self::start_as(place, args, None)
+    }
+
+    /// Starts it, as that user if one is named, and waits until it listens.
+    pub fn start_as(place: &Place, args: &str, user: Option<u32>) -> Self {
+        // Relative, as socket addresses are short and directories of builds are not.
+        let mut command = Command::new(PROGRAM);
+        command
+            .current_dir(place.top.path())
+            .args(["fs", "--socket", "s", "--dir", "dir"])
+            .args(args.split_whitespace())
+            .stderr(Stdio::piped());
+        if let Some(user) = user {
+            command.uid(user).gid(user);
+        }
+        let mut child = command.spawn().unwrap();
+        let stderr = Arc::new(Mutex::new(String::new()));
+        let (pipe, lines) = (child.stderr.take().unwrap(), Arc::clone(&stderr));
+        thread::spawn(move || {
+            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                *lines.lock().unwrap() += &(line + "\n");
+            }
+        });
+        let child = Arc::new(Mutex::new(child));
+        let (_alive, dropped) = mpsc::channel();
+        let watched = Arc::clone(&child);
+        thread::spawn(move || {
+            if dropped.recv_timeout(DEADLINE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let _ = watched.lock().unwrap().kill();
+            }
+        });
+        let backend = Backend {
+            child,
+            socket: place.top.path().join("s"),
+            stderr,
+            _alive,
+        };
+        backend.wait_for("listening on ");
+        backend
+    }
+
+    pub fn stderr(&self) -> String {
+        self.stderr.lock().unwrap().clone()
+    }
+
+    pub fn wait_for(&self, words: &str) {
+        wait_until(&format!("{words:?} on stderr"), || {
+            assert!(self.is_running(), "the program has ended: {}", self.stderr());
+            self.stderr().contains(words)
+        });
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.lock().unwrap().id()
+    }
+
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.child.lock().unwrap().try_wait().unwrap().is_none()
+    }
+
+    pub fn wait(&self) -> ExitStatus {
+        wait_until("the end of the program", || !self.is_running());
+        self.child.lock().unwrap().try_wait().unwrap().unwrap()
+    }
+
+    /// A socket name of at most 107 bytes, wherever the build is.
+    fn connect(&self) -> UnixStream {
+        let dir = File::open(self.socket.parent().unwrap()).unwrap();
+        UnixStream::connect(format!("/proc/self/fd/{}/s", dir.as_raw_fd())).unwrap()
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        let mut child = self.child.lock().unwrap();
+        let _ = child.kill();
+        let _ = child.wait();
+        if thread::panicking() {
+            eprintln!("the back-end said:\n{}", self.stderr());
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------- the front-end
+
+/// A request on the back-end channel, by its bytes.
+#[derive(Debug)]
+pub struct Asked {
+    pub request: u32,
+    body: Vec<u8>,
+    pub file: Option<File>,
+}
+
+impl Asked {
+    fn quad(&self, at: usize) -> u64 {
+        u64::from_ne_bytes(self.body[at..at + 8].try_into().unwrap())
+    }
+
+    /// MAP or UNMAP, offset in the window, length, offset in the file, flags; of region 0.
+    pub fn fields(&self) -> (u32, u64, u64, u64, u64) {
+        assert_eq!(self.body.len(), 40);
+        assert_eq!(self.body[..8], [0; 8], "shmid 0 and padding");
+        assert_eq!(self.file.is_some(), self.request == MAP, "a descriptor");
+        let [file_offset, offset, len, flags] = [8, 16, 24, 32].map(|at| self.quad(at));
+        (self.request, offset, len, file_offset, flags)
+    }
+}
+
+/// The front-end's end of the back-end channel.
+pub struct Channel(UnixStream);
+
+impl Channel {
+    pub fn receive(&self) -> Asked {
+        // Header and body are sent at once and are far smaller than the socket's buffer.
+        let mut bytes = [0; 256];
+        let (count, file) = self
+            .0
+            .recv_with_fd(&mut bytes)
+            .expect("a request on the back-end channel");
+        assert!(count >= 12, "{count} bytes are no request");
+        Asked {
+            request: u32::from_ne_bytes(bytes[..4].try_into().unwrap()),
+            body: bytes[12..count].to_vec(),
+            file,
+        }
+    }
+
+    pub fn reply(&self, asked: &Asked, value: i64) {
+        let mut bytes = Vec::new();
+        for word in [asked.request, 0x5, 8] {
+            bytes.extend(word.to_ne_bytes());
+        }
+        bytes.extend(value.to_ne_bytes());
+        (&self.0).write_all(&bytes).unwrap();
+    }
+
+    pub fn is_silent(&self) -> bool {
+        self.0.set_nonblocking(true).unwrap();
+        let result = self.0.recv_with_fd(&mut [0; 1]);
+        self.0.set_nonblocking(false).unwrap();
+        result.is_err_and(|e| e.errno() == libc::EAGAIN)
+    }
+}
+
+/// Where the front-end claims to have the guest's memory; only the differences matter.
+const USER_ADDRESS: u64 = 0x7000_0000_0000;
+pub const RAM: u64 = 8 * MIB;
+pub const QUEUE_SIZE: u16 = 16;
+/// Each queue has a part of the memory of this size: descriptors, available and used ring, an indirect table, and the
+/// buffers of requests.
+const PART: u64 = 2 * MIB;
+const AVAIL: u64 = 0x1000;
+const USED: u64 = 0x2000;
+pub const INDIRECT: u64 = 0x3000;
+pub const REQUEST: u64 = 0x10_000;
+pub const ANSWER: u64 = 0x14_0000;
+pub const ANSWER_LEN: u32 = 0xc_0000;
+
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const TABLE: u16 = 4;
+
+/// Address, length, flags, next.
+pub type Descriptor = (u64, u32, u16, u16);
+
+struct Ring {
+    kick: EventFd,
+    call: EventFd,
+    avail: u16,
+    used: u16,
+}
+
+/// A front-end and the guest behind it. Queue 0 is the high priority queue.
+pub struct Machine {
+    pub front_end: Frontend,
+    pub channel: Channel,
+    ram_file: File,
+    ram: GuestMemoryMmap,
+    rings: Vec<Ring>,
+    /// The guest's user.
+    pub user: (u32, u32),
+}
+
+/// Error number, 0 for none, and what follows the header.
+pub type Answer = (i32, Vec<u8>);
+
+impl Machine {
+    /// A front-end whose guest has mounted the file system; with two queues.
+    pub fn mounted(backend: &Backend) -> Self {
+        let mut machine = Self::connect(backend, 2);
+        machine.start();
+        machine.ok(fuse::INIT, 0, &fuse::init());
+        machine
+    }
+
+    pub fn connect(backend: &Backend, queues: usize) -> Self {
+        let mut front_end = Frontend::from_stream(backend.connect(), queues as u64);
+        front_end.set_owner().unwrap();
+        front_end.get_features().unwrap();
+        let offered = front_end.get_protocol_features().unwrap();
+        let wanted = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | SHMEM;
+        let agreed = offered & VhostUserProtocolFeatures::from_bits_retain(wanted);
+        front_end.set_protocol_features(agreed).unwrap();
+        front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(DEADLINE)).unwrap();
+        if agreed.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+            front_end.set_backend_request_fd(&theirs).unwrap();
+        }
+
+        let ram_file = tempfile::tempfile().unwrap();
+        ram_file.set_len(RAM).unwrap();
+        let range = (
+            GuestAddress(0),
+            RAM as usize,
+            Some(FileOffset::new(ram_file.try_clone().unwrap(), 0)),
+        );
+        let ram = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        let ring = |_| Ring {
+            kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            avail: 0,
+            used: 0,
+        };
+        Machine {
+            front_end,
+            channel: Channel(ours),
+            ram_file,
+            ram,
+            rings: (0..queues).map(ring).collect(),
+            user: (0, 0),
+        }
+    }
+
+    /// The driver starts the device.
+    pub fn start(&mut self) {
+        self.front_end
+            .set_features(VERSION_1 | PROTOCOL_FEATURES)
+            .unwrap();
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: RAM,
+            userspace_addr: USER_ADDRESS,
+            mmap_offset: 0,
+            mmap_handle: self.ram_file.as_raw_fd(),
+        };
+        self.front_end.set_mem_table(&[region]).unwrap();
+        for (index, ring) in self.rings.iter().enumerate() {
+            let base = USER_ADDRESS + index as u64 * PART;
+            let config = VringConfigData {
+                queue_max_size: QUEUE_SIZE,
+                queue_size: QUEUE_SIZE,
+                flags: 0,
+                desc_table_addr: base,
+                used_ring_addr: base + USED,
+                avail_ring_addr: base + AVAIL,
+                log_addr: None,
+            };
+            self.front_end.set_vring_num(index, QUEUE_SIZE).unwrap();
+            self.front_end.set_vring_addr(index, &config).unwrap();
+            self.front_end.set_vring_base(index, ring.avail).unwrap();
+            self.front_end.set_vring_call(index, &ring.call).unwrap();
+            self.front_end.set_vring_kick(index, &ring.kick).unwrap();
+            self.front_end.set_vring_enable(index, true).unwrap();
+        }
+    }
+
+    /// The status is zeroed: the rings are stopped and the device is reset.
+    pub fn reset(&mut self) {
+        for index in 0..self.rings.len() {
+            self.front_end.get_vring_base(index).unwrap();
+        }
+        self.front_end.reset_device().unwrap();
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            let base = GuestAddress(index as u64 * PART);
+            self.ram.write_slice(&[0; INDIRECT as usize], base).unwrap();
+            (ring.avail, ring.used) = (0, 0);
+        }
+    }
+
+    /// Writes a descriptor of a table at an address of the queue's part.
+    pub fn descriptor(&self, queue: usize, table: u64, index: u16, descriptor: Descriptor) {
+        let (address, len, flags, next) = descriptor;
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        let at = queue as u64 * PART + table + 16 * u64::from(index);
+        self.ram.write_slice(&bytes, GuestAddress(at)).unwrap();
+    }
+
+    /// An address of the queue's part, as the guest says it.
+    pub fn address(&self, queue: usize, offset: u64) -> u64 {
+        queue as u64 * PART + offset
+    }
+
+    /// Puts a request into its buffer, and nothing into the answer's.
+    pub fn fill(&self, queue: usize, request: &[u8]) {
+        let at = |offset| GuestAddress(self.address(queue, offset));
+        self.ram.write_slice(request, at(REQUEST)).unwrap();
+        self.ram.write_slice(&[0xee; 16], at(ANSWER)).unwrap();
+    }
+
+    /// Makes the chain that starts at descriptor `head` available, and notifies.
+    pub fn offer(&mut self, queue: usize, head: u16) {
+        let ring = &mut self.rings[queue];
+        let base = queue as u64 * PART + AVAIL;
+        let slot = base + 4 + 2 * u64::from(ring.avail % QUEUE_SIZE);
+        self.ram.write_obj(head, GuestAddress(slot)).unwrap();
+        ring.avail = ring.avail.wrapping_add(1);
+        self.ram.write_obj(ring.avail, GuestAddress(base + 2)).unwrap();
+        ring.kick.write(1).unwrap();
+    }
+
+    fn used_index(&self, queue: usize) -> u16 {
+        let at = GuestAddress(self.address(queue, USED + 2));
+        self.ram.read_obj(at).unwrap()
+    }
+
+    pub fn is_used(&self, queue: usize) -> bool {
+        self.used_index(queue) != self.rings[queue].used
+    }
+
+    /// A buffer comes back: its head, and how many bytes were written.
+    pub fn await_used(&mut self, queue: usize) -> (u32, u32) {
+        wait_until("a used buffer", || self.is_used(queue));
+        let ring = &mut self.rings[queue];
+        wait_until("a call", || ring.call.read().is_ok());
+        let slot = u64::from(ring.used % QUEUE_SIZE);
+        ring.used = ring.used.wrapping_add(1);
+        let at = GuestAddress(self.address(queue, USED + 4 + 8 * slot));
+        let [head, written]: [u32; 2] = self.ram.read_obj(at).unwrap();
+        (head, written)
+    }
+
+    /// What is in the answer's buffer.
+    pub fn answer(&self, queue: usize, written: u32) -> Answer {
+        let mut bytes = vec![0; written as usize];
+        let at = GuestAddress(self.address(queue, ANSWER));
+        self.ram.read_slice(&mut bytes, at).unwrap();
+        assert!(bytes.len() >= 16, "{written} bytes are no answer");
+        assert_eq!(fuse::u32_at(&bytes, 0), written, "the length in the header");
+        assert_eq!(fuse::u64_at(&bytes, 8), fuse::UNIQUE);
+        (-(fuse::u32_at(&bytes, 4) as i32), bytes[16..].to_vec())
+    }
+
+    /// Sends a request as Linux does: one readable descriptor, one writable one.
+    pub fn send(&mut self, queue: usize, opcode: u32, node: u64, body: &[u8]) {
+        let request = fuse::request(opcode, node, self.user, body);
+        self.fill(queue, &request);
+        self.send_filled(queue, request.len() as u32);
+    }
+
+    /// The same, with whatever is in the buffer.
+    pub fn send_filled(&mut self, queue: usize, len: u32) {
+        let [request, answer] = [REQUEST, ANSWER].map(|offset| self.address(queue, offset));
+        self.descriptor(queue, 0, 0, (request, len, NEXT, 1));
+        self.descriptor(queue, 0, 1, (answer, ANSWER_LEN, WRITE, 0));
+        self.offer(queue, 0);
+    }
+
+    /// A request and its answer.
+    pub fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> Answer {
+        self.send(1, opcode, node, body);
+        self.finish()
+    }
+
+    /// The answer to what was sent.
+    pub fn finish(&mut self) -> Answer {
+        let (head, written) = self.await_used(1);
+        assert_eq!(head, 0);
+        self.answer(1, written)
+    }
+
+    /// What a request that succeeds is answered.
+    #[track_caller]
+    pub fn ok(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+        let (error, answer) = self.ask(opcode, node, body);
+        assert_eq!(error, 0, "opcode {opcode}");
+        answer
+    }
+
+    /// The error of a request that fails.
+    pub fn error(&mut self, opcode: u32, node: u64, body: &[u8]) -> i32 {
+        self.ask(opcode, node, body).0
+    }
+
+    /// The node of a name in the shared directory.
+    #[track_caller]
+    pub fn lookup(&mut self, name: &str) -> u64 {
+        fuse::u64_at(&self.ok(fuse::LOOKUP, fuse::ROOT, &fuse::name(name)), 0)
+    }
+
+    #[track_caller]
+    pub fn open(&mut self, node: u64, flags: i32) -> u64 {
+        fuse::u64_at(&self.ok(fuse::OPEN, node, &fuse::open(flags)), 0)
+    }
+
+    /// Node and handle of a new file in the shared directory.
+    #[track_caller]
+    pub fn create(&mut self, name: &str, flags: i32, mode: u32) -> (u64, u64) {
+        let body = fuse::create(flags | libc::O_CREAT, mode, name);
+        let answer = self.ok(fuse::CREATE, fuse::ROOT, &body);
+        assert_eq!(answer.len(), 128 + 16);
+        (fuse::u64_at(&answer, 0), fuse::u64_at(&answer, 128))
+    }
+
+    /// What the front-end is asked next, answered with `value`.
+    pub fn serve(&self, value: i64) -> Asked {
+        let asked = self.channel.receive();
+        self.channel.reply(&asked, value);
+        asked
+    }
+
+    /// A request during which the front-end is asked these things and grants them.
+    #[track_caller]
+    pub fn asking(
+        &mut self,
+        opcode: u32,
+        node: u64,
+        body: &[u8],
+        expected: &[(u32, u64, u64, u64, u64)],
+    ) -> Vec<Asked> {
+        self.send(1, opcode, node, body);
+        let asked: Vec<_> = expected.iter().map(|_| self.serve(0)).collect();
+        assert_eq!(self.finish().0, 0);
+        let fields: Vec<_> = asked.iter().map(Asked::fields).collect();
+        assert_eq!(fields, expected);
+        assert!(self.channel.is_silent());
+        asked
+    }
+}
