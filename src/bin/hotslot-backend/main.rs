@@ -1,7 +1,7 @@
 //! hotslot-backend: vhost-user devices that hand files to a front-end, which maps them into its guest.
 //!
-//! Reading order: `pmem` (a device), `backing` (its file), `server` (the socket, one front-end after another), `fs` (a
-//! directory, whose files are mapped as the guest asks), `torture` (one that misbehaves on demand).
+//! Reading order: `pmem` (a device), `backing` (its file), `requests` (its queue), `server` (the socket, one front-end after
+//! another), `fs` (a directory, whose files are mapped as the guest asks), `torture` (one that misbehaves on demand).
 //!
 //! Exit status: 0 after SIGINT, SIGTERM or the end of `--once`, 2 for a command line or a file that cannot be
 //! served, 1 for everything else.
@@ -11,6 +11,7 @@
 mod backing;
 mod fs;
 mod pmem;
+mod requests;
 mod server;
 mod torture;
 
