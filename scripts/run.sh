@@ -188,7 +188,7 @@ bring_back() {
     rm -f "$RUN/share.tar"
     [[ -e $RUN/share.cpio ]] || { say "$share is as it was: what the guest did in its copy is lost" && return; }
     mkdir "$new"
-    (cd "$new" && cpio --quiet -id --preserve-modification-time --no-absolute-filenames --no-preserve-owner <"$RUN/share.cpio") ||
+    (cd "$new" && cpio --quiet -id --sparse --preserve-modification-time --no-absolute-filenames --no-preserve-owner <"$RUN/share.cpio") ||
         die "$RUN/share.cpio, with what the guest changed, cannot be unpacked: $share is as it was"
     # What is in a directory comes before it.
     while IFS= read -r path; do
