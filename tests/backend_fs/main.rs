@@ -654,7 +654,8 @@ fn an_ordinary_user_serves_own_files() {
     }
 }
 
-/// As root: what a user of the guest makes belongs to that user, and the host's kernel judges whether it may be.
+/// As root: what a user of the guest makes belongs to that user. Whether it may be is for the guest's kernel to say, which
+/// knows the user's groups.
 #[test]
 fn as_root_what_a_user_makes_is_the_users() {
     if !rustix::process::geteuid().is_root() {
@@ -681,13 +682,23 @@ fn as_root_what_a_user_makes_is_the_users() {
         let metadata = fs::symlink_metadata(place.path("theirs").join(file)).unwrap();
         assert_eq!((metadata.uid(), metadata.gid()), (1234, 4321), "{file}");
     }
-    // The shared directory itself is root's.
-    let body = fuse::create(libc::O_RDWR | libc::O_CREAT, 0o644, "file");
-    assert_eq!(machine.error(fuse::CREATE, ROOT, &body), libc::EACCES);
-    // And the thread is root again.
+    // The shared directory itself is another group's, in which the user may be.
+    std::os::unix::fs::chown(place.path(""), Some(0), Some(77)).unwrap();
+    fs::set_permissions(place.path(""), Permissions::from_mode(0o2770)).unwrap();
+    machine.create("file", libc::O_RDWR, 0o644);
+    let metadata = fs::metadata(place.path("file")).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid()), (1234, 77));
+    // And the thread is root again, with all that root keeps.
     machine.user = (0, 0);
-    machine.ok(fuse::CREATE, ROOT, &body);
-    assert_eq!(fs::metadata(place.path("file")).unwrap().uid(), 0);
+    let (node, _) = machine.create("root's", libc::O_RDWR, 0o644);
+    assert_eq!(fs::metadata(place.path("root's")).unwrap().uid(), 0);
+    // FATTR_UID.
+    let mut chown = words([1 << 1, 0]);
+    chown.extend([0; 68]);
+    chown.extend(words([5, 0, 0]));
+    machine.ok(fuse::SETATTR, node, &chown);
+    assert_eq!(fs::metadata(place.path("root's")).unwrap().uid(), 5);
+    let body = fuse::create(libc::O_RDWR | libc::O_CREAT, 0o644, "file");
     machine.user = (u32::MAX, u32::MAX);
     assert_eq!(machine.error(fuse::CREATE, ROOT, &body), libc::EINVAL);
 }

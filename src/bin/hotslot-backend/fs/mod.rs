@@ -73,7 +73,7 @@ pub struct Args {
     #[arg(long, value_name = "TAG", default_value = "share", value_parser = parse_tag)]
     tag: Tag,
 
-    /// Size of the DAX window, a multiple of 2M; 0 for none. It costs the guest 1/64 of that in memory
+    /// Size of the DAX window, a multiple of 2M; 0 for none, and then no DAX. It costs the guest 1/64 of that in memory
     #[arg(long, value_name = "SIZE", default_value = "8G", value_parser = parse_window)]
     window: u64,
 

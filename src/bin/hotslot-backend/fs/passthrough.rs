@@ -7,9 +7,9 @@
 //! itself, with an O_PATH descriptor, and what cannot be done with that is done with its number in `/proc/self/fd`:
 //! never with a name, which may mean another file by then. Only regular files and directories are opened.
 //!
-//! Who may do what is checked by the guest's kernel, which knows the modes and owners of the files. The host's checks us:
-//! an ordinary user, who can do what that user can, or root; then files are created as the guest's user, with whose rights
-//! the host's kernel also judges that.
+//! Who may do what is checked by the guest's kernel, which knows the modes and owners of the files, and its users' groups. The
+//! host's checks us: an ordinary user, who can do what that user can, or root; then files are created as the guest's user,
+//! whose they are.
 
 use std::ffi::CStr;
 use std::fs::{File, Metadata};
@@ -59,7 +59,7 @@ const OPEN_FLAGS: OFlags = OFlags::RWMODE
 /// How long the guest may believe what it was told.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Cache {
-    /// The guest asks each time and caches no data
+    /// The guest asks each time and caches no data; without DAX it cannot share memory through a file
     None,
     /// Names and attributes for a second; data until a file is opened after it changed
     Auto,
@@ -232,6 +232,8 @@ impl Directory {
         // The group first: without our user we could not.
         rustix::thread::set_thread_res_gid(None, Gid::from_raw(context.gid), None)?;
         rustix::thread::set_thread_res_uid(None, Uid::from_raw(context.uid), None)?;
+        // We do not know all groups of that user, and the guest's kernel has agreed.
+        set_capability(CapabilitySet::DAC_OVERRIDE, true)?;
         Ok(Some(acting))
     }
 
@@ -553,7 +555,6 @@ impl FileSystem for Directory {
                 let entry = self.find(&parent, name)?;
                 let opened = self.inodes.get(entry.inode).and_then(|inode| {
                     let _dropped = self.drop_setid(args.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0)?;
-                    let _acting = self.act_as(context)?;
                     self.open_inode(&inode, flags)
                 });
                 // The lookup is not answered then.
@@ -796,7 +797,7 @@ struct ActingAs;
 
 impl Drop for ActingAs {
     fn drop(&mut self) {
-        // Our real user is what it was, so both are allowed; if not, the thread has fewer rights than it should.
+        // Our real user is what it was, so both are allowed, and bring the capabilities back; if not, the thread has fewer rights than it should.
         let _ = rustix::thread::set_thread_res_uid(None, Uid::ROOT, None);
         let _ = rustix::thread::set_thread_res_gid(None, Gid::ROOT, None);
     }
@@ -811,7 +812,7 @@ impl Directory {
         if !wanted || !self.root.acts_as_guest {
             return Ok(None);
         }
-        set_setid(false)?;
+        set_capability(CapabilitySet::FSETID, false)?;
         Ok(Some(WithoutSetid))
     }
 }
@@ -819,16 +820,15 @@ impl Directory {
 impl Drop for WithoutSetid {
     fn drop(&mut self) {
         // It is permitted, so this cannot fail; if it did, fewer bits would be set than the guest asked for.
-        let _ = set_setid(true);
+        let _ = set_capability(CapabilitySet::FSETID, true);
     }
 }
 
-fn set_setid(on: bool) -> rustix::io::Result<()> {
+/// Of this thread, and where it is permitted.
+fn set_capability(capability: CapabilitySet, on: bool) -> rustix::io::Result<()> {
     let mut sets = rustix::thread::capabilities(None)?;
-    sets.effective.set(
-        CapabilitySet::FSETID,
-        on && sets.permitted.contains(CapabilitySet::FSETID),
-    );
+    sets.effective
+        .set(capability, on && sets.permitted.contains(capability));
     rustix::thread::set_capabilities(None, sets)
 }
 
