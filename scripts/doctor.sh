@@ -18,6 +18,7 @@ TOOLS=(
     'zstd zstd unpacking the guest kernel'
     'xz xz-utils unpacking its modules'
     'mkfs.ext4 e2fsprogs disks for guests'
+    'fio fio verified writes of the tests'
     'cc gcc linking'
 )
 MEMORY_MIB=3072

@@ -64,7 +64,7 @@ kvm_opens() { (: <>/dev/kvm) 2>/dev/null; }
 # What the tests that boot Linux need. Says itself what is missing and cannot be installed; what needs it then fails by
 # itself.
 linux_tools() {
-    (need busybox:busybox-static cpio:cpio depmod:kmod mkfs.ext4:e2fsprogs debugfs:e2fsprogs \
+    (need busybox:busybox-static cpio:cpio depmod:kmod mkfs.ext4:e2fsprogs debugfs:e2fsprogs fio:fio \
         qemu-storage-daemon:qemu-system-common) || true
     [[ $(host_kind) == kvm ]] || (need qemu-system-x86_64:qemu-system-x86) || true
 }

@@ -8,8 +8,8 @@
 #
 #   quick              only what needs no Linux guest and no fuzzing
 #   long               with what takes hours: a million random operations against the model, ten minutes of endurance for
-#                      each kind of guest, all the mappings that one device can have, a quarter of an hour for each fuzz
-#                      target
+#                      each kind of guest, all the mappings that one device can have, a file of 3 GiB through a window
+#                      of 256 MiB, a quarter of an hour for each fuzz target
 #
 # A step that fails does not stop those after it. The last line is 'N passed, N failed', in which format, lints,
 # documentation, shell scripts, contract and fuzzing count as one test each, and so does a step that could not run; the
@@ -29,7 +29,7 @@ main() {
     quick) quick=1 ;;
     long)
         long=1
-        export HOTSLOT_MODEL_OPERATIONS=1000000 HOTSLOT_ENDURANCE_SECONDS=600
+        export HOTSLOT_MODEL_OPERATIONS=1000000 HOTSLOT_ENDURANCE_SECONDS=600 HOTSLOT_FS_FILE_MIB=3072
         fuzz_seconds=900
         ;;
     '') ;;

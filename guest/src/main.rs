@@ -10,6 +10,7 @@
 mod board;
 mod boot;
 mod console;
+mod files;
 mod finish;
 mod hammer;
 mod lab;

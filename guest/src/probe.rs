@@ -9,10 +9,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::ExitCode;
 
 use crate::parameters::number;
-use crate::{Outcome, hammer};
+use crate::{Outcome, files, hammer};
 
 const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | direct-io FILE DISK | mem-read ADDRESS LENGTH | \
-                     mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | panic";
+                     mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | panic | files DIR | fill FILE MIB | \
+                     sum FILE read|map | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
+                     xattr FILE NAME";
 
 /// The size of a page on x86_64.
 pub const PAGE: usize = 4096;
@@ -33,6 +35,13 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["mem-write", address, bytes] => mem_write(address, bytes),
         ["hammer", window, board] => hammer(window, board),
         ["panic"] => panic_kernel(),
+        ["files", directory] => files::all(directory),
+        ["fill", file, mib] => files::fill(file, mib),
+        ["sum", file, how @ ("read" | "map")] => files::sum(file, *how == "map"),
+        ["watch", file] => files::watch(file),
+        ["turns", file, who @ ("first" | "second")] => files::turns(file, *who == "first"),
+        ["direct", file, disk, how @ ("write" | "read")] => files::direct(file, disk, *how == "write"),
+        ["xattr", file, name] => files::xattr(file, name),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -52,15 +61,24 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
 
 /// Memory of this process, or of the machine, mapped until this value is dropped.
 pub struct Mapping {
-    start: *mut u8,
-    length: usize,
+    pub start: *mut u8,
+    pub length: usize,
 }
 
 impl Mapping {
-    /// `mmap`, wherever the kernel wants it; without a file, anonymous.
+    /// `mmap` to read and write, wherever the kernel wants it; without a file, anonymous.
     fn new(length: usize, flags: libc::c_int, file: Option<(&File, i64)>) -> io::Result<Mapping> {
+        Mapping::with(libc::PROT_READ | libc::PROT_WRITE, length, flags, file)
+    }
+
+    /// The same with the protection that is given.
+    pub fn with(
+        protection: libc::c_int,
+        length: usize,
+        flags: libc::c_int,
+        file: Option<(&File, i64)>,
+    ) -> io::Result<Mapping> {
         let (descriptor, offset) = file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing of ours.
         let start = unsafe {
             libc::mmap(

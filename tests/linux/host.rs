@@ -16,6 +16,9 @@ const BACKEND: &str = env!("CARGO_BIN_EXE_hotslot-backend");
 /// How long the endurance test is to be, where it shall not be short.
 pub const ENDURANCE: &str = "HOTSLOT_ENDURANCE_SECONDS";
 
+/// How many MiB the file has that is read through a small window, where it shall not be small.
+pub const FS_FILE_MIB: &str = "HOTSLOT_FS_FILE_MIB";
+
 /// Where sessions leave their files.
 const FILES: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/linux");
 
@@ -45,6 +48,8 @@ struct House {
     kernel: PathBuf,
     /// The initramfs of all guests.
     image: PathBuf,
+    /// The program of `guest/`, for its probes: some look from the host's side.
+    init: PathBuf,
 }
 
 static HOUSE: LazyLock<House> = LazyLock::new(|| {
@@ -60,7 +65,13 @@ static HOUSE: LazyLock<House> = LazyLock::new(|| {
     let mut arguments = vec!["-o", image.to_str().unwrap(), "--file", &scripts];
     arguments.extend(MODULES.iter().flat_map(|module| ["--module", module]));
     stdout("scripts/image.sh", &arguments);
-    House { kind, kernel, image }
+    let init = PathBuf::from(stdout("bash", &["-c", ". scripts/lib.sh; guest_init"]));
+    House {
+        kind,
+        kernel,
+        image,
+        init,
+    }
 });
 
 /// The program of another of the project's tests, built as this one is: what needs no Linux runs on a host with KVM, too.
@@ -83,6 +94,14 @@ pub fn test_program(name: &str) -> PathBuf {
         .filter(|line| line.contains(r#""kind":["test"]"#))
         .find_map(|line| line.split_once(r#""executable":""#)?.1.split('"').next());
     PathBuf::from(path.unwrap_or_else(|| panic!("cargo built no {name}:\n{messages}")))
+}
+
+/// A program that is installed, of this package of Debian's.
+pub fn installed_program(name: &str, package: &str) -> PathBuf {
+    let find = format!(
+        "command -v {name} || {{ echo missing: {name}, of Debian\\'s package {package} >&2; exit 1; }}"
+    );
+    PathBuf::from(stdout("sh", &["-c", &find]))
 }
 
 /// Runs a command of the project's and gives what it printed, without the last newline.
@@ -207,6 +226,15 @@ impl Session {
         }
     }
 
+    /// What the session's script found on its own side, as if a guest had said it.
+    pub fn host(&self) -> Guest {
+        Guest {
+            status: 0,
+            out: self.text("host.out"),
+            err: self.said.clone(),
+        }
+    }
+
     /// A file that the session wrote.
     pub fn file(&self, name: &str) -> Vec<u8> {
         let path = self.out.join(name);
@@ -247,10 +275,16 @@ impl House {
             ("OUT", out.to_owned()),
             ("INPUT", out.join("input")),
         ];
-        let own = [("HOTSLOT", HOTSLOT.into()), ("BACKEND", BACKEND.into())];
+        let own = [
+            ("HOTSLOT", HOTSLOT.into()),
+            ("BACKEND", BACKEND.into()),
+            ("INIT", self.init.clone()),
+        ];
         let programs = [&own, programs].concat();
         variables.extend_from_slice(&programs);
-        variables.extend(std::env::var_os(ENDURANCE).map(|seconds| (ENDURANCE, seconds.into())));
+        for name in [ENDURANCE, FS_FILE_MIB] {
+            variables.extend(std::env::var_os(name).map(|value| (name, value.into())));
+        }
         let mut command = match self.kind {
             Kind::Kvm => {
                 let mut command = Command::new("timeout");

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
+mod fs;
 mod host;
 
 use std::path::Path;

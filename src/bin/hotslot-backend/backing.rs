@@ -1,12 +1,12 @@
 //! The file that is a device's memory: which files can be, and how much of one is mapped.
 //!
-//! Called by `pmem`, once, before it listens.
+//! Called by `pmem`, once, before it listens; `blk` opens its file here, too.
 
 use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use hotslot::size::parse as parse_size;
@@ -37,12 +37,12 @@ pub struct Args {
     read_only: bool,
 }
 
-/// Why a file cannot be the memory.
+/// Why a file cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("there is no file {path:?}")]
     NoFile { path: PathBuf, read_only: bool },
-    #[error("{path:?} is a {kind}; only a regular file can be mapped into a guest as its memory")]
+    #[error("{path:?} is a {kind}; only a regular file can be served")]
     NotRegular { path: PathBuf, kind: &'static str },
     #[error("{path:?} is empty, so the memory would have no size")]
     Empty { path: PathBuf, read_only: bool },
@@ -102,26 +102,7 @@ impl Backing {
         if let Some(size) = args.size.filter(|size| *size == 0 || size % PAGE != 0) {
             return Err(Error::BadSize(size));
         }
-        // Looked at before it is opened: opening a FIFO waits, and opening a device may do anything.
-        let create = match fs::metadata(&path) {
-            Ok(metadata) => {
-                if let Some(kind) = kind_if_not_regular(metadata.file_type()) {
-                    return Err(Error::NotRegular { path, kind });
-                }
-                false
-            }
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("look at")(e)),
-            Err(_) if read_only || args.size.is_none() => {
-                return Err(Error::NoFile { path, read_only });
-            }
-            Err(_) => true,
-        };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .create(create)
-            .open(&path)
-            .map_err(failed(if read_only { OPEN_READ } else { OPEN_WRITE }))?;
+        let file = open_file(&path, read_only, !read_only && args.size.is_some())?;
         let mut file_len = file.metadata().map_err(failed("look at"))?.len();
 
         let size = match args.size {
@@ -177,6 +158,40 @@ impl Display for Backing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:?}, {} bytes, {}", self.path, self.size, self.access())
     }
+}
+
+/// Opens a regular file, for reading only or for writing, too; creates it where `create` says so.
+///
+/// # Errors
+///
+/// See [`Error`].
+pub fn open_file(path: &Path, read_only: bool, create: bool) -> Result<File, Error> {
+    let failed = |what| {
+        let path = path.to_owned();
+        move |source| Error::File { what, path, source }
+    };
+    // Looked at before it is opened: opening a FIFO waits, and opening a device may do anything.
+    let missing = match fs::metadata(path) {
+        Ok(metadata) => {
+            if let Some(kind) = kind_if_not_regular(metadata.file_type()) {
+                let path = path.to_owned();
+                return Err(Error::NotRegular { path, kind });
+            }
+            false
+        }
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("look at")(e)),
+        Err(_) if !create => {
+            let path = path.to_owned();
+            return Err(Error::NoFile { path, read_only });
+        }
+        Err(_) => true,
+    };
+    OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .create(missing)
+        .open(path)
+        .map_err(failed(if read_only { OPEN_READ } else { OPEN_WRITE }))
 }
 
 fn kind_if_not_regular(kind: fs::FileType) -> Option<&'static str> {

@@ -7,10 +7,9 @@
 //! The mapping is asked for inside SET_MEM_TABLE, the one message of a start that the `vhost-user-backend` crate
 //! passes on, so that it exists before the driver sees the device run. A front-end drops it at a device reset.
 
-use std::fmt::Display;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -19,14 +18,14 @@ use vhost::vhost_user::{
     Backend, Error as ProtocolError, VhostUserFrontendReqHandler, VhostUserProtocolFeatures,
     VhostUserVirtioFeatures,
 };
-use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
+use vhost_user_backend::{VhostUserBackend, VringMutex};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{DescriptorChain, Error as QueueError, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard, GuestMemoryMmap, Le32};
+use vm_memory::{GuestAddressSpace, Le32};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::backing::{self, Backing};
+use crate::requests::{Request, Requests, lock, session_has_ended};
 use crate::server::{self, Memory};
 use hotslot::report::say;
 
@@ -50,9 +49,6 @@ const QUEUE_SIZE: usize = 1024;
 /// How long SET_MEM_TABLE waits for the answer to SHMEM_MAP. A front-end that serves our requests only once it has
 /// the answer to its own gets that answer after this time, and the mapping a moment later.
 const MAP_PATIENCE: Duration = Duration::from_secs(2);
-
-/// A guest can be wrong as often as it likes; it is not given the whole of stderr.
-const MAX_COMPLAINTS: u32 = 10;
 
 /// Persistent memory whose contents are a regular file (VIRTIO pmem)
 ///
@@ -113,35 +109,29 @@ pub fn run(args: &Args) -> Result<(), Error> {
     Ok(())
 }
 
-type Request = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
-
 /// The device, for one front-end.
 ///
 /// The session's thread calls everything but `handle_event`, which runs on the crate's worker thread.
 struct Pmem {
     backing: Backing,
     memory: Memory,
+    requests: Requests,
     /// Our requests to the front-end. Held only to copy the handle, never while an answer is awaited.
     channel: Mutex<Option<Backend>>,
-    /// Held by the worker while it answers requests, and taken by whoever has to know that it is done. Innermost
-    /// after it: the crate's lock of the queue.
-    answering: Mutex<()>,
     /// Whether the mapping was made and no reset was told since.
     mapped: Arc<AtomicBool>,
     was_asked: AtomicBool,
-    complaints: AtomicU32,
 }
 
 impl Pmem {
     fn new(backing: Backing, memory: Memory) -> Self {
         Pmem {
             backing,
+            requests: Requests::new(NAME, memory.clone()),
             memory,
             channel: Mutex::new(None),
-            answering: Mutex::new(()),
             mapped: Arc::default(),
             was_asked: AtomicBool::new(false),
-            complaints: AtomicU32::new(0),
         }
     }
 
@@ -204,41 +194,6 @@ impl Pmem {
         }
     }
 
-    /// Answers what is in the request queue, and waits for nothing more.
-    fn answer_requests(&self, vring: &VringMutex) -> Result<(), QueueError> {
-        while let Some(request) = self.next_request(vring)? {
-            let head = request.head_index();
-            let written = self.answer(request);
-            let mut state = vring.get_mut();
-            state.add_used(head, written)?;
-            if state.needs_notification()? {
-                if let Err(e) = state.signal_used_queue() {
-                    self.complain(format_args!("cannot signal the guest: {e}"));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The next request, unless the queue is stopped or empty. When it is empty, the driver notifies us of the next.
-    fn next_request(&self, vring: &VringMutex) -> Result<Option<Request>, QueueError> {
-        let mut state = vring.get_mut();
-        if !state.is_enabled() || !state.get_queue().ready() {
-            return Ok(None);
-        }
-        // Twice, because a request may arrive before notifications are on. A third time would find nothing new, and
-        // a guest whose ring lies half outside its memory would keep us here for ever.
-        for _ in 0..2 {
-            if let Some(request) = state.get_queue_mut().iter(self.memory.memory())?.next() {
-                return Ok(Some(request));
-            }
-            if !state.enable_notification()? {
-                return Ok(None);
-            }
-        }
-        Err(QueueError::InvalidAvailRingIndex)
-    }
-
     /// Executes a request. Returns how many bytes of its buffers were written.
     ///
     /// `struct virtio_pmem_req { le32 type; }`, readable, then `struct virtio_pmem_resp { le32 ret; }`, writable, in
@@ -248,11 +203,12 @@ impl Pmem {
         let mut answer = match request.clone().writer(&memory) {
             Ok(answer) if answer.available_bytes() >= size_of::<Le32>() => answer,
             Ok(_) => {
-                self.complain("a request has no room for its answer");
+                self.requests.complain("a request has no room for its answer");
                 return 0;
             }
             Err(e) => {
-                self.complain(format_args!("the answer of a request has no valid place: {e}"));
+                self.requests
+                    .complain(format_args!("the answer of a request has no valid place: {e}"));
                 return 0;
             }
         };
@@ -262,25 +218,28 @@ impl Pmem {
         {
             Ok(Ok(kind)) if kind.to_native() == VIRTIO_PMEM_REQ_TYPE_FLUSH => self.flush(),
             Ok(Ok(kind)) => {
-                self.complain(format_args!(
+                self.requests.complain(format_args!(
                     "a request has the unknown type {}",
                     kind.to_native()
                 ));
                 RET_FAILED
             }
             Ok(Err(e)) => {
-                self.complain(format_args!("a request is too short: {e}"));
+                self.requests
+                    .complain(format_args!("a request is too short: {e}"));
                 RET_FAILED
             }
             Err(e) => {
-                self.complain(format_args!("a request is not in the guest's memory: {e}"));
+                self.requests
+                    .complain(format_args!("a request is not in the guest's memory: {e}"));
                 RET_FAILED
             }
         };
         match answer.write_obj(Le32::from(ret)) {
             Ok(()) => size_of::<Le32>() as u32,
             Err(e) => {
-                self.complain(format_args!("cannot write an answer: {e}"));
+                self.requests
+                    .complain(format_args!("cannot write an answer: {e}"));
                 0
             }
         }
@@ -294,19 +253,10 @@ impl Pmem {
         match self.backing.file.sync_data() {
             Ok(()) => RET_OK,
             Err(e) => {
-                self.complain(format_args!("cannot flush {:?}: {e}", self.backing.path));
+                self.requests
+                    .complain(format_args!("cannot flush {:?}: {e}", self.backing.path));
                 RET_FAILED
             }
-        }
-    }
-
-    fn complain(&self, what: impl Display) {
-        match self.complaints.fetch_add(1, Ordering::Relaxed) {
-            n if n < MAX_COMPLAINTS => say(format_args!("{NAME}: {what}")),
-            MAX_COMPLAINTS => say(format_args!(
-                "{NAME}: no more complaints about this front-end's guest"
-            )),
-            _ => {}
         }
     }
 }
@@ -318,10 +268,6 @@ fn map_failure(error: &io::Error) -> String {
         Some(ProtocolError::PartialMessage) => "the front-end closed the channel".to_owned(),
         _ => error.to_string(),
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl server::Device for Pmem {
@@ -399,13 +345,13 @@ impl VhostUserBackend for Pmem {
 
     /// Called at GET_VRING_BASE, with the queue stopped: returns when nothing of it is in flight.
     fn stop_vring(&self, _index: u32) -> io::Result<()> {
-        drop(lock(&self.answering));
+        self.requests.wait();
         Ok(())
     }
 
     /// Called at RESET_DEVICE, with the queue disabled. The front-end removes the mapping.
     fn reset_device(&self) {
-        drop(lock(&self.answering));
+        self.requests.wait();
         self.mapped.store(false, Ordering::Release);
     }
 
@@ -417,13 +363,10 @@ impl VhostUserBackend for Pmem {
     fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], _: usize) -> io::Result<()> {
         match (event, vrings.first()) {
             (REQUEST_QUEUE, Some(vring)) => {
-                let _answering = lock(&self.answering);
-                if let Err(e) = self.answer_requests(vring) {
-                    self.complain(format_args!("the request queue is broken: {e}"));
-                }
+                self.requests.answer(vring, |request| self.answer(request));
                 Ok(())
             }
-            _ => Err(io::Error::other("the session has ended")),
+            _ => Err(session_has_ended()),
         }
     }
 }

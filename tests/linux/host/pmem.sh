@@ -3,8 +3,8 @@
 # shellcheck source=tests/linux/host/lib.sh
 . "${0%/*}/lib.sh"
 
-backend disk0 --file "$OUT/disk0.img"
-backend disk1 --file "$OUT/disk1.img" --read-only
+backend disk0 pmem --file "$OUT/disk0.img"
+backend disk1 pmem --file "$OUT/disk1.img" --read-only
 open_keyboard
 guest pmem -k "$VMLINUX" --debug-exit -c "$DEBUG_EXIT -- sh /test/pmem.sh" \
     --vhost-user "$OUT/disk0.sock,type=pmem,name=disk0" --vhost-user "$OUT/disk1.sock,type=pmem,name=disk1" \

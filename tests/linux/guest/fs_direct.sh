@@ -1,0 +1,16 @@
+# shellcheck shell=sh
+# Runs in a guest with a share and a disk: a file goes to the disk and comes back into another, both by O_DIRECT from and to where the
+# files are mapped.
+mkdir -p /mnt
+mount -t virtiofs -o dax=always share /mnt || exit 1
+echo "size: $(cat /sys/block/vda/size)"
+echo "serial: $(cat /sys/block/vda/serial)"
+probe direct /mnt/file /dev/vda write 2>&1
+probe direct /mnt/back /dev/vda read 2>&1
+# Both devices go on.
+echo "share: $(probe sum /mnt/file map | cut -d ' ' -f 3-6)"
+dd if=/dev/zero of=/dev/vda bs=64k seek=128 count=1 oflag=direct 2>/dev/null && echo 'disk: written'
+dd if=/dev/vda of=/dev/null bs=64k count=1 iflag=direct 2>/dev/null && echo 'disk: read'
+umount /mnt
+dmesg -r | grep '^<[0-4]>' | sed 's/^/dmesg: /'
+exit 0

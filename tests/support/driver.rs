@@ -1,0 +1,166 @@
+//! A front-end of the `vhost` crate, and the guest behind it: its memory, its driver with one queue, made by hand.
+
+#![allow(dead_code)] // Not every test program uses all of it.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::program::{Backend, wait_until};
+
+pub const MIB: u64 = 1 << 20;
+
+pub const INDIRECT_DESC: u64 = 1 << 28;
+pub const EVENT_IDX: u64 = 1 << 29;
+pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+pub const VERSION_1: u64 = 1 << 32;
+
+pub const REPLY_ACK: u64 = 1 << 3;
+pub const CONFIG: u64 = 1 << 9;
+pub const RESET_DEVICE: u64 = 1 << 13;
+
+/// Where the front-end claims to have the guest's memory; only the differences matter.
+pub const USER_ADDRESS: u64 = 0x7000_0000_0000;
+pub const RAM: u64 = MIB;
+pub const QUEUE_SIZE: u16 = 8;
+pub const DESCRIPTORS: u64 = 0x1000;
+pub const AVAIL: u64 = 0x2000;
+pub const USED: u64 = 0x3000;
+pub const INDIRECT: u64 = 0x4000;
+
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const TABLE: u16 = 4;
+
+/// A front-end and the guest behind it.
+pub struct Driver {
+    pub front_end: Frontend,
+    pub features: u64,
+    pub ram_file: File,
+    pub ram: GuestMemoryMmap,
+    pub kick: EventFd,
+    pub call: EventFd,
+    pub avail: u16,
+    /// Where the available ring is.
+    pub avail_ring: u64,
+}
+
+impl Driver {
+    /// Negotiates as a front-end does before there is a driver.
+    pub fn connect(backend: &Backend, features: u64, protocol_features: u64) -> Self {
+        let mut front_end = Frontend::from_stream(backend.connect(), 1);
+        front_end.set_owner().unwrap();
+        front_end.get_features().unwrap();
+        front_end.get_protocol_features().unwrap();
+        front_end
+            .set_protocol_features(VhostUserProtocolFeatures::from_bits(protocol_features).unwrap())
+            .unwrap();
+        if protocol_features & REPLY_ACK != 0 {
+            front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        let ram_file = tempfile::tempfile().unwrap();
+        ram_file.set_len(RAM).unwrap();
+        let range = (
+            GuestAddress(0),
+            RAM as usize,
+            Some(FileOffset::new(ram_file.try_clone().unwrap(), 0)),
+        );
+        Driver {
+            front_end,
+            features: features | PROTOCOL_FEATURES,
+            ram_file,
+            ram: GuestMemoryMmap::from_ranges_with_files([range]).unwrap(),
+            kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            avail: 0,
+            avail_ring: AVAIL,
+        }
+    }
+
+    /// What the memory table says of the guest's memory.
+    pub fn ram_region(&self) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: RAM,
+            userspace_addr: USER_ADDRESS,
+            mmap_offset: 0,
+            mmap_handle: self.ram_file.as_raw_fd(),
+        }
+    }
+
+    /// The rest of the start.
+    pub fn start_queue(&mut self) {
+        let config = VringConfigData {
+            queue_max_size: QUEUE_SIZE,
+            queue_size: QUEUE_SIZE,
+            flags: 0,
+            desc_table_addr: USER_ADDRESS + DESCRIPTORS,
+            used_ring_addr: USER_ADDRESS + USED,
+            avail_ring_addr: USER_ADDRESS + self.avail_ring,
+            log_addr: None,
+        };
+        self.front_end.set_vring_num(0, QUEUE_SIZE).unwrap();
+        self.front_end.set_vring_addr(0, &config).unwrap();
+        self.front_end.set_vring_base(0, self.avail).unwrap();
+        self.front_end.set_vring_call(0, &self.call).unwrap();
+        self.front_end.set_vring_kick(0, &self.kick).unwrap();
+        self.front_end.set_vring_enable(0, true).unwrap();
+    }
+
+    /// The status is zeroed: the rings are stopped and the device is reset.
+    pub fn reset(&mut self) {
+        self.front_end.get_vring_base(0).unwrap();
+        self.front_end.reset_device().unwrap();
+        self.ram
+            .write_slice(&[0; 0x6000], GuestAddress(DESCRIPTORS))
+            .unwrap();
+        self.avail = 0;
+    }
+
+    pub fn descriptor_at(&self, table: u64, index: u16, (address, len, flags, next): (u64, u32, u16, u16)) {
+        let mut bytes = Vec::new();
+        bytes.extend(address.to_le_bytes());
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        self.ram
+            .write_slice(&bytes, GuestAddress(table + 16 * u64::from(index)))
+            .unwrap();
+    }
+
+    pub fn descriptor(&self, index: u16, descriptor: (u64, u32, u16, u16)) {
+        self.descriptor_at(DESCRIPTORS, index, descriptor);
+    }
+
+    pub fn used_index(&self) -> u16 {
+        self.ram.read_obj(GuestAddress(USED + 2)).unwrap()
+    }
+
+    /// Makes the chain that starts at descriptor `head` available, and notifies.
+    pub fn offer(&mut self, head: u16) {
+        let slot = u64::from(self.avail % QUEUE_SIZE);
+        self.ram
+            .write_obj(head, GuestAddress(self.avail_ring + 4 + 2 * slot))
+            .unwrap();
+        self.avail += 1;
+        self.ram
+            .write_obj(self.avail, GuestAddress(self.avail_ring + 2))
+            .unwrap();
+        self.kick.write(1).unwrap();
+    }
+
+    /// The chain at `head` comes back: how many bytes were written.
+    pub fn await_used(&mut self, head: u16) -> u32 {
+        wait_until("a used buffer", || self.used_index() == self.avail);
+        wait_until("a call", || self.call.read().is_ok());
+        let slot = u64::from((self.avail - 1) % QUEUE_SIZE);
+        let [id, written]: [u32; 2] = self.ram.read_obj(GuestAddress(USED + 4 + 8 * slot)).unwrap();
+        assert_eq!(id, u32::from(head));
+        written
+    }
+}
