@@ -18,7 +18,7 @@ use crate::sys::c_string;
 const MIB: usize = 1 << 20;
 
 /// Why something does not work: where, and what.
-fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> String {
+pub fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> String {
     let sentence = format!("cannot {what} {}", path.display());
     move |error| format!("{sentence}: {error}")
 }
@@ -46,7 +46,7 @@ fn open(path: &Path) -> Outcome<File> {
     options.open(path).map_err(failed("open", path))
 }
 
-fn map(file: &File, path: &Path, writable: bool, flags: libc::c_int) -> Outcome<Mapping> {
+pub fn map(file: &File, path: &Path, writable: bool, flags: libc::c_int) -> Outcome<Mapping> {
     let length = file.metadata().map_err(failed("look at", path))?.len() as usize;
     let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
     Mapping::with(protection, length, flags, Some((file, 0))).map_err(failed("map", path))

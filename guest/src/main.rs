@@ -17,6 +17,7 @@ mod lab;
 mod modules;
 mod parameters;
 mod probe;
+mod speed;
 mod sys;
 
 use std::ffi::OsString;

@@ -9,12 +9,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::ExitCode;
 
 use crate::parameters::number;
-use crate::{Outcome, files, hammer};
+use crate::{Outcome, files, hammer, speed};
 
 const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | direct-io FILE DISK | mem-read ADDRESS LENGTH | \
                      mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | panic | files DIR | fill FILE MIB | \
                      sum FILE read|map | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
-                     xattr FILE NAME";
+                     xattr FILE NAME | speed memory MIB | speed mapped|read|pages FILE";
 
 /// The size of a page on x86_64.
 pub const PAGE: usize = 4096;
@@ -42,6 +42,10 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["turns", file, who @ ("first" | "second")] => files::turns(file, *who == "first"),
         ["direct", file, disk, how @ ("write" | "read")] => files::direct(file, disk, *how == "write"),
         ["xattr", file, name] => files::xattr(file, name),
+        ["speed", "memory", mib] => speed::memory(mib),
+        ["speed", "mapped", file] => speed::mapped(file),
+        ["speed", "read", file] => speed::read(file),
+        ["speed", "pages", file] => speed::first_pages(file),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -67,7 +71,7 @@ pub struct Mapping {
 
 impl Mapping {
     /// `mmap` to read and write, wherever the kernel wants it; without a file, anonymous.
-    fn new(length: usize, flags: libc::c_int, file: Option<(&File, i64)>) -> io::Result<Mapping> {
+    pub fn new(length: usize, flags: libc::c_int, file: Option<(&File, i64)>) -> io::Result<Mapping> {
         Mapping::with(libc::PROT_READ | libc::PROT_WRITE, length, flags, file)
     }
 
