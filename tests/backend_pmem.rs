@@ -628,11 +628,16 @@ fn a_broken_ring_is_survived() {
     machine.avail_ring = AVAIL;
     machine.start_queue();
 
-    // A head that is no descriptor: there is nothing to give back.
+    // A head that is no descriptor: there is nothing to give back. The request behind it comes with the same kick.
+    machine.front_end.set_vring_enable(0, false).unwrap();
     machine.offer(QUEUE_SIZE);
-    wait_until("a third complaint", || {
-        backend.stderr().matches("queue is broken").count() >= 3
-    });
+    machine.buffers(0);
+    machine.descriptor(0, (REQUEST, 4, NEXT, 1));
+    machine.descriptor(1, (ANSWER, 4, WRITE, 0));
+    machine.offer(0);
+    machine.front_end.set_vring_enable(0, true).unwrap();
+    wait_until("the one that can be given back", || machine.used_index() == 1);
+    backend.wait_for("request 8 cannot be handed back");
     machine.reset();
     machine.map(0);
     machine.start_queue();

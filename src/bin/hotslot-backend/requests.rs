@@ -1,7 +1,8 @@
 //! The requests in a virtqueue, one after another (VIRTIO 1.2, section 2.7), and complaints about those that are wrong.
 //!
-//! Called by the devices whose requests are answered at once, on the crate's worker thread.
+//! [`Requests`] is for the devices whose requests are answered at once, on the crate's worker thread; the rest is for all.
 
+use std::error::Error;
 use std::fmt::Display;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,24 +21,50 @@ pub type Request = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
 /// A guest can be wrong as often as it likes; it is not given the whole of stderr.
 const MAX_COMPLAINTS: u32 = 10;
 
+/// What is wrong with a front-end or its guest, on stderr, a few times.
+pub struct Complaints {
+    device: &'static str,
+    said: AtomicU32,
+}
+
+impl Complaints {
+    /// `device` is for messages.
+    pub fn of(device: &'static str) -> Self {
+        Complaints {
+            device,
+            said: AtomicU32::new(0),
+        }
+    }
+
+    /// Says it, up to a limit.
+    pub fn say(&self, what: impl Display) {
+        let device = self.device;
+        match self.said.fetch_add(1, Ordering::Relaxed) {
+            n if n < MAX_COMPLAINTS => say(format_args!("{device}: {what}")),
+            MAX_COMPLAINTS => say(format_args!(
+                "{device}: no more complaints about this front-end's guest"
+            )),
+            _ => {}
+        }
+    }
+}
+
 /// The requests of a device with one queue.
 pub struct Requests {
-    device: &'static str,
     memory: Memory,
     /// Held while a request is answered, and taken by whoever has to know that it is done. Innermost after it: the
     /// crate's lock of the queue.
     answering: Mutex<()>,
-    complaints: AtomicU32,
+    complaints: Complaints,
 }
 
 impl Requests {
     /// `device` is for messages.
     pub fn new(device: &'static str, memory: Memory) -> Self {
         Requests {
-            device,
             memory,
             answering: Mutex::new(()),
-            complaints: AtomicU32::new(0),
+            complaints: Complaints::of(device),
         }
     }
 
@@ -62,12 +89,9 @@ impl Requests {
             };
             let head = request.head_index();
             let written = answer(request);
-            let mut state = vring.get_mut();
-            state.add_used(head, written)?;
-            if state.needs_notification()? {
-                if let Err(e) = state.signal_used_queue() {
-                    self.complain(format_args!("cannot signal the guest: {e}"));
-                }
+            // The requests behind it may have come with the same kick.
+            if let Err(e) = hand_back(vring, head, written) {
+                self.complain(format_args!("request {head} cannot be handed back: {e}"));
             }
         }
     }
@@ -99,15 +123,22 @@ impl Requests {
 
     /// Says what is wrong with the guest's requests, up to a limit.
     pub fn complain(&self, what: impl Display) {
-        let device = self.device;
-        match self.complaints.fetch_add(1, Ordering::Relaxed) {
-            n if n < MAX_COMPLAINTS => say(format_args!("{device}: {what}")),
-            MAX_COMPLAINTS => say(format_args!(
-                "{device}: no more complaints about this front-end's guest"
-            )),
-            _ => {}
-        }
+        self.complaints.say(what);
     }
+}
+
+/// Hands a request back to the driver, with `written` bytes of answer.
+///
+/// # Errors
+///
+/// A head that is none, a used ring that is not in the guest's memory, a call descriptor that cannot be written.
+pub fn hand_back(vring: &VringMutex, head: u16, written: u32) -> Result<(), Box<dyn Error>> {
+    let mut state = vring.get_mut();
+    state.add_used(head, written)?;
+    if state.needs_notification()? {
+        state.signal_used_queue()?;
+    }
+    Ok(())
 }
 
 /// What `handle_event` returns to end the worker (see [`crate::server::Device::end_event`]).

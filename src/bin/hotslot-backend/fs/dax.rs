@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use vhost::vhost_user::{Backend, Error as ProtocolError, VhostUserFrontendReqHandler};
 
-use super::{Complaints, lock};
+use crate::requests::{Complaints, lock};
 
 /// VIRTIO_FS_SHMCAP_ID_CACHE.
 const SHMID: u8 = 0;

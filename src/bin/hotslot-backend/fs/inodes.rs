@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex};
 
-use super::lock;
+use crate::requests::lock;
 
 /// FUSE_ROOT_ID.
 pub const ROOT: u64 = 1;

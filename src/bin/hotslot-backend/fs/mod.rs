@@ -15,12 +15,11 @@ mod passthrough;
 mod queue;
 mod requests;
 
-use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::VhostUserShMemConfig;
 use vhost::vhost_user::{Backend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -35,6 +34,7 @@ use self::dax::Window;
 use self::passthrough::{Cache, Directory};
 use self::requests::Requester;
 use crate::backing::parse_size;
+use crate::requests::{Complaints, hand_back, lock, session_has_ended};
 use crate::server::{self, Memory};
 use hotslot::report::say;
 
@@ -49,9 +49,6 @@ const MAX_REQUEST_QUEUES: i64 = 32;
 const QUEUE_SIZE: usize = 1024;
 /// Linux wants base and size of the window in units of its memory sections' parts (2 MiB, the sub-section).
 const LINUX_UNIT: u64 = 2 << 20;
-
-/// A guest can be wrong as often as it likes; it is not given the whole of stderr.
-const MAX_COMPLAINTS: u32 = 10;
 
 /// A directory of this machine in the guest (virtio-fs), mapped into it with DAX
 ///
@@ -225,7 +222,7 @@ struct Fs {
 
 impl Fs {
     fn new(settings: &Settings, root: Arc<Root>) -> io::Result<Self> {
-        let complaints = Arc::new(Complaints::default());
+        let complaints = Arc::new(Complaints::of(NAME));
         let window =
             (settings.window != 0).then(|| Arc::new(Window::new(settings.window, Arc::clone(&complaints))));
         let directory = Directory::new(root, settings.read_only, settings.cache, window.clone())?;
@@ -257,7 +254,7 @@ impl Fs {
             let head = request.head_index();
             let written = self.requester.answer(request, &memory);
             // The requests behind it may have come with the same kick.
-            if let Err(e) = queue::done(vring, head, written) {
+            if let Err(e) = hand_back(vring, head, written) {
                 self.complaints
                     .say(format_args!("request {head} cannot be handed back: {e}"));
             }
@@ -369,27 +366,7 @@ impl VhostUserBackend for Fs {
                 }
                 Ok(())
             }
-            _ => Err(io::Error::other("the session has ended")),
+            _ => Err(session_has_ended()),
         }
     }
-}
-
-/// What is wrong with a front-end or its guest, on stderr, a few times.
-#[derive(Default)]
-pub struct Complaints(AtomicU32);
-
-impl Complaints {
-    fn say(&self, what: impl Display) {
-        match self.0.fetch_add(1, Ordering::Relaxed) {
-            n if n < MAX_COMPLAINTS => say(format_args!("{NAME}: {what}")),
-            MAX_COMPLAINTS => say(format_args!(
-                "{NAME}: no more complaints about this front-end's guest"
-            )),
-            _ => {}
-        }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

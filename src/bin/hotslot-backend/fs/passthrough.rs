@@ -38,6 +38,7 @@ use rustix::thread::CapabilitySet;
 use super::confine::Root;
 use super::dax::{Mapping, Window};
 use super::inodes::{Inode, Inodes, Open, Opens, ROOT};
+use crate::requests::lock;
 
 /// The most that one request reads or writes: what is agreed with the guest.
 pub const MAX_IO: u32 = 1 << 20;
@@ -285,7 +286,7 @@ impl Directory {
         let inode = self.inodes.get(node)?;
         let open = self.opens.get(node, handle)?;
         let mut buffer = Vec::with_capacity(size.min(NAMES) as usize);
-        let _position = super::lock(&open.position);
+        let _position = lock(&open.position);
         rustix::fs::seek(&open.file, SeekFrom::Start(offset))?;
         let mut names = RawDir::new(&open.file, buffer.spare_capacity_mut());
         let mut first = true;
@@ -787,7 +788,7 @@ impl FileSystem for Directory {
             // The guest's kernel keeps the position.
             _ => return error(libc::EINVAL),
         };
-        let _position = super::lock(&open.position);
+        let _position = lock(&open.position);
         Ok(rustix::fs::seek(&open.file, position)?)
     }
 }

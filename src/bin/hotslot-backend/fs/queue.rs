@@ -73,17 +73,3 @@ pub fn next(vring: &VringMutex, memory: &Memory) -> Result<Option<Chain>, Box<dy
     }
     Err(Error::InvalidAvailRingIndex.into())
 }
-
-/// Hands a request back to the driver, with `written` bytes of answer.
-///
-/// # Errors
-///
-/// A used ring that is not in the guest's memory, a call descriptor that cannot be written.
-pub fn done(vring: &VringMutex, head: u16, written: u32) -> Result<(), Box<dyn std::error::Error>> {
-    let mut state = vring.get_mut();
-    state.add_used(head, written)?;
-    if state.needs_notification()? {
-        state.signal_used_queue()?;
-    }
-    Ok(())
-}

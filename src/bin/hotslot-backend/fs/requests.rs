@@ -18,10 +18,10 @@ use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writer};
 use fuse_vm_memory::ByteValued;
 
-use super::Complaints;
 use super::dax::{PAGE, Window};
 use super::passthrough::Directory;
 use super::queue::{Chain, Memory};
+use crate::requests::Complaints;
 
 /// Opcodes that are newer than fuse-backend-rs.
 const FUSE_SYNCFS: u32 = 50;
