@@ -19,9 +19,11 @@ const DESCRIPTOR_LEN: usize = 16;
 
 /// The faults that the processor took.
 const TAKEN: &str = "pf_taken";
-/// What became of them: a page was mapped, the access was emulated, it had been resolved meanwhile, or is the guest's.
-/// None of it counts the faults that are to be tried again.
-const RESOLVED: [&str; 5] = ["pf_fixed", "pf_emulate", "pf_spurious", "pf_fast", "pf_guest"];
+/// What became of them: a page was mapped, the access was emulated, or it had been resolved meanwhile. None of it counts the
+/// faults that are to be tried again. Nor is `pf_guest` among them, the faults that KVM passed on to the guest: it also counts each
+/// time that KVM tells Linux to run something else until a page is there (KVM_FEATURE_ASYNC_PF), which may be never. (Without
+/// nested page tables the guest's own faults look unresolved then. It costs looks for missing pages, and nothing else.)
+const RESOLVED: [&str; 4] = ["pf_fixed", "pf_emulate", "pf_spurious", "pf_fast"];
 
 /// Counts the faults that KVM could not resolve: it lets the processor wait and try again.
 pub struct FaultCount {

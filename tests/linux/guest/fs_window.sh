@@ -20,7 +20,7 @@ cp -r /mnt/fio /tmp/fio
 fio() { /tmp/fio/ld-linux-x86-64.so.2 --library-path /tmp/fio /tmp/fio/fio "$@"; }
 for engine in mmap psync; do
     fio --name=random --filename=/mnt/random.$engine --size="$SIZE" --rw=randwrite --bs=4k --ioengine=$engine \
-        --number_ios="$WRITES" --randseed=1 --verify=crc32c --do_verify=1 --verify_fatal=1 >/tmp/fio.out 2>&1 || {
+        --number_ios="$WRITES" --fallocate=none --randseed=1 --verify=crc32c --do_verify=1 --verify_fatal=1 >/tmp/fio.out 2>&1 || {
         cat /tmp/fio.out
         exit 1
     }

@@ -6,7 +6,7 @@
 
 share=$(mktemp -d)
 mkdir "$share/files"
-cp "$(command -v busybox)" "$share/busybox"
+cp "$(which busybox)" "$share/busybox"
 echo 'From the host, A.' >"$share/given"
 probe fill "$share/cut" 1
 probe fill "$share/kept" 4

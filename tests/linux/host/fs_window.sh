@@ -21,7 +21,7 @@ guest window -k "$VMLINUX" -m 256M --debug-exit -c "$DEBUG_EXIT SIZE=$((mib / 3)
 end_backends
 for engine in mmap psync; do
     fio --name=random --filename="$share/random.$engine" --size=$((mib / 3))M --rw=randwrite --bs=4k --ioengine=psync \
-        --number_ios=$((256 + mib / 4)) --randseed=1 --verify=crc32c --verify_only --verify_fatal=1 >"$OUT/verify.$engine" 2>&1
+        --number_ios=$((256 + mib / 4)) --fallocate=none --randseed=1 --verify=crc32c --verify_only --verify_fatal=1 >"$OUT/verify.$engine" 2>&1
     note "verified $engine" $?
 done
 rm -r "$share"
