@@ -350,6 +350,34 @@ fn what_cannot_be_mapped_is_refused_with_its_reason() {
 }
 
 #[test]
+fn huge_pages_are_mapped_as_a_whole_or_not_at_all() {
+    // SHM-47, SHM-50: mmap(2) would round a part up to the whole page, over what is behind it in the window.
+    const HUGE: u64 = 2 << 20;
+    let guest = Arc::new(Guest::default());
+    let mut windows = WindowAllocator::new(FIRST, LIMIT);
+    let shmem = SharedMemory::new([(0, 2 * HUGE), (7, PAGE)], &mut windows, guest.clone(), 3).unwrap();
+    let bench = Bench {
+        guest,
+        shmem,
+        file: memfd(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB),
+    };
+    bench.file.set_len(2 * HUGE).unwrap();
+    for (offset, len, file_offset) in [
+        (0, PAGE, 0),
+        (0, HUGE + 1, 0),
+        (PAGE, HUGE, 0),
+        (0, HUGE, PAGE),
+        (0, HUGE - PAGE, 0),
+    ] {
+        bench.refused(&bench.request(0, offset, len, file_offset), libc::EINVAL);
+    }
+    // Most machines have none to give.
+    if let Err(error) = bench.shmem.map(&bench.request(0, HUGE, HUGE, HUGE)) {
+        assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+    }
+}
+
+#[test]
 fn the_quota_counts_live_mappings_of_all_regions() {
     // SHM-48
     let guest = Arc::new(Guest::default());
