@@ -493,6 +493,23 @@ mod tests {
     }
 
     #[test]
+    fn a_read_ends_with_its_span_whatever_is_behind_it() {
+        // SHM-50
+        let window = window(0x4000_0000, 0x2000);
+        let whole = window.whole();
+        whole
+            .place(file(&[3; 0x2000]).as_fd(), 0, Access::ReadOnly)
+            .unwrap();
+        let first = window.span(0, 0x1000).unwrap();
+        let mut data = [0; 8];
+        assert!(first.read(0xff8, &mut data) && data == [3; 8]);
+        for offset in [0xff9, 0xfff, 0x1000, 0x1ff8, u64::MAX, u64::MAX - 7] {
+            assert!(!first.read(offset, &mut data), "{offset:#x}");
+        }
+        assert!(whole.read(0xff9, &mut data));
+    }
+
+    #[test]
     fn what_is_no_regular_file_is_refused_and_the_reservation_stays() {
         let window = window(0x4000_0000, 0x1000);
         let (socket, _) = UnixStream::pair().unwrap();

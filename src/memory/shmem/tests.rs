@@ -16,14 +16,14 @@ const PAGE: u64 = PAGE_SIZE;
 const FIRST: u64 = 0x1_0000_0000;
 const LIMIT: u64 = 1 << 39;
 
-struct Bench {
+pub(super) struct Bench {
     guest: Arc<Guest>,
-    shmem: SharedMemory,
-    file: File,
+    pub(super) shmem: SharedMemory,
+    pub(super) file: File,
 }
 
 /// Regions 0 and 7 of 16 pages each; a file whose page n is full of n + 1, 32 pages long.
-fn bench() -> Bench {
+pub(super) fn bench() -> Bench {
     let guest = Arc::new(Guest::default());
     let mapper = Arc::clone(&guest);
     let mut windows = WindowAllocator::new(FIRST, LIMIT);
@@ -46,7 +46,7 @@ fn numbered(pages: u8) -> File {
 }
 
 impl Bench {
-    fn request(&self, shmid: u8, shm_offset: u64, len: u64, file_offset: u64) -> MapRequest<'_> {
+    pub(super) fn request(&self, shmid: u8, shm_offset: u64, len: u64, file_offset: u64) -> MapRequest<'_> {
         MapRequest {
             shmid,
             shm_offset,
@@ -77,7 +77,7 @@ impl Bench {
         list.iter().map(|&(offset, len, _)| (offset, len)).collect()
     }
 
-    fn reads(&self, shmid: u8, offset: u64) -> Option<u8> {
+    pub(super) fn reads(&self, shmid: u8, offset: u64) -> Option<u8> {
         self.guest.read(self.region(shmid).start() + offset)
     }
 
