@@ -161,6 +161,15 @@ fn a_refused_reset_does_not_keep_the_rest_from_being_done() {
 }
 
 #[test]
+fn a_back_end_may_map_as_soon_as_it_has_its_channel() {
+    // SHM-67, SHM-68: before it answers SET_BACKEND_REQ_FD, and long before it is started.
+    let (setup, answered) = maps_inside(21, 5);
+    let bench = setup.start();
+    assert_eq!(answered.load(Ordering::SeqCst), 0);
+    assert_eq!(bench.reads(0, 5 * PAGE), Some(7));
+}
+
+#[test]
 fn a_back_end_may_map_while_it_handles_our_requests() {
     // SHM-67: it waits for us while we wait for it. SHM-75: a start is what allows it again.
     for (request, expected) in [
