@@ -460,6 +460,14 @@ mod tests {
     }
 
     #[test]
+    fn windows_are_whole_pages() {
+        for (start, len) in [(0x800, 0x1000), (0x1000, 0x1800), (0x800, 0x1800)] {
+            let error = Window::reserve(GuestRange::new(start, len).unwrap()).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{start:#x} {len:#x}");
+        }
+    }
+
+    #[test]
     fn spans_are_whole_pages_inside() {
         let window = window(0x4000_0000, 0x4000);
         assert_eq!(

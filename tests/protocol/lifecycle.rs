@@ -442,6 +442,31 @@ fn mappings_go_even_if_the_back_end_never_answers_a_reset() {
 }
 
 #[test]
+fn a_wrong_answer_to_what_we_ask_cuts_the_back_end_off() {
+    // SHM-69: the stream is out of step. The mappings go all the same.
+    for wrong in [
+        message(GET_VRING_BASE, 0x5, &[]),
+        message(GET_VRING_BASE, 0x5, &[0; 16]),
+        message(GET_VRING_BASE, VERSION_1, &[0; 8]),
+        message(SET_STATUS, 0x5, &[0; 8]),
+        message(GET_VRING_BASE, 0x4, &[0; 8]),
+    ] {
+        let bytes = wrong.clone();
+        let bench = Setup::new()
+            .on(GET_VRING_BASE, move |_| Answer::Bytes(bytes.clone(), None))
+            .start();
+        bench.start().unwrap();
+        assert_eq!(bench.map_page(0, 1), 0);
+        let channel = bench.channel();
+        let asked = bench.asked(|| bench.reset());
+        assert_eq!(ids(&asked), [GET_VRING_BASE], "{wrong:?}");
+        channel.wait_for_end();
+        assert_eq!(bench.guest().count(), 0, "{wrong:?}");
+        assert!(bench.start().is_err(), "{wrong:?}");
+    }
+}
+
+#[test]
 fn noise_that_is_found_while_the_device_is_reset_fails_it_all_the_same() {
     // SHM-64, SHM-71: whoever of the two threads reads it.
     for bytes in [message(UNMAP, 0x5, &[]), message(UNMAP, 0, &[])] {
