@@ -411,6 +411,27 @@ fn a_back_end_that_dies_unasked_is_noticed() {
 }
 
 #[test]
+fn a_back_end_that_hangs_up_halfway_is_given_up() {
+    // SHM-76: it still listens on the main socket, and will never answer.
+    let (tell, told) = std::sync::mpsc::channel();
+    let bench = Setup::new()
+        .script(move |message, peer| {
+            if message.request == 21 {
+                let _ = tell.send(peer.main.try_clone());
+            }
+            Answer::Usual
+        })
+        .start();
+    bench.start().unwrap();
+    assert_eq!(bench.map_page(5, 5), 0);
+    let (main, channel) = (told.recv().unwrap(), bench.channel());
+    main.socket().shutdown(std::net::Shutdown::Write).unwrap();
+    bench.wait_until_failed();
+    assert_eq!(bench.reads(0, 5 * PAGE), Some(5));
+    channel.wait_for_end();
+}
+
+#[test]
 fn mappings_go_even_if_the_back_end_never_answers_a_reset() {
     // SHM-69, SHM-70: the vCPU waits for a bounded time. The cases wait at the same time.
     std::thread::scope(|scope| {

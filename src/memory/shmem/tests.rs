@@ -474,6 +474,41 @@ fn an_unmapped_range_is_free_for_something_else() {
 }
 
 #[test]
+fn what_is_unmapped_is_reserved_again_and_its_neighbours_are_left_alone() {
+    // SHM-52, SHM-55, SHM-78
+    let bench = bench();
+    for page in [0, 2, 9] {
+        bench
+            .shmem
+            .map(&bench.request(0, page * PAGE, PAGE, page * PAGE))
+            .unwrap();
+    }
+    // Between two of them, behind the last; with room on either side, on both, or none.
+    for (first, pages) in [(1, 1), (3, 6), (3, 2), (5, 2), (7, 2), (10, 6), (12, 2)] {
+        let before = (vmas(&bench.shmem), bench.sees(0));
+        bench.map(0, first * PAGE, pages * PAGE).unwrap();
+        bench.shmem.unmap(0, first * PAGE, pages * PAGE).unwrap();
+        assert_eq!(
+            (vmas(&bench.shmem), bench.sees(0)),
+            before,
+            "{pages} from {first} on"
+        );
+        let left: Vec<_> = [0, 2, 9].map(|page| bench.reads(0, page * PAGE)).into();
+        assert_eq!(left, [Some(1), Some(3), Some(10)], "{pages} from {first} on");
+    }
+}
+
+#[test]
+fn an_error_that_names_no_reason_is_no_success() {
+    // SHM-58
+    for errno in [0, -1] {
+        let error = io::Error::from_raw_os_error(errno);
+        assert_eq!(ShmemError::Guest(error).errno(), libc::EIO);
+    }
+    assert_eq!(ShmemError::Place(io::ErrorKind::Other.into()).errno(), libc::EIO);
+}
+
+#[test]
 fn a_mapping_stays_where_the_machine_keeps_its_slot() {
     let bench = bench();
     bench.map(0, 0, PAGE).unwrap();
