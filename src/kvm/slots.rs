@@ -90,3 +90,130 @@ impl GuestMapper for Slots {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+
+    use super::*;
+
+    /// Where the guest's code is, and the page that it writes to and then reads from.
+    const CODE_AT: u64 = 0x1000;
+    const PAGE_AT: u64 = 0x3000;
+
+    /// Real-mode code.
+    const CODE: [u8; 9] = [
+        0xc6, 0x06, 0x00, 0x30, 0x55, // mov byte [0x3000], 0x55
+        0xa0, 0x00, 0x30, //             mov al, [0x3000]
+        0xf4, //                         hlt
+    ];
+
+    /// A page of ours that can be written to, until the process ends.
+    fn page(bytes: &[u8]) -> *mut u8 {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses; the bytes fit.
+        unsafe {
+            let page = libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0);
+            assert_ne!(page, libc::MAP_FAILED);
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), page.cast(), bytes.len());
+            page.cast()
+        }
+    }
+
+    fn guest_page(at: u64) -> GuestRange {
+        GuestRange::new(at, 4096).unwrap()
+    }
+
+    /// A machine with its code in the first of `limit` slots, and its processor; `None` where there is no KVM.
+    fn machine(limit: u32) -> Option<(Slots, VcpuFd)> {
+        let kvm = match Kvm::new() {
+            Ok(kvm) => kvm,
+            Err(error) if std::env::var_os("REQUIRE_KVM").is_none() => {
+                eprintln!("skipped: /dev/kvm cannot be opened: {error}");
+                return None;
+            }
+            Err(error) => panic!("/dev/kvm: {error}"),
+        };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let slots = Slots::new(Arc::clone(&vm), limit);
+        // SAFETY: the page stays.
+        unsafe { slots.map(guest_page(CODE_AT), page(&CODE), Access::ReadOnly) }.unwrap();
+        Some((slots, vm.create_vcpu(0).unwrap()))
+    }
+
+    /// Runs the code: whether its write was an exit, whether its read was one, and what it read.
+    fn run(processor: &mut VcpuFd) -> (bool, bool, u8) {
+        let mut sregs = processor.get_sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        processor.set_sregs(&sregs).unwrap();
+        let mut regs = processor.get_regs().unwrap();
+        // Bit 1 of RFLAGS is always 1.
+        (regs.rip, regs.rflags) = (CODE_AT, 2);
+        processor.set_regs(&regs).unwrap();
+        let (mut write, mut read) = (false, false);
+        loop {
+            match processor.run().unwrap() {
+                VcpuExit::Hlt => break,
+                VcpuExit::MmioWrite(PAGE_AT, [0x55]) => write = true,
+                VcpuExit::MmioRead(PAGE_AT, data) => {
+                    data.fill(0xff);
+                    read = true;
+                }
+                exit => panic!("unexpected: {exit:?}"),
+            }
+        }
+        (write, read, processor.get_regs().unwrap().rax as u8)
+    }
+
+    #[test]
+    fn what_is_read_only_takes_no_write_even_where_we_could_write() {
+        let Some((slots, mut processor)) = machine(8) else {
+            return;
+        };
+        let shown = page(&[7]);
+        // SAFETY: the page stays, and only the guest and volatile reads of ours use it.
+        let (show, peek) = (
+            |access| unsafe { slots.map(guest_page(PAGE_AT), shown, access) }.unwrap(),
+            || unsafe { shown.read_volatile() },
+        );
+        let slot = show(Access::ReadOnly);
+        assert_eq!((run(&mut processor), peek()), ((true, false, 7), 7)); // SHM-38
+        slots.unmap(slot).unwrap();
+        assert_eq!((run(&mut processor), peek()), ((true, true, 0xff), 7)); // SHM-24, SHM-56
+        let slot = show(Access::ReadWrite);
+        assert_eq!((run(&mut processor), peek()), ((false, false, 0x55), 0x55)); // SHM-40
+        slots.unmap(slot).unwrap();
+    }
+
+    #[test]
+    fn numbers_are_used_again_and_never_more_than_the_limit() {
+        // SHM-48, SHM-49
+        let Some((slots, _processor)) = machine(3) else {
+            return;
+        };
+        let shown = page(&[7]);
+        // SAFETY: the page stays, and only the guest uses it.
+        let map = |at| unsafe { slots.map(guest_page(at), shown, Access::ReadOnly) };
+        let errno = |result: io::Result<SlotId>| result.unwrap_err().raw_os_error();
+        let live: Vec<_> = [0x3000, 0x5000].map(|at| map(at).unwrap()).into();
+        for _ in 0..3 {
+            assert_eq!(errno(map(0x7000)), Some(libc::ENOSPC));
+        }
+        for &slot in &live {
+            slots.unmap(slot).unwrap();
+            let again = slots.unmap(slot).unwrap_err();
+            assert_eq!(again.raw_os_error(), Some(libc::ENOENT));
+        }
+        // A refusal costs no number, also of those that were used before.
+        for _ in 0..3 {
+            assert_eq!(errno(map(CODE_AT)), Some(libc::EEXIST));
+        }
+        for at in [0x3000, 0x5000] {
+            assert!(live.contains(&map(at).unwrap()));
+        }
+        assert_eq!(errno(map(0x7000)), Some(libc::ENOSPC));
+        let unknown = slots.unmap(SlotId(3)).unwrap_err();
+        assert_eq!(unknown.raw_os_error(), Some(libc::ENOENT));
+    }
+}

@@ -460,6 +460,14 @@ mod tests {
     }
 
     #[test]
+    fn windows_are_whole_pages() {
+        for (start, len) in [(0x800, 0x1000), (0x1000, 0x1800), (0x800, 0x1800)] {
+            let error = Window::reserve(GuestRange::new(start, len).unwrap()).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{start:#x} {len:#x}");
+        }
+    }
+
+    #[test]
     fn spans_are_whole_pages_inside() {
         let window = window(0x4000_0000, 0x4000);
         assert_eq!(
@@ -490,6 +498,23 @@ mod tests {
         assert_eq!(seen, [None, Some(2), Some(3), None]);
         span.clear().unwrap();
         assert_eq!(peek(&whole, 0x1000), None);
+    }
+
+    #[test]
+    fn a_read_ends_with_its_span_whatever_is_behind_it() {
+        // SHM-50
+        let window = window(0x4000_0000, 0x2000);
+        let whole = window.whole();
+        whole
+            .place(file(&[3; 0x2000]).as_fd(), 0, Access::ReadOnly)
+            .unwrap();
+        let first = window.span(0, 0x1000).unwrap();
+        let mut data = [0; 8];
+        assert!(first.read(0xff8, &mut data) && data == [3; 8]);
+        for offset in [0xff9, 0xfff, 0x1000, 0x1ff8, u64::MAX, u64::MAX - 7] {
+            assert!(!first.read(offset, &mut data), "{offset:#x}");
+        }
+        assert!(whole.read(0xff9, &mut data));
     }
 
     #[test]

@@ -273,6 +273,7 @@ impl AsFd for BackendChannel {
 mod tests {
     use std::io::Write;
 
+    use super::super::message::HEADER_LEN;
     use super::*;
     use crate::memory::alloc::WindowAllocator;
     use crate::memory::{GuestMapper, GuestRange, SlotId};
@@ -362,6 +363,33 @@ mod tests {
             ));
         }
         assert!(!is_readable(&theirs), "an answer");
+    }
+
+    #[test]
+    fn a_drain_ends_where_the_queue_did_when_it_began() {
+        // SHM-66, SHM-71: or whoever sends all the time keeps a reset waiting until its deadline.
+        let (channel, mut theirs) = channel();
+        let requests = Header::request(50, 0, false).encode().repeat(1000);
+        let mut sent = 0;
+        theirs.set_nonblocking(true).unwrap();
+        while let Ok(count) = theirs.write(&requests[sent % HEADER_LEN..]) {
+            sent += count;
+        }
+        theirs.set_nonblocking(false).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                // From where it was cut off.
+                let _ = theirs.write_all(&requests[sent % HEADER_LEN..]);
+                while theirs.write_all(&requests).is_ok() {}
+            });
+            channel.drain(Deadline::after(Duration::from_secs(20))).unwrap();
+            channel.shut_down();
+        });
+        let position = channel.lock().connection.position() as usize;
+        assert!(
+            (sent..sent + HEADER_LEN).contains(&position),
+            "{position} of {sent}"
+        );
     }
 
     #[test]

@@ -64,6 +64,9 @@ fn protocol_features_are_set_before_what_depends_on_them() {
     assert!(at(44) < at(21)); // SHM-17
     let asked = bench.seen().into_iter().find(|seen| seen.request == 44).unwrap();
     assert_eq!((asked.flags, asked.payload.len(), asked.fds), (0x1, 0, 0)); // SHM-10
+    // SHM-5: an answer is asked for once REPLY_ACK is agreed on, not with what agrees on it.
+    let flags = |id| bench.seen().iter().find(|seen| seen.request == id).unwrap().flags;
+    assert_eq!((flags(16), flags(21)), (0x1, 0x9));
     bench.start().unwrap();
     bench.reset();
     assert_eq!(bench.ids().iter().filter(|&&id| id == 44).count(), 1); // SHM-17
@@ -188,6 +191,18 @@ fn sizes_that_cannot_be_fail_the_set_up() {
         let error = backend.device(handshake.unwrap()).err().unwrap().to_string();
         assert!(error.contains("shared memory region"), "{error}");
     }
+}
+
+#[test]
+fn a_back_end_with_fewer_queues_than_the_device_is_refused() {
+    let mut setup = Setup::new();
+    setup.offer.queues = 1;
+    let error = setup.connect().0.unwrap_err().to_string();
+    assert!(error.contains("1 queue") && error.contains('2'), "{error}");
+    // Without MQ it does not say how many it has.
+    let mut setup = Setup::new().without(MQ);
+    setup.offer.queues = 1;
+    assert_eq!(setup.connect().0.unwrap().queues, 2);
 }
 
 #[test]

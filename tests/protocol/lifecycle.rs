@@ -161,6 +161,15 @@ fn a_refused_reset_does_not_keep_the_rest_from_being_done() {
 }
 
 #[test]
+fn a_back_end_may_map_as_soon_as_it_has_its_channel() {
+    // SHM-67, SHM-68: before it answers SET_BACKEND_REQ_FD, and long before it is started.
+    let (setup, answered) = maps_inside(21, 5);
+    let bench = setup.start();
+    assert_eq!(answered.load(Ordering::SeqCst), 0);
+    assert_eq!(bench.reads(0, 5 * PAGE), Some(7));
+}
+
+#[test]
 fn a_back_end_may_map_while_it_handles_our_requests() {
     // SHM-67: it waits for us while we wait for it. SHM-75: a start is what allows it again.
     for (request, expected) in [
@@ -402,6 +411,27 @@ fn a_back_end_that_dies_unasked_is_noticed() {
 }
 
 #[test]
+fn a_back_end_that_hangs_up_halfway_is_given_up() {
+    // SHM-76: it still listens on the main socket, and will never answer.
+    let (tell, told) = std::sync::mpsc::channel();
+    let bench = Setup::new()
+        .script(move |message, peer| {
+            if message.request == 21 {
+                let _ = tell.send(peer.main.try_clone());
+            }
+            Answer::Usual
+        })
+        .start();
+    bench.start().unwrap();
+    assert_eq!(bench.map_page(5, 5), 0);
+    let (main, channel) = (told.recv().unwrap(), bench.channel());
+    main.socket().shutdown(std::net::Shutdown::Write).unwrap();
+    bench.wait_until_failed();
+    assert_eq!(bench.reads(0, 5 * PAGE), Some(5));
+    channel.wait_for_end();
+}
+
+#[test]
 fn mappings_go_even_if_the_back_end_never_answers_a_reset() {
     // SHM-69, SHM-70: the vCPU waits for a bounded time. The cases wait at the same time.
     std::thread::scope(|scope| {
@@ -430,6 +460,31 @@ fn mappings_go_even_if_the_back_end_never_answers_a_reset() {
             });
         }
     });
+}
+
+#[test]
+fn a_wrong_answer_to_what_we_ask_cuts_the_back_end_off() {
+    // SHM-69: the stream is out of step. The mappings go all the same.
+    for wrong in [
+        message(GET_VRING_BASE, 0x5, &[]),
+        message(GET_VRING_BASE, 0x5, &[0; 16]),
+        message(GET_VRING_BASE, VERSION_1, &[0; 8]),
+        message(SET_STATUS, 0x5, &[0; 8]),
+        message(GET_VRING_BASE, 0x4, &[0; 8]),
+    ] {
+        let bytes = wrong.clone();
+        let bench = Setup::new()
+            .on(GET_VRING_BASE, move |_| Answer::Bytes(bytes.clone(), None))
+            .start();
+        bench.start().unwrap();
+        assert_eq!(bench.map_page(0, 1), 0);
+        let channel = bench.channel();
+        let asked = bench.asked(|| bench.reset());
+        assert_eq!(ids(&asked), [GET_VRING_BASE], "{wrong:?}");
+        channel.wait_for_end();
+        assert_eq!(bench.guest().count(), 0, "{wrong:?}");
+        assert!(bench.start().is_err(), "{wrong:?}");
+    }
 }
 
 #[test]

@@ -110,24 +110,23 @@ fn a_read_only_mapping_keeps_what_the_guest_writes_from_the_file() {
         .unwrap();
     let before = std::fs::read(on_disk.path()).unwrap();
     let read_only = File::open(on_disk.path()).unwrap();
-    assert_eq!(
-        backend.map(
-            MMap {
-                len: 2 * PAGE,
-                ..page(0)
-            },
-            &read_only
-        ),
-        0
-    );
-    for offset in [0, 8, 0xff8, 0x1000] {
-        let old = guest.read64(base + offset);
-        guest.write8(base + offset, !old as u8);
-        guest.write32(base + offset, !old as u32);
-        guest.write64(base + offset, !old);
-        assert_eq!(guest.read64(base + offset), old);
+    // It is the mapping that is read-only, whatever its descriptor could do.
+    for (start, fd) in [(0, &read_only), (2, on_disk.as_file())] {
+        let request = MMap {
+            len: 2 * PAGE,
+            ..page(start)
+        };
+        assert_eq!(backend.map(request, fd), 0);
+        for offset in [0, 8, 0xff8, 0x1000] {
+            let at = base + start * PAGE + offset;
+            let old = guest.read64(at);
+            guest.write8(at, !old as u8);
+            guest.write32(at, !old as u32);
+            guest.write64(at, !old);
+            assert_eq!(guest.read64(at), old);
+        }
+        assert_eq!(std::fs::read(on_disk.path()).unwrap(), before);
     }
-    assert_eq!(std::fs::read(on_disk.path()).unwrap(), before);
     // SHM-41
     let refused = backend.map(writable(page(8)), &read_only);
     assert_eq!(refused, -i64::from(libc::EACCES));

@@ -284,3 +284,43 @@ fn note<T>(place: Place<'_>, result: &io::Result<T>) {
         log::error!("what is missing of the mapping at {offset:#x} of region {shmid} stays so: {error}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::bench;
+    use super::*;
+    use crate::memory::PAGE_SIZE;
+
+    #[test]
+    fn what_was_found_missing_of_a_mapping_is_not_done_to_what_it_became_meanwhile() {
+        // SHM-45: who looks for what is missing has not locked the mappings, and the back-end goes on.
+        const PAGES: u64 = 8;
+        let bench = bench();
+        let shmem = &bench.shmem;
+        let request = || bench.request(0, 0, PAGES * PAGE_SIZE, 0);
+        let found = || shmem.candidates(None, true).0.remove(0);
+        let is_changed = |candidate: &Candidate| shmem.change(candidate, |_, _, _| Ok(())).is_some();
+
+        shmem.map(&request()).unwrap();
+        let candidate = found();
+        assert!(is_changed(&candidate));
+        // Another mapping at the same place.
+        shmem.unmap(0, 0, PAGES * PAGE_SIZE).unwrap();
+        assert!(!is_changed(&candidate));
+        shmem.map(&request()).unwrap();
+        assert!(!is_changed(&candidate));
+
+        // The same, with zeroes at its end: for good, or for now.
+        let candidate = found();
+        bench.file.set_len(7 * PAGE_SIZE).unwrap();
+        let last_page = shmem.region(0).unwrap().start() + 7 * PAGE_SIZE;
+        assert!(shmem.fill_missing(last_page).is_some());
+        assert!(!is_changed(&candidate));
+        let candidate = found();
+        bench.file.set_len(6 * PAGE_SIZE).unwrap();
+        assert_eq!(shmem.fill_all_for_now(), Some(vec![]));
+        assert!(!is_changed(&candidate));
+        assert_eq!((shmem.settle(), bench.reads(0, 0)), (vec![], Some(1)));
+        assert!(is_changed(&candidate), "it is what it was");
+    }
+}

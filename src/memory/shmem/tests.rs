@@ -16,14 +16,14 @@ const PAGE: u64 = PAGE_SIZE;
 const FIRST: u64 = 0x1_0000_0000;
 const LIMIT: u64 = 1 << 39;
 
-struct Bench {
+pub(super) struct Bench {
     guest: Arc<Guest>,
-    shmem: SharedMemory,
-    file: File,
+    pub(super) shmem: SharedMemory,
+    pub(super) file: File,
 }
 
 /// Regions 0 and 7 of 16 pages each; a file whose page n is full of n + 1, 32 pages long.
-fn bench() -> Bench {
+pub(super) fn bench() -> Bench {
     let guest = Arc::new(Guest::default());
     let mapper = Arc::clone(&guest);
     let mut windows = WindowAllocator::new(FIRST, LIMIT);
@@ -46,7 +46,7 @@ fn numbered(pages: u8) -> File {
 }
 
 impl Bench {
-    fn request(&self, shmid: u8, shm_offset: u64, len: u64, file_offset: u64) -> MapRequest<'_> {
+    pub(super) fn request(&self, shmid: u8, shm_offset: u64, len: u64, file_offset: u64) -> MapRequest<'_> {
         MapRequest {
             shmid,
             shm_offset,
@@ -77,7 +77,7 @@ impl Bench {
         list.iter().map(|&(offset, len, _)| (offset, len)).collect()
     }
 
-    fn reads(&self, shmid: u8, offset: u64) -> Option<u8> {
+    pub(super) fn reads(&self, shmid: u8, offset: u64) -> Option<u8> {
         self.guest.read(self.region(shmid).start() + offset)
     }
 
@@ -350,6 +350,34 @@ fn what_cannot_be_mapped_is_refused_with_its_reason() {
 }
 
 #[test]
+fn huge_pages_are_mapped_as_a_whole_or_not_at_all() {
+    // SHM-47, SHM-50: mmap(2) would round a part up to the whole page, over what is behind it in the window.
+    const HUGE: u64 = 2 << 20;
+    let guest = Arc::new(Guest::default());
+    let mut windows = WindowAllocator::new(FIRST, LIMIT);
+    let shmem = SharedMemory::new([(0, 2 * HUGE), (7, PAGE)], &mut windows, guest.clone(), 3).unwrap();
+    let bench = Bench {
+        guest,
+        shmem,
+        file: memfd(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB),
+    };
+    bench.file.set_len(2 * HUGE).unwrap();
+    for (offset, len, file_offset) in [
+        (0, PAGE, 0),
+        (0, HUGE + 1, 0),
+        (PAGE, HUGE, 0),
+        (0, HUGE, PAGE),
+        (0, HUGE - PAGE, 0),
+    ] {
+        bench.refused(&bench.request(0, offset, len, file_offset), libc::EINVAL);
+    }
+    // Most machines have none to give.
+    if let Err(error) = bench.shmem.map(&bench.request(0, HUGE, HUGE, HUGE)) {
+        assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+    }
+}
+
+#[test]
 fn the_quota_counts_live_mappings_of_all_regions() {
     // SHM-48
     let guest = Arc::new(Guest::default());
@@ -443,6 +471,41 @@ fn an_unmapped_range_is_free_for_something_else() {
         .unwrap();
     assert_eq!(bench.sees(0), [(2 * PAGE, 3 * PAGE)]);
     assert_eq!(bench.reads(0, 2 * PAGE), Some(10));
+}
+
+#[test]
+fn what_is_unmapped_is_reserved_again_and_its_neighbours_are_left_alone() {
+    // SHM-52, SHM-55, SHM-78
+    let bench = bench();
+    for page in [0, 2, 9] {
+        bench
+            .shmem
+            .map(&bench.request(0, page * PAGE, PAGE, page * PAGE))
+            .unwrap();
+    }
+    // Between two of them, behind the last; with room on either side, on both, or none.
+    for (first, pages) in [(1, 1), (3, 6), (3, 2), (5, 2), (7, 2), (10, 6), (12, 2)] {
+        let before = (vmas(&bench.shmem), bench.sees(0));
+        bench.map(0, first * PAGE, pages * PAGE).unwrap();
+        bench.shmem.unmap(0, first * PAGE, pages * PAGE).unwrap();
+        assert_eq!(
+            (vmas(&bench.shmem), bench.sees(0)),
+            before,
+            "{pages} from {first} on"
+        );
+        let left: Vec<_> = [0, 2, 9].map(|page| bench.reads(0, page * PAGE)).into();
+        assert_eq!(left, [Some(1), Some(3), Some(10)], "{pages} from {first} on");
+    }
+}
+
+#[test]
+fn an_error_that_names_no_reason_is_no_success() {
+    // SHM-58
+    for errno in [0, -1] {
+        let error = io::Error::from_raw_os_error(errno);
+        assert_eq!(ShmemError::Guest(error).errno(), libc::EIO);
+    }
+    assert_eq!(ShmemError::Place(io::ErrorKind::Other.into()).errno(), libc::EIO);
 }
 
 #[test]

@@ -246,3 +246,24 @@ fn what_is_sent_is_the_header_the_payload_and_the_descriptors() {
     let error = ours.send(header, &payload, &too_many, Deadline::after(SOON));
     assert!(matches!(error, Err(ConnectionError::Io(_))));
 }
+
+#[test]
+fn what_has_no_room_at_once_is_sent_in_pieces_with_its_descriptors_once() {
+    // SHM-65: a socket that takes less than the message.
+    let (ours, theirs) = pair();
+    let payload: Vec<u8> = (0..1 << 20).map(|n: u32| (n >> 8) as u8).collect();
+    let header = Header::request(21, payload.len(), false);
+    let (a, _) = file();
+    let (mut read, mut fds) = (Vec::new(), 0);
+    std::thread::scope(|scope| {
+        let sent = scope.spawn(|| ours.send(header, &payload, &[a.as_fd()], Deadline::after(SOON)));
+        let whole = HEADER_LEN + payload.len();
+        while read.len() < whole {
+            wait(theirs.as_fd(), libc::POLLIN, Deadline::after(SOON)).unwrap();
+            fds += receive_some(&theirs, &mut read, 1 << 16).unwrap().fds.len();
+        }
+        sent.join().unwrap().unwrap();
+    });
+    assert!(read == message(21, &payload), "other bytes than were sent");
+    assert_eq!(fds, 1);
+}
