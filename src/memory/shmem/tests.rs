@@ -546,9 +546,18 @@ fn nothing_is_left_when_everything_is_unmapped_or_dropped() {
             bench.map(shmid, page * PAGE, PAGE).unwrap();
         }
     }
-    assert_eq!(bench.shmem.mappings().len(), 16);
+    let reached = || {
+        let places = [0, 7].map(|shmid| bench.region(shmid).start());
+        let places = places
+            .iter()
+            .flat_map(|start| (0..16).map(move |page| start + page * PAGE));
+        places.filter(|&at| bench.shmem.access_at(at).is_some()).count()
+    };
+    assert_eq!((bench.shmem.mappings().len(), reached()), (16, 16));
+    assert!(bench.shmem.has_mappings());
     assert_eq!(bench.shmem.unmap_all().unwrap(), 16);
     assert_eq!(bench.shmem.unmap_all().unwrap(), 0);
+    assert_eq!((bench.shmem.has_mappings(), reached()), (false, 0));
     assert_eq!((bench.sees(0), bench.sees(7)), (vec![], vec![]));
     assert_eq!(vmas(&bench.shmem), untouched, "reserved again, as one piece each");
     bench.map(0, 0, PAGE).unwrap();
