@@ -8,6 +8,8 @@ mib=${HOTSLOT_FS_FILE_MIB:-192}
 share=$(mktemp -d)
 probe fill "$share/big" "$mib"
 note big "$(probe sum "$share/big" read)"
+# Of their full size: fio would fill what is shorter, on this side, too.
+truncate -s $((mib / 3))M "$share/random.mmap" "$share/random.psync"
 mkdir "$share/fio"
 loader=/lib64/ld-linux-x86-64.so.2
 $loader --list "$FIO" | sed -n 's/.*=> \(\/[^ ]*\) .*/\1/p' >"$share/fio/list"
