@@ -33,7 +33,7 @@ const ENOMEM: i64 = -(libc::ENOMEM as i64);
 const ENOSPC: i64 = -(libc::ENOSPC as i64);
 const EMFILE: i64 = -(libc::EMFILE as i64);
 
-/// Only one test at a time: what is used up is the process'.
+/// Only one test at a time, from its first descriptor on: what is used up is the process'.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -114,10 +114,10 @@ fn byte_of(page: u64) -> u8 {
 #[test]
 fn a_machine_without_slots_refuses_one_mapping_and_takes_one_for_each_that_goes() {
     // SHM-48, SHM-49, SHM-62, SHM-69, SHM-72
+    let _alone = alone();
     if !kvm::is_here() {
         return;
     }
-    let _alone = alone();
     let mut machine = Machine::new(true);
     let most = kvm_ioctls::Kvm::new().unwrap().get_nr_memslots() as u64;
     // The pages of a file, one after another: the VMM's address space has one range for all of them.
