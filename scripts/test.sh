@@ -45,7 +45,7 @@ main() {
     check "lints" cargo clippy --workspace --all-targets --locked -- -D warnings
     RUSTDOCFLAGS='-D warnings' check "documentation" cargo doc --workspace --no-deps --document-private-items --locked
     (need shellcheck:shellcheck) || true
-    check "shell scripts" shellcheck -x scripts/*.sh .ci/run tests/linux/*/*.sh
+    check "shell scripts" shellcheck -x scripts/*.sh .ci/run benches/*/*.sh tests/linux/*/*.sh
     # Whether each assertion has a test; that the tests hold is for the tests to say.
     check "contract" scripts/contract.sh --list
     local targets

@@ -5,13 +5,12 @@ use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::ExitCode;
 
 use crate::parameters::number;
 use crate::{Outcome, files, hammer, speed};
 
-const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | direct-io FILE DISK | mem-read ADDRESS LENGTH | \
+const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | mem-read ADDRESS LENGTH | \
                      mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | panic | files DIR | fill FILE MIB | \
                      sum FILE read|map | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
                      xattr FILE NAME | speed memory MIB | speed mapped|read|pages FILE";
@@ -30,7 +29,6 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["memory"] => memory(),
         ["cpus"] => cpus(),
         ["pmem-write", file, text] => pmem_write(file, text),
-        ["direct-io", file, disk] => direct_io(file, disk),
         ["mem-read", address, length] => mem_read(address, length),
         ["mem-write", address, bytes] => mem_write(address, bytes),
         ["hammer", window, board] => hammer(window, board),
@@ -253,45 +251,6 @@ fn pmem_write(path: &str, text: &str) -> Outcome<String> {
     drop(mapping);
     file.sync_all().map_err(failed("synchronise"))?;
     Ok(format!("probe pmem-write: {} bytes by {how}", text.len()))
-}
-
-/// Writes half of a file to a disk straight from a mapping of the file, reads it back into the other half, and compares.
-fn direct_io(path: &str, disk_path: &str) -> Outcome<String> {
-    const HALF: usize = 64 * PAGE;
-    let failed = |what: &'static str| move |error: io::Error| format!("cannot {what}: {error}");
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path)
-        .map_err(failed("open the file"))?;
-    let disk = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_DIRECT)
-        .open(disk_path)
-        .map_err(failed("open the disk"))?;
-    file.set_len(2 * HALF as u64).map_err(failed("resize the file"))?;
-    let mapping =
-        Mapping::new(2 * HALF, libc::MAP_SHARED, Some((&file, 0))).map_err(failed("map the file"))?;
-    // SAFETY: the mapping is as long as both halves, ours until the end of the function, and nobody else's.
-    let bytes = unsafe { std::slice::from_raw_parts_mut(mapping.start, 2 * HALF) };
-    let (first, second) = bytes.split_at_mut(HALF);
-    for (index, byte) in first.iter_mut().enumerate() {
-        // Never zero, and each page is another one.
-        *byte = ((index + index / PAGE) % 251) as u8 + 1;
-    }
-    disk.write_all_at(first, 0)
-        .map_err(failed("write to the disk from the mapping"))?;
-    disk.read_exact_at(second, 0)
-        .map_err(failed("read from the disk into the mapping"))?;
-    if first != second {
-        return Err("what was read is not what was written".to_owned());
-    }
-    drop(mapping);
-    file.sync_all().map_err(failed("synchronise the file"))?;
-    Ok(format!("probe direct-io: {HALF} bytes"))
 }
 
 /// Physical memory through /dev/mem: the mapping, and the first wanted byte in it.
