@@ -6,7 +6,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 
 use crate::fuse::{self, quads, removemapping, setupmapping};
-use crate::machine::{Asked, Backend, MAP, MIB, Machine, Place, UNMAP};
+use crate::machine::{Asked, MAP, MIB, Machine, Place, UNMAP, start};
+use crate::program::Backend;
 
 const UNIT: u64 = 2 * MIB;
 const READ: u64 = 0;
@@ -14,7 +15,7 @@ const WRITE: u64 = 1;
 
 fn machine(place: &Place) -> (Backend, Machine, u64) {
     place.write("f", "data");
-    let backend = Backend::start(place, "--window 64M");
+    let backend = start(place, "--window 64M");
     let mut machine = Machine::mounted(&backend);
     let node = machine.lookup("f");
     (backend, machine, node)

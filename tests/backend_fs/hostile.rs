@@ -5,8 +5,9 @@ use std::os::unix::fs::symlink;
 
 use crate::fuse::{self, HEADER, ROOT, name, quads, u64_at, words};
 use crate::machine::{
-    ANSWER, ANSWER_LEN, Backend, INDIRECT, MIB, Machine, NEXT, Place, RAM, REQUEST, SECRET, TABLE, WRITE,
+    ANSWER, ANSWER_LEN, INDIRECT, MIB, Machine, NEXT, Place, RAM, REQUEST, SECRET, TABLE, WRITE, start,
 };
+use crate::program::Backend;
 
 impl Machine {
     /// After whatever happened, it serves as before.
@@ -22,7 +23,7 @@ fn names_are_no_paths() {
     let place = Place::new();
     fs::create_dir(place.path("sub")).unwrap();
     place.write("f", "");
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let (sub, file) = (machine.lookup("sub"), machine.lookup("f"));
     for bad in [
@@ -73,7 +74,7 @@ fn links_lead_nowhere() {
     symlink("../outside", place.path("dir")).unwrap();
     symlink(place.outside(), place.path("absolute")).unwrap();
     symlink("../outside/new", place.path("dangling")).unwrap();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     for link in ["file", "dir", "absolute", "dangling"] {
         let node = machine.lookup(link);
@@ -121,7 +122,7 @@ fn links_lead_nowhere() {
 fn a_directory_that_is_moved_away_is_no_way_out() {
     let place = Place::new();
     fs::create_dir(place.path("sub")).unwrap();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let sub = machine.lookup("sub");
     fs::rename(place.path("sub"), place.outside().join("sub")).unwrap();
@@ -140,7 +141,7 @@ fn a_directory_that_is_moved_away_is_no_way_out() {
 fn requests_without_sense_are_answered() {
     let place = Place::new();
     place.write("f", "data");
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let bodies: [Vec<u8>; 7] = [
         vec![],
@@ -187,7 +188,7 @@ fn requests_without_sense_are_answered() {
 fn lengths_that_lie() {
     let place = Place::new();
     place.write("f", "data");
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let node = machine.lookup("f");
     let handle = machine.open(node, libc::O_RDWR);
@@ -269,7 +270,7 @@ fn lengths_that_lie() {
 #[test]
 fn chains_without_sense_come_back_or_are_skipped() {
     let place = Place::new();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let request = machine.address(1, REQUEST);
     let answer = machine.address(1, ANSWER);
@@ -364,7 +365,7 @@ fn chains_without_sense_come_back_or_are_skipped() {
 fn sizes_of_the_guest_are_not_believed() {
     let place = Place::new();
     place.write("f", "data");
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let node = machine.lookup("f");
     let handle = machine.open(node, libc::O_RDONLY);

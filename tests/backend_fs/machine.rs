@@ -1,17 +1,11 @@
 //! A running back-end, a front-end, and the guest behind it, whose queues are made by hand.
-//!
-//! Every wait has a deadline: the one for the program ends it, and so whatever waits for it.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, mpsc};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
@@ -22,9 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::fuse;
+use crate::program::{self, Backend, DEADLINE, wait_until};
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_hotslot-backend");
-pub const DEADLINE: Duration = Duration::from_secs(30);
 pub const MIB: u64 = 1 << 20;
 
 const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -75,109 +68,19 @@ impl Place {
     }
 }
 
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < DEADLINE, "waited for {what} in vain");
-        thread::sleep(Duration::from_millis(1));
-    }
+/// Starts the program, and waits until it listens.
+pub fn start(place: &Place, args: &str) -> Backend {
+    start_as(place, args, None)
 }
 
-/// A running back-end. It is killed at the deadline and when this is dropped.
-pub struct Backend {
-    child: Arc<Mutex<Child>>,
-    socket: PathBuf,
-    stderr: Arc<Mutex<String>>,
-    _alive: mpsc::Sender<()>,
-}
-
-impl Backend {
-    pub fn start(place: &Place, args: &str) -> Self {
-        Self::start_as(place, args, None)
+/// The same, as that user if one is named.
+pub fn start_as(place: &Place, args: &str, user: Option<u32>) -> Backend {
+    let mut command = program::command("fs", &place.top);
+    command.args(["--dir", "dir"]).args(args.split_whitespace());
+    if let Some(user) = user {
+        command.uid(user).gid(user);
     }
-
-    /// Starts it, as that user if one is named, and waits until it listens.
-    pub fn start_as(place: &Place, args: &str, user: Option<u32>) -> Self {
-        // Relative, as socket addresses are short and directories of builds are not.
-        let mut command = Command::new(PROGRAM);
-        command
-            .current_dir(place.top.path())
-            .args(["fs", "--socket", "s", "--dir", "dir"])
-            .args(args.split_whitespace())
-            .stderr(Stdio::piped());
-        if let Some(user) = user {
-            command.uid(user).gid(user);
-        }
-        let mut child = command.spawn().unwrap();
-        let stderr = Arc::new(Mutex::new(String::new()));
-        let (pipe, lines) = (child.stderr.take().unwrap(), Arc::clone(&stderr));
-        thread::spawn(move || {
-            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
-                *lines.lock().unwrap() += &(line + "\n");
-            }
-        });
-        let child = Arc::new(Mutex::new(child));
-        let (_alive, dropped) = mpsc::channel();
-        let watched = Arc::clone(&child);
-        thread::spawn(move || {
-            if dropped.recv_timeout(DEADLINE) == Err(mpsc::RecvTimeoutError::Timeout) {
-                let _ = watched.lock().unwrap().kill();
-            }
-        });
-        let backend = Backend {
-            child,
-            socket: place.top.path().join("s"),
-            stderr,
-            _alive,
-        };
-        backend.wait_for("listening on ");
-        backend
-    }
-
-    pub fn stderr(&self) -> String {
-        self.stderr.lock().unwrap().clone()
-    }
-
-    pub fn wait_for(&self, words: &str) {
-        wait_until(&format!("{words:?} on stderr"), || {
-            assert!(self.is_running(), "the program has ended: {}", self.stderr());
-            self.stderr().contains(words)
-        });
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.lock().unwrap().id()
-    }
-
-    pub fn descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
-    }
-
-    pub fn is_running(&self) -> bool {
-        self.child.lock().unwrap().try_wait().unwrap().is_none()
-    }
-
-    pub fn wait(&self) -> ExitStatus {
-        wait_until("the end of the program", || !self.is_running());
-        self.child.lock().unwrap().try_wait().unwrap().unwrap()
-    }
-
-    /// A socket name of at most 107 bytes, wherever the build is.
-    fn connect(&self) -> UnixStream {
-        let dir = File::open(self.socket.parent().unwrap()).unwrap();
-        UnixStream::connect(format!("/proc/self/fd/{}/s", dir.as_raw_fd())).unwrap()
-    }
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        let mut child = self.child.lock().unwrap();
-        let _ = child.kill();
-        let _ = child.wait();
-        if thread::panicking() {
-            eprintln!("the back-end said:\n{}", self.stderr());
-        }
-    }
+    Backend::spawn(command, &place.top)
 }
 
 // -------------------------------------------------------------------------------------- the front-end

@@ -10,6 +10,8 @@ mod dax;
 mod fuse;
 mod hostile;
 mod machine;
+#[path = "../support/program.rs"]
+mod program;
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -21,7 +23,8 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 
 use fuse::{ROOT, name, quads, u32_at, u64_at, words};
-use machine::{Backend, MIB, Machine, PROGRAM, Place, SHMEM};
+use machine::{MIB, Machine, Place, SHMEM, start, start_as};
+use program::PROGRAM;
 
 /// An ordinary user, when the tests run as root.
 const NOBODY: u32 = 65534;
@@ -46,7 +49,7 @@ fn configuration_has_tag_and_queues() {
         (&format!("--tag {longest}"), 2, &longest),
     ] {
         let place = Place::new();
-        let backend = Backend::start(&place, args);
+        let backend = start(&place, args);
         let mut machine = Machine::connect(&backend, queues);
         assert_eq!(machine.front_end.get_queue_num().unwrap(), queues as u64);
         assert_eq!(config(&mut machine), (tag.to_owned(), queues as u32 - 1));
@@ -57,7 +60,7 @@ fn configuration_has_tag_and_queues() {
 fn the_window_is_region_0() {
     for (args, size) in [("", 8 << 30), ("--window 64M", 64 * MIB)] {
         let place = Place::new();
-        let backend = Backend::start(&place, args);
+        let backend = start(&place, args);
         let mut machine = Machine::connect(&backend, 2);
         let config = machine.front_end.get_shmem_config().unwrap();
         assert_eq!({ config.nregions }, 1);
@@ -69,7 +72,7 @@ fn the_window_is_region_0() {
 fn without_a_window_there_is_no_region_and_no_dax() {
     let place = Place::new();
     place.write("f", "data");
-    let backend = Backend::start(&place, "--window 0");
+    let backend = start(&place, "--window 0");
     let mut machine = Machine::connect(&backend, 2);
     let offered = machine.front_end.get_protocol_features().unwrap();
     assert!(!offered.contains(VhostUserProtocolFeatures::from_bits_retain(SHMEM)));
@@ -86,7 +89,7 @@ fn without_a_window_there_is_no_region_and_no_dax() {
 #[test]
 fn init_agrees_on_pages_for_mappings_and_requests_of_1_mib() {
     let place = Place::new();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::connect(&backend, 2);
     machine.start();
     let answer = machine.ok(fuse::INIT, 0, &fuse::init());
@@ -120,7 +123,7 @@ fn caching_is_what_the_command_line_says() {
     ] {
         let place = Place::new();
         place.write("f", "");
-        let backend = Backend::start(&place, args);
+        let backend = start(&place, args);
         let mut machine = Machine::mounted(&backend);
         let entry = machine.ok(fuse::LOOKUP, ROOT, &name("f"));
         assert_eq!(
@@ -168,7 +171,7 @@ fn a_command_line_that_cannot_be_served_is_refused() {
 #[test]
 fn the_socket_goes_with_the_program() {
     let place = Place::new();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     assert!(
         fs::symlink_metadata(place.top.path().join("s"))
             .unwrap()
@@ -190,7 +193,7 @@ fn rustix_pid(pid: u32) -> rustix::process::Pid {
 fn the_next_front_end_finds_nothing_of_the_last() {
     let place = Place::new();
     place.write("f", "data");
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let session = || {
         let mut machine = Machine::mounted(&backend);
         assert_eq!(machine.error(fuse::GETATTR, 2, &quads([0, 0])), libc::ESTALE);
@@ -217,7 +220,7 @@ fn the_next_front_end_finds_nothing_of_the_last() {
 fn a_reset_forgets_what_the_guest_had() {
     let place = Place::new();
     place.write("f", "data");
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let node = machine.lookup("f");
     let handle = machine.open(node, libc::O_RDONLY);
@@ -237,7 +240,7 @@ fn a_reset_forgets_what_the_guest_had() {
 fn each_queue_goes_its_own_way() {
     let place = Place::new();
     place.write("f", "data");
-    let backend = Backend::start(&place, "--queues 2");
+    let backend = start(&place, "--queues 2");
     let mut machine = Machine::connect(&backend, 3);
     machine.start();
     machine.ok(fuse::INIT, 0, &fuse::init());
@@ -262,7 +265,7 @@ fn each_queue_goes_its_own_way() {
 #[test]
 fn files_are_created_written_read_and_removed() {
     let place = Place::new();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let (node, handle) = machine.create("f", libc::O_RDWR, 0o640);
     let data: Vec<u8> = (0..300_000u32).map(|i| i as u8).collect();
@@ -306,7 +309,7 @@ fn files_are_created_written_read_and_removed() {
 fn appends_go_to_the_end_that_the_host_sees() {
     let place = Place::new();
     place.write("f", "one ");
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let node = machine.lookup("f");
     let handle = machine.open(node, libc::O_WRONLY | libc::O_APPEND);
@@ -318,7 +321,7 @@ fn appends_go_to_the_end_that_the_host_sees() {
 #[test]
 fn names_are_made_moved_and_linked() {
     let place = Place::new();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let dir = u64_at(
         &machine.ok(fuse::MKDIR, ROOT, &[words([0o755, 0]), name("d")].concat()),
@@ -358,7 +361,7 @@ fn names_are_made_moved_and_linked() {
 #[test]
 fn a_file_without_a_name_can_be_given_one() {
     let place = Place::new();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let body = fuse::create(libc::O_RDWR | libc::O_TMPFILE, 0o600, "/");
     let answer = machine.ok(fuse::TMPFILE, ROOT, &body);
@@ -404,7 +407,7 @@ fn directories_are_read_in_pieces() {
         place.write(&file, "");
         expected.insert(file);
     }
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     for (opcode, size) in [
         (fuse::READDIR, 4096),
@@ -437,7 +440,7 @@ fn directories_are_read_in_pieces() {
 fn extended_attributes() {
     let place = Place::new();
     place.write("f", "");
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let node = machine.lookup("f");
     let set = [words([5, 0]), name("user.colour"), b"green".to_vec()].concat();
@@ -463,7 +466,7 @@ fn extended_attributes() {
 fn space_is_allocated_found_copied_and_counted() {
     let place = Place::new();
     place.write("from", "0123456789");
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let (node, handle) = machine.create("f", libc::O_RDWR, 0o644);
     machine.ok(
@@ -503,7 +506,7 @@ fn read_only_means_that_nothing_changes() {
     let place = Place::new();
     place.write("f", "data");
     fs::create_dir(place.path("d")).unwrap();
-    let backend = Backend::start(&place, "--read-only");
+    let backend = start(&place, "--read-only");
     let mut machine = Machine::mounted(&backend);
     let node = machine.lookup("f");
     let handle = machine.open(node, libc::O_RDONLY);
@@ -606,7 +609,7 @@ fn an_ordinary_user_serves_own_files() {
         place.write("root's", "data");
         fs::set_permissions(place.path("root's"), Permissions::from_mode(0o600)).unwrap();
     }
-    let backend = Backend::start_as(&place, "", as_root.then_some(NOBODY));
+    let backend = start_as(&place, "", as_root.then_some(NOBODY));
     let us = fs::metadata(place.path("")).unwrap().uid();
     let mut machine = Machine::mounted(&backend);
     for (user, file) in [(0, "a"), (us, "b"), (12345, "c")] {
@@ -665,7 +668,7 @@ fn as_root_what_a_user_makes_is_the_users() {
     let place = Place::new();
     fs::create_dir(place.path("theirs")).unwrap();
     std::os::unix::fs::chown(place.path("theirs"), Some(1234), Some(4321)).unwrap();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let dir = machine.lookup("theirs");
     machine.user = (1234, 4321);
@@ -707,7 +710,7 @@ fn as_root_what_a_user_makes_is_the_users() {
 fn special_files_are_made_but_not_opened() {
     let place = Place::new();
     symlink("f", place.path("link")).unwrap();
-    let backend = Backend::start(&place, "");
+    let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let make =
         |mode: u32, device: u32, file: &str| [words([mode | 0o666, device, 0, 0]), name(file)].concat();

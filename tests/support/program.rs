@@ -15,8 +15,10 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_hotslot-backend");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_hotslot-backend");
 pub const DEADLINE: Duration = Duration::from_secs(30);
+/// Relative, as socket addresses are short and directories of builds are not.
+const SOCKET: &str = "s";
 
 /// A directory that is on the same disk as the build: its files are written back, unlike those of a tmpfs.
 pub fn directory() -> TempDir {
@@ -39,6 +41,13 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// In a directory, where it listens on [`SOCKET`].
+pub fn command(device: &str, dir: &TempDir) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.current_dir(dir.path()).args([device, "--socket", SOCKET]);
+    command
+}
+
 /// A running back-end. It is killed at the deadline and when this is dropped.
 pub struct Backend {
     child: Arc<Mutex<Child>>,
@@ -50,15 +59,17 @@ pub struct Backend {
 impl Backend {
     /// Starts a device of it on the file `memory.img`, and waits until it listens.
     pub fn start(device: &str, dir: &TempDir, args: &str) -> Self {
-        // Relative, as socket addresses are short and directories of builds are not.
-        let socket = dir.path().join("s");
-        let mut child = Command::new(PROGRAM)
-            .current_dir(dir.path())
-            .args([device, "--socket", "s", "--file", "memory.img"])
-            .args(args.split_whitespace())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = command(device, dir);
+        command
+            .args(["--file", "memory.img"])
+            .args(args.split_whitespace());
+        Backend::spawn(command, dir)
+    }
+
+    /// Starts it by a [`command`], and waits until it listens.
+    pub fn spawn(mut command: Command, dir: &TempDir) -> Self {
+        let socket = dir.path().join(SOCKET);
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = Arc::new(Mutex::new(String::new()));
         let (pipe, lines) = (child.stderr.take().unwrap(), Arc::clone(&stderr));
         thread::spawn(move || {
@@ -90,7 +101,7 @@ impl Backend {
 
     pub fn wait_for(&self, words: &str) {
         wait_until(&format!("{words:?} on stderr"), || {
-            assert!(self.is_running(), "the program has ended");
+            assert!(self.is_running(), "the program has ended: {}", self.stderr());
             self.stderr().contains(words)
         });
     }
@@ -115,7 +126,7 @@ impl Backend {
     /// A socket name of at most 107 bytes, wherever the build is.
     pub fn connect(&self) -> UnixStream {
         let dir = File::open(self.socket.parent().unwrap()).unwrap();
-        let stream = UnixStream::connect(format!("/proc/self/fd/{}/s", dir.as_raw_fd())).unwrap();
+        let stream = UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd())).unwrap();
         // For raw bytes; the crate's front-end asks again, until the deadline ends the program.
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         stream

@@ -15,8 +15,7 @@ use std::time::Duration;
 
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags, VhostUserShMemConfig};
 use vhost::vhost_user::{
-    Backend, Error as ProtocolError, VhostUserFrontendReqHandler, VhostUserProtocolFeatures,
-    VhostUserVirtioFeatures,
+    Backend, VhostUserFrontendReqHandler, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost_user_backend::{VhostUserBackend, VringMutex};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -25,7 +24,7 @@ use vm_memory::{GuestAddressSpace, Le32};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::backing::{self, Backing};
-use crate::requests::{Request, Requests, lock, session_has_ended};
+use crate::requests::{Request, Requests, lock, refusal, session_has_ended};
 use crate::server::{self, Memory};
 use hotslot::report::say;
 
@@ -170,7 +169,7 @@ impl Pmem {
                     "{NAME}: SHMEM_MAP of region {VIRTIO_PMEM_SHMEM_REGION_ID}, offset 0, {} bytes, {}, failed: {}{}",
                     backing.size,
                     backing.access(),
-                    map_failure(&e),
+                    refusal(&e),
                     if mapped.load(Ordering::Acquire) {
                         " (it was mapped before, and no reset was told since: all is well if it still is)"
                     } else {
@@ -258,15 +257,6 @@ impl Pmem {
                 RET_FAILED
             }
         }
-    }
-}
-
-/// What the crate makes of an answer. It keeps the value to itself.
-fn map_failure(error: &io::Error) -> String {
-    match error.get_ref().and_then(|e| e.downcast_ref::<ProtocolError>()) {
-        Some(ProtocolError::FrontendInternalError) => "the front-end refused".to_owned(),
-        Some(ProtocolError::PartialMessage) => "the front-end closed the channel".to_owned(),
-        _ => error.to_string(),
     }
 }
 

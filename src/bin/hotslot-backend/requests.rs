@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hotslot::report::say;
+use vhost::vhost_user::Error as ProtocolError;
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::{DescriptorChain, Error as QueueError, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard, GuestMemoryMmap};
@@ -139,6 +140,16 @@ pub fn hand_back(vring: &VringMutex, head: u16, written: u32) -> Result<(), Box<
         state.signal_used_queue()?;
     }
     Ok(())
+}
+
+/// Why the front-end did not do what was asked of it on the backend channel, as far as the crate tells: it keeps the
+/// value of the answer to itself.
+pub fn refusal(error: &io::Error) -> String {
+    match error.get_ref().and_then(|e| e.downcast_ref::<ProtocolError>()) {
+        Some(ProtocolError::FrontendInternalError) => "the front-end refused".to_owned(),
+        Some(ProtocolError::PartialMessage) => "the front-end closed the channel".to_owned(),
+        _ => error.to_string(),
+    }
 }
 
 /// What `handle_event` returns to end the worker (see [`crate::server::Device::end_event`]).

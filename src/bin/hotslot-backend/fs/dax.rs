@@ -14,9 +14,9 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
-use vhost::vhost_user::{Backend, Error as ProtocolError, VhostUserFrontendReqHandler};
+use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
 
-use crate::requests::{Complaints, lock};
+use crate::requests::{Complaints, lock, refusal};
 
 /// VIRTIO_FS_SHMCAP_ID_CACHE.
 const SHMID: u8 = 0;
@@ -154,7 +154,7 @@ impl Window {
         });
     }
 
-    /// One request, and the front-end's answer. The crate keeps the value of a refusal to itself.
+    /// One request, and the front-end's answer.
     fn ask(
         &self,
         what: &str,
@@ -165,11 +165,7 @@ impl Window {
         let channel = lock(&self.channel).clone();
         let why = match channel.as_ref().map(send) {
             Some(Ok(_)) => return Ok(()),
-            Some(Err(e)) => match e.get_ref().and_then(|e| e.downcast_ref::<ProtocolError>()) {
-                Some(ProtocolError::FrontendInternalError) => "the front-end refused".to_owned(),
-                Some(ProtocolError::PartialMessage) => "the front-end closed the channel".to_owned(),
-                _ => e.to_string(),
-            },
+            Some(Err(e)) => refusal(&e),
             None => "the front-end gave no back-end channel".to_owned(),
         };
         self.complaints.say(format_args!(
