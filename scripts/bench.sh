@@ -39,10 +39,16 @@ files() {
     kernel=$("$PROJECT/scripts/kernel.sh")
     "$PROJECT/scripts/image.sh" -o "$work/guest.cpio" --module virtio_mmio \
         --file "$PROJECT/benches/files/guest.sh:/bench/guest.sh"
-    "$PROJECT/scripts/lab.sh" --icount --memory 2G --timeout 1500 --exec "$hotslot" --exec "$backend" \
-        --file "$host" --file "$kernel/vmlinux" --file "$work/guest.cpio" --env "HOTSLOT=$hotslot" \
-        --env "BACKEND=$backend" --env "KERNEL=$kernel/vmlinux" --env "IMAGE=$work/guest.cpio" \
-        -- /bin/sh "$host" >"$work/figures"
+    local lab=("$PROJECT/scripts/lab.sh" --icount --memory 2G --timeout 240 --exec "$hotslot" --exec "$backend"
+        --file "$host" --file "$kernel/vmlinux" --file "$work/guest.cpio" --env "HOTSLOT=$hotslot"
+        --env "BACKEND=$backend" --env "KERNEL=$kernel/vmlinux" --env "IMAGE=$work/guest.cpio" -- /bin/sh "$host")
+    # QEMU with this clock stands still at times (without it the same guests were never seen to).
+    local try
+    for try in 1 2 3 4; do
+        ((try < 4)) || die "the emulated host did not come to its end in any of three runs"
+        if "${lab[@]}" >"$work/figures"; then break; fi
+        say "that run did not come to its end"
+    done
     table "$work/figures"
 }
 

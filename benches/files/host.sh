@@ -16,7 +16,7 @@ case_of() {
         exit 1
     }
     wait
-    sed -n "s/^speed \([a-z ]*\): \([0-9]*\).*/$name:\1:\2/p" "/tmp/$name.out"
+    sed -n "s/^.*speed \([a-z ]*\): \([0-9]*\).*/$name:\1:\2/p" "/tmp/$name.out"
 }
 
 case_of dax dax=always --window 256M
