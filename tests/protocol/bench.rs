@@ -10,7 +10,7 @@ use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -221,6 +221,19 @@ impl Setup {
         listen(backend.spec.socket.clone());
         let handshake = Frontend::connect(&backend.spec, PATIENCE, backend.member.is_some()).unwrap();
         backend.device(handshake).unwrap()
+    }
+
+    /// As [`Self::start`], with the back-end's end of the main socket.
+    pub fn start_with_main_socket(self) -> (Bench, Wire) {
+        let (tell, told) = mpsc::channel();
+        // SET_BACKEND_REQ_FD, which comes once.
+        let bench = self
+            .on(21, move |peer| {
+                let _ = tell.send(peer.main.try_clone());
+                Answer::Usual
+            })
+            .start();
+        (bench, told.recv_timeout(PATIENCE).unwrap())
     }
 
     /// All of the set-up.

@@ -1,13 +1,12 @@
 //! Messages in pieces, messages that are none, and peers that stop in the middle.
 
 use std::os::fd::AsRawFd;
-use std::sync::mpsc;
 use std::thread;
 
 use hotslot::virtio::device::VirtioDevice;
 
 use crate::bench::*;
-use crate::wire::{Leash, MAP, NEED_REPLY, PATIENCE, REPLY, UNMAP, VERSION_1, message, words};
+use crate::wire::{Leash, MAP, NEED_REPLY, REPLY, UNMAP, VERSION_1, message, words};
 
 #[test]
 fn a_message_may_come_in_any_two_pieces_with_its_descriptor_in_either() {
@@ -121,17 +120,8 @@ fn what_is_no_message_ends_the_channel_and_fails_the_device_alone() {
 #[test]
 fn a_device_that_fails_hangs_up_on_the_main_socket_too() {
     // SHM-64: nobody could tell its back-end to stop any more.
-    let (tell, told) = mpsc::channel();
-    let bench = Setup::new()
-        .script(move |message, peer| {
-            if message.request == 21 {
-                let _ = tell.send(peer.main.try_clone());
-            }
-            Answer::Usual
-        })
-        .start();
+    let (bench, main) = Setup::new().start_with_main_socket();
     bench.channel().send(&message(MAP, 0, &[]));
-    let main = told.recv_timeout(PATIENCE).unwrap();
     bench.wait_until_failed();
     main.wait_for_end();
 }

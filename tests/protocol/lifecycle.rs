@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use hotslot::virtio::device::VirtioDevice;
 
 use crate::bench::*;
-use crate::wire::{MAP, NEED_REPLY, UNMAP, VERSION_1, message};
+use crate::wire::{MAP, NEED_REPLY, UNMAP, VERSION_1, Wire, message};
 
 const EBUSY: i64 = -(libc::EBUSY as i64);
 const ENOENT: i64 = -(libc::ENOENT as i64);
@@ -377,20 +377,18 @@ fn a_back_end_that_dies_leaves_its_mappings_until_the_reset() {
     }
 }
 
+/// A started device with page 5 mapped, and the back-end's end of its main socket.
+fn with_page_5_and_the_main_socket() -> (Bench, Wire) {
+    let (bench, main) = Setup::new().start_with_main_socket();
+    bench.start().unwrap();
+    assert_eq!(bench.map_page(5, 5), 0);
+    (bench, main)
+}
+
 #[test]
 fn a_back_end_that_dies_unasked_is_noticed() {
     // SHM-76, SHM-8
-    let (tell, told) = std::sync::mpsc::channel();
-    let bench = Setup::new()
-        .script(move |message, peer| {
-            if message.request == 21 {
-                let _ = tell.send(peer.main.try_clone());
-            }
-            Answer::Usual
-        })
-        .start();
-    bench.start().unwrap();
-    assert_eq!(bench.map_page(5, 5), 0);
+    let (bench, main) = with_page_5_and_the_main_socket();
     // The last things that it says are still heard.
     let file = file_of(1, 6);
     let channel = bench.channel();
@@ -398,7 +396,6 @@ fn a_back_end_that_dies_unasked_is_noticed() {
         let bytes = message(MAP, VERSION_1, &page_at(page).bytes());
         channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
     }
-    let main = told.recv().unwrap();
     main.socket().shutdown(std::net::Shutdown::Both).unwrap();
     bench.wait_until_failed();
     assert_eq!(
@@ -413,18 +410,8 @@ fn a_back_end_that_dies_unasked_is_noticed() {
 #[test]
 fn a_back_end_that_hangs_up_halfway_is_given_up() {
     // SHM-76: it still listens on the main socket, and will never answer.
-    let (tell, told) = std::sync::mpsc::channel();
-    let bench = Setup::new()
-        .script(move |message, peer| {
-            if message.request == 21 {
-                let _ = tell.send(peer.main.try_clone());
-            }
-            Answer::Usual
-        })
-        .start();
-    bench.start().unwrap();
-    assert_eq!(bench.map_page(5, 5), 0);
-    let (main, channel) = (told.recv().unwrap(), bench.channel());
+    let (bench, main) = with_page_5_and_the_main_socket();
+    let channel = bench.channel();
     main.socket().shutdown(std::net::Shutdown::Write).unwrap();
     bench.wait_until_failed();
     assert_eq!(bench.reads(0, 5 * PAGE), Some(5));
