@@ -164,13 +164,7 @@ fn endure(bench: Bench) {
     let before = Footprint::of(bench.guest.pid());
     let ((), stalls) = watch::longest_stall(bench.guest.pid(), &bench.board, || churn.run(time));
     churn.rest();
-    // hotslot may still have a thread that looks for missing pages.
-    let patience = Instant::now();
-    let mut after = Footprint::of(bench.guest.pid());
-    while after.counts() != before.counts() && patience.elapsed() < SHORT {
-        std::thread::sleep(Duration::from_millis(20));
-        after = Footprint::of(bench.guest.pid());
-    }
+    let after = Footprint::of(bench.guest.pid());
     let done = &churn.done;
     say(&format!(
         "{} s: {} MAPs and {} UNMAPs done, {} requests refused, {} resets, slowest answer {:?}; {} accesses of the guest, \

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,16 +13,24 @@ use crate::process;
 
 const LOOK: Duration = Duration::from_millis(5);
 
+/// The threads of a process: the name of each, with a newline, and its directory in /proc.
+fn threads(pid: i32) -> impl Iterator<Item = (String, PathBuf)> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.filter_map(|thread| {
+        let path = thread.unwrap().path();
+        // One that has just ended has none.
+        let name = fs::read_to_string(path.join("comm")).ok()?;
+        Some((name, path))
+    })
+}
+
 /// How long the thread of a processor has waited so far because the host had other things to run.
 struct Waited(File);
 
 impl Waited {
     fn of(pid: i32, cpu: usize) -> Waited {
-        let name = format!("vcpu{cpu}\n");
-        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-        let path = threads
-            .map(|thread| thread.unwrap().path())
-            .find(|path| fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm == name))
+        let (_, path) = threads(pid)
+            .find(|(name, _)| *name == format!("vcpu{cpu}\n"))
             .expect("hotslot names its threads");
         Waited(File::open(path.join("schedstat")).unwrap())
     }
@@ -74,7 +83,8 @@ pub struct Footprint {
     pub fds: usize,
     /// Mappings of files and reservations; the allocator takes some for itself whenever a thread first needs it.
     pub areas: usize,
-    pub threads: u64,
+    /// All but the one that comes now and then, looks for missing pages, and goes.
+    pub threads: usize,
 }
 
 impl Footprint {
@@ -90,12 +100,12 @@ impl Footprint {
             shared: field("RssShmem:"),
             fds: fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(),
             areas: process::areas(&pid.to_string()).len(),
-            threads: field("Threads:"),
+            threads: threads(pid).filter(|(name, _)| name != "guard\n").count(),
         }
     }
 
     /// What is counted, not measured.
-    pub fn counts(&self) -> (usize, usize, u64) {
+    pub fn counts(&self) -> (usize, usize, usize) {
         (self.fds, self.areas, self.threads)
     }
 
