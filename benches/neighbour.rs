@@ -6,7 +6,7 @@
 //! each case is compared with the rounds in which the neighbour does nothing.
 //!
 //! A flood that is carried out changes memory slots without end, and each change costs the guest's processors what they knew
-//! of its memory: most where KVM is software. That, and not a wait for anybody, is what its ratio shows.
+//! of its memory: most where KVM is software. That, and not a wait for anybody, is what its ratio shows; `shmem-rate` limits it.
 //!
 //! On `/dev/kvm` and not on the emulated host, although that has the steadier clock: it has one processor, and what would
 //! be measured is how its scheduler shares it out.
@@ -32,12 +32,17 @@ const REQUESTS: usize = 1000;
 /// Requests before those that count.
 const WARM_UP: usize = 50;
 
-/// What the neighbour does from its start on, in words and as options.
-const CASES: [(&str, &[&str]); 4] = [
-    ("nothing", &[]),
-    ("stalls inside a message", &["--do", "stall"]),
-    ("floods, answers read", &["--do", "flood=forever"]),
-    ("floods, no answer read", &["--do", "flood-unread=forever"]),
+/// What the neighbour does from its start on, in words, as options, and what else its device is given.
+const CASES: [(&str, &[&str], &str); 5] = [
+    ("nothing", &[], ""),
+    ("stalls inside a message", &["--do", "stall"], ""),
+    ("floods, answers read", &["--do", "flood=forever"], ""),
+    (
+        "the same, shmem-rate=50",
+        &["--do", "flood=forever"],
+        ",shmem-rate=50",
+    ),
+    ("floods, no answer read", &["--do", "flood-unread=forever"], ""),
 ];
 
 fn main() {
@@ -46,8 +51,8 @@ fn main() {
     }
     let mut samples = CASES.map(|_| Vec::new());
     for _ in 0..ROUNDS {
-        for ((_, options), samples) in CASES.iter().zip(&mut samples) {
-            samples.extend(round(options));
+        for ((_, options, limit), samples) in CASES.iter().zip(&mut samples) {
+            samples.extend(round(options, limit));
         }
     }
     println!("ticks from kick to used, {} requests a case", ROUNDS * REQUESTS);
@@ -56,7 +61,7 @@ fn main() {
         "the neighbour", "median", "p99", "p99 ratio"
     );
     let mut quiet = None;
-    for ((name, _), samples) in CASES.iter().zip(&mut samples) {
+    for ((name, ..), samples) in CASES.iter().zip(&mut samples) {
         samples.sort_unstable();
         let (median, p99) = (samples[samples.len() / 2], samples[samples.len() * 99 / 100]);
         let ratio = p99 as f64 / *quiet.get_or_insert(p99) as f64;
@@ -65,9 +70,9 @@ fn main() {
 }
 
 /// One machine: how long its requests took.
-fn round(options: &[&str]) -> Vec<u64> {
+fn round(options: &[&str], limit: &str) -> Vec<u64> {
     let (device, neighbour) = (Torture::start(&[]), Torture::start(options));
-    let devices = [device.device("measured"), neighbour.device("neighbour")];
+    let devices = [device.device("measured"), neighbour.device("neighbour") + limit];
     let mut guest = Guest::boot(["--vhost-user", &devices[0], "--vhost-user", &devices[1]]);
     for index in [1, 0] {
         guest.select(index);

@@ -79,10 +79,13 @@ pub struct Cli {
 const DEVICE_HELP: &str = "Add a virtio device whose back-end listens on a Unix socket
 
 PATH,type=fs|pmem|blk|rng|vsock|console|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20]\
-[,share-shmem=on][,name=NAME]. Can be given several times; the guest finds the devices in this order.
+[,share-shmem=on][,shmem-rate=N][,name=NAME]. Can be given several times; the guest finds the devices in this order.
 
 share-shmem=on shows what this device's back-end maps to the back-ends of the other devices, so that the guest can use \
-it for their requests (O_DIRECT from a DAX file to a disk).";
+it for their requests (O_DIRECT from a DAX file to a disk).
+
+shmem-rate=N carries out no more than N requests of this device's back-end to map or unmap in a second, evenly spread: each \
+holds up the guest's processors for a moment. Without it there is no limit.";
 
 const STATUSES: &str = "Exit status:
   0 the guest switched itself off       32 it reset itself

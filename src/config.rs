@@ -3,6 +3,7 @@
 //! What can be said about a value alone is checked here; whether a machine can be made of them all is for
 //! `vmm::Vmm::build` to find out.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -97,7 +98,7 @@ pub enum ConfigError {
     },
 }
 
-const KEYS: &str = "type, name, queues, queue-size, shmem-bit, share-shmem";
+const KEYS: &str = "type, name, queues, queue-size, shmem-bit, share-shmem, shmem-rate";
 
 /// The largest queue that a driver may choose where the user does not say otherwise: what most of QEMU's devices have.
 const QUEUE_SIZE: u16 = 256;
@@ -114,7 +115,7 @@ impl FromStr for DeviceSpec {
         }
         let socket = PathBuf::from(path);
         let (mut kind, mut name, mut queues, mut queue_size) = (None, None, None, None);
-        let (mut shmem_bit, mut share_shmem) = (None, None);
+        let (mut shmem_bit, mut share_shmem, mut shmem_rate) = (None, None, None);
         for part in parts {
             let (key, value) = part
                 .split_once('=')
@@ -126,6 +127,7 @@ impl FromStr for DeviceSpec {
                 "queue-size" => queue_size.replace(parse_queue_size(value)?).is_some(),
                 "shmem-bit" => shmem_bit.replace(parse_shmem_bit(value)?).is_some(),
                 "share-shmem" => share_shmem.replace(parse_share_shmem(value)?).is_some(),
+                "shmem-rate" => shmem_rate.replace(parse_shmem_rate(value)?).is_some(),
                 "reconnect" => return Err(ConfigError::NotYet(key.into())),
                 _ => return Err(ConfigError::UnknownKey(key.into())),
             };
@@ -145,18 +147,20 @@ impl FromStr for DeviceSpec {
             queue_size: queue_size.unwrap_or(QUEUE_SIZE),
             shmem_bit: shmem_bit.unwrap_or(SHMEM_BIT),
             share_shmem: share_shmem.unwrap_or(false),
+            shmem_rate,
         })
     }
 }
 
 /// What a device string starts with if its path was forgotten.
-const TYPE_OR_KEY: [&str; 6] = [
+const TYPE_OR_KEY: [&str; 7] = [
     "type=",
     "name=",
     "queues=",
     "queue-size=",
     "shmem-bit=",
     "share-shmem=",
+    "shmem-rate=",
 ];
 
 fn bad(key: &'static str, value: &str, wanted: &'static str) -> ConfigError {
@@ -196,6 +200,11 @@ fn parse_share_shmem(value: &str) -> Result<bool, ConfigError> {
         "off" => Ok(false),
         _ => Err(bad("share-shmem", value, "it is on or off")),
     }
+}
+
+fn parse_shmem_rate(value: &str) -> Result<NonZeroU32, ConfigError> {
+    let number = value.parse();
+    number.map_err(|_| bad("shmem-rate", value, "it is a number of requests a second, from 1"))
 }
 
 /// The host's side of the serial port.
@@ -260,13 +269,15 @@ mod tests {
                 queue_size: QUEUE_SIZE,
                 shmem_bit: 22,
                 share_shmem: false,
+                shmem_rate: None,
             }
         );
         let device: DeviceSpec =
-            "a=b.sock,queues=3,type=26,share-shmem=on,queue-size=128,shmem-bit=20,name=share"
+            "a=b.sock,queues=3,type=26,share-shmem=on,queue-size=128,shmem-bit=20,shmem-rate=100,name=share"
                 .parse()
                 .unwrap();
         assert!(device.share_shmem);
+        assert_eq!(device.shmem_rate, NonZeroU32::new(100));
         let device_off: DeviceSpec = "a,type=fs,share-shmem=off".parse().unwrap();
         assert!(!device_off.share_shmem);
         assert_eq!(device.socket, PathBuf::from("a=b.sock"));
@@ -299,6 +310,8 @@ mod tests {
                 "a.sock,type=fs,share-shmem=yes",
                 "`yes` is not a good share-shmem: it is on or off",
             ),
+            ("a.sock,type=fs,shmem-rate=0", "`0` is not a good shmem-rate"),
+            ("a.sock,type=fs,shmem-rate=-1", "`-1` is not a good shmem-rate"),
             (
                 "a.sock,share-shmem=on,type=fs,share-shmem=on",
                 "`share-shmem` is given twice",

@@ -47,6 +47,7 @@ fn check_device(device: &DeviceSpec) {
         queue_size,
         shmem_bit,
         share_shmem,
+        shmem_rate,
     } = device;
     assert!(!name.is_empty() && !socket.as_os_str().is_empty());
     assert!((1..=255).contains(&kind.id()));
@@ -54,9 +55,10 @@ fn check_device(device: &DeviceSpec) {
     assert!(queue_size.is_power_of_two() && *queue_size <= 32768);
     assert!((20..=22).contains(shmem_bit));
     let queues = queues.map_or(String::new(), |queues| format!(",queues={queues}"));
+    let rate = shmem_rate.map_or(String::new(), |rate| format!(",shmem-rate={rate}"));
     let share = if *share_shmem { "on" } else { "off" };
     let full = format!(
-        "{},share-shmem={share},shmem-bit={shmem_bit},queue-size={queue_size},name={name},type={}{queues}",
+        "{},share-shmem={share},shmem-bit={shmem_bit},queue-size={queue_size},name={name},type={}{queues}{rate}",
         socket.display(),
         kind.id(),
     );

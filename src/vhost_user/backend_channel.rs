@@ -128,6 +128,12 @@ impl BackendChannel {
         Ok(())
     }
 
+    /// Handles the next request, if all of it is there; never waits for it. Tells whether it was: others may have been read
+    /// with it, of which the socket does not tell.
+    pub fn serve_request(&self) -> Result<bool, ChannelError> {
+        self.serve_one(&mut self.lock())
+    }
+
     /// Handles all that is queued now, as far as `deadline` allows, and not what a back-end adds meanwhile. A request of
     /// which only a part is here is refused when the rest comes (SHM-71). The gate of the shared memory is closed, so
     /// none of it leaves a mapping behind.

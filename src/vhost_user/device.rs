@@ -95,7 +95,7 @@ impl VhostUserDevice {
         let main = frontend.as_fd().try_clone_to_owned()?;
         let link = Link::new(&spec.name, Arc::clone(&interrupt), main, channel);
         let link = Arc::new(link);
-        let watch = Watch::start(Arc::clone(&link))?;
+        let watch = Watch::start(Arc::clone(&link), spec.shmem_rate)?;
         if let Some(theirs) = theirs {
             frontend.set_backend_channel(theirs.as_fd())?;
         }

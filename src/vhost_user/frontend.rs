@@ -5,6 +5,7 @@
 //! its own, one at a time.
 
 use std::io;
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
@@ -54,6 +55,8 @@ pub struct DeviceSpec {
     pub shmem_bit: u32,
     /// Whether other devices' back-ends see what this one's maps (SHM-80).
     pub share_shmem: bool,
+    /// How many requests of the backend channel are served in a second; `None` for as many as come (SHM-66).
+    pub shmem_rate: Option<NonZeroU32>,
 }
 
 /// Why a request did not succeed.

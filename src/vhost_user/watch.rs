@@ -5,11 +5,13 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -96,12 +98,15 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts the thread.
-    pub fn start(link: Arc<Link>) -> io::Result<Watch> {
+    /// Starts the thread. It serves no more than `rate` requests of the backend channel in a second, evenly spread; `None`
+    /// for no limit.
+    pub fn start(link: Arc<Link>, rate: Option<NonZeroU32>) -> io::Result<Watch> {
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let watched = Watched {
             stop: stop.try_clone()?,
             channel: link.channel.clone(),
+            interval: rate.map(|rate| Duration::from_secs(1) / rate.get()),
+            next: None,
             link,
         };
         let name = format!("vhost-{}", watched.link.name);
@@ -128,15 +133,27 @@ struct Watched {
     stop: EventFd,
     /// `None` once it ended.
     channel: Option<Arc<BackendChannel>>,
+    /// The least time between two requests of the backend channel.
+    interval: Option<Duration>,
+    /// When the channel's turn comes whether or not its socket has anything to read: a request may have been read with the
+    /// one before.
+    next: Option<Instant>,
     link: Arc<Link>,
 }
 
 impl Watched {
     fn run(mut self) {
         loop {
+            let wait = self
+                .next
+                .map(|next| next.saturating_duration_since(Instant::now()));
             // poll(2) passes over a negative descriptor.
-            let channel = self.channel.as_deref();
+            let channel = self.channel.as_deref().filter(|_| wait.is_none());
             let channel_fd = channel.map_or(-1, |channel| channel.as_fd().as_raw_fd());
+            // Rounded up, so that the wait is over by then.
+            let timeout = wait.map_or(-1, |wait| {
+                i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+            });
             let poll = |fd, events| libc::pollfd {
                 fd,
                 events,
@@ -148,7 +165,7 @@ impl Watched {
                 poll(self.link.main.as_raw_fd(), libc::POLLRDHUP),
             ];
             // SAFETY: the array is on our stack, and the descriptors live as long as `self`.
-            if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, -1) } < 0 {
+            if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, timeout) } < 0 {
                 let error = io::Error::last_os_error();
                 if error.kind() == io::ErrorKind::Interrupted {
                     continue;
@@ -159,7 +176,10 @@ impl Watched {
             if stop {
                 return;
             }
-            if channel {
+            // What a back-end leaves behind is not much, and its end is not to be noticed the later for it.
+            let is_due = self.next.is_some_and(|next| next <= Instant::now())
+                || main && self.interval.take().is_some();
+            if channel || is_due {
                 self.serve();
             } else if main {
                 // Only once the channel is quiet: what the back-end sent before its end is served.
@@ -169,8 +189,15 @@ impl Watched {
     }
 
     fn serve(&mut self) {
+        self.next = None;
         let Some(channel) = &self.channel else { return };
-        if let Err(error) = channel.serve() {
+        let served = match self.interval {
+            None => channel.serve(),
+            Some(interval) => channel.serve_request().map(|is_one| {
+                self.next = is_one.then(|| Instant::now() + interval);
+            }),
+        };
+        if let Err(error) = served {
             self.link.channel_ended(&error);
             self.channel = None;
         }

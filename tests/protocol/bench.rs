@@ -124,6 +124,8 @@ pub struct Setup {
     /// Whether others see its mappings, and what it is among them.
     pub shares: bool,
     pub member: Option<Member>,
+    /// How many of its requests are served in a second.
+    pub rate: Option<u32>,
     script: Script,
 }
 
@@ -138,6 +140,7 @@ impl Setup {
             windows: WindowAllocator::new(1 << 32, 1 << 40),
             shares: false,
             member: None,
+            rate: None,
             script: Box::new(|_, _| Answer::Usual),
         }
     }
@@ -201,6 +204,7 @@ impl Setup {
             queue_size: 64,
             shmem_bit: self.shmem_bit,
             share_shmem: self.shares,
+            shmem_rate: self.rate.map(|rate| rate.try_into().unwrap()),
         };
         Backend {
             _dir: dir,

@@ -2,11 +2,12 @@
 
 use std::os::fd::AsRawFd;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use hotslot::virtio::device::VirtioDevice;
 
 use crate::bench::*;
-use crate::wire::{Leash, MAP, NEED_REPLY, REPLY, UNMAP, VERSION_1, message, words};
+use crate::wire::{Leash, MAP, NEED_REPLY, REPLY, UNMAP, VERSION_1, Wire, message, words};
 
 #[test]
 fn a_message_may_come_in_any_two_pieces_with_its_descriptor_in_either() {
@@ -223,6 +224,63 @@ fn a_flood_of_requests_does_not_keep_a_reset_waiting() {
     assert_eq!(bench.guest().count(), 0);
     drop(bench.end());
     flood.join().unwrap();
+}
+
+/// A device that serves so many requests a second, and a back-end that sent so many at once.
+fn paced(rate: u32, requests: usize) -> (Bench, Wire) {
+    let mut setup = Setup::new();
+    setup.rate = Some(rate);
+    let bench = setup.start();
+    bench.start().unwrap();
+    let channel = bench.channel();
+    let unmap = message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+    channel.send(&unmap.repeat(requests));
+    (bench, channel)
+}
+
+#[test]
+fn requests_that_come_faster_than_the_rate_wait_for_their_turn() {
+    // SHM-66
+    let start = Instant::now();
+    let (bench, channel) = paced(20, 8);
+    for _ in 0..8 {
+        assert_eq!(answer(&channel, UNMAP), -i64::from(libc::ENOENT));
+    }
+    // Not how fast it is, but that it is not faster.
+    assert!(start.elapsed() >= Duration::from_millis(7 * 50));
+    bench.assert_works();
+}
+
+#[test]
+fn a_reset_waits_for_no_rate() {
+    // SHM-66, SHM-71
+    let (bench, channel) = paced(1, 100);
+    bench.reset();
+    for _ in 0..100 {
+        // It is there already.
+        let answer = channel.receive_within(Some(Duration::from_millis(100))).unwrap();
+        assert_eq!(answer.request, UNMAP);
+    }
+    bench.start().unwrap();
+    bench.assert_works();
+}
+
+#[test]
+fn the_end_of_a_back_end_waits_for_no_rate_and_what_it_sent_is_served() {
+    // SHM-66, SHM-76
+    let mut setup = Setup::new();
+    setup.rate = Some(1);
+    let (bench, main) = setup.start_with_main_socket();
+    bench.start().unwrap();
+    let (channel, file) = (bench.channel(), file_of(1, 7));
+    for page in 0..60 {
+        let map = message(MAP, VERSION_1, &page_at(page).bytes());
+        channel.send_with(&map, &[file.as_raw_fd()]).unwrap();
+    }
+    main.socket().shutdown(std::net::Shutdown::Both).unwrap();
+    bench.wait_until_failed();
+    assert_eq!(bench.guest().count(), 60);
+    assert_eq!(bench.reads(0, 59 * PAGE), Some(7));
 }
 
 #[test]
