@@ -75,6 +75,12 @@ impl Deadline {
         Instant::now() >= self.at
     }
 
+    /// The milliseconds until then, for poll(2): rounded up, so that it is over when they are.
+    pub fn poll_timeout(&self) -> i32 {
+        let left = self.at.saturating_duration_since(Instant::now());
+        i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
+    }
+
     fn timed_out(&self) -> ConnectionError {
         ConnectionError::TimedOut(self.limit)
     }
@@ -294,8 +300,7 @@ fn is_hang_up(error: &io::Error) -> bool {
 /// Waits until the socket is ready for `events`, or the deadline.
 fn wait(socket: BorrowedFd<'_>, events: i16, deadline: Deadline) -> Result<(), ConnectionError> {
     loop {
-        let left = deadline.at.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        if deadline.has_passed() {
             return Err(deadline.timed_out());
         }
         let mut poll = libc::pollfd {
@@ -303,10 +308,8 @@ fn wait(socket: BorrowedFd<'_>, events: i16, deadline: Deadline) -> Result<(), C
             events,
             revents: 0,
         };
-        // Rounded up, so that the last wait is not a busy one.
-        let timeout = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
         // SAFETY: one pollfd, on our stack.
-        match unsafe { libc::poll(&mut poll, 1, timeout) } {
+        match unsafe { libc::poll(&mut poll, 1, deadline.poll_timeout()) } {
             0 => return Err(deadline.timed_out()),
             1.. => return Ok(()),
             _ => {

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -137,23 +137,17 @@ struct Watched {
     interval: Option<Duration>,
     /// When the channel's turn comes whether or not its socket has anything to read: a request may have been read with the
     /// one before.
-    next: Option<Instant>,
+    next: Option<Deadline>,
     link: Arc<Link>,
 }
 
 impl Watched {
     fn run(mut self) {
         loop {
-            let wait = self
-                .next
-                .map(|next| next.saturating_duration_since(Instant::now()));
             // poll(2) passes over a negative descriptor.
-            let channel = self.channel.as_deref().filter(|_| wait.is_none());
+            let channel = self.channel.as_deref().filter(|_| self.next.is_none());
             let channel_fd = channel.map_or(-1, |channel| channel.as_fd().as_raw_fd());
-            // Rounded up, so that the wait is over by then.
-            let timeout = wait.map_or(-1, |wait| {
-                i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
-            });
+            let timeout = self.next.map_or(-1, |next| next.poll_timeout());
             let poll = |fd, events| libc::pollfd {
                 fd,
                 events,
@@ -177,8 +171,8 @@ impl Watched {
                 return;
             }
             // What a back-end leaves behind is not much, and its end is not to be noticed the later for it.
-            let is_due = self.next.is_some_and(|next| next <= Instant::now())
-                || main && self.interval.take().is_some();
+            let is_due =
+                self.next.is_some_and(|next| next.has_passed()) || main && self.interval.take().is_some();
             if channel || is_due {
                 self.serve();
             } else if main {
@@ -194,7 +188,7 @@ impl Watched {
         let served = match self.interval {
             None => channel.serve(),
             Some(interval) => channel.serve_request().map(|is_one| {
-                self.next = is_one.then(|| Instant::now() + interval);
+                self.next = is_one.then(|| Deadline::after(interval));
             }),
         };
         if let Err(error) = served {
