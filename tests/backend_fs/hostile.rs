@@ -163,8 +163,9 @@ fn requests_without_sense_are_answered() {
                 machine.send(1, opcode, node, body);
                 let (head, written) = machine.await_used(1);
                 assert_eq!(head, 0);
-                // DESTROY is answered too, but its length is not told.
-                if !silent && opcode != fuse::DESTROY {
+                if silent {
+                    assert_eq!(written, 0, "opcode {opcode}");
+                } else {
                     machine.answer(1, written);
                 }
             }
@@ -358,6 +359,249 @@ fn chains_without_sense_come_back_or_are_skipped() {
     // A head that is no descriptor cannot come back.
     machine.offer(1, 999);
     machine.assert_served(&backend);
+}
+
+/// Linux before 7.1 takes an answer of no bytes for success, and its length for 0 - 16. So a request that fails is answered
+/// with a header, whatever else cannot be reached, as long as the header's own place can be.
+#[test]
+fn what_cannot_be_reached_is_answered_with_an_error() {
+    /// Where half of a header, and an answer's header, are the last that can be reached.
+    const END: u64 = RAM - 16;
+    const FORGOTTEN: (u32, i32, u64) = (0, 0, 0);
+    let place = Place::new();
+    place.write("f", "data");
+    let backend = start(&place, "");
+    let mut machine = Machine::mounted(&backend);
+    let node = machine.lookup("f");
+    let handle = machine.open(node, libc::O_RDWR);
+    let read = fuse::request(fuse::READ, node, (0, 0), &fuse::read(handle, 0, 4096));
+    let write = fuse::request(fuse::WRITE, node, (0, 0), &fuse::write(handle, 0, &[b'x'; 4096]));
+    let getattr = fuse::request(fuse::GETATTR, node, (0, 0), &quads([0, 0]));
+    let statfs = fuse::request(fuse::STATFS, ROOT, (0, 0), &[]);
+    let forget = fuse::request(fuse::FORGET, node, (0, 0), &quads([1]));
+    let (request, answer) = (machine.address(1, REQUEST), machine.address(1, ANSWER));
+    // As Linux lays them out: header, arguments and data are apart.
+    let (header, args) = ((request, 40, 0), (request + 40, 40, 0));
+    let (out, out_args) = ((answer, 16, WRITE), (answer + 16, 8, WRITE));
+    let fault = (16, libc::EFAULT, fuse::UNIQUE);
+    let invalid = (16, libc::EINVAL, fuse::UNIQUE);
+    // What cannot be reached, the request, its buffers, and the answer's length, error and `unique`.
+    type Case<'a> = (&'a str, &'a [u8], Vec<(u64, u32, u16)>, (u32, i32, u64));
+    let cases: Vec<Case> = vec![
+        (
+            "data to write",
+            &write,
+            vec![header, args, (RAM, 4096, 0), out, out_args],
+            fault,
+        ),
+        (
+            "half of the data to write",
+            &write,
+            vec![header, args, (RAM - 2048, 4096, 0), out, out_args],
+            fault,
+        ),
+        (
+            "data to write, at the end of the world",
+            &write,
+            vec![header, args, (u64::MAX - 8, 4096, 0), out],
+            fault,
+        ),
+        (
+            "a place for data",
+            &read,
+            vec![header, args, out, (RAM, 4096, WRITE)],
+            fault,
+        ),
+        (
+            "half of a place for data",
+            &read,
+            vec![header, args, out, (RAM - 2048, 4096, WRITE)],
+            fault,
+        ),
+        (
+            "a place behind one that can be",
+            &read,
+            vec![header, args, out, (answer + 16, 2048, WRITE), (RAM, 2048, WRITE)],
+            fault,
+        ),
+        (
+            "all but an answer's header",
+            &read,
+            vec![header, args, (END, 4096, WRITE)],
+            fault,
+        ),
+        (
+            "all but an answer's header in two parts",
+            &read,
+            vec![
+                header,
+                args,
+                (answer, 7, WRITE),
+                (answer + 7, 9, WRITE),
+                (RAM, 4096, WRITE),
+            ],
+            fault,
+        ),
+        (
+            "arguments",
+            &getattr,
+            vec![header, (RAM, 16, 0), out, (answer + 16, 104, WRITE)],
+            fault,
+        ),
+        (
+            "a request",
+            &getattr,
+            vec![(RAM, 56, 0), out, (answer + 16, 104, WRITE)],
+            (16, libc::EFAULT, 0),
+        ),
+        (
+            "a header before another",
+            &getattr,
+            vec![(RAM, 40, 0), header, out],
+            (16, libc::EFAULT, 0),
+        ),
+        (
+            "a header behind its first half",
+            &getattr,
+            vec![(END, 56, 0), out, (answer + 16, 104, WRITE)],
+            fault,
+        ),
+        (
+            "a header within its first word",
+            &getattr,
+            vec![(request, 7, 0), (RAM, 49, 0), out],
+            (16, libc::EFAULT, 0),
+        ),
+        (
+            "an answer's header",
+            &getattr,
+            vec![header, (request + 40, 16, 0), (RAM, 120, WRITE)],
+            (0, 0, 0),
+        ),
+        (
+            "an answer's header behind its first byte",
+            &getattr,
+            vec![
+                header,
+                (request + 40, 16, 0),
+                (answer, 1, WRITE),
+                (RAM, 119, WRITE),
+            ],
+            (0, 0, 0),
+        ),
+        (
+            "what to forget",
+            &forget,
+            vec![header, (RAM, 8, 0), out],
+            FORGOTTEN,
+        ),
+        // What can be reached but makes no sense.
+        ("half a header", &getattr, vec![(request, 39, 0), out], invalid),
+        (
+            "less than half a header",
+            &getattr,
+            vec![(request, 15, 0), out],
+            (16, libc::EINVAL, 0),
+        ),
+        ("no request", &getattr, vec![out], (16, libc::EINVAL, 0)),
+        (
+            "a huge request",
+            &getattr,
+            vec![header, (0, 2 << 20, 0), out],
+            invalid,
+        ),
+        (
+            "too little room for attributes",
+            &getattr,
+            vec![header, (request + 40, 16, 0), (answer, 119, WRITE)],
+            invalid,
+        ),
+        (
+            "too little room for figures",
+            &statfs,
+            vec![header, (answer, 95, WRITE)],
+            invalid,
+        ),
+        (
+            "too little room for a header",
+            &getattr,
+            vec![header, (request + 40, 16, 0), (answer, 15, WRITE)],
+            (0, 0, 0),
+        ),
+        (
+            "half of what to forget",
+            &forget,
+            vec![header, (request + 40, 4, 0), out],
+            FORGOTTEN,
+        ),
+    ];
+    for (what, bytes, chain, expected) in cases {
+        machine.fill(1, bytes);
+        // What is at the end is the same as what is first, or nothing.
+        machine.put(END, &bytes[..16]);
+        let last = chain.len() - 1;
+        for (index, &(address, len, flags)) in chain.iter().enumerate() {
+            let next = if index == last { 0 } else { NEXT };
+            machine.descriptor(1, 0, index as u16, (address, len, flags | next, index as u16 + 1));
+        }
+        machine.offer(1, 0);
+        let (head, written) = machine.await_used(1);
+        let place = chain
+            .iter()
+            .find(|(.., flags)| *flags == WRITE)
+            .map_or(answer, |writable| writable.0);
+        let found = if written == 0 {
+            // Not even half of a header, of which Linux would make something.
+            let untouched = place >= RAM || machine.bytes::<1>(place) == [0xee];
+            assert!(untouched, "{what}");
+            (0, 0, 0)
+        } else {
+            let found = machine.bytes::<16>(place);
+            assert_eq!(
+                fuse::u32_at(&found, 0),
+                written,
+                "{what}: the length in the header"
+            );
+            (written, -(fuse::u32_at(&found, 4) as i32), u64_at(&found, 8))
+        };
+        assert_eq!((head, found), (0, expected), "{what}");
+    }
+    assert_eq!(place.read("f"), b"data");
+    machine.assert_served(&backend);
+    let stderr = backend.stderr();
+    assert!(
+        stderr.contains("a request is not in the guest's memory"),
+        "{stderr}"
+    );
+    assert!(stderr.lines().count() < 20, "{stderr}");
+}
+
+/// Where even the answer's header has no place, the user at least is told.
+#[test]
+fn an_answer_without_a_place_is_a_complaint() {
+    let place = Place::new();
+    let backend = start(&place, "");
+    let mut machine = Machine::mounted(&backend);
+    machine.fill(1, &fuse::request(fuse::GETATTR, ROOT, (0, 0), &quads([0, 0])));
+    machine.descriptor(1, 0, 0, (machine.address(1, REQUEST), 56, NEXT, 1));
+    machine.descriptor(1, 0, 1, (RAM, 120, WRITE, 0));
+    machine.offer(1, 0);
+    assert_eq!(machine.await_used(1), (0, 0));
+    let stderr = backend.stderr();
+    assert!(
+        stderr.contains("a request is not in the guest's memory"),
+        "{stderr}"
+    );
+    assert!(stderr.contains("it gets no answer"), "{stderr}");
+    machine.assert_served(&backend);
+}
+
+#[test]
+fn an_end_is_answered_with_its_length() {
+    let place = Place::new();
+    let backend = start(&place, "");
+    let mut machine = Machine::mounted(&backend);
+    assert_eq!(machine.ok(fuse::DESTROY, 0, &[]), []);
 }
 
 /// Memory is not taken because a guest says so: reads and names into buffers that add up to gigabytes.

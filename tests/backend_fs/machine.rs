@@ -296,6 +296,18 @@ impl Machine {
         queue as u64 * PART + offset
     }
 
+    /// Puts bytes anywhere into the guest's memory.
+    pub fn put(&self, address: u64, bytes: &[u8]) {
+        self.ram.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+
+    /// What is anywhere in the guest's memory.
+    pub fn bytes<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.ram.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
     /// Puts a request into its buffer, and nothing into the answer's.
     pub fn fill(&self, queue: usize, request: &[u8]) {
         let at = |offset| GuestAddress(self.address(queue, offset));

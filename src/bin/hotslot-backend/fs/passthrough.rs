@@ -359,10 +359,6 @@ impl FileSystem for Directory {
         Ok(options & capable)
     }
 
-    fn destroy(&self) {
-        self.clear();
-    }
-
     fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
         self.find(&*self.inodes.get(parent)?, name)
     }

@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 
 use fuse_virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueState, QueueT as _};
-use fuse_vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use fuse_vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -72,4 +72,41 @@ pub fn next(vring: &VringMutex, memory: &Memory) -> Result<Option<Chain>, Box<dy
         }
     }
     Err(Error::InvalidAvailRingIndex.into())
+}
+
+/// Reads the first bytes of a request, up to the first that is not in the guest's memory. Returns how many.
+pub fn read_start(chain: Chain, memory: &Memory, bytes: &mut [u8]) -> usize {
+    let mut done = 0;
+    for buffer in chain.readable() {
+        let wanted = (bytes.len() - done).min(buffer.len() as usize);
+        let read = memory
+            .read(&mut bytes[done..done + wanted], buffer.addr())
+            .unwrap_or(0);
+        done += read;
+        if read < wanted || done == bytes.len() {
+            break;
+        }
+    }
+    done
+}
+
+/// Writes the first bytes of an answer, or none: says whether it has room for them that is in the guest's memory.
+pub fn write_start(chain: Chain, memory: &Memory, bytes: &[u8]) -> bool {
+    let mut parts = Vec::new();
+    let mut rest = bytes;
+    for buffer in chain.writable() {
+        let (part, behind) = rest.split_at(rest.len().min(buffer.len() as usize));
+        if !memory.check_range(buffer.addr(), part.len()) {
+            return false;
+        }
+        parts.push((buffer.addr(), part));
+        rest = behind;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    rest.is_empty()
+        && parts
+            .iter()
+            .all(|&(address, part)| memory.write_slice(part, address).is_ok())
 }

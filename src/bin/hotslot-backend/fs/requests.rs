@@ -1,9 +1,10 @@
 //! From the bytes of a request to the bytes of its answer.
 //!
 //! fuse-backend-rs decodes FUSE and calls [`super::passthrough`]; here is what it does not decode (FUSE_TMPFILE, FUSE_SYNCFS,
-//! FUSE_COPY_FILE_RANGE, and FUSE_STATFS, whose answer only it could build), the limits on what it is given, and an
-//! answer where it has none. Called by [`super`] on the threads that answer requests.
+//! FUSE_COPY_FILE_RANGE, and FUSE_STATFS, whose answer only it could build), FUSE_DESTROY, whose answer it leaves without a
+//! length, the limits on what it is given, and an answer where it has none. Called by [`super`] on the threads that answer requests.
 
+use std::fmt::Display;
 use std::io::{self, Read, Write};
 use std::mem::{offset_of, size_of};
 use std::os::fd::RawFd;
@@ -20,7 +21,7 @@ use fuse_vm_memory::ByteValued;
 
 use super::dax::{PAGE, Window};
 use super::passthrough::Directory;
-use super::queue::{Chain, Memory};
+use super::queue::{self, Chain, Memory};
 use crate::requests::Complaints;
 
 /// Opcodes that are newer than fuse-backend-rs.
@@ -59,70 +60,82 @@ impl Requester {
 
     /// Executes a request. Returns how many bytes of its buffers were written.
     pub fn answer(&self, chain: Chain, memory: &Memory) -> u32 {
-        let buffers = Reader::from_descriptor_chain(&**memory, chain.clone())
-            .and_then(|request| Ok((request, VirtioFsWriter::new(&**memory, chain)?)));
-        let (request, mut answer) = match buffers {
-            Ok(buffers) => buffers,
-            Err(e) => {
-                self.complaints
-                    .say(format_args!("a request is not in the guest's memory: {e}"));
-                return 0;
-            }
-        };
-        if request.available_bytes() > MAX_REQUEST {
-            let len = request.available_bytes();
-            self.complaints
-                .say(format_args!("a request has {len} bytes, more than {MAX_REQUEST}"));
-            return 0;
+        match self.try_answer(&chain, memory) {
+            Ok(written) => written,
+            Err(why) => self.refuse(chain, memory, &why),
         }
-        let Ok(header) = request.clone().read_obj::<InHeader>() else {
-            let len = request.available_bytes();
-            self.complaints
-                .say(format_args!("a request is too short for its header: {len} bytes"));
-            return 0;
+    }
+
+    fn try_answer(&self, chain: &Chain, memory: &Memory) -> Result<u32, Refused> {
+        let unreachable = |e| Refused {
+            error: libc::EFAULT,
+            why: format!("a request is not in the guest's memory: {e}"),
         };
+        let senseless = |why| Refused {
+            error: libc::EINVAL,
+            why,
+        };
+        let request = Reader::from_descriptor_chain(&**memory, chain.clone()).map_err(unreachable)?;
+        let mut answer = VirtioFsWriter::new(&**memory, chain.clone()).map_err(unreachable)?;
+        let len = request.available_bytes();
+        if len > MAX_REQUEST {
+            return Err(senseless(format!(
+                "a request has {len} bytes, more than {MAX_REQUEST}"
+            )));
+        }
+        let header: InHeader = request
+            .clone()
+            .read_obj()
+            .map_err(|_| senseless(format!("a request is too short for its header: {len} bytes")))?;
+        let of_request = |what: &str, e: &dyn Display| {
+            let InHeader { unique, opcode, .. } = header;
+            senseless(format!("request {unique} with opcode {opcode} {what}: {e}"))
+        };
+        let no_room = |e: io::Error| of_request("has no room for its answer", &e);
 
         let mut spare = answer.clone();
-        let written = match self.answer_ours(&header, request.clone()) {
-            Some(result) => reply(&mut answer, &header, result),
-            None => {
-                let mut window = self.window.as_ref().map(|_| HasWindow);
-                let window = window.as_mut().map(|window| window as &mut dyn FsCacheReqHandler);
-                match self
-                    .server
-                    .handle_message(request, Writer::VirtioFs(answer), window, None)
-                {
-                    Ok(written) => Ok(written),
-                    Err(e) => {
-                        self.complaints.say(format_args!(
-                            "request {} with opcode {} makes no sense: {e}",
-                            header.unique, header.opcode
-                        ));
-                        if wants_no_answer(&header) {
-                            return 0;
-                        }
-                        reply(
-                            &mut spare.clone(),
-                            &header,
-                            Err(io::Error::from_raw_os_error(libc::EINVAL)),
-                        )
-                    }
-                }
-            }
+        let written = if let Some(result) = self.answer_ours(&header, request.clone()) {
+            reply(&mut answer, &header, result).map_err(no_room)?
+        } else {
+            let mut window = self.window.as_ref().map(|_| HasWindow);
+            let window = window.as_mut().map(|window| window as &mut dyn FsCacheReqHandler);
+            self.server
+                .handle_message(request, Writer::VirtioFs(answer), window, None)
+                .map_err(|e| of_request("makes no sense", &e))?
         };
-        let written = written.and_then(|written| {
-            if header.opcode == Opcode::Init as u32 && self.window.is_some() {
-                set_map_alignment(&mut spare, written)?;
-            }
-            u32::try_from(written).map_err(io::Error::other)
-        });
-        written.unwrap_or_else(|e| {
+        if header.opcode == Opcode::Init as u32 && self.window.is_some() {
+            set_map_alignment(&mut spare, written).map_err(no_room)?;
+        }
+        u32::try_from(written).map_err(|e| no_room(io::Error::other(e)))
+    }
+
+    /// Answers a request with an error, and says why. Returns how many bytes were written.
+    ///
+    /// Of the request and its answer, this needs no more than can be reached. Without a header an answer would do harm: Linux
+    /// before 7.1 finds zeros in its place. It takes the error for 0, which is success, and the length of what follows for 0 - 16;
+    /// that is how much it then tells a program that it has read.
+    fn refuse(&self, chain: Chain, memory: &Memory, refused: &Refused) -> u32 {
+        let mut header = InHeader::default();
+        let reached = queue::read_start(chain.clone(), memory, header.as_mut_slice());
+        // A field of which a part is missing is 0. Linux knows an answer by its buffer: from 7.1 on it compares `unique` too, and
+        // makes EIO of an answer that has another, which is an error all the same.
+        header.as_mut_slice()[reached / 8 * 8..].fill(0);
+        let silent = wants_no_answer(&header);
+        let answer = OutHeader {
+            len: size_of::<OutHeader>() as u32,
+            error: -refused.error,
+            unique: header.unique,
+        };
+        let answered = !silent && queue::write_start(chain, memory, answer.as_slice());
+        let why = &refused.why;
+        if answered || silent {
+            self.complaints.say(why);
+        } else {
             self.complaints.say(format_args!(
-                "request {} with opcode {} has no room for its answer: {e}",
-                header.unique, header.opcode
+                "{why}; it gets no answer: there is no place for one"
             ));
-            0
-        })
+        }
+        if answered { answer.len } else { 0 }
     }
 
     /// The answer to what fuse-backend-rs does not decode.
@@ -134,6 +147,11 @@ impl Requester {
                 .and_then(|()| request.read_obj())
                 .map_err(malformed)
                 .and_then(|args| self.copy_file_range(header, args)),
+            // fuse-backend-rs would answer it, but not tell the length of the answer.
+            opcode if opcode == Opcode::Destroy as u32 => {
+                self.directory.clear();
+                Ok(Vec::new())
+            }
             FUSE_SYNCFS => self.directory.sync().map(|()| Vec::new()),
             FUSE_TMPFILE => body(&mut request)
                 .and_then(|()| request.read_obj())
@@ -182,6 +200,14 @@ impl Requester {
         };
         Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
     }
+}
+
+/// Why a request gets no more than an error.
+struct Refused {
+    /// For the guest: its number.
+    error: i32,
+    /// For the user.
+    why: String,
 }
 
 /// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING for those who have one of these. It would be given a
