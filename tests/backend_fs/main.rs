@@ -307,15 +307,71 @@ fn files_are_created_written_read_and_removed() {
 
 #[test]
 fn appends_go_to_the_end_that_the_host_sees() {
+    const APPEND: i32 = libc::O_WRONLY | libc::O_APPEND;
     let place = Place::new();
     place.write("f", "one ");
     let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let node = machine.lookup("f");
-    let handle = machine.open(node, libc::O_WRONLY | libc::O_APPEND);
+    let handle = machine.open(node, APPEND);
     place.write("f", "one two ");
-    machine.ok(fuse::WRITE, node, &fuse::write(handle, 4, b"three"));
+    // Linux repeats the flags of the open, as fcntl has changed them since.
+    let mut append = fuse::write(handle, 4, b"three");
+    append[32..36].copy_from_slice(&APPEND.to_le_bytes());
+    assert_eq!(machine.ok(fuse::WRITE, node, &append)[..4], [5, 0, 0, 0]);
     assert_eq!(place.read("f"), b"one two three");
+    machine.ok(fuse::WRITE, node, &fuse::write(handle, 4, b"TWO"));
+    assert_eq!(place.read("f"), b"one TWO three");
+}
+
+/// What Linux writes back from a mapping has an offset, by whatever handle: it would be appended if the host's file were open
+/// with O_APPEND.
+#[test]
+fn a_write_goes_where_the_guest_says_in_a_file_that_it_appends_to() {
+    const APPEND: i32 = libc::O_RDWR | libc::O_APPEND;
+    let place = Place::new();
+    for name in ["opened", "created over", "truncated"] {
+        place.write(name, "AAAA");
+    }
+    let backend = start(&place, "");
+    let mut machine = Machine::mounted(&backend);
+    let node = machine.lookup("opened");
+    let opened = (node, machine.open(node, APPEND));
+    let node = machine.lookup("truncated");
+    let truncated = (node, machine.open(node, APPEND | libc::O_TRUNC));
+    let over = machine.create("created over", APPEND, 0o644);
+    let created = machine.create("created", APPEND, 0o644);
+    let exclusive = machine.create("exclusive", APPEND | libc::O_EXCL, 0o644);
+    let answer = machine.ok(fuse::TMPFILE, ROOT, &fuse::create(APPEND, 0o600, ""));
+    let unnamed = (u64_at(&answer, 0), u64_at(&answer, 128));
+    for (what, (node, handle)) in [
+        ("opened", opened),
+        ("truncated", truncated),
+        ("created over", over),
+        ("created", created),
+        ("exclusive", exclusive),
+        ("unnamed", unnamed),
+    ] {
+        // FUSE_WRITE_CACHE: a write from the guest's cache. Linux repeats the flags of the open with others.
+        for (offset, data, flags) in [(0, b"AAAA", 1), (4, b"AAAA", 1), (2, b"bb__", 1), (4, b"AAAA", 1)] {
+            let mut body = fuse::write(handle, offset, data);
+            body[20..24].copy_from_slice(&u32::to_le_bytes(flags));
+            body[32..36].copy_from_slice(&APPEND.to_le_bytes());
+            assert_eq!(machine.ok(fuse::WRITE, node, &body)[..4], [4, 0, 0, 0], "{what}");
+        }
+        let found = machine.ok(fuse::READ, node, &fuse::read(handle, 0, 100));
+        assert_eq!(String::from_utf8_lossy(&found), "AAbbAAAA", "{what}");
+    }
+    // By the host's own account: no file is open with O_APPEND.
+    for entry in fs::read_dir(format!("/proc/{}/fdinfo", backend.pid())).unwrap() {
+        // Some descriptors may be gone by now.
+        let Ok(info) = fs::read_to_string(entry.unwrap().path()) else {
+            continue;
+        };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+        let flags = i32::from_str_radix(flags.trim(), 8).unwrap();
+        assert_eq!(flags & libc::O_APPEND, 0, "{info}");
+    }
 }
 
 #[test]

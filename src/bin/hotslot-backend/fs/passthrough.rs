@@ -13,7 +13,7 @@
 
 use std::ffi::CStr;
 use std::fs::{File, Metadata};
-use std::io;
+use std::io::{self, IoSlice, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -32,6 +32,7 @@ use rustix::fs::{
     AtFlags, FallocateFlags, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, Timespec, Timestamps,
     UTIME_NOW, UTIME_OMIT, XattrFlags,
 };
+use rustix::io::ReadWriteFlags;
 use rustix::process::{Gid, Uid};
 use rustix::thread::CapabilitySet;
 
@@ -51,8 +52,11 @@ const MAX_COPY: u64 = 1 << 30;
 
 /// What of the flags of an open is passed on. Not O_DIRECT, which would make demands on the guest's buffers, nor
 /// O_PATH, O_TMPFILE and O_CREAT, which would make something else of it.
+///
+/// Nor O_APPEND: without DAX the guest's kernel writes back what a program stored through a mapping, at its offset and by any handle
+/// that can write; with O_APPEND the host would ignore that offset and add the data to the end. A write says by itself whether it
+/// appends. So a file of the host that may only be appended to (`chattr +a`) is not opened for writing.
 const OPEN_FLAGS: OFlags = OFlags::RWMODE
-    .union(OFlags::APPEND)
     .union(OFlags::TRUNC)
     .union(OFlags::SYNC)
     .union(OFlags::DSYNC);
@@ -589,14 +593,27 @@ impl FileSystem for Directory {
         size: u32,
         offset: u64,
         _: Option<u64>,
-        _: bool,
-        _: u32,
+        from_cache: bool,
+        flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
         self.check_writable()?;
         let open = self.opens.get(node, handle)?;
         let _dropped = self.drop_setid(fuse_flags & WRITE_KILL_PRIV != 0)?;
-        source.read_to(&mut open.file.try_clone()?, size.min(MAX_IO) as usize, offset)
+        let size = size.min(MAX_IO) as usize;
+        if from_cache || flags & libc::O_APPEND as u32 == 0 {
+            return source.read_to(&mut open.file.try_clone()?, size, offset);
+        }
+        // The guest's kernel took the offset from a size that may be old: the host knows where the end is.
+        let mut data = vec![0; size];
+        source.read_exact(&mut data)?;
+        let end = ReadWriteFlags::APPEND;
+        Ok(rustix::io::pwritev2(
+            &open.file,
+            &[IoSlice::new(&data)],
+            offset,
+            end,
+        )?)
     }
 
     /// Nothing is kept back that a close could write. The guest's kernel takes this as a yes, and does not ask again.
