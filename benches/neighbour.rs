@@ -1,15 +1,17 @@
 //! How long a request to one device takes while the back-end of another misbehaves (SHM-66).
 //!
-//! The guest is the tests' monitor on this machine's `/dev/kvm`, both back-ends are `hotslot-backend torture`. A request is
-//! a buffer that the first device fills; the guest takes the time from the kick until the used ring shows it, by its
-//! time-stamp counter. Meanwhile the second device does nothing, or what the case says. Rounds of all cases take turns;
-//! each case is compared with the rounds in which the neighbour does nothing.
+//! The guest is the tests' monitor on this machine's `/dev/kvm`, both back-ends are
+//! `hotslot-backend torture`. A request is a buffer that the first device fills; the guest takes the time
+//! from the kick until the used ring shows it, by its time-stamp counter. Meanwhile the second device does
+//! nothing, or what the case says. Rounds of all cases take turns; each case is compared with the rounds in
+//! which the neighbour does nothing.
 //!
-//! A flood that is carried out changes memory slots without end, and each change costs the guest's processors what they knew
-//! of its memory: most where KVM is software. That, and not a wait for anybody, is what its ratio shows; `shmem-rate` limits it.
+//! A flood that is carried out changes memory slots without end, and each change costs the guest's processors
+//! what they knew of its memory: most where KVM is software. That, and not a wait for anybody, is what its
+//! ratio shows; `shmem-rate` limits it.
 //!
-//! On `/dev/kvm` and not on the emulated host, although that has the steadier clock: it has one processor, and what would
-//! be measured is how its scheduler shares it out.
+//! On `/dev/kvm` and not on the emulated host, although that has the steadier clock: it has one processor,
+//! and what would be measured is how its scheduler shares it out.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // As in tests.
 
@@ -37,11 +39,7 @@ const CASES: [(&str, &[&str], &str); 5] = [
     ("nothing", &[], ""),
     ("stalls inside a message", &["--do", "stall"], ""),
     ("floods, answers read", &["--do", "flood=forever"], ""),
-    (
-        "the same, shmem-rate=50",
-        &["--do", "flood=forever"],
-        ",shmem-rate=50",
-    ),
+    ("the same, shmem-rate=50", &["--do", "flood=forever"], ",shmem-rate=50"),
     ("floods, no answer read", &["--do", "flood-unread=forever"], ""),
 ];
 
@@ -56,10 +54,7 @@ fn main() {
         }
     }
     println!("ticks from kick to used, {} requests a case", ROUNDS * REQUESTS);
-    println!(
-        "{:26}{:>12}{:>12}{:>12}",
-        "the neighbour", "median", "p99", "p99 ratio"
-    );
+    println!("{:26}{:>12}{:>12}{:>12}", "the neighbour", "median", "p99", "p99 ratio");
     let mut quiet = None;
     for ((name, ..), samples) in CASES.iter().zip(&mut samples) {
         samples.sort_unstable();

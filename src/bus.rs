@@ -1,8 +1,8 @@
 //! Address ranges to handlers: one [`Bus`] for I/O ports, one for memory-mapped registers.
 //!
-//! The vCPU threads call [`Bus::read`] and [`Bus::write`] with what KVM_EXIT_IO and KVM_EXIT_MMIO tell. The bus finds
-//! the handler, lets go of its own lock, and only then calls it: a handler may take as long as it needs, and may
-//! itself add to or look at the bus.
+//! The vCPU threads call [`Bus::read`] and [`Bus::write`] with what KVM_EXIT_IO and KVM_EXIT_MMIO tell. The
+//! bus finds the handler, lets go of its own lock, and only then calls it: a handler may take as long as it
+//! needs, and may itself add to or look at the bus.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -24,10 +24,11 @@ pub enum MachineEvent {
 
 /// Something with registers on a bus.
 ///
-/// Both methods are called by a vCPU thread, with no lock of ours held, possibly by several threads at once: a
-/// handler has its own lock. `offset` counts from the start of the range; the access never leaves the range.
-/// `data` is 1 to 8 bytes, little endian, of whatever width the guest chose. There is no way to fail: a guest's
-/// nonsense is answered as the device's specification says, else reads give all-ones and writes do nothing.
+/// Both methods are called by a vCPU thread, with no lock of ours held, possibly by several threads at once:
+/// a handler has its own lock. `offset` counts from the start of the range; the access never leaves the
+/// range. `data` is 1 to 8 bytes, little endian, of whatever width the guest chose. There is no way to fail:
+/// a guest's nonsense is answered as the device's specification says, else reads give all-ones and writes do
+/// nothing.
 pub trait BusDevice: Send + Sync {
     /// The guest reads `data.len()` bytes at `offset`.
     fn read(&self, offset: u64, data: &mut [u8]);

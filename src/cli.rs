@@ -10,8 +10,8 @@ use crate::vhost_user::frontend::DeviceSpec;
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
 ///
-/// The guest's output goes to stdout, everything of ours to stderr, whose last line says how it ended. On a terminal,
-/// Ctrl-a x quits and Ctrl-a h helps.
+/// The guest's output goes to stdout, everything of ours to stderr, whose last line says how it ended. On a
+/// terminal, Ctrl-a x quits and Ctrl-a h helps.
 #[derive(Debug, Parser)]
 #[command(version, name = "hotslot", max_term_width = 110, after_help = STATUSES)]
 pub struct Cli {
@@ -148,14 +148,8 @@ mod tests {
     #[test]
     fn the_kernel_command_line_is_the_default_and_then_the_users() {
         assert_eq!(config(&["-k", "k"]).cmdline, DEFAULT_CMDLINE);
-        assert_eq!(
-            config(&["-k", "k", "-c", "quiet"]).cmdline,
-            format!("{DEFAULT_CMDLINE} quiet")
-        );
-        assert_eq!(
-            config(&["-k", "k", "-c", "--", "--no-default-cmdline"]).cmdline,
-            "--"
-        );
+        assert_eq!(config(&["-k", "k", "-c", "quiet"]).cmdline, format!("{DEFAULT_CMDLINE} quiet"));
+        assert_eq!(config(&["-k", "k", "-c", "--", "--no-default-cmdline"]).cmdline, "--");
         assert_eq!(config(&["-k", "k", "--no-default-cmdline"]).cmdline, "");
     }
 
@@ -164,13 +158,7 @@ mod tests {
         let help = Cli::command().render_long_help().to_string().replace('\n', " ");
         let squeezed = help.split_whitespace().collect::<Vec<_>>().join(" ");
         assert!(squeezed.contains(&format!("\"{DEFAULT_CMDLINE}\"")), "{help}");
-        for unfinished in [
-            "on-reboot",
-            "sandbox",
-            "trace-vhost-user",
-            "backend-loss",
-            "reconnect",
-        ] {
+        for unfinished in ["on-reboot", "sandbox", "trace-vhost-user", "backend-loss", "reconnect"] {
             assert!(!help.contains(unfinished), "{unfinished}");
         }
     }
@@ -183,18 +171,9 @@ mod tests {
             (&["--cpus", "0"], ["--cpus", "0 is not in 1.."]),
             (&["--cpus", "-1"], ["--cpus", "-1"]),
             (&["--cpus", "many"], ["--cpus", "many"]),
-            (
-                &["--vhost-user", "a,type=fs,x=1"],
-                ["--vhost-user", "unknown key `x`"],
-            ),
-            (
-                &["--serial", "pty"],
-                ["--serial", "`pty` is not a good serial line"],
-            ),
-            (
-                &["--connect-timeout", "soon"],
-                ["--connect-timeout", "`soon` is not a good time span"],
-            ),
+            (&["--vhost-user", "a,type=fs,x=1"], ["--vhost-user", "unknown key `x`"]),
+            (&["--serial", "pty"], ["--serial", "`pty` is not a good serial line"]),
+            (&["--connect-timeout", "soon"], ["--connect-timeout", "`soon` is not a good time span"]),
             (&["--on-reboot", "reset"], ["--on-reboot", "not supported yet"]),
             (&["--on-reboot", "panic"], ["--on-reboot", "it is exit or reset"]),
         ] {

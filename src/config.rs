@@ -100,7 +100,8 @@ pub enum ConfigError {
 
 const KEYS: &str = "type, name, queues, queue-size, shmem-bit, share-shmem, shmem-rate";
 
-/// The largest queue that a driver may choose where the user does not say otherwise: what most of QEMU's devices have.
+/// The largest queue that a driver may choose where the user does not say otherwise: what most of QEMU's
+/// devices have.
 const QUEUE_SIZE: u16 = 256;
 
 impl FromStr for DeviceSpec {
@@ -117,9 +118,7 @@ impl FromStr for DeviceSpec {
         let (mut kind, mut name, mut queues, mut queue_size) = (None, None, None, None);
         let (mut shmem_bit, mut share_shmem, mut shmem_rate) = (None, None, None);
         for part in parts {
-            let (key, value) = part
-                .split_once('=')
-                .ok_or_else(|| ConfigError::NotAPair(part.into()))?;
+            let (key, value) = part.split_once('=').ok_or_else(|| ConfigError::NotAPair(part.into()))?;
             let twice = match key {
                 "type" => kind.replace(value.parse::<DeviceKind>()?).is_some(),
                 "name" => name.replace(parse_name(value)?).is_some(),
@@ -153,22 +152,11 @@ impl FromStr for DeviceSpec {
 }
 
 /// What a device string starts with if its path was forgotten.
-const TYPE_OR_KEY: [&str; 7] = [
-    "type=",
-    "name=",
-    "queues=",
-    "queue-size=",
-    "shmem-bit=",
-    "share-shmem=",
-    "shmem-rate=",
-];
+const TYPE_OR_KEY: [&str; 7] =
+    ["type=", "name=", "queues=", "queue-size=", "shmem-bit=", "share-shmem=", "shmem-rate="];
 
 fn bad(key: &'static str, value: &str, wanted: &'static str) -> ConfigError {
-    ConfigError::BadValue {
-        key,
-        value: value.into(),
-        wanted,
-    }
+    ConfigError::BadValue { key, value: value.into(), wanted }
 }
 
 fn parse_name(value: &str) -> Result<String, ConfigError> {
@@ -239,11 +227,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, ConfigError> {
     };
     let number = number.parse::<u64>().ok().filter(|_| !number.starts_with('+'));
     number.map(unit).ok_or_else(|| {
-        bad(
-            "time span",
-            text,
-            "it is a whole number of seconds, as in 5s, or of milliseconds, as in 500ms",
-        )
+        bad("time span", text, "it is a whole number of seconds, as in 5s, or of milliseconds, as in 500ms")
     })
 }
 
@@ -282,10 +266,7 @@ mod tests {
         assert!(!device_off.share_shmem);
         assert_eq!(device.socket, PathBuf::from("a=b.sock"));
         assert_eq!((device.kind.id(), device.name.as_str()), (26, "share"));
-        assert_eq!(
-            (device.queues, device.queue_size, device.shmem_bit),
-            (Some(3), 128, 20)
-        );
+        assert_eq!((device.queues, device.queue_size, device.shmem_bit), (Some(3), 128, 20));
     }
 
     #[test]
@@ -306,16 +287,10 @@ mod tests {
             ("a.sock,type=fs,name=", "`` is not a good name"),
             ("a.sock,type=fs,type=fs", "`type` is given twice"),
             ("a.sock,type=fs,reconnect=5", "`reconnect` is not supported yet"),
-            (
-                "a.sock,type=fs,share-shmem=yes",
-                "`yes` is not a good share-shmem: it is on or off",
-            ),
+            ("a.sock,type=fs,share-shmem=yes", "`yes` is not a good share-shmem: it is on or off"),
             ("a.sock,type=fs,shmem-rate=0", "`0` is not a good shmem-rate"),
             ("a.sock,type=fs,shmem-rate=-1", "`-1` is not a good shmem-rate"),
-            (
-                "a.sock,share-shmem=on,type=fs,share-shmem=on",
-                "`share-shmem` is given twice",
-            ),
+            ("a.sock,share-shmem=on,type=fs,share-shmem=on", "`share-shmem` is given twice"),
         ] {
             let error = text.parse::<DeviceSpec>().unwrap_err().to_string();
             assert!(error.contains(part), "{text}: {error}");

@@ -1,9 +1,9 @@
-//! hotslot: a small VMM on KVM (x86-64) that boots a stock Linux kernel, gives it virtio-mmio devices whose back-ends
-//! are other processes (vhost-user), and maps what those hand over, file by file, into guest physical memory while the
-//! guest runs (protocol feature SHMEM): one KVM memory slot per mapping.
+//! hotslot: a small VMM on KVM (x86-64) that boots a stock Linux kernel, gives it virtio-mmio devices whose
+//! back-ends are other processes (vhost-user), and maps what those hand over, file by file, into guest
+//! physical memory while the guest runs (protocol feature SHMEM): one KVM memory slot per mapping.
 //!
-//! [`contract`] says, in numbered assertions, what a back-end and a guest can rely on; tests cite the numbers.
-//! [`design`] says why things are as they are. This page is the tour of the code.
+//! [`contract`] says, in numbered assertions, what a back-end and a guest can rely on; tests cite the
+//! numbers. [`design`] says why things are as they are. This page is the tour of the code.
 //!
 //! # Reading order
 //!
@@ -13,8 +13,8 @@
 //! 4. [`arch`]: where everything is, how a kernel is loaded, what it is told (CPUID, MSRs, ACPI).
 //! 5. [`memory`]: RAM; windows and mappings of shared memory regions, with every check of the contract.
 //! 6. [`virtio`]: what a device is; its registers as a page of memory; Status.
-//! 7. [`vhost_user`]: the wire, the two sockets, what is agreed, our requests, the back-end's requests, who sees
-//!    whose mappings.
+//! 7. [`vhost_user`]: the wire, the two sockets, what is agreed, our requests, the back-end's requests, who
+//!    sees whose mappings.
 //! 8. [`devices`]: serial port, power, reset, panic, debug exit.
 //! 9. [`cli`], [`config`], [`exit`], [`report`], [`terminal`], [`thread`], [`size`]: the program around it.
 //!
@@ -30,28 +30,31 @@
 //!           report, thread, size: for whoever needs them
 //! ```
 //!
-//! `tests/house.rs` reads the `use` lines and keeps it so. The one inversion is [`memory::GuestMapper`] ("put this host
-//! memory at this guest address, read-only or not; take it away"): [`kvm::slots`] implements it, tests record with a fake.
+//! `tests/house.rs` reads the `use` lines and keeps it so. The one inversion is [`memory::GuestMapper`] ("put
+//! this host memory at this guest address, read-only or not; take it away"): [`kvm::slots`] implements it,
+//! tests record with a fake.
 //!
 //! # Four stories
 //!
-//! **Boot** ([`vmm::Vmm::build`]): configuration → kernel and initramfs opened and checked → KVM and its capabilities → RAM and its
-//! slots → connect and negotiate with each back-end (the sizes of shared memory regions become known) → windows placed →
-//! serial port, power → virtio devices: register page, interrupt, doorbells → ACPI tables → kernel, initramfs and
-//! boot parameters loaded → vCPUs with their state as data → raw terminal → go.
+//! **Boot** ([`vmm::Vmm::build`]): configuration → kernel and initramfs opened and checked → KVM and its
+//! capabilities → RAM and its slots → connect and negotiate with each back-end (the sizes of shared memory
+//! regions become known) → windows placed → serial port, power → virtio devices: register page, interrupt,
+//! doorbells → ACPI tables → kernel, initramfs and boot parameters loaded → vCPUs with their state as data →
+//! raw terminal → go.
 //!
-//! **A register access** ([`virtio::mmio`]): a read is a read of memory, no exit. A write is a KVM_EXIT_MMIO → [`bus::Bus`]
-//! (find, unlock) → the register by name → the device → the page rewritten. QueueNotify and the acknowledgement of a
-//! used buffer are ioeventfds: no exit to user space either.
+//! **A register access** ([`virtio::mmio`]): a read is a read of memory, no exit. A write is a KVM_EXIT_MMIO
+//! → [`bus::Bus`] (find, unlock) → the register by name → the device → the page rewritten. QueueNotify and
+//! the acknowledgement of a used buffer are ioeventfds: no exit to user space either.
 //!
-//! **A mapping** ([`vhost_user::backend_channel`]): message and descriptor in one recvmsg → negotiated? → region, page,
-//! overflow, bounds, overlap, quota ([`memory::shmem`]) → mmap, moved into the window ([`memory::window`]) → slot
-//! ([`kvm::slots`]) → recorded → other back-ends told, if asked for ([`vhost_user::sharing`]) → answer 0. Each failure
-//! undoes in reverse and answers -errno.
+//! **A mapping** ([`vhost_user::backend_channel`]): message and descriptor in one recvmsg → negotiated? →
+//! region, page, overflow, bounds, overlap, quota ([`memory::shmem`]) → mmap, moved into the window
+//! ([`memory::window`]) → slot ([`kvm::slots`]) → recorded → other back-ends told, if asked for
+//! ([`vhost_user::sharing`]) → answer 0. Each failure undoes in reverse and answers -errno.
 //!
-//! **A reset** ([`vhost_user::device`]): Status = 0 → gate closed → GET_VRING_BASE for each ring → RESET_DEVICE or SET_STATUS 0
-//! where negotiated → channel drained → slots gone, window reserved again → others have let go → transport
-//! cleared → the write completes. The gate opens with the first message of the next start.
+//! **A reset** ([`vhost_user::device`]): Status = 0 → gate closed → GET_VRING_BASE for each ring →
+//! RESET_DEVICE or SET_STATUS 0 where negotiated → channel drained → slots gone, window reserved again →
+//! others have let go → transport cleared → the write completes. The gate opens with the first message of the
+//! next start.
 //!
 //! # Glossary
 //!

@@ -60,9 +60,7 @@ fn start_log(cli: &Cli) -> Result<(), Box<dyn Error>> {
     if let Some(path) = &cli.log_file {
         let file = std::fs::File::create(path)
             .map_err(|error| format!("cannot open the log file {}: {error}", path.display()))?;
-        builder
-            .format_timestamp_micros()
-            .target(env_logger::Target::Pipe(Box::new(file)));
+        builder.format_timestamp_micros().target(env_logger::Target::Pipe(Box::new(file)));
     }
     builder.try_init()?;
     Ok(())

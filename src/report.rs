@@ -1,5 +1,5 @@
-//! How we say what went wrong: lines on stderr, errors with their causes, and warnings that a guest or a back-end can
-//! provoke, at a rate that it cannot choose.
+//! How we say what went wrong: lines on stderr, errors with their causes, and warnings that a guest or a
+//! back-end can provoke, at a rate that it cannot choose.
 
 use std::error::Error;
 use std::fmt;
@@ -40,31 +40,17 @@ pub struct MisuseLog {
 impl MisuseLog {
     /// Lines that start with the device's name.
     pub fn new(device: &str) -> Self {
-        let budget = Budget {
-            lines: BURST,
-            since: Instant::now(),
-            dropped: 0,
-        };
-        MisuseLog {
-            device: device.to_owned(),
-            budget: Mutex::new(budget),
-        }
+        let budget = Budget { lines: BURST, since: Instant::now(), dropped: 0 };
+        MisuseLog { device: device.to_owned(), budget: Mutex::new(budget) }
     }
 
     /// Logs a line, if there is room for one.
     pub fn warn(&self, message: fmt::Arguments) {
-        let dropped = self
-            .budget
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take(Instant::now());
+        let dropped = self.budget.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now());
         match dropped {
             None => {}
             Some(0) => warn!("{}: {message}", self.device),
-            Some(dropped) => warn!(
-                "{}: {message} ({dropped} lines before this one left out)",
-                self.device
-            ),
+            Some(dropped) => warn!("{}: {message} ({dropped} lines before this one left out)", self.device),
         }
     }
 }
@@ -113,11 +99,7 @@ mod tests {
     #[test]
     fn a_burst_then_one_line_a_second_that_counts_what_was_left_out() {
         let start = Instant::now();
-        let mut budget = Budget {
-            lines: BURST,
-            since: start,
-            dropped: 0,
-        };
+        let mut budget = Budget { lines: BURST, since: start, dropped: 0 };
         for _ in 0..BURST {
             assert_eq!(budget.take(start), Some(0));
         }

@@ -1,7 +1,7 @@
 //! Sizes on a command line: `4096`, `64K`, `16M`, `8G`.
 //!
-//! The units are binary (1K = 1024 bytes), because what is sized here, memory and what is mapped into it, comes in
-//! pages. Called by the argument parsers of `hotslot` and `hotslot-backend`.
+//! The units are binary (1K = 1024 bytes), because what is sized here, memory and what is mapped into it,
+//! comes in pages. Called by the argument parsers of `hotslot` and `hotslot-backend`.
 
 /// Why a text is not a size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -16,7 +16,8 @@ pub enum SizeError {
     TooLarge(String),
 }
 
-/// The number of bytes that `text` names: decimal digits, then at most one of the units K, M, G, T (either case).
+/// The number of bytes that `text` names: decimal digits, then at most one of the units K, M, G, T (either
+/// case).
 ///
 /// Zero is a size; whether it makes sense is for the caller to say.
 ///
@@ -66,9 +67,9 @@ mod tests {
 
     #[test]
     fn what_is_not_a_number() {
-        for text in [
-            "", "K", "-1", "+1", "1.5G", "1 M", " 1M", "4KiB", "4KB", "0x1000", "1MM", "12Q", "１", "1µ",
-        ] {
+        for text in
+            ["", "K", "-1", "+1", "1.5G", "1 M", " 1M", "4KiB", "4KB", "0x1000", "1MM", "12Q", "１", "1µ"]
+        {
             assert_eq!(parse(text), Err(SizeError::NotANumber(text.to_owned())), "{text}");
         }
     }

@@ -11,13 +11,7 @@ static SAVED: OnceLock<libc::termios> = OnceLock::new();
 static IS_RAW: AtomicBool = AtomicBool::new(false);
 
 /// What ends a process without its destructors, if it is a bug of ours.
-const FATAL: [libc::c_int; 5] = [
-    libc::SIGSEGV,
-    libc::SIGBUS,
-    libc::SIGILL,
-    libc::SIGFPE,
-    libc::SIGABRT,
-];
+const FATAL: [libc::c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
 
 /// While it lives, the terminal on stdin is raw: each key goes to the guest at once, Ctrl-C too.
 #[derive(Debug)]
@@ -60,7 +54,8 @@ impl Drop for RawTerminal {
     }
 }
 
-/// Restores the terminal if it is raw. Only atomics and one async-signal-safe call: a signal handler may do it.
+/// Restores the terminal if it is raw. Only atomics and one async-signal-safe call: a signal handler may do
+/// it.
 fn restore() {
     if IS_RAW.swap(false, Ordering::SeqCst) {
         if let Some(saved) = SAVED.get() {
@@ -80,7 +75,8 @@ fn restore_at_panic_and_fatal_signals() {
         // SAFETY: a sigaction is plain data, for which all-zero is a value.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         action.sa_sigaction = fatal as extern "C" fn(libc::c_int) as usize;
-        // After the handler the default is back, and the instruction that failed, or the raise, ends the process.
+        // After the handler the default is back, and the instruction that failed, or the raise, ends the
+        // process.
         action.sa_flags = libc::SA_RESETHAND | libc::SA_NODEFER | libc::SA_ONSTACK;
         // SAFETY: the handler does only what a handler may do.
         let _restored_by_drop_at_least = unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
@@ -114,8 +110,8 @@ pub struct EscapeFilter {
 }
 
 impl EscapeFilter {
-    /// Takes one typed byte: for the guest (`Ok(Some)`), for us (`Err`), or not complete yet (`Ok(None)`). A key after
-    /// Ctrl-a that means nothing is dropped together with it.
+    /// Takes one typed byte: for the guest (`Ok(Some)`), for us (`Err`), or not complete yet (`Ok(None)`). A
+    /// key after Ctrl-a that means nothing is dropped together with it.
     pub fn key(&mut self, byte: u8) -> Result<Option<u8>, Command> {
         match (std::mem::take(&mut self.escaped), byte) {
             (false, ESCAPE) => {

@@ -3,13 +3,15 @@
 use std::io;
 use std::thread::JoinHandle;
 
-/// Starts a thread on which every signal is blocked, so that SIGTERM and the like always reach the main loop's
-/// signalfd (or, before there is one, end the process as usual). A thread that wants a signal unblocks it.
+/// Starts a thread on which every signal is blocked, so that SIGTERM and the like always reach the main
+/// loop's signalfd (or, before there is one, end the process as usual). A thread that wants a signal unblocks
+/// it.
 pub fn spawn<T: Send + 'static>(
     name: String,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    // A thread inherits the mask of the one that starts it: setting it inside the new thread would be too late.
+    // A thread inherits the mask of the one that starts it: setting it inside the new thread would be too
+    // late.
     let old = block_all()?;
     let thread = std::thread::Builder::new().name(name).spawn(body);
     set_mask(&old)?;

@@ -1,8 +1,8 @@
 //! The story of a machine: build, run, shut down.
 //!
-//! [`Vmm::build`] reads from top to bottom what [`crate`] describes module by module. Whatever can be refused is refused
-//! there, before the guest's first instruction. [`Vmm::run`] starts a thread for each processor and serves the rest from
-//! the main loop, until somebody says how the machine ends.
+//! [`Vmm::build`] reads from top to bottom what [`crate`] describes module by module. Whatever can be refused
+//! is refused there, before the guest's first instruction. [`Vmm::run`] starts a thread for each processor
+//! and serves the rest from the main loop, until somebody says how the machine ends.
 
 mod backends;
 mod main_loop;
@@ -176,7 +176,8 @@ impl Vmm {
         let mapper: Arc<dyn GuestMapper> = Arc::new(Slots::new(Arc::clone(vm.fd()), kvm.max_slots()));
         map_ram(&*mapper, &ram)?;
 
-        // The back-ends: connect and negotiate with each, then place the windows of their shared memory regions.
+        // The back-ends: connect and negotiate with each, then place the windows of their shared memory
+        // regions.
         let address_limit = 1 << cpuid::physical_address_bits(&supported).min(63);
         let mut windows = WindowAllocator::new(layout::windows_start(ram.end()), address_limit);
         let backends = backends::connect(
@@ -204,29 +205,15 @@ impl Vmm {
 
         // What the kernel finds in memory.
         let tables = acpi::tables(layout::ACPI, config.cpus, &virtio_devices)?;
-        ram.memory()
-            .write_slice(&tables, GuestAddress(layout::ACPI))
-            .map_err(|error| {
-                VmmError::Os("write the ACPI tables to guest memory", io::Error::other(error))
-            })?;
+        ram.memory().write_slice(&tables, GuestAddress(layout::ACPI)).map_err(|error| {
+            VmmError::Os("write the ACPI tables to guest memory", io::Error::other(error))
+        })?;
         log::info!("kernel command line: {}", config.cmdline);
         let entry = boot::load(&mut kernel, initramfs.as_mut(), &config.cmdline, &ram, placement)?;
 
-        let topology = Topology {
-            vcpus: config.cpus,
-            tsc_deadline: kvm.has_tsc_deadline(),
-        };
+        let topology = Topology { vcpus: config.cpus, tsc_deadline: kvm.has_tsc_deadline() };
         let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
-        Ok(Vmm {
-            machine,
-            vcpus,
-            console,
-            devices: Arc::new(devices),
-            missing_pages,
-            ram,
-            vm,
-            mapper,
-        })
+        Ok(Vmm { machine, vcpus, console, devices: Arc::new(devices), missing_pages, ram, vm, mapper })
     }
 
     /// Runs the machine until it ends.
@@ -259,8 +246,8 @@ impl Vmm {
         drop(raw_terminal);
         log_unclaimed(&self.machine.unclaimed);
         self.missing_pages.log_total();
-        // In this order, said aloud: the back-ends are let go and their mappings go, nobody can reach guest memory any
-        // more, then that and the register pages go.
+        // In this order, said aloud: the back-ends are let go and their mappings go, nobody can reach guest
+        // memory any more, then that and the register pages go.
         drop((events, stuck, self.missing_pages, self.machine));
         drop((self.mapper, self.vm));
         drop((self.devices, self.ram));
@@ -270,13 +257,8 @@ impl Vmm {
 
 /// The guest physical memory map, a line each: RAM, and what the devices have of it now.
 fn memory_map(ram: &[RamRegion], devices: &[Attached]) -> Vec<String> {
-    let ram = ram
-        .iter()
-        .map(|region| format!("  {}  RAM", backends::show(&region.guest)));
-    let devices = devices
-        .iter()
-        .flat_map(Attached::memory_map)
-        .map(|line| format!("  {line}"));
+    let ram = ram.iter().map(|region| format!("  {}  RAM", backends::show(&region.guest)));
+    let devices = devices.iter().flat_map(Attached::memory_map).map(|line| format!("  {line}"));
     ram.chain(devices).collect()
 }
 
@@ -300,8 +282,8 @@ fn check_address_width(ram: &Ram, supported: &CpuId) -> Result<(), VmmError> {
 
 fn map_ram(mapper: &dyn GuestMapper, ram: &Ram) -> Result<(), VmmError> {
     for region in ram.regions() {
-        // SAFETY: the region is mapped until `ram` is dropped, which `Vmm` does after the machine is gone; guest memory is
-        // only ever accessed through vm-memory's volatile methods.
+        // SAFETY: the region is mapped until `ram` is dropped, which `Vmm` does after the machine is gone;
+        // guest memory is only ever accessed through vm-memory's volatile methods.
         let mapped = unsafe { mapper.map(region.guest, region.host, Access::ReadWrite) };
         mapped.map_err(os("give the guest its memory"))?;
     }
@@ -326,28 +308,18 @@ fn attach_serial_port(
         }
         SerialLine::Stdio => (
             Some(duplicate(io::stdin().as_fd().try_clone_to_owned(), "use stdin")?),
-            Some(duplicate(
-                io::stdout().as_fd().try_clone_to_owned(),
-                "use stdout",
-            )?),
+            Some(duplicate(io::stdout().as_fd().try_clone_to_owned(), "use stdout")?),
         ),
     };
     let output = Output::new(output, stopping);
     let port = Arc::new(SerialPort::new(interrupt, output, Arc::clone(&wants_input)));
     insert(&machine.ports, layout::COM1, layout::COM1_LEN, port.clone())?;
-    Ok(Console {
-        port,
-        input,
-        wants_input,
-    })
+    Ok(Console { port, input, wants_input })
 }
 
 /// All the ways out that a guest has.
 fn attach_power(machine: &Machine, config: &Config) -> Result<(), VmmError> {
-    let power = PowerControl {
-        sleep_type_off: acpi::SLEEP_TYPE_S5,
-        reset_value: acpi::RESET_VALUE,
-    };
+    let power = PowerControl { sleep_type_off: acpi::SLEEP_TYPE_S5, reset_value: acpi::RESET_VALUE };
     let ports = &machine.ports;
     insert(ports, layout::ACPI_POWER, layout::ACPI_POWER_LEN, Arc::new(power))?;
     insert(ports, layout::I8042, layout::I8042_LEN, Arc::new(I8042))?;
@@ -383,24 +355,19 @@ fn create_vcpus(
         } else {
             None
         };
-        let state = VcpuState {
-            cpuid: cpuid::of_vcpu(supported, topology, id),
-            msrs: msr::initial(),
-            boot,
-        };
+        let state = VcpuState { cpuid: cpuid::of_vcpu(supported, topology, id), msrs: msr::initial(), boot };
         Ok((fd, state))
     };
     (0..topology.vcpus).map(create).collect()
 }
 
-/// Starts the processors' threads. One that cannot be started ends the machine, and those before it are still to stop.
+/// Starts the processors' threads. One that cannot be started ends the machine, and those before it are still
+/// to stop.
 fn start(vcpus: Vec<(VcpuFd, VcpuState)>, machine: &Arc<Machine>, end: &Arc<End>) -> Vec<Vcpu> {
     let mut started = Vec::new();
     for (id, (fd, state)) in (0..).zip(vcpus) {
         let told = Arc::clone(end);
-        match Vcpu::spawn(id, fd, state, Arc::clone(machine), move |outcome| {
-            told.tell(outcome)
-        }) {
+        match Vcpu::spawn(id, fd, state, Arc::clone(machine), move |outcome| told.tell(outcome)) {
             Ok(vcpu) => started.push(vcpu),
             Err(error) => {
                 end.fail(os("start a vCPU's thread")(error));

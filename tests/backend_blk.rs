@@ -102,8 +102,7 @@ impl Machine {
         for (index, &(address, len, flags)) in chain.iter().enumerate() {
             let next = if index + 1 < chain.len() { NEXT } else { 0 };
             let index = index as u16;
-            self.0
-                .descriptor(index, (address, len, flags | next, (index + 1) * next));
+            self.0.descriptor(index, (address, len, flags | next, (index + 1) * next));
         }
         self.0.offer(0);
         (self.0.await_used(0), self.read(STATUS, 1)[0])
@@ -124,9 +123,7 @@ impl Machine {
 
 /// Bytes of which no two sectors are alike.
 fn pattern(len: u64) -> Vec<u8> {
-    (0..len / 8)
-        .flat_map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes())
-        .collect()
+    (0..len / 8).flat_map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()).collect()
 }
 
 /// The disk: a file of the pattern.
@@ -151,10 +148,7 @@ fn what_the_driver_reads_and_writes_is_in_the_file() {
     assert_eq!(machine.read(DATA + 0x1000, 3584), bytes[4 * 512..11 * 512]);
 
     machine.write(DATA, &[0xab; 4096]);
-    assert_eq!(
-        machine.request(T_OUT, 2047, &[(DATA, 100), (DATA + 2048, 412)]),
-        (1, OK)
-    );
+    assert_eq!(machine.request(T_OUT, 2047, &[(DATA, 100), (DATA + 2048, 412)]), (1, OK));
     assert_eq!(machine.request(T_FLUSH, 0, &[]), (1, OK));
     let mut expected = bytes.clone();
     expected[2047 * 512..].fill(0xab);
@@ -194,12 +188,7 @@ fn the_configuration_space_says_what_the_disk_can() {
     let dir = directory();
     let (path, _) = disk(&dir);
     // What is left at the end is no sector.
-    File::options()
-        .write(true)
-        .open(path)
-        .unwrap()
-        .set_len(MIB + 100)
-        .unwrap();
+    File::options().write(true).open(path).unwrap().set_len(MIB + 100).unwrap();
     for (arguments, access) in [("", DISCARD | WRITE_ZEROES), ("--read-only", RO)] {
         let backend = Backend::start("blk", &dir, arguments);
         let mut machine = Machine::connect_with(&backend, VERSION_1);
@@ -209,11 +198,8 @@ fn the_configuration_space_says_what_the_disk_can() {
         assert_eq!(features, all);
         let offered = machine.0.front_end.get_protocol_features().unwrap();
         assert!(offered.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS));
-        let (_, space) = machine
-            .0
-            .front_end
-            .get_config(0, 60, VhostUserConfigFlags::empty(), &[0; 60])
-            .unwrap();
+        let (_, space) =
+            machine.0.front_end.get_config(0, 60, VhostUserConfigFlags::empty(), &[0; 60]).unwrap();
         let word = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().unwrap());
         assert_eq!((word(0), word(4)), (2048, 0), "capacity");
         assert_eq!((word(12), word(20)), (126, 512), "seg_max and blk_size");
@@ -259,11 +245,7 @@ fn wrong_requests_are_errors_and_the_disk_goes_on() {
     ];
     for (what, kind, sector, data, expected) in wrong {
         assert_eq!(machine.request(kind, sector, &data), expected, "{what}");
-        assert_eq!(
-            machine.request(T_IN, 1, &[(DATA, 512)]),
-            (513, OK),
-            "after: {what}"
-        );
+        assert_eq!(machine.request(T_IN, 1, &[(DATA, 512)]), (513, OK), "after: {what}");
         assert_eq!(machine.read(DATA, 512), bytes[512..1024], "after: {what}");
     }
     #[rustfmt::skip]
@@ -277,11 +259,7 @@ fn wrong_requests_are_errors_and_the_disk_goes_on() {
         machine.write(STATUS, &[NO_STATUS]);
         assert_eq!(machine.chain(&chain), expected, "{what}");
     }
-    assert_eq!(
-        machine.request(T_IN, 1, &[(DATA, 512)]),
-        (513, OK),
-        "after all of them"
-    );
+    assert_eq!(machine.request(T_IN, 1, &[(DATA, 512)]), (513, OK), "after all of them");
     assert!(fs::read(&path).unwrap() == bytes);
 }
 
@@ -343,10 +321,7 @@ fn a_reset_forgets_the_driver_and_a_new_one_is_served() {
         let mut machine = Machine::connect(&backend);
         for _ in 0..2 {
             assert_eq!(machine.request(T_IN, 5, &[(DATA, 512)]), (513, OK));
-            assert_eq!(
-                machine.read(DATA, 512),
-                bytes[5 * SECTOR as usize..6 * SECTOR as usize]
-            );
+            assert_eq!(machine.read(DATA, 512), bytes[5 * SECTOR as usize..6 * SECTOR as usize]);
             machine.0.reset();
             machine.start();
         }
@@ -359,19 +334,10 @@ fn bad_command_lines_are_refused() {
     file(&dir, MIB);
     fs::write(dir.path().join("short"), [0; 511]).unwrap();
     for (arguments, sentence) in [
-        (
-            "--socket s --file missing",
-            "error: there is no file \"missing\"\nhint: truncate",
-        ),
+        ("--socket s --file missing", "error: there is no file \"missing\"\nhint: truncate"),
         ("--socket s --file .", "\".\" is a directory; only a regular file"),
-        (
-            "--socket s --file short",
-            "\"short\" has 511 bytes, less than a sector of 512\nhint: truncate",
-        ),
-        (
-            "--socket memory.img --file memory.img",
-            "there is a file that is not a socket",
-        ),
+        ("--socket s --file short", "\"short\" has 511 bytes, less than a sector of 512\nhint: truncate"),
+        ("--socket memory.img --file memory.img", "there is a file that is not a socket"),
     ] {
         assert_refused("blk", &dir, arguments, sentence);
     }

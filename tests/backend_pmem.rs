@@ -1,7 +1,8 @@
 //! `hotslot-backend pmem`, seen by a front-end and by a user.
 //!
-//! The front-end here is the `vhost` crate's, and raw bytes where a byte matters: never hotslot's own codec. The
-//! queue is made by hand. Every wait has a deadline: the one for the program ends it, and so whatever waits for it.
+//! The front-end here is the `vhost` crate's, and raw bytes where a byte matters: never hotslot's own codec.
+//! The queue is made by hand. Every wait has a deadline: the one for the program ends it, and so whatever
+//! waits for it.
 
 // Clippy's own exception for tests ends at the helpers.
 #![allow(clippy::unwrap_used)]
@@ -61,22 +62,11 @@ impl MapRequest {
         assert_eq!(self.request, SHMEM_MAP);
         assert_eq!(self.body.len(), 40);
         assert_eq!(self.body[..8], [0; 8], "shmid 0 and padding");
-        assert_eq!(
-            (self.u64_at(8), self.u64_at(16)),
-            (0, 0),
-            "fd_offset and shm_offset"
-        );
+        assert_eq!((self.u64_at(8), self.u64_at(16)), (0, 0), "fd_offset and shm_offset");
         assert_eq!(self.u64_at(24), len, "len");
         assert_eq!(self.u64_at(32), map_flags, "flags");
-        let (got, expected) = (
-            self.file.as_ref().unwrap().metadata().unwrap(),
-            fs::metadata(path).unwrap(),
-        );
-        assert_eq!(
-            (got.dev(), got.ino()),
-            (expected.dev(), expected.ino()),
-            "the file"
-        );
+        let (got, expected) = (self.file.as_ref().unwrap().metadata().unwrap(), fs::metadata(path).unwrap());
+        assert_eq!((got.dev(), got.ino()), (expected.dev(), expected.ino()), "the file");
     }
 }
 
@@ -87,19 +77,11 @@ impl Channel {
     fn receive(&self) -> MapRequest {
         // Header and body are sent at once and are far smaller than the socket's buffer.
         let mut bytes = [0; 256];
-        let (count, file) = self
-            .0
-            .recv_with_fd(&mut bytes)
-            .expect("a request on the back-end channel");
+        let (count, file) = self.0.recv_with_fd(&mut bytes).expect("a request on the back-end channel");
         assert!(count >= 12, "{count} bytes are no request");
         let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
         assert_eq!(word(8) as usize, count - 12, "the size in the header");
-        MapRequest {
-            request: word(0),
-            flags: word(4),
-            body: bytes[12..count].to_vec(),
-            file,
-        }
+        MapRequest { request: word(0), flags: word(4), body: bytes[12..count].to_vec(), file }
     }
 
     fn reply(&self, request: &MapRequest, value: u64) {
@@ -155,21 +137,15 @@ impl Machine {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(DEADLINE)).unwrap();
         driver.front_end.set_backend_request_fd(&theirs).unwrap();
-        Machine {
-            driver,
-            channel: Channel(ours),
-        }
+        Machine { driver, channel: Channel(ours) }
     }
 
-    /// Sends SET_FEATURES and SET_MEM_TABLE from a thread of its own, as its answer may wait for ours. What is received says that
-    /// the answer came.
+    /// Sends SET_FEATURES and SET_MEM_TABLE from a thread of its own, as its answer may wait for ours. What
+    /// is received says that the answer came.
     fn set_mem_table(&self) -> Receiver<()> {
         let (front_end, features) = (self.front_end.clone(), self.features);
         let ram = self.ram_file.try_clone().unwrap();
-        let region = VhostUserMemoryRegionInfo {
-            mmap_handle: ram.as_raw_fd(),
-            ..self.ram_region()
-        };
+        let region = VhostUserMemoryRegionInfo { mmap_handle: ram.as_raw_fd(), ..self.ram_region() };
         let (done, answered) = mpsc::channel();
         thread::spawn(move || {
             let _open = ram;
@@ -180,14 +156,13 @@ impl Machine {
         answered
     }
 
-    /// A start of the device (with SET_FEATURES, which a reset forgets) up to the mapping, which is answered with `value`.
+    /// A start of the device (with SET_FEATURES, which a reset forgets) up to the mapping, which is answered
+    /// with `value`.
     fn map(&self, value: u64) -> MapRequest {
         let answered = self.set_mem_table();
         let request = self.channel.receive();
         self.channel.reply(&request, value);
-        answered
-            .recv_timeout(DEADLINE)
-            .expect("an answer to SET_MEM_TABLE");
+        answered.recv_timeout(DEADLINE).expect("an answer to SET_MEM_TABLE");
         request
     }
 
@@ -240,10 +215,7 @@ fn offers_the_device_and_its_region() {
     };
 
     let features = u64::from_ne_bytes(ask(1, &[], true).try_into().unwrap());
-    assert_eq!(
-        features,
-        VERSION_1 | PROTOCOL_FEATURES | SHMEM_REGION | INDIRECT_DESC | EVENT_IDX
-    );
+    assert_eq!(features, VERSION_1 | PROTOCOL_FEATURES | SHMEM_REGION | INDIRECT_DESC | EVENT_IDX);
     let offered = u64::from_ne_bytes(ask(15, &[], true).try_into().unwrap());
     let needed = REPLY_ACK | BACKEND_REQ | CONFIG | BACKEND_SEND_FD | RESET_DEVICE | SHMEM;
     assert_eq!(offered & needed, needed, "offered {offered:#x}");
@@ -253,10 +225,7 @@ fn offers_the_device_and_its_region() {
     assert_eq!(config.len(), 2056);
     assert_eq!(config[..4], 1u32.to_ne_bytes(), "nregions");
     assert_eq!(config[8..16], (16 * MIB).to_ne_bytes(), "the size of region 0");
-    assert!(
-        config[16..].iter().all(|byte| *byte == 0),
-        "all other regions are absent"
-    );
+    assert!(config[16..].iter().all(|byte| *byte == 0), "all other regions are absent");
 }
 
 #[test]
@@ -265,10 +234,8 @@ fn configuration_space_is_zero() {
     file(&dir, 2 * MIB);
     let backend = Backend::start("pmem", &dir, "");
     let mut machine = Machine::connect(&backend);
-    let (_, space) = machine
-        .front_end
-        .get_config(0x0, 16, VhostUserConfigFlags::empty(), &[0xff; 16])
-        .unwrap();
+    let (_, space) =
+        machine.front_end.get_config(0x0, 16, VhostUserConfigFlags::empty(), &[0xff; 16]).unwrap();
     assert_eq!(space, [0; 16]);
 }
 
@@ -316,16 +283,8 @@ fn maps_for_writing_before_set_mem_table_is_answered() {
     let request = machine.channel.receive();
     request.assert_is(4 * MIB, 1, &path);
     assert_eq!(request.flags, 0x9, "version 1, NEED_REPLY");
-    request
-        .file
-        .as_ref()
-        .unwrap()
-        .write_all_at(b"by the front-end", 0)
-        .unwrap();
-    assert!(
-        answered.recv_timeout(Duration::from_millis(200)).is_err(),
-        "answered without its mapping"
-    );
+    request.file.as_ref().unwrap().write_all_at(b"by the front-end", 0).unwrap();
+    assert!(answered.recv_timeout(Duration::from_millis(200)).is_err(), "answered without its mapping");
     machine.channel.reply(&request, 0);
     answered.recv_timeout(DEADLINE).unwrap();
     assert!(fs::read(&path).unwrap().starts_with(b"by the front-end"));
@@ -385,9 +344,7 @@ fn a_front_end_that_does_not_answer_is_not_waited_for_forever() {
     let backend = Backend::start("pmem", &dir, "");
     let mut machine = Machine::connect(&backend);
     let answered = machine.set_mem_table();
-    answered
-        .recv_timeout(DEADLINE)
-        .expect("an answer to SET_MEM_TABLE");
+    answered.recv_timeout(DEADLINE).expect("an answer to SET_MEM_TABLE");
     backend.wait_for("no answer to SHMEM_MAP");
     machine.start_queue();
     assert_eq!(machine.request(0), (4, 0));
@@ -410,7 +367,8 @@ fn maps_again_at_each_start() {
     assert!(!backend.stderr().contains("failed"), "{}", backend.stderr());
 }
 
-/// SHM-35: without a reset the mapping is still there, and to unmap it would open a hole under a running guest.
+/// SHM-35: without a reset the mapping is still there, and to unmap it would open a hole under a running
+/// guest.
 #[test]
 fn a_second_memory_table_without_a_reset_does_not_unmap() {
     let dir = directory();
@@ -427,9 +385,7 @@ fn a_second_memory_table_without_a_reset_does_not_unmap() {
     // After a reset it is not mapped before.
     machine.reset();
     machine.map(-libc::ENOMEM as u64);
-    wait_until("a second failure", || {
-        backend.stderr().matches("failed").count() == 2
-    });
+    wait_until("a second failure", || backend.stderr().matches("failed").count() == 2);
     assert_eq!(backend.stderr().matches("it was mapped before").count(), 1);
 }
 
@@ -458,7 +414,8 @@ fn dirty(path: &Path) -> u64 {
         .sum()
 }
 
-/// What the guest wrote through the mapping, played by a mapping of ours, is on the disk when the flush is answered.
+/// What the guest wrote through the mapping, played by a mapping of ours, is on the disk when the flush is
+/// answered.
 #[test]
 fn a_flush_writes_the_mapping_back() {
     let dir = directory();
@@ -466,11 +423,7 @@ fn a_flush_writes_the_mapping_back() {
     let backend = Backend::start("pmem", &dir, "");
     let mut machine = Machine::connect(&backend);
     let request = machine.map(0);
-    let range = (
-        GuestAddress(0),
-        2 * MIB as usize,
-        Some(FileOffset::new(request.file.unwrap(), 0)),
-    );
+    let range = (GuestAddress(0), 2 * MIB as usize, Some(FileOffset::new(request.file.unwrap(), 0)));
     let memory = GuestMemoryMmap::<()>::from_ranges_with_files([range]).unwrap();
     machine.start_queue();
     for page in 0..16 {
@@ -487,11 +440,7 @@ fn a_flush_writes_the_mapping_back() {
 }
 
 fn is_on_tmpfs(path: &Path) -> bool {
-    let output = Command::new("stat")
-        .args(["-f", "-c", "%T"])
-        .arg(path)
-        .output()
-        .unwrap();
+    let output = Command::new("stat").args(["-f", "-c", "%T"]).arg(path).output().unwrap();
     output.stdout.starts_with(b"tmpfs")
 }
 
@@ -514,11 +463,8 @@ fn any_framing_and_indirect_tables() {
     let dir = directory();
     file(&dir, 2 * MIB);
     let backend = Backend::start("pmem", &dir, "");
-    let mut machine = Machine::connect_with(
-        &backend,
-        VERSION_1 | SHMEM_REGION | INDIRECT_DESC | EVENT_IDX,
-        REPLY_ACK,
-    );
+    let mut machine =
+        Machine::connect_with(&backend, VERSION_1 | SHMEM_REGION | INDIRECT_DESC | EVENT_IDX, REPLY_ACK);
     machine.map(0);
     machine.start_queue();
 
@@ -531,10 +477,7 @@ fn any_framing_and_indirect_tables() {
     assert_eq!(machine.await_used(2), (4, 0));
 
     // The driver of EVENT_IDX asks for an interrupt at the next used buffer.
-    machine
-        .ram
-        .write_obj(1u16, GuestAddress(AVAIL + 4 + 2 * u64::from(QUEUE_SIZE)))
-        .unwrap();
+    machine.ram.write_obj(1u16, GuestAddress(AVAIL + 4 + 2 * u64::from(QUEUE_SIZE))).unwrap();
     machine.buffers(0);
     machine.descriptor_at(INDIRECT, 0, (REQUEST, 4, NEXT, 1));
     machine.descriptor_at(INDIRECT, 1, (ANSWER, 4, WRITE, 0));
@@ -542,10 +485,7 @@ fn any_framing_and_indirect_tables() {
     machine.offer(6);
     assert_eq!(machine.await_used(6), (4, 0));
     // And the device asks for a notification of the next available one.
-    let avail_event: u16 = machine
-        .ram
-        .read_obj(GuestAddress(USED + 4 + 8 * u64::from(QUEUE_SIZE)))
-        .unwrap();
+    let avail_event: u16 = machine.ram.read_obj(GuestAddress(USED + 4 + 8 * u64::from(QUEUE_SIZE))).unwrap();
     assert_eq!(avail_event, 2);
 }
 
@@ -619,16 +559,15 @@ fn a_broken_ring_is_survived() {
     machine.start_queue();
     machine.ram.write_obj(1u16, GuestAddress(RAM - 2)).unwrap();
     machine.kick.write(1).unwrap();
-    wait_until("a second complaint", || {
-        backend.stderr().matches("queue is broken").count() >= 2
-    });
+    wait_until("a second complaint", || backend.stderr().matches("queue is broken").count() >= 2);
     machine.ram.write_obj(0u16, GuestAddress(RAM - 2)).unwrap();
     machine.reset();
     machine.map(0);
     machine.avail_ring = AVAIL;
     machine.start_queue();
 
-    // A head that is no descriptor: there is nothing to give back. The request behind it comes with the same kick.
+    // A head that is no descriptor: there is nothing to give back. The request behind it comes with the same
+    // kick.
     machine.front_end.set_vring_enable(0, false).unwrap();
     machine.offer(QUEUE_SIZE);
     machine.buffers(0);
@@ -726,11 +665,7 @@ fn signals_end_it_with_status_zero_and_no_socket() {
             let kill = format!("kill -{signal} {}", backend.pid());
             assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
             let status = backend.wait();
-            assert_eq!(
-                (status.code(), status.signal()),
-                (Some(0), None),
-                "SIG{signal}, busy {busy}"
-            );
+            assert_eq!((status.code(), status.signal()), (Some(0), None), "SIG{signal}, busy {busy}");
             assert!(!backend.socket.exists());
         }
     }
@@ -765,10 +700,7 @@ fn bad_command_lines_are_refused() {
     for (args, sentence) in refused {
         assert_refused("pmem", &dir, args, sentence);
     }
-    assert_eq!(
-        fs::metadata(dir.path().join("memory.img")).unwrap().len(),
-        2 * MIB
-    );
+    assert_eq!(fs::metadata(dir.path().join("memory.img")).unwrap().len(), 2 * MIB);
     assert!(!dir.path().join("missing").exists());
 }
 

@@ -1,5 +1,5 @@
-//! What a user sees of a wrong command line or of files that cannot be booted: one sentence that names the thing and the
-//! number, a hint where there is one, status 2, and nothing left behind.
+//! What a user sees of a wrong command line or of files that cannot be booted: one sentence that names the
+//! thing and the number, a hint where there is one, status 2, and nothing left behind.
 
 // clippy.toml allows these in tests; it does not know the helpers of a file like this one as such.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -41,11 +41,7 @@ fn hotslot(arguments: &[&str], directory: &Path) -> Answer {
     let (mut stdout, mut stderr) = (String::new(), String::new());
     child.stdout.unwrap().read_to_string(&mut stdout).unwrap();
     child.stderr.unwrap().read_to_string(&mut stderr).unwrap();
-    Answer {
-        status: status.code(),
-        stdout,
-        stderr,
-    }
+    Answer { status: status.code(), stdout, stderr }
 }
 
 /// Runs hotslot with what must be refused. `parts` have to be in what it says, `hint` after "hint: ".
@@ -62,36 +58,27 @@ fn refused(arguments: &[&str], directory: &Path, parts: &[&str], hint: Option<&s
     assert_eq!(names(directory), before, "{arguments:?} left something behind");
     let given = said.lines().find_map(|line| line.strip_prefix("hint: "));
     match hint {
-        Some(hint) => assert!(
-            given.is_some_and(|given| given.contains(hint)),
-            "{arguments:?}: {said}"
-        ),
+        Some(hint) => assert!(given.is_some_and(|given| given.contains(hint)), "{arguments:?}: {said}"),
         None => assert_eq!(given, None, "{arguments:?}"),
     }
 }
 
 fn names(directory: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(directory).unwrap();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
 
-/// An ELF file for x86-64 with one segment of `filesz` bytes (all of them there) at 2 MiB, where it takes `memsz` bytes.
-/// Its code is `hlt` and `jmp` back to it.
+/// An ELF file for x86-64 with one segment of `filesz` bytes (all of them there) at 2 MiB, where it takes
+/// `memsz` bytes. Its code is `hlt` and `jmp` back to it.
 fn elf(filesz: usize, memsz: u64) -> Vec<u8> {
     let start = 2_u64 << 20;
     let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
     bytes.resize(16, 0);
     bytes.extend([2, 0, 62, 0, 1, 0, 0, 0]);
     bytes.extend([start, 64, 0].iter().flat_map(|field| field.to_le_bytes()));
-    bytes.extend(
-        [0, 0, 64, 56, 1, 0, 0, 0_u16]
-            .iter()
-            .flat_map(|field| field.to_le_bytes()),
-    );
+    bytes.extend([0, 0, 64, 56, 1, 0, 0, 0_u16].iter().flat_map(|field| field.to_le_bytes()));
     bytes.extend([1, 0, 0, 0, 7, 0, 0, 0]);
     let fields = [120, start, start, filesz as u64, memsz, 4096];
     bytes.extend(fields.iter().flat_map(|field| field.to_le_bytes()));
@@ -142,22 +129,10 @@ fn kernels_that_cannot_be_booted() {
         (".", &["the kernel . is not a regular file"], None),
         ("/dev/null", &["the kernel /dev/null is not a regular file"], None),
         ("empty", &["the kernel empty is empty"], None),
-        (
-            "text",
-            &["the kernel text is neither an ELF vmlinux nor a bzImage"],
-            Some("bzImage"),
-        ),
+        ("text", &["the kernel text is neither an ELF vmlinux nor a bzImage"], Some("bzImage")),
         ("gzip", &["neither an ELF vmlinux nor a bzImage"], Some("gzip")),
-        (
-            "arm",
-            &["the kernel arm is an ELF file for 64-bit Arm", "machine 183"],
-            None,
-        ),
-        (
-            "cut",
-            &["the kernel cut is truncated", "2000 bytes", "4216"],
-            None,
-        ),
+        ("arm", &["the kernel arm is an ELF file for 64-bit Arm", "machine 183"], None),
+        ("cut", &["the kernel cut is truncated", "2000 bytes", "4216"], None),
         ("cut-header", &["truncated", "40 bytes", "64"], None),
         ("old-bzimage", &["no 64-bit entry point", "2.2"], None),
         ("cut-bzimage", &["truncated", "2048 bytes", "5120"], None),
@@ -172,30 +147,15 @@ fn what_does_not_fit_into_memory() {
     let files = files();
     let here = files.path();
     let with = |more: &[&'static str]| [&["-k", "good"], more].concat();
-    refused(
-        &with(&["-m", "2M"]),
-        here,
-        &["the kernel good needs", "0x300000", "0x200000"],
-        Some("--memory"),
-    );
+    refused(&with(&["-m", "2M"]), here, &["the kernel good needs", "0x300000", "0x200000"], Some("--memory"));
     refused(
         &with(&["-m", "4M", "-i", "initramfs"]),
         here,
         &["the initramfs initramfs has 4194304 bytes", "only 1048576 bytes"],
         Some("--memory"),
     );
-    refused(
-        &with(&["-i", "nowhere"]),
-        here,
-        &["cannot open the initramfs nowhere"],
-        None,
-    );
-    refused(
-        &with(&["-i", "empty"]),
-        here,
-        &["the initramfs empty is empty"],
-        None,
-    );
+    refused(&with(&["-i", "nowhere"]), here, &["cannot open the initramfs nowhere"], None);
+    refused(&with(&["-i", "empty"]), here, &["the initramfs empty is empty"], None);
     let long = "x".repeat(3000);
     refused(
         &["-k", "good", "-c", &long],
@@ -210,30 +170,10 @@ fn impossible_memory() {
     let files = files();
     let here = files.path();
     let with = |size: &'static str| ["-k", "good", "-m", size];
-    refused(
-        &with("0"),
-        here,
-        &["0 bytes of guest memory are too few"],
-        Some("128M"),
-    );
-    refused(
-        &with("1000001"),
-        here,
-        &["1000001 bytes", "too few"],
-        Some("128M"),
-    );
-    refused(
-        &with("134217729"),
-        here,
-        &["134217729", "4096"],
-        Some("134217728 and 134221824"),
-    );
-    refused(
-        &with("4096T"),
-        here,
-        &["4503599627370496 bytes", "more than the"],
-        None,
-    );
+    refused(&with("0"), here, &["0 bytes of guest memory are too few"], Some("128M"));
+    refused(&with("1000001"), here, &["1000001 bytes", "too few"], Some("128M"));
+    refused(&with("134217729"), here, &["134217729", "4096"], Some("134217728 and 134221824"));
+    refused(&with("4096T"), here, &["4503599627370496 bytes", "more than the"], None);
     refused(&with("99999999999T"), here, &["--memory", "99999999999T"], None);
     refused(&with("lots"), here, &["--memory", "lots"], None);
     refused(&with("-5"), here, &["--memory", "-5"], None);
@@ -243,19 +183,9 @@ fn impossible_memory() {
 fn impossible_processors() {
     let files = files();
     let here = files.path();
-    refused(
-        &["-k", "good", "--cpus", "0"],
-        here,
-        &["--cpus", "0 is not in 1.."],
-        None,
-    );
+    refused(&["-k", "good", "--cpus", "0"], here, &["--cpus", "0 is not in 1.."], None);
     refused(&["-k", "good", "--cpus", "many"], here, &["--cpus", "many"], None);
-    refused(
-        &["-k", "good", "--cpus", "255"],
-        here,
-        &["255 vCPUs", "254"],
-        None,
-    );
+    refused(&["-k", "good", "--cpus", "255"], here, &["255 vCPUs", "254"], None);
 }
 
 #[test]
@@ -271,21 +201,11 @@ fn impossible_devices() {
         ("a.sock,type=fs,queues=none", "`none`"),
         ("a.sock,type=fs,reconnect=3", "`reconnect` is not supported yet"),
     ] {
-        refused(
-            &["-k", "good", "--vhost-user", device],
-            here,
-            &["--vhost-user", part],
-            None,
-        );
+        refused(&["-k", "good", "--vhost-user", device], here, &["--vhost-user", part], None);
     }
     let mut crowd = vec!["-k", "good"];
     crowd.extend(["--vhost-user", "a.sock,type=fs"].repeat(20));
-    refused(
-        &crowd,
-        here,
-        &["20 devices are more than the 19", "interrupt"],
-        None,
-    );
+    refused(&crowd, here, &["20 devices are more than the 19", "interrupt"], None);
 }
 
 #[test]
@@ -294,26 +214,11 @@ fn wrong_usage() {
     let here = files.path();
     refused(&[], here, &["--kernel"], None);
     refused(&["-k", "good", "--sandbox", "on"], here, &["--sandbox"], None);
-    refused(
-        &["-k", "good", "--on-reboot", "reset"],
-        here,
-        &["not supported yet"],
-        None,
-    );
-    refused(
-        &["-k", "good", "--serial", "pty"],
-        here,
-        &["`pty`", "file=PATH"],
-        None,
-    );
+    refused(&["-k", "good", "--on-reboot", "reset"], here, &["not supported yet"], None);
+    refused(&["-k", "good", "--serial", "pty"], here, &["`pty`", "file=PATH"], None);
     refused(&["-k", "good", "--connect-timeout", "1h"], here, &["`1h`"], None);
     refused(&["-k", "good", "-v", "--log", "debug"], here, &["--log"], None);
-    refused(
-        &["-k", "good", "--log-file", "no/where"],
-        here,
-        &["no/where", "No such file"],
-        None,
-    );
+    refused(&["-k", "good", "--log-file", "no/where"], here, &["no/where", "No such file"], None);
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! What a device takes of the process, it gives back (SHM-78). A program of its own: nothing else opens files here.
+//! What a device takes of the process, it gives back (SHM-78). A program of its own: nothing else opens files
+//! here.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
@@ -72,10 +73,7 @@ fn what_is_shared_is_given_back(counts: &dyn Fn() -> (usize, usize)) {
     let idle = counts();
     // The other back-end closes what it is told of a little later than it answers.
     let descriptors_are = |count: usize| eventually("descriptors", || descriptors() == count);
-    let writable = |page| MMap {
-        flags: 1,
-        ..page_at(page)
-    };
+    let writable = |page| MMap { flags: 1, ..page_at(page) };
     for round in 0..3 {
         for page in 0..30 {
             assert_eq!(owner.map(writable(2 * page), &files[0]), 0);

@@ -1,5 +1,6 @@
-//! What a device does when there is no more of something (SHM-48): KVM's slots, address ranges (vm.max_map_count),
-//! descriptors, address space. A program of its own: its limits are lowered and reached, and its tests run one by one.
+//! What a device does when there is no more of something (SHM-48): KVM's slots, address ranges
+//! (vm.max_map_count), descriptors, address space. A program of its own: its limits are lowered and reached,
+//! and its tests run one by one.
 //!
 //! How many mappings there were in the end is printed.
 
@@ -56,10 +57,7 @@ fn unlimited(pages: u64, machine: &Machine) -> Bench {
 
 /// One page of region 0, of the file's page with this number.
 fn page_of(page: u64, file_page: u64) -> MMap {
-    MMap {
-        fd_offset: file_page * PAGE,
-        ..page_at(page)
-    }
+    MMap { fd_offset: file_page * PAGE, ..page_at(page) }
 }
 
 /// Maps until there is a refusal, many at a time: how many succeeded, and the answer to the next.
@@ -73,11 +71,7 @@ fn map_until_refused(bench: &Bench, file: &File, request: impl Fn(u64) -> MMap) 
         }
         let answers = [(); BATCH as usize].map(|()| answer(&channel, MAP));
         if let Some(refused) = answers.iter().position(|&answer| answer != 0) {
-            assert!(
-                answers[refused..]
-                    .iter()
-                    .all(|&answer| answer == answers[refused])
-            );
+            assert!(answers[refused..].iter().all(|&answer| answer == answers[refused]));
             return (first + refused as u64, answers[refused]);
         }
     }
@@ -127,9 +121,7 @@ fn a_machine_without_slots_refuses_one_mapping_and_takes_one_for_each_that_goes(
     let spots = [0, 1, most / 2, most - 2, most - 1, most];
     let file = numbered(most + 100, &spots);
     let (mapped, refusal) = map_until_refused(&bench, &file, |index| page_of(index, index));
-    say(format_args!(
-        "{mapped} live mappings, until KVM's {most} slots were used up"
-    ));
+    say(format_args!("{mapped} live mappings, until KVM's {most} slots were used up"));
     // One slot is the machine's RAM.
     assert_eq!((mapped, refusal), (most - 1, ENOSPC));
     let mut reads = |page: u64| machine.read(bench.guest(), region.start() + page * PAGE);
@@ -227,10 +219,7 @@ fn a_process_without_address_ranges_refuses_one_mapping_and_takes_one_for_each_t
         assert_eq!(ranges(), before);
     }
     assert_eq!(bench.unmap(page_at(2)), 0);
-    assert_eq!(
-        (bench.reads(0, 2 * PAGE), bench.reads(0, 4 * PAGE)),
-        (None, Some(1))
-    );
+    assert_eq!((bench.reads(0, 2 * PAGE), bench.reads(0, 4 * PAGE)), (None, Some(1)));
     assert_eq!(bench.map(page_of(2 * mapped, 0), &file), 0);
     assert_eq!(bench.map(page_of(2, 0), &file), ENOMEM);
     bench.reset();
@@ -259,10 +248,7 @@ fn what_is_unmapped_where_no_address_range_is_left_is_gone_after_the_reset() {
     let (before, most) = ranges();
     unmap_many(&bench, (1..PAGES).step_by(2));
     let (after, _) = ranges();
-    assert!(
-        after > before + 100 && after + 10 > most,
-        "{after} ranges, and {before} before, of {most}"
-    );
+    assert!(after > before + 100 && after + 10 > most, "{after} ranges, and {before} before, of {most}");
     assert_eq!((bench.reads(0, 0), bench.reads(0, PAGE)), (Some(1), None));
     assert_eq!(bench.guest().count() as u64, PAGES / 2);
     // As the others go, what could not be taken out does, too.
@@ -282,8 +268,8 @@ fn what_is_unmapped_where_no_address_range_is_left_is_gone_after_the_reset() {
     drop(ballast);
     assert_eq!(areas("self"), idle);
 
-    // Where nobody can have a range any more, not even in exchange for another, the guest's view is right all the same;
-    // the rest is made good by what comes next.
+    // Where nobody can have a range any more, not even in exchange for another, the guest's view is right all
+    // the same; the rest is made good by what comes next.
     bench.start().unwrap();
     map_all();
     let ballast = Ballast::all_but(0);
@@ -303,17 +289,11 @@ struct Lowered(libc::__rlimit_resource_t, libc::rlimit);
 
 impl Lowered {
     fn to(resource: libc::__rlimit_resource_t, limit: u64) -> Lowered {
-        let mut old = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
+        let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         // SAFETY: one structure, on our stack.
         assert_eq!(unsafe { libc::getrlimit(resource, &mut old) }, 0);
         let lowered = Lowered(resource, old);
-        lowered.set(libc::rlimit {
-            rlim_cur: limit,
-            ..old
-        });
+        lowered.set(libc::rlimit { rlim_cur: limit, ..old });
         lowered
     }
 
@@ -343,7 +323,8 @@ fn a_process_without_descriptors_refuses_one_mapping_and_takes_all_with_one() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         name.parse::<u64>().unwrap()
     });
-    // The highest may be that of the listing itself, which is closed again: one at least is free below the limit.
+    // The highest may be that of the listing itself, which is closed again: one at least is free below the
+    // limit.
     let limit = Lowered::to(libc::RLIMIT_NOFILE, highest.max().unwrap() + 1);
     // Those are taken, so that none is left.
     let mut taken: Vec<_> = std::iter::from_fn(|| file.try_clone().ok()).collect();
@@ -378,11 +359,7 @@ fn a_process_without_address_space_refuses_one_mapping() {
     let bench = unlimited(LARGE / PAGE, &Machine::new(false));
     assert_eq!(bench.map_page(0, 1), 0);
     let file = file_of(1, 2);
-    let large = MMap {
-        shm_offset: 2 * PAGE,
-        len: LARGE - 2 * PAGE,
-        ..MMap::default()
-    };
+    let large = MMap { shm_offset: 2 * PAGE, len: LARGE - 2 * PAGE, ..MMap::default() };
     let limit = Lowered::to(libc::RLIMIT_AS, address_space() + LARGE / 2);
     assert_eq!(bench.map(large, &file), ENOMEM);
     assert_eq!(bench.map_page(1, 3), 0);

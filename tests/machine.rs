@@ -1,5 +1,6 @@
-//! What a user sees of a machine that runs: its output, its input, its exit status, the last line of stderr, the
-//! terminal afterwards. The guests are a few instructions, so any `/dev/kvm` will do, also one that is software.
+//! What a user sees of a machine that runs: its output, its input, its exit status, the last line of stderr,
+//! the terminal afterwards. The guests are a few instructions, so any `/dev/kvm` will do, also one that is
+//! software.
 
 // clippy.toml allows these in tests; it does not know the helpers of a file like this one as such.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -44,10 +45,7 @@ fn guest(write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Nam
     let mut assembler = CodeAssembler::new(64).unwrap();
     write(&mut assembler).unwrap();
     let code = assembler.assemble(START).unwrap();
-    let code = Segment {
-        zeroes: 0x10000,
-        ..Segment::new(START, &code)
-    };
+    let code = Segment { zeroes: 0x10000, ..Segment::new(START, &code) };
     image::kernel(&image::elf(START, &[code]))
 }
 
@@ -111,13 +109,8 @@ fn echo(a: &mut CodeAssembler) -> Result<(), IcedError> {
 
 fn hotslot(kernel: &NamedTempFile) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
-    command
-        .args(["-m", "8M", "--debug-exit", "-k"])
-        .arg(kernel.path());
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.args(["-m", "8M", "--debug-exit", "-k"]).arg(kernel.path());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
 
@@ -160,19 +153,11 @@ fn each_way_out_has_its_status_and_its_last_line() {
     type Guest = fn(&mut CodeAssembler) -> Result<(), IcedError>;
     let cases: [(Guest, i32, &str); 7] = [
         // ACPI: sleep type 5, go.
-        (
-            |a| out_byte(a, 0x600, 5 << 2 | 1 << 5),
-            0,
-            "the guest switched itself off",
-        ),
+        (|a| out_byte(a, 0x600, 5 << 2 | 1 << 5), 0, "the guest switched itself off"),
         (|a| out_byte(a, 0x602, 1), 32, "the guest reset itself"),
         (|a| out_byte(a, 0x64, 0xfe), 32, "the guest reset itself"),
         (|a| out_byte(a, 0x505, 1), 34, "the guest's kernel panicked"),
-        (
-            |a| out_byte(a, DEBUG_EXIT, 77),
-            77,
-            "the guest ended with status 77",
-        ),
+        (|a| out_byte(a, DEBUG_EXIT, 77), 77, "the guest ended with status 77"),
         (|a| out_byte(a, DEBUG_EXIT, 0), 0, "the guest ended with status 0"),
         // No table for exceptions, none for double faults.
         (|a| a.ud2(), 33, "the guest crashed: triple fault on vCPU 0"),
@@ -185,10 +170,7 @@ fn each_way_out_has_its_status_and_its_last_line() {
         let (got, stdout, stderr) = run(&mut hotslot(&kernel));
         assert_eq!(got, Some(status), "{last_line}: {stderr}");
         assert_eq!(stdout, "");
-        assert!(
-            stderr.lines().last().is_some_and(|line| line.contains(last_line)),
-            "{last_line}: {stderr}"
-        );
+        assert!(stderr.lines().last().is_some_and(|line| line.contains(last_line)), "{last_line}: {stderr}");
         // A crash is followed by the registers.
         assert_eq!(stderr.contains("rip "), status == 33, "{stderr}");
     }
@@ -210,9 +192,8 @@ fn output_is_on_stdout_and_messages_on_stderr() {
     assert_eq!(stderr, "hotslot: the guest switched itself off\n");
     // To a file.
     let file = NamedTempFile::new().unwrap();
-    let (status, stdout, _) = run(hotslot(&kernel)
-        .arg("--serial")
-        .arg(format!("file={}", file.path().display())));
+    let (status, stdout, _) =
+        run(hotslot(&kernel).arg("--serial").arg(format!("file={}", file.path().display())));
     assert_eq!((status, stdout.as_str()), (Some(0), ""));
     assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "Hello, guest!");
     // To nobody.
@@ -334,13 +315,8 @@ fn without_standard_files_the_guest_goes_on() {
         let line = format!(r#"exec "$0" "$@" {redirections}"#);
         let mut command = Command::new("/bin/sh");
         command.args(["-c", &line, env!("CARGO_BIN_EXE_hotslot")]);
-        command
-            .args(["-m", "8M", "--debug-exit", "-k"])
-            .arg(kernel.path());
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
+        command.args(["-m", "8M", "--debug-exit", "-k"]).arg(kernel.path());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         wait(&mut command.spawn().unwrap()).code()
     };
     assert_eq!(shell("<&-"), Some(5));
@@ -377,11 +353,8 @@ fn signals_end_the_machine_whatever_it_does() {
         a.jmp(again)
     });
     for kernel in [&busy, &blocked] {
-        for (number, name) in [
-            (libc::SIGINT, "SIGINT"),
-            (libc::SIGTERM, "SIGTERM"),
-            (libc::SIGHUP, "SIGHUP"),
-        ] {
+        for (number, name) in [(libc::SIGINT, "SIGINT"), (libc::SIGTERM, "SIGTERM"), (libc::SIGHUP, "SIGHUP")]
+        {
             let mut child = start(hotslot(kernel).args(["--cpus", "2"]));
             std::thread::sleep(Duration::from_millis(300));
             signal(&child, number);
@@ -403,10 +376,7 @@ fn sigusr1_prints_the_memory_map() {
     signal(&child, libc::SIGUSR1);
     let stderr = io::BufReader::new(child.stderr.take().unwrap());
     let map: Vec<_> = stderr.lines().take(2).map(Result::unwrap).collect();
-    assert_eq!(
-        map,
-        ["guest physical memory:", "  0x000000000000-0x0000007fffff  RAM"]
-    );
+    assert_eq!(map, ["guest physical memory:", "  0x000000000000-0x0000007fffff  RAM"]);
     signal(&child, libc::SIGINT);
     assert_eq!(wait(&mut child).code(), Some(130));
 }
@@ -416,13 +386,7 @@ fn terminal() -> (File, OwnedFd) {
     let (mut ours, mut theirs) = (-1, -1);
     // SAFETY: both numbers are ours and live through the call; name, settings and size are not given.
     let result = unsafe {
-        libc::openpty(
-            &mut ours,
-            &mut theirs,
-            std::ptr::null_mut(),
-            std::ptr::null(),
-            std::ptr::null(),
-        )
+        libc::openpty(&mut ours, &mut theirs, std::ptr::null_mut(), std::ptr::null(), std::ptr::null())
     };
     assert_eq!(result, 0);
     // SAFETY: the descriptors are new and nobody else's.
@@ -464,10 +428,7 @@ fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
     for (number, (kernel, act, expected)) in cases.into_iter().enumerate() {
         let (ours, theirs) = terminal();
         let before = settings(&theirs);
-        let mut child = hotslot(kernel)
-            .stdin(theirs.try_clone().unwrap())
-            .spawn()
-            .unwrap();
+        let mut child = hotslot(kernel).stdin(theirs.try_clone().unwrap()).spawn().unwrap();
         let limit = Instant::now() + Duration::from_secs(10);
         while settings(&theirs) == before {
             assert!(Instant::now() < limit, "the terminal never became raw");
@@ -476,11 +437,7 @@ fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
         act(&ours, &child);
         let status = wait(&mut child);
         let signal = std::os::unix::process::ExitStatusExt::signal(&status);
-        assert_eq!(
-            status.code().or(signal.map(|signal| -signal)),
-            Some(expected),
-            "case {number}"
-        );
+        assert_eq!(status.code().or(signal.map(|signal| -signal)), Some(expected), "case {number}");
         assert_eq!(settings(&theirs), before, "case {number}");
     }
 }
@@ -490,10 +447,7 @@ fn a_machine_that_cannot_be_built_leaves_the_terminal_alone() {
     let (_ours, theirs) = terminal();
     let before = settings(&theirs);
     let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
-    command
-        .args(["-k", "/nowhere"])
-        .stdin(theirs.try_clone().unwrap())
-        .stderr(Stdio::null());
+    command.args(["-k", "/nowhere"]).stdin(theirs.try_clone().unwrap()).stderr(Stdio::null());
     assert_eq!(wait(&mut command.spawn().unwrap()).code(), Some(2));
     assert_eq!(settings(&theirs), before);
 }

@@ -1,5 +1,5 @@
-//! Writes `seeds/`: for each fuzz target a few inputs that get it deep at once. To be run when the meaning of a target's
-//! bytes, which each target says in its own file, has changed:
+//! Writes `seeds/`: for each fuzz target a few inputs that get it deep at once. To be run when the meaning of
+//! a target's bytes, which each target says in its own file, has changed:
 //!
 //! ```text
 //! cargo run --manifest-path fuzz/Cargo.toml --example seeds
@@ -53,28 +53,11 @@ fn backend_channel() -> Vec<Seed> {
     vec![
         (
             "maps_and_unmaps",
-            [
-                &ALL[..],
-                &map(0, 2),
-                &map(2, 14),
-                &unmap(0, 2),
-                &map(1, 1),
-                &unmap(2, 14),
-            ]
-            .concat(),
+            [&ALL[..], &map(0, 2), &map(2, 14), &unmap(0, 2), &map(1, 1), &unmap(2, 14)].concat(),
         ),
         (
             "refused",
-            [
-                &ALL[..],
-                &map(4, 4),
-                &map(7, 1),
-                &map(16, 1),
-                &map(0, 0),
-                &unmap(4, 3),
-                &unmap(5, 1),
-            ]
-            .concat(),
+            [&ALL[..], &map(4, 4), &map(7, 1), &map(16, 1), &map(0, 0), &unmap(4, 3), &unmap(5, 1)].concat(),
         ),
         (
             "regions",
@@ -87,19 +70,7 @@ fn backend_channel() -> Vec<Seed> {
             ]
             .concat(),
         ),
-        (
-            "resets",
-            [
-                &ALL[..],
-                &map(0, 4),
-                &[RESET],
-                &map(0, 4),
-                &[START],
-                &map(0, 4),
-                &unmap(0, 4),
-            ]
-            .concat(),
-        ),
+        ("resets", [&ALL[..], &map(0, 4), &[RESET], &map(0, 4), &[START], &map(0, 4), &unmap(0, 4)].concat()),
         (
             "reset_twice_after_noise",
             [
@@ -140,15 +111,8 @@ fn backend_channel() -> Vec<Seed> {
         ),
         (
             "pipelined",
-            [
-                &ALL[..],
-                &later(map(0, 1)),
-                &later(map(1, 1)),
-                &later(unmap(0, 1)),
-                &map(0, 1),
-                &unmap(1, 1),
-            ]
-            .concat(),
+            [&ALL[..], &later(map(0, 1)), &later(map(1, 1)), &later(unmap(0, 1)), &map(0, 1), &unmap(1, 1)]
+                .concat(),
         ),
         (
             "cut_short",
@@ -167,40 +131,12 @@ fn backend_channel() -> Vec<Seed> {
         ),
         (
             "no_slot",
-            [
-                &ALL[..],
-                &[refuse],
-                &map(0, 1),
-                &map(0, 1),
-                &[refuse],
-                &unmap(0, 1),
-                &unmap(0, 1),
-            ]
-            .concat(),
+            [&ALL[..], &[refuse], &map(0, 1), &map(0, 1), &[refuse], &unmap(0, 1), &unmap(0, 1)].concat(),
         ),
-        (
-            "quota",
-            [&QUOTA_OF_1[..], &map(0, 1), &map(1, 1), &unmap(0, 1), &map(1, 1)].concat(),
-        ),
-        (
-            "silent",
-            [
-                &WITHOUT_ANSWERS[..],
-                &map(0, 1),
-                &map(0, 1),
-                &unmap(0, 1),
-                &[RESET],
-            ]
-            .concat(),
-        ),
-        (
-            "no_shmem",
-            [&WITHOUT_SHMEM[..], &map(0, 1), &unmap(0, 1)].concat(),
-        ),
-        (
-            "hang_up",
-            [&ALL[..], &map(0, 1), &later(map(1, 1)), &[hang_up], &[RESET]].concat(),
-        ),
+        ("quota", [&QUOTA_OF_1[..], &map(0, 1), &map(1, 1), &unmap(0, 1), &map(1, 1)].concat()),
+        ("silent", [&WITHOUT_ANSWERS[..], &map(0, 1), &map(0, 1), &unmap(0, 1), &[RESET]].concat()),
+        ("no_shmem", [&WITHOUT_SHMEM[..], &map(0, 1), &unmap(0, 1)].concat()),
+        ("hang_up", [&ALL[..], &map(0, 1), &later(map(1, 1)), &[hang_up], &[RESET]].concat()),
     ]
 }
 
@@ -220,56 +156,20 @@ fn main_socket() -> Vec<Seed> {
         ("pmem", device(pmem, 0, &[])),
         ("blk", device(blk, 0, &[config])),
         ("number", device(number, 1, &[config])),
-        (
-            "few_regions",
-            [device(rng, 16, &[]), vec![2, 3, 2, 255, 4]].concat(),
-        ),
-        (
-            "no_reply_ack",
-            [device(rng, 2, &[reset, start]), vec![8, 0, 0, 0, 0, 0, 0, 0]].concat(),
-        ),
-        (
-            "refuses",
-            [
-                device(rng, 0, &[]),
-                usuals(6),
-                vec![value, 1, 0, 0, 0, 0, 0, 0, 0],
-            ]
-            .concat(),
-        ),
-        (
-            "wrong_size",
-            [device(rng, 0, &[]), usuals(1), vec![payload, 4, 1]].concat(),
-        ),
-        (
-            "wrong_regions",
-            [device(rng, 0, &[]), usuals(5), vec![regions, 1, 7, 3, 2]].concat(),
-        ),
-        (
-            "half_an_answer",
-            [device(rng, 0, &[]), usuals(8), vec![header, 0, 0, 0, 3, 1, 2, 3]].concat(),
-        ),
-        (
-            "hangs_up",
-            [device(rng, 0, &[]), usuals(10), vec![hang_up]].concat(),
-        ),
+        ("few_regions", [device(rng, 16, &[]), vec![2, 3, 2, 255, 4]].concat()),
+        ("no_reply_ack", [device(rng, 2, &[reset, start]), vec![8, 0, 0, 0, 0, 0, 0, 0]].concat()),
+        ("refuses", [device(rng, 0, &[]), usuals(6), vec![value, 1, 0, 0, 0, 0, 0, 0, 0]].concat()),
+        ("wrong_size", [device(rng, 0, &[]), usuals(1), vec![payload, 4, 1]].concat()),
+        ("wrong_regions", [device(rng, 0, &[]), usuals(5), vec![regions, 1, 7, 3, 2]].concat()),
+        ("half_an_answer", [device(rng, 0, &[]), usuals(8), vec![header, 0, 0, 0, 3, 1, 2, 3]].concat()),
+        ("hangs_up", [device(rng, 0, &[]), usuals(10), vec![hang_up]].concat()),
         (
             "maps_while_starting",
-            [
-                device(rng, 0, &[reset, start]),
-                usuals(7),
-                vec![channel, 0, 1, channel, 2, 2, usual],
-            ]
-            .concat(),
+            [device(rng, 0, &[reset, start]), usuals(7), vec![channel, 0, 1, channel, 2, 2, usual]].concat(),
         ),
         (
             "maps_during_each_request",
-            [
-                device(rng, 0, &[reset]),
-                usuals(6),
-                [channel, 0, 1, usual].repeat(24),
-            ]
-            .concat(),
+            [device(rng, 0, &[reset]), usuals(6), [channel, 0, 1, usual].repeat(24)].concat(),
         ),
     ]
 }
@@ -283,14 +183,7 @@ fn registers() -> Vec<Seed> {
     };
     let accept = |high: u32| {
         let any = [set(DriverFeatures, 0xff), high.to_le_bytes().to_vec()].concat();
-        [
-            set(Status, 1),
-            set(Status, 3),
-            set(DriverFeaturesSel, 1),
-            any,
-            set(Status, 11),
-        ]
-        .concat()
+        [set(Status, 1), set(Status, 3), set(DriverFeaturesSel, 1), any, set(Status, 11)].concat()
     };
     let version_1 = accept(1);
     let ring_reset = accept(1 | 1 << 8);
@@ -309,103 +202,31 @@ fn registers() -> Vec<Seed> {
     let live = |accepted: &[u8]| [accepted, &queue(0, 0xc0), &queue(2, 64), &set(Status, 15)].concat();
     let regions: Vec<_> = (0..6).flat_map(|which| [region, which]).collect();
     vec![
-        (
-            "starts",
-            [
-                live(&version_1),
-                set(QueueNotify, 2),
-                set(InterruptACK, 1),
-                set(Status, 0),
-            ]
-            .concat(),
-        ),
-        (
-            "twice",
-            [live(&version_1), set(Status, 0), live(&packed)].concat(),
-        ),
+        ("starts", [live(&version_1), set(QueueNotify, 2), set(InterruptACK, 1), set(Status, 0)].concat()),
+        ("twice", [live(&version_1), set(Status, 0), live(&packed)].concat()),
         (
             "queue_reset",
-            [
-                live(&ring_reset),
-                set(QueueReset, 1),
-                queue(2, 32),
-                set(QueueReady, 0),
-                vec![queues],
-            ]
-            .concat(),
+            [live(&ring_reset), set(QueueReset, 1), queue(2, 32), set(QueueReady, 0), vec![queues]].concat(),
         ),
         ("packed", [packed.clone(), queue(0, 96), set(Status, 15)].concat()),
         (
             "bad_queues",
-            [
-                version_1.clone(),
-                queue(0, 0xc1),
-                queue(1, 8),
-                queue(2, 0),
-                queue(3, 8),
-                vec![queues],
-            ]
-            .concat(),
+            [version_1.clone(), queue(0, 0xc1), queue(1, 8), queue(2, 0), queue(3, 8), vec![queues]].concat(),
         ),
         ("not_offered", [accept(1 | 1 << 6), set(Status, 3)].concat()),
         ("regions", regions),
         (
             "configuration",
-            [
-                version_1.clone(),
-                vec![
-                    config_changed,
-                    3,
-                    7,
-                    8,
-                    9,
-                    10,
-                    0,
-                    1,
-                    0,
-                    0,
-                    1,
-                    5,
-                    6,
-                    config_changed,
-                    0,
-                ],
-            ]
-            .concat(),
+            [version_1.clone(), vec![config_changed, 3, 7, 8, 9, 10, 0, 1, 0, 0, 1, 5, 6, config_changed, 0]]
+                .concat(),
         ),
-        (
-            "fails",
-            [
-                vec![],
-                version_1,
-                queue(0, 8),
-                vec![fail],
-                set(Status, 15),
-                set(Status, 0),
-            ]
-            .concat(),
-        ),
+        ("fails", [vec![], version_1, queue(0, 8), vec![fail], set(Status, 15), set(Status, 0)].concat()),
         (
             "needs_reset",
-            [
-                live(&ring_reset),
-                vec![needs_reset],
-                set(QueueReset, 1),
-                set(InterruptACK, 2),
-                set(Status, 0),
-            ]
-            .concat(),
+            [live(&ring_reset), vec![needs_reset], set(QueueReset, 1), set(InterruptACK, 2), set(Status, 0)]
+                .concat(),
         ),
-        (
-            "gives_up",
-            [
-                live(&ring_reset),
-                set(Status, 0x8f),
-                set(Status, 15),
-                set(Status, 0),
-            ]
-            .concat(),
-        ),
+        ("gives_up", [live(&ring_reset), set(Status, 0x8f), set(Status, 15), set(Status, 0)].concat()),
     ]
 }
 
@@ -413,10 +234,7 @@ fn device_strings() -> Vec<Seed> {
     let text = |which: u8, text: &str| [&[which], text.as_bytes()].concat();
     vec![
         ("device", text(0, "/run/fs.sock,type=fs")),
-        (
-            "device_in_full",
-            text(0, "a=b,queues=3,type=26,queue-size=128,shmem-bit=20,name=share"),
-        ),
+        ("device_in_full", text(0, "a=b,queues=3,type=26,queue-size=128,shmem-bit=20,name=share")),
         ("device_not_yet", text(0, "a,type=pmem,reconnect=5")),
         ("device_that_shares", text(0, "a,type=pmem,share-shmem=on")),
         ("memory", text(1, "16777215T")),

@@ -1,18 +1,20 @@
-//! Bytes on the backend channel of a device with real windows: messages well and badly formed, in any splits, with
-//! any descriptors; resets and starts between them; files that are cut short, and guests that touch what is missing;
-//! a machine that refuses a slot, or does not give one back.
+//! Bytes on the backend channel of a device with real windows: messages well and badly formed, in any splits,
+//! with any descriptors; resets and starts between them; files that are cut short, and guests that touch what
+//! is missing; a machine that refuses a slot, or does not give one back.
 //!
 //! The first two bytes choose what was agreed and the quota, the rest is a list of [`Device::step`]s.
 //!
 //! What must hold, beyond that nothing panics:
 //!
-//! - The machine is asked only for mappings inside their own window, disjoint, at host addresses that follow the guest's,
-//!   and to unmap only what is live (`Machine`; SHM-35, SHM-50).
+//! - The machine is asked only for mappings inside their own window, disjoint, at host addresses that follow
+//!   the guest's, and to unmap only what is live (`Machine`; SHM-35, SHM-50).
 //! - The bookkeeping is what the machine has; never more than the quota (SHM-48, SHM-49).
-//! - Each request that asks for an answer gets one, in order, of the right form (SHM-57 to SHM-63); the channel ends
-//!   exactly when the stream is out of step (SHM-64).
-//! - A request is granted only if the contract allows it, and while each is answered the mappings are those granted.
-//! - After a reset nothing is mapped (SHM-69, SHM-71), and no file is; after the end no descriptor is left (SHM-27, SHM-78).
+//! - Each request that asks for an answer gets one, in order, of the right form (SHM-57 to SHM-63); the
+//!   channel ends exactly when the stream is out of step (SHM-64).
+//! - A request is granted only if the contract allows it, and while each is answered the mappings are those
+//!   granted.
+//! - After a reset nothing is mapped (SHM-69, SHM-71), and no file is; after the end no descriptor is left
+//!   (SHM-27, SHM-78).
 
 #![no_main]
 
@@ -119,15 +121,9 @@ impl GuestMapper for Machine {
         let window = *memory.windows.iter().find(inside).expect("it is in no window");
         assert!(guest.start() % PAGE == 0 && guest.len() % PAGE == 0);
         let others = memory.live.values();
-        assert!(
-            { others }.all(|(other, _)| !other.overlaps(&guest)),
-            "{guest:?} overlaps"
-        );
+        assert!({ others }.all(|(other, _)| !other.overlaps(&guest)), "{guest:?} overlaps");
         let distance = (host as u64).wrapping_sub(guest.start());
-        assert_eq!(
-            *memory.distance.entry(window.start()).or_insert(distance),
-            distance
-        );
+        assert_eq!(*memory.distance.entry(window.start()).or_insert(distance), distance);
         if std::mem::take(&mut memory.fail) {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
@@ -157,9 +153,7 @@ impl Machine {
     fn live(&self) -> Vec<(u64, u64, Access)> {
         let memory = self.0.lock().unwrap();
         let live = memory.live.values();
-        let mut live: Vec<_> = live
-            .map(|(guest, access)| (guest.start(), guest.len(), *access))
-            .collect();
+        let mut live: Vec<_> = live.map(|(guest, access)| (guest.start(), guest.len(), *access)).collect();
         live.sort_by_key(|&(start, ..)| start);
         live
     }
@@ -197,11 +191,8 @@ struct Device {
 impl Device {
     fn new(input: &mut Input) -> Device {
         let settings = input.byte();
-        let agreed = input.pick(&[
-            BACKEND_REQ | SHMEM | REPLY_ACK,
-            BACKEND_REQ | SHMEM,
-            BACKEND_REQ | REPLY_ACK,
-        ]);
+        let agreed =
+            input.pick(&[BACKEND_REQ | SHMEM | REPLY_ACK, BACKEND_REQ | SHMEM, BACKEND_REQ | REPLY_ACK]);
         let quota = [4096, 1, 3, 8][usize::from(settings % 4)];
         let machine = Arc::<Machine>::default();
         let sizes = REGIONS.map(|(shmid, pages)| (shmid, pages * PAGE));
@@ -250,8 +241,7 @@ impl Device {
             10 => {
                 let window =
                     self.machine.0.lock().unwrap().windows[usize::from(input.byte()) % REGIONS.len()];
-                self.shmem
-                    .fill_missing(window.start().saturating_add(input.offset()));
+                self.shmem.fill_missing(window.start().saturating_add(input.offset()));
             }
             11 => drop(self.shmem.fill_all_for_now()),
             12 => drop(self.shmem.settle()),
@@ -378,14 +368,8 @@ impl Device {
         };
         assert!(answers.is_empty(), "answers that nobody asked for: {answers:x?}");
         let ends = out_of_step || self.hung_up && all_read;
-        assert!(
-            self.ended || !ends,
-            "the channel goes on, out of step or after its end"
-        );
-        assert!(
-            ends || self.hung_up || !self.ended,
-            "the channel ended for no reason"
-        );
+        assert!(self.ended || !ends, "the channel goes on, out of step or after its end");
+        assert!(ends || self.hung_up || !self.ended, "the channel ended for no reason");
     }
 
     fn next_request(&mut self) -> Result<Option<Request>, OutOfStep> {
@@ -405,12 +389,7 @@ impl Device {
         }
         let payload = payload.to_vec();
         self.begun.drain(..12 + payload.len());
-        Ok(Some(Request {
-            id,
-            flags,
-            payload,
-            stale: std::mem::take(&mut self.begun_before_reset),
-        }))
+        Ok(Some(Request { id, flags, payload, stale: std::mem::take(&mut self.begun_before_reset) }))
     }
 
     fn judge(&mut self, request: &Request, answers: &mut &[u8]) {
@@ -434,10 +413,7 @@ impl Device {
         let field = |index: usize| u64::from_ne_bytes(payload[8 * index..][..8].try_into().unwrap());
         let [fd_offset, shm_offset, len, flags] = [1, 2, 3, 4].map(field);
         let shmid = payload[0];
-        let (_, pages) = REGIONS
-            .into_iter()
-            .find(|region| region.0 == shmid)
-            .ok_or("no such region")?;
+        let (_, pages) = REGIONS.into_iter().find(|region| region.0 == shmid).ok_or("no such region")?;
         if request.stale || self.agreed & SHMEM == 0 {
             return Err("nothing is granted now");
         }
@@ -447,10 +423,7 @@ impl Device {
                 return Ok(());
             }
             let found = self.granted.remove(&(shmid, shm_offset));
-            return found
-                .filter(|mapping| mapping.0 == len)
-                .map(drop)
-                .ok_or("no such mapping");
+            return found.filter(|mapping| mapping.0 == len).map(drop).ok_or("no such mapping");
         }
         let file_end = fd_offset.checked_add(len).ok_or("overflow in the file")?;
         for (holds, otherwise) in [
@@ -515,10 +488,7 @@ impl Device {
 struct OutOfStep;
 
 fn agreement(protocol_features: u64) -> Agreement {
-    let offer = Offer {
-        features: bench::F_VERSION_1 | bench::F_PROTOCOL,
-        protocol_features,
-    };
+    let offer = Offer { features: bench::F_VERSION_1 | bench::F_PROTOCOL, protocol_features };
     negotiate(offer, "rng".parse().unwrap(), 22, false).unwrap()
 }
 
@@ -530,11 +500,7 @@ fn attached(choice: u8, files: &Files) -> Vec<RawFd> {
 }
 
 fn is_readable(socket: &impl AsFd) -> bool {
-    let mut poll = libc::pollfd {
-        fd: socket.as_fd().as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
+    let mut poll = libc::pollfd { fd: socket.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd, on our stack.
     unsafe { libc::poll(&mut poll, 1, 0) == 1 }
 }

@@ -2,8 +2,9 @@
 //!
 //! The first byte chooses one of these, the rest is the text; a command line is an argument a line.
 //!
-//! Nothing panics. What is accepted satisfies the limits that the help states, and means the same when it is written
-//! out in full and parsed again. A size is accepted exactly when it is digits and a unit and fits into 64 bits.
+//! Nothing panics. What is accepted satisfies the limits that the help states, and means the same when it is
+//! written out in full and parsed again. A size is accepted exactly when it is digits and a unit and fits
+//! into 64 bits.
 
 #![no_main]
 
@@ -39,16 +40,7 @@ fn device(text: &str) {
 }
 
 fn check_device(device: &DeviceSpec) {
-    let DeviceSpec {
-        name,
-        socket,
-        kind,
-        queues,
-        queue_size,
-        shmem_bit,
-        share_shmem,
-        shmem_rate,
-    } = device;
+    let DeviceSpec { name, socket, kind, queues, queue_size, shmem_bit, share_shmem, shmem_rate } = device;
     assert!(!name.is_empty() && !socket.as_os_str().is_empty());
     assert!((1..=255).contains(&kind.id()));
     assert!(queues.is_none_or(|queues| (1..=256).contains(&queues)));

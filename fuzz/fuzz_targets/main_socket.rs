@@ -1,13 +1,13 @@
-//! Answers on the main socket: a device connects, negotiates, starts, stops, resets, all in the orders that a driver can
-//! cause, while its back-end answers what the fuzzer says.
+//! Answers on the main socket: a device connects, negotiates, starts, stops, resets, all in the orders that a
+//! driver can cause, while its back-end answers what the fuzzer says.
 //!
 //! The input's beginning says what the back-end offers, and what the driver does ([`drive`]); the rest is one
 //! [`Deviation`] after the other, one for each request. When there are no more the back-end does the usual,
 //! so that no bytes at all are a good back-end. It answers, or hangs up: it is never silent.
 //!
-//! What must hold, beyond that nothing panics and everything comes to an end: nothing times out; what is learned of a
-//! back-end is within the limits (SHM-12 to SHM-16); after a reset nothing is mapped, whatever came on the backend
-//! channel meanwhile (SHM-69, SHM-71); at the end no descriptor is left (SHM-78).
+//! What must hold, beyond that nothing panics and everything comes to an end: nothing times out; what is
+//! learned of a back-end is within the limits (SHM-12 to SHM-16); after a reset nothing is mapped, whatever
+//! came on the backend channel meanwhile (SHM-69, SHM-71); at the end no descriptor is left (SHM-78).
 
 #![no_main]
 
@@ -27,10 +27,7 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     log_to_nobody();
     // A busy machine can keep the back-end from answering for seconds, but not each time.
-    assert!(
-        (0..3).any(|_| ends_in_time(data)),
-        "nobody was silent, and the device timed out"
-    );
+    assert!((0..3).any(|_| ends_in_time(data)), "nobody was silent, and the device timed out");
 });
 
 /// Whether no deadline was reached.
@@ -87,9 +84,7 @@ fn offer(setup: &mut Setup, input: &mut Input) {
         offer.queues = input.quad();
     }
     if what & 16 != 0 {
-        offer.regions = (0..input.byte() % 8)
-            .map(|_| (input.byte(), input.offset()))
-            .collect();
+        offer.regions = (0..input.byte() % 8).map(|_| (input.byte(), input.offset())).collect();
     }
 }
 
@@ -97,14 +92,10 @@ fn is_timeout(error: &(dyn Error + 'static)) -> bool {
     with_causes(error).contains("did not answer within")
 }
 
-/// What a driver can make the transport do, in the states in which it can (see `VirtioDevice`). Whether no deadline was reached.
+/// What a driver can make the transport do, in the states in which it can (see `VirtioDevice`). Whether no
+/// deadline was reached.
 fn drive(bench: Bench, actions: &[(u8, u64)]) -> bool {
-    let mut state = Driver {
-        bench,
-        started: None,
-        failed: false,
-        in_time: true,
-    };
+    let mut state = Driver { bench, started: None, failed: false, in_time: true };
     // However short the input is.
     state.act(0, 0);
     for &(what, value) in actions {
@@ -191,10 +182,7 @@ struct Deviations {
 
 impl Deviations {
     fn new(input: Input) -> Deviations {
-        Deviations {
-            input,
-            has_channel: false,
-        }
+        Deviations { input, has_channel: false }
     }
 
     fn answer(&mut self, request: &Message, peer: &Peer) -> Answer {

@@ -1,18 +1,20 @@
-//! A guest that writes to a virtio-mmio device's registers whatever it likes, and a device that fails, needs a reset
-//! and changes its configuration when it likes.
+//! A guest that writes to a virtio-mmio device's registers whatever it likes, and a device that fails, needs
+//! a reset and changes its configuration when it likes.
 //!
-//! The input is a list of [`Driver::step`]s: writes to registers by name, writes of any width anywhere, events.
+//! The input is a list of [`Driver::step`]s: writes to registers by name, writes of any width anywhere,
+//! events.
 //!
 //! What must hold, beyond that nothing panics:
 //!
 //! - A read by memory and a read by exit are the same.
 //! - Status goes only where VIRTIO section 2.1 lets it; a bit goes away only by a reset, after which it is 0;
 //!   the driver alone sets FAILED, the device alone DEVICE_NEEDS_RESET.
-//! - A queue that is ready has a size and addresses that are allowed, those that the driver wrote, and so has one with
-//!   which the device is started.
+//! - A queue that is ready has a size and addresses that are allowed, those that the driver wrote, and so has
+//!   one with which the device is started.
 //! - The device is called only as `VirtioDevice` says, with features that were offered and accepted.
 //! - A changed configuration has another ConfigGeneration.
-//! - Registers that depend on a selector show what is selected; an absent shared memory region is all-ones (SHM-20 to SHM-22).
+//! - Registers that depend on a selector show what is selected; an absent shared memory region is all-ones
+//!   (SHM-20 to SHM-22).
 
 #![no_main]
 
@@ -124,10 +126,7 @@ impl Device {
             driver_area: queue.driver_area,
             device_area: queue.device_area,
         };
-        assert!(registers.is_good(
-            SIZES[usize::from(queue.index)],
-            shared.accepted & RING_PACKED != 0
-        ));
+        assert!(registers.is_good(SIZES[usize::from(queue.index)], shared.accepted & RING_PACKED != 0));
         let running = shared.running.as_mut().expect("it is stopped");
         assert_eq!(running.insert(queue.index, registers), None, "it runs already");
     }
@@ -176,9 +175,7 @@ impl VirtioDevice for Device {
         assert!(shared.running.is_none(), "it runs already");
         shared.accepted = features;
         shared.running = Some(BTreeMap::new());
-        queues
-            .iter()
-            .for_each(|queue| Device::start_one(&mut shared, queue));
+        queues.iter().for_each(|queue| Device::start_one(&mut shared, queue));
         Device::answer(&mut shared)
     }
 
@@ -229,14 +226,8 @@ impl Driver {
     fn new() -> Driver {
         let page = RegisterPage::new().unwrap();
         let interrupt = Interrupt::new(Arc::clone(&page)).unwrap();
-        let shared = Arc::new(Mutex::new(Shared {
-            config: (1..=16).collect(),
-            ..Shared::default()
-        }));
-        let device = Box::new(Device {
-            page: Arc::clone(&page),
-            shared: Arc::clone(&shared),
-        });
+        let shared = Arc::new(Mutex::new(Shared { config: (1..=16).collect(), ..Shared::default() }));
+        let device = Box::new(Device { page: Arc::clone(&page), shared: Arc::clone(&shared) });
         let transport = MmioTransport::new(Arc::clone(&page), Arc::clone(&interrupt), device).unwrap();
         let mut driver = Driver {
             page,
@@ -358,10 +349,7 @@ impl Driver {
     }
 
     fn check_reset(&mut self) {
-        assert_eq!(
-            (self.read(Register::Status), self.read(Register::InterruptStatus)),
-            (0, 0)
-        );
+        assert_eq!((self.read(Register::Status), self.read(Register::InterruptStatus)), (0, 0));
         assert!(self.shared.lock().unwrap().running.is_none());
         (self.accepted, self.accepted_beyond) = (0, false);
         (self.device_features_sel, self.driver_features_sel) = (0, 0);
@@ -397,10 +385,7 @@ impl Driver {
         let (lost, gained) = (self.status & !status, status & !self.status);
         assert_eq!(lost, 0, "bits went away without a reset");
         assert_eq!(gained & !(added | NEEDS_RESET), 0, "nobody set that");
-        assert!(
-            status & NEEDS_RESET == 0 || shared.broken,
-            "the device did not say so"
-        );
+        assert!(status & NEEDS_RESET == 0 || shared.broken, "the device did not say so");
         let in_order = [
             0,
             ACKNOWLEDGE,
@@ -408,24 +393,15 @@ impl Driver {
             ACKNOWLEDGE | DRIVER | FEATURES_OK,
             ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK,
         ];
-        assert!(
-            in_order.contains(&(status & !(FAILED | NEEDS_RESET))),
-            "{status:#x}"
-        );
+        assert!(in_order.contains(&(status & !(FAILED | NEEDS_RESET))), "{status:#x}");
         if status & FEATURES_OK != 0 {
             assert!(self.accepted & !OFFERED == 0 && !self.accepted_beyond);
             assert_eq!(self.accepted & VERSION_1, VERSION_1);
         }
-        assert!(
-            gained & !NEEDS_RESET == 0 || self.status & FAILED == 0,
-            "only a reset goes on from FAILED"
-        );
+        assert!(gained & !NEEDS_RESET == 0 || self.status & FAILED == 0, "only a reset goes on from FAILED");
         assert!(gained & FEATURES_OK == 0 || self.status & NEEDS_RESET == 0);
         let interrupts = self.read(Register::InterruptStatus);
-        assert_eq!(
-            (interrupts & !3, interrupts & 1 != 0),
-            (0, status & DRIVER_OK != 0)
-        );
+        assert_eq!((interrupts & !3, interrupts & 1 != 0), (0, status & DRIVER_OK != 0));
         assert!(status != 0 || interrupts == 0);
         match &shared.running {
             Some(running) => {
@@ -487,13 +463,7 @@ impl Driver {
     fn peek(&self, offset: u64) -> u32 {
         assert!(offset + 4 <= BLOCK_SIZE as u64);
         // SAFETY: inside the page that `self` keeps alive, into which nobody has a reference.
-        unsafe {
-            self.page
-                .host_ptr()
-                .add(offset as usize)
-                .cast::<u32>()
-                .read_volatile()
-        }
+        unsafe { self.page.host_ptr().add(offset as usize).cast::<u32>().read_volatile() }
     }
 }
 

@@ -10,7 +10,8 @@ pub mod wire;
 
 use std::fmt::Write;
 
-/// The fuzzer's bytes, from front to back. Whatever is read beyond their end is 0, so that any bytes mean something.
+/// The fuzzer's bytes, from front to back. Whatever is read beyond their end is 0, so that any bytes mean
+/// something.
 pub struct Input {
     bytes: Vec<u8>,
     at: usize,
@@ -18,10 +19,7 @@ pub struct Input {
 
 impl Input {
     pub fn new(bytes: &[u8]) -> Input {
-        Input {
-            bytes: bytes.to_vec(),
-            at: 0,
-        }
+        Input { bytes: bytes.to_vec(), at: 0 }
     }
 
     /// Whether there are bytes left.
@@ -60,7 +58,8 @@ impl Input {
         from[usize::from(self.byte()) % from.len()]
     }
 
-    /// An offset or a length in bytes: mostly whole pages, few of them; else a little, nearly 2^64, or anything.
+    /// An offset or a length in bytes: mostly whole pages, few of them; else a little, nearly 2^64, or
+    /// anything.
     pub fn offset(&mut self) -> u64 {
         match self.byte() {
             pages @ ..0xc0 => u64::from(pages) * bench::PAGE,

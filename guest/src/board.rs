@@ -1,23 +1,23 @@
-//! What the guest and the back-end of an endurance test know of each other. `probe hammer` and the tests use this file,
-//! so it depends on nothing.
+//! What the guest and the back-end of an endurance test know of each other. `probe hammer` and the tests use
+//! this file, so it depends on nothing.
 //!
-//! The back-end maps files into a window and takes them away again while the guest's processors read and write there.
-//! No lock is shared, so what is right must be told from the words alone, and from the **board**: a page that both see
-//! all the time, in the window of another device.
+//! The back-end maps files into a window and takes them away again while the guest's processors read and
+//! write there. No lock is shared, so what is right must be told from the words alone, and from the
+//! **board**: a page that both see all the time, in the window of another device.
 //!
-//! The window is made of [`PLACES`] places of 8 pages. What is mapped at a place starts with it and is at most 4 pages
-//! long, the rest is never mapped. Each 8-byte word of a file says where in the window it belongs, who wrote it, and
-//! when. A processor only writes the words whose index modulo [`CPUS`] is its number. While a file is not mapped it is
-//! full of [`POISON`].
+//! The window is made of [`PLACES`] places of 8 pages. What is mapped at a place starts with it and is at
+//! most 4 pages long, the rest is never mapped. Each 8-byte word of a file says where in the window it
+//! belongs, who wrote it, and when. A processor only writes the words whose index modulo [`CPUS`] is its
+//! number. While a file is not mapped it is full of [`POISON`].
 //!
 //! ```text
 //!   a word:  tag (8 bits) | generation of the mapping, or the writer's count (24) | writer (8) | index in the window (24)
 //!   a state: generation of the mapping (32) | unused (16) | length in pages (8) | kind (8)
 //! ```
 //!
-//! For each place the board has a state. The back-end sets it to [`CHANGING`] before it asks for a change, and to what
-//! is the case after the change was answered. So a guest that sees one state before and after its access knows what
-//! the access has to give.
+//! For each place the board has a state. The back-end sets it to [`CHANGING`] before it asks for a change,
+//! and to what is the case after the change was answered. So a guest that sees one state before and after its
+//! access knows what the access has to give.
 
 #![allow(dead_code)] // Neither side uses all of it.
 
@@ -76,8 +76,8 @@ pub const fn state(kind: u64, pages: usize, generation: u64) -> u64 {
 }
 
 /// Words of the board. The back-end sets `RESET_WANTED` to a new number; the first processor says so in
-/// `RESET_PENDING`, waits for the same number in `RESET_AGREED` (now no state claims anything), resets the device, looks
-/// for what is left of the mappings, starts the device, and says so in `RESET_DONE`.
+/// `RESET_PENDING`, waits for the same number in `RESET_AGREED` (now no state claims anything), resets the
+/// device, looks for what is left of the mappings, starts the device, and says so in `RESET_DONE`.
 pub const READY: usize = 0;
 pub const RESET_WANTED: usize = 1;
 pub const RESET_PENDING: usize = 2;
@@ -114,7 +114,8 @@ pub const fn random(last: u64) -> u64 {
 }
 pub const MULTIPLIER: u64 = 6_364_136_223_846_793_005;
 pub const INCREMENT: u64 = 1_442_695_040_888_963_407;
-/// Which bits of it choose the word of the window, and whether it is written (all of them 0) before it is read.
+/// Which bits of it choose the word of the window, and whether it is written (all of them 0) before it is
+/// read.
 pub const INDEX_SHIFT: u32 = 64 - WINDOW_WORDS.ilog2();
 pub const WRITE_BITS: u64 = 3 << 32;
 
@@ -122,8 +123,8 @@ pub const WRITE_BITS: u64 = 3 << 32;
 pub const STATUS: u32 = 0x070;
 pub const SHM_SEL: u32 = 0x0ac;
 pub const SHM_BASE: u32 = 0x0b8;
-/// What is written to which register to start a device that is reset: VIRTIO_F_VERSION_1, and one queue at 16 MiB that
-/// nobody will use.
+/// What is written to which register to start a device that is reset: VIRTIO_F_VERSION_1, and one queue at 16
+/// MiB that nobody will use.
 pub const START: [(u32, u32); 16] = [
     (STATUS, 1),
     (STATUS, 1 | 2),

@@ -24,8 +24,8 @@ const MOUNTS: [(&str, &str, &str); 6] = [
     ("debugfs", "/sys/kernel/debug", ""),
 ];
 
-/// Directories, with their modes. The root is a tmpfs already, and the image may have put files here: a mount would
-/// hide them.
+/// Directories, with their modes. The root is a tmpfs already, and the image may have put files here: a mount
+/// would hide them.
 const DIRECTORIES: [(&str, u32); 3] = [("/run", 0o755), ("/tmp", 0o1777), ("/root", 0o700)];
 
 /// The whole life of the machine, as its user space sees it.
@@ -48,13 +48,9 @@ pub fn run() -> ! {
     for sentence in modules::load(parameters.modules.as_deref()) {
         eprintln!("init: {sentence}");
     }
-    // Held until the machine ends: the kernel patches itself at each first and last machine, and under emulation
-    // some runs hung there.
-    let _idle_vm = if parameters.hold_vm {
-        complain(hold_vm())
-    } else {
-        None
-    };
+    // Held until the machine ends: the kernel patches itself at each first and last machine, and under
+    // emulation some runs hung there.
+    let _idle_vm = if parameters.hold_vm { complain(hold_vm()) } else { None };
     set_environment();
 
     if let Some(port) = &parameters.link {
@@ -97,14 +93,15 @@ fn read_parameters() -> Parameters {
     parameters::parse(&complain(line).unwrap_or_default())
 }
 
-/// Opens the console of the `/dev` that we have just mounted as our standard files. (The kernel did it from the
-/// image's `/dev`, which may not have had one.)
+/// Opens the console of the `/dev` that we have just mounted as our standard files. (The kernel did it from
+/// the image's `/dev`, which may not have had one.)
 fn take_console() {
     let Ok(console) = OpenOptions::new().read(true).write(true).open("/dev/console") else {
         return;
     };
     for standard in 0..=2 {
-        // SAFETY: `console` is open; descriptors 0 to 2 are nobody's but ours to replace, nothing runs beside us yet.
+        // SAFETY: `console` is open; descriptors 0 to 2 are nobody's but ours to replace, nothing runs beside
+        // us yet.
         unsafe { libc::dup2(console.as_raw_fd(), standard) };
     }
 }
@@ -131,15 +128,11 @@ fn hold_vm() -> Outcome<OwnedFd> {
     sys::create_vm(&kvm).map_err(|error| format!("cannot create a machine on /dev/kvm: {error}"))
 }
 
-/// What every command starts with, unless the kernel's command line said otherwise (`NAME=VALUE` there reaches us).
+/// What every command starts with, unless the kernel's command line said otherwise (`NAME=VALUE` there
+/// reaches us).
 fn set_environment() {
-    let defaults = [
-        (
-            "PATH",
-            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        ),
-        ("HOME", "/root"),
-    ];
+    let defaults =
+        [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
     for (name, value) in defaults {
         if name == "PATH" || std::env::var_os(name).is_none_or(|value| value == "/") {
             // SAFETY: no other thread exists yet that could read the environment.

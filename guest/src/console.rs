@@ -1,5 +1,5 @@
-//! Runs a command on the kernel's console, as a login would: session leader, with the console as its terminal, so
-//! that Ctrl-C and job control work. Called by [`crate::boot`].
+//! Runs a command on the kernel's console, as a login would: session leader, with the console as its
+//! terminal, so that Ctrl-C and job control work. Called by [`crate::boot`].
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -29,10 +29,7 @@ pub fn run(command: &[String]) -> u8 {
         }
         // A machine without a console can still run a command.
         Err(_) => {
-            process
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null());
+            process.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         }
     }
     let status = match process.spawn() {
@@ -44,7 +41,8 @@ pub fn run(command: &[String]) -> u8 {
         }
     };
     if let Ok(terminal) = terminal {
-        // SAFETY: an open descriptor that `terminal` owns. What was written has to be out before the power goes.
+        // SAFETY: an open descriptor that `terminal` owns. What was written has to be out before the power
+        // goes.
         unsafe { libc::tcdrain(terminal.as_raw_fd()) };
     }
     status
@@ -71,23 +69,17 @@ pub fn reap_until(process: u32) -> u8 {
 
 /// Makes `terminal` the standard files and the controlling terminal of a process about to start.
 pub fn give(process: &mut Command, terminal: &File) -> Outcome<()> {
-    let copy = || {
-        terminal
-            .try_clone()
-            .map_err(|error| format!("cannot duplicate the terminal: {error}"))
-    };
+    let copy = || terminal.try_clone().map_err(|error| format!("cannot duplicate the terminal: {error}"));
     process.stdin(copy()?).stdout(copy()?).stderr(copy()?);
     // SAFETY: between fork and exec, `take_terminal` makes two system calls and allocates nothing.
     unsafe { process.pre_exec(sys::take_terminal) };
     Ok(())
 }
 
-/// The terminal behind `/dev/console`, which itself can control no session: the last name in the kernel's list.
+/// The terminal behind `/dev/console`, which itself can control no session: the last name in the kernel's
+/// list.
 fn open() -> io::Result<File> {
     let list = std::fs::read_to_string("/sys/class/tty/console/active")?;
     let name = list.split_whitespace().last().unwrap_or("console");
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(format!("/dev/{name}"))
+    OpenOptions::new().read(true).write(true).open(format!("/dev/{name}"))
 }

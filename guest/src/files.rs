@@ -1,6 +1,8 @@
-//! The probes of a file system: what its files can do, what is in them, and whether two sides of it see the same.
+//! The probes of a file system: what its files can do, what is in them, and whether two sides of it see the
+//! same.
 //!
-//! Called by [`crate::probe`], in a guest and on the host that shares a directory with it: busybox maps no file.
+//! Called by [`crate::probe`], in a guest and on the host that shares a directory with it: busybox maps no
+//! file.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, Read, Seek, SeekFrom, Write};
@@ -32,11 +34,7 @@ fn result(value: impl Into<i64>) -> io::Result<i64> {
 }
 
 fn expect<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Outcome<()> {
-    if found == expected {
-        Ok(())
-    } else {
-        Err(format!("{what}: {found:?} instead of {expected:?}"))
-    }
+    if found == expected { Ok(()) } else { Err(format!("{what}: {found:?} instead of {expected:?}")) }
 }
 
 /// Opens to read and write; makes the file if it is missing.
@@ -88,9 +86,7 @@ fn write(path: &Path) -> Outcome<()> {
     fs::write(path, text).map_err(failed("write", path))?;
     let found = fs::read(path).map_err(failed("read", path))?;
     expect("what was written", found.as_slice(), text)?;
-    open(path)?
-        .write_all_at(b"WRITTEN", 6)
-        .map_err(failed("write", path))?;
+    open(path)?.write_all_at(b"WRITTEN", 6).map_err(failed("write", path))?;
     let found = fs::read(path).map_err(failed("read", path))?;
     expect("what was overwritten", found.as_slice(), b"made, WRITTEN, read")
 }
@@ -98,13 +94,8 @@ fn write(path: &Path) -> Outcome<()> {
 fn append(path: &Path) -> Outcome<()> {
     for word in ["one", "two", "three"] {
         let mut options = OpenOptions::new();
-        let mut file = options
-            .append(true)
-            .create(true)
-            .open(path)
-            .map_err(failed("open", path))?;
-        file.write_all(word.as_bytes())
-            .map_err(failed("append to", path))?;
+        let mut file = options.append(true).create(true).open(path).map_err(failed("open", path))?;
+        file.write_all(word.as_bytes()).map_err(failed("append to", path))?;
     }
     let found = fs::read(path).map_err(failed("read", path))?;
     expect("what was appended", found.as_slice(), b"onetwothree")
@@ -112,18 +103,13 @@ fn append(path: &Path) -> Outcome<()> {
 
 fn truncate(path: &Path) -> Outcome<()> {
     let file = open(path)?;
-    file.write_all_at(&[7; 3 * PAGE], 0)
-        .map_err(failed("write", path))?;
+    file.write_all_at(&[7; 3 * PAGE], 0).map_err(failed("write", path))?;
     for (length, data) in [(100, 100), (2 * PAGE, 100), (PAGE, 100)] {
         file.set_len(length as u64).map_err(failed("truncate", path))?;
         let found = fs::read(path).map_err(failed("read", path))?;
         expect("the length", found.len(), length)?;
         let is_right = |(at, byte): (usize, &u8)| *byte == if at < data { 7 } else { 0 };
-        expect(
-            "what is left",
-            found.iter().enumerate().position(|pair| !is_right(pair)),
-            None,
-        )?;
+        expect("what is left", found.iter().enumerate().position(|pair| !is_right(pair)), None)?;
     }
     Ok(())
 }
@@ -185,13 +171,7 @@ fn attributes(path: &Path) -> Outcome<()> {
     let value = b"a value";
     // SAFETY: strings and bytes are ours and outlive the calls.
     let set = |flags| unsafe {
-        libc::setxattr(
-            file.as_ptr(),
-            name.as_ptr(),
-            value.as_ptr().cast(),
-            value.len(),
-            flags,
-        )
+        libc::setxattr(file.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags)
     };
     result(set(libc::XATTR_CREATE)).map_err(failed("set an attribute of", path))?;
     let again = result(set(libc::XATTR_CREATE)).map_err(|error| error.raw_os_error());
@@ -201,9 +181,7 @@ fn attributes(path: &Path) -> Outcome<()> {
     // SAFETY: as above, and the buffer is ours and has the length that is given.
     let length = unsafe { libc::listxattr(file.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
     let length = result(length as i64).map_err(failed("list the attributes of", path))?;
-    let is_listed = names[..length as usize]
-        .split(|byte| *byte == 0)
-        .any(|listed| listed == NAME.as_bytes());
+    let is_listed = names[..length as usize].split(|byte| *byte == 0).any(|listed| listed == NAME.as_bytes());
     expect("whether it is listed", is_listed, true)?;
     let gone = c_string("user.gone")?;
     // SAFETY: as above.
@@ -219,14 +197,8 @@ fn attribute(path: &Path, name: &str) -> Outcome<Vec<u8>> {
     let (file, name) = (c_string(&path.to_string_lossy())?, c_string(name)?);
     let mut value = vec![0; 256];
     // SAFETY: the strings are ours and outlive the call; the buffer is ours and has the length that is given.
-    let length = unsafe {
-        libc::getxattr(
-            file.as_ptr(),
-            name.as_ptr(),
-            value.as_mut_ptr().cast(),
-            value.len(),
-        )
-    };
+    let length =
+        unsafe { libc::getxattr(file.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
     let length = result(length as i64).map_err(failed("read an attribute of", path))?;
     value.truncate(length as usize);
     Ok(value)
@@ -261,11 +233,7 @@ fn flock(path: &Path) -> Outcome<()> {
     let lock = |file: &File, how| result(unsafe { libc::flock(file.as_raw_fd(), how) });
     let get = || open(path).is_ok_and(|file| lock(&file, libc::LOCK_EX | libc::LOCK_NB).is_ok());
     lock(&file, libc::LOCK_EX).map_err(failed("lock", path))?;
-    expect(
-        "whether another process gets it, too",
-        in_another_process(get)?,
-        false,
-    )?;
+    expect("whether another process gets it, too", in_another_process(get)?, false)?;
     lock(&file, libc::LOCK_UN).map_err(failed("unlock", path))?;
     expect("whether it does afterwards", in_another_process(get)?, true)
 }
@@ -281,16 +249,8 @@ fn fcntl(path: &Path) -> Outcome<()> {
     };
     let get = |start| move || open(path).is_ok_and(|file| lock(&file, libc::F_WRLCK, start).is_ok());
     lock(&file, libc::F_WRLCK, 1000).map_err(failed("lock", path))?;
-    expect(
-        "whether another process gets a part",
-        in_another_process(get(1050))?,
-        false,
-    )?;
-    expect(
-        "whether it gets another part",
-        in_another_process(get(1100))?,
-        true,
-    )?;
+    expect("whether another process gets a part", in_another_process(get(1050))?, false)?;
+    expect("whether it gets another part", in_another_process(get(1100))?, true)?;
     lock(&file, libc::F_UNLCK, 1000).map_err(failed("unlock", path))?;
     expect("whether it does afterwards", in_another_process(get(1050))?, true)
 }
@@ -310,8 +270,7 @@ fn store(mapping: &Mapping, at: usize, byte: u8) {
 
 fn byte_at(file: &File, path: &Path, at: usize) -> Outcome<u8> {
     let mut byte = [0];
-    file.read_exact_at(&mut byte, at as u64)
-        .map_err(failed("read", path))?;
+    file.read_exact_at(&mut byte, at as u64).map_err(failed("read", path))?;
     Ok(byte[0])
 }
 
@@ -320,20 +279,13 @@ fn mmap_shared(path: &Path) -> Outcome<()> {
     const LENGTH: usize = 3 * MIB + 123;
     let file = open(path)?;
     file.set_len(LENGTH as u64).map_err(failed("extend", path))?;
-    let (one, two) = (
-        map(&file, path, true, libc::MAP_SHARED)?,
-        map(&file, path, false, libc::MAP_SHARED)?,
-    );
-    for (number, at) in [0, PAGE + 1, 2 * MIB - 1, 2 * MIB, LENGTH - 1]
-        .into_iter()
-        .enumerate()
-    {
+    let (one, two) = (map(&file, path, true, libc::MAP_SHARED)?, map(&file, path, false, libc::MAP_SHARED)?);
+    for (number, at) in [0, PAGE + 1, 2 * MIB - 1, 2 * MIB, LENGTH - 1].into_iter().enumerate() {
         let byte = number as u8 + 1;
         store(&one, at, byte);
         expect("the other mapping", load(&two, at), byte)?;
         expect("the file", byte_at(&file, path, at)?, byte)?;
-        file.write_all_at(&[byte + 100], at as u64)
-            .map_err(failed("write", path))?;
+        file.write_all_at(&[byte + 100], at as u64).map_err(failed("write", path))?;
         expect("the mapping", load(&one, at), byte + 100)?;
     }
     // SAFETY: the mapping is ours.
@@ -345,14 +297,12 @@ fn mmap_shared(path: &Path) -> Outcome<()> {
 /// What is written to a private mapping stays there.
 fn mmap_private(path: &Path) -> Outcome<()> {
     let file = open(path)?;
-    file.write_all_at(&[1; 2 * PAGE], 0)
-        .map_err(failed("write", path))?;
+    file.write_all_at(&[1; 2 * PAGE], 0).map_err(failed("write", path))?;
     let private = map(&file, path, true, libc::MAP_PRIVATE)?;
     store(&private, 10, 2);
     expect("the mapping", (load(&private, 10), load(&private, 11)), (2, 1))?;
     expect("the file", byte_at(&file, path, 10)?, 1)?;
-    file.write_all_at(&[3], PAGE as u64)
-        .map_err(failed("write", path))?;
+    file.write_all_at(&[3], PAGE as u64).map_err(failed("write", path))?;
     expect("a page not written yet", load(&private, PAGE), 3)
 }
 
@@ -426,13 +376,13 @@ pub fn fill(file: &str, mib: &str) -> Outcome<String> {
         for (index, word) in bytes.chunks_exact_mut(8).enumerate() {
             word.copy_from_slice(&content(first + index as u64).to_le_bytes());
         }
-        file.write_all_at(&bytes, mib * MIB as u64)
-            .map_err(failed("write", path))?;
+        file.write_all_at(&bytes, mib * MIB as u64).map_err(failed("write", path))?;
     }
     Ok(format!("probe fill: {count} MiB"))
 }
 
-/// A sum in which each word counts, and where it is. It takes a multiplication for 8 bytes: emulated processors are slow.
+/// A sum in which each word counts, and where it is. It takes a multiplication for 8 bytes: emulated
+/// processors are slow.
 fn add(sum: u64, word: u64) -> u64 {
     (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
@@ -448,9 +398,7 @@ pub fn sum(file: &str, mapped: bool) -> Outcome<String> {
         length = mapping.length;
         for at in (0..length / 8 * 8).step_by(8) {
             // SAFETY: 8 bytes from there on lie in the mapping, aligned.
-            sum = add(sum, unsafe {
-                mapping.start.add(at).cast::<u64>().read_volatile()
-            });
+            sum = add(sum, unsafe { mapping.start.add(at).cast::<u64>().read_volatile() });
         }
     } else {
         let mut bytes = vec![0; MIB];
@@ -465,10 +413,7 @@ pub fn sum(file: &str, mapped: bool) -> Outcome<String> {
             }
         }
     }
-    Ok(format!(
-        "probe sum: {sum:016x} of {length} bytes in {} ms",
-        began.elapsed().as_millis()
-    ))
+    Ok(format!("probe sum: {sum:016x} of {length} bytes in {} ms", began.elapsed().as_millis()))
 }
 
 /// Pages that raised SIGBUS, since the start.
@@ -477,8 +422,8 @@ static BUS_ERRORS: AtomicUsize = AtomicUsize::new(0);
 /// Puts a page of zeroes where there is none, so that the access that found none ends.
 extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     BUS_ERRORS.fetch_add(1, Ordering::Relaxed);
-    // SAFETY: the kernel gives the structure for the time of the handler; the page is one of `watch`'s mapping, the
-    // only one that can raise the signal.
+    // SAFETY: the kernel gives the structure for the time of the handler; the page is one of `watch`'s
+    // mapping, the only one that can raise the signal.
     unsafe {
         let page = (*info).si_addr() as usize / PAGE * PAGE;
         libc::mmap(
@@ -492,13 +437,14 @@ extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
     }
 }
 
-/// Maps a file and prints how many of its pages are data, how many zeroes, how many raised SIGBUS; then does so again,
-/// through the same mapping, at each line of standard input, until its end or an empty line.
+/// Maps a file and prints how many of its pages are data, how many zeroes, how many raised SIGBUS; then does
+/// so again, through the same mapping, at each line of standard input, until its end or an empty line.
 pub fn watch(file: &str) -> Outcome<String> {
     let path = Path::new(file);
     let file = File::open(path).map_err(failed("open", path))?;
     let mapping = map(&file, path, false, libc::MAP_SHARED)?;
-    // SAFETY: plain data, of which all zeroes is a value; ours, and outlives the call. The handler makes system calls only.
+    // SAFETY: plain data, of which all zeroes is a value; ours, and outlives the call. The handler makes
+    // system calls only.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_bus_error as extern "C" fn(_, _, _) as libc::sighandler_t;
@@ -517,10 +463,7 @@ pub fn watch(file: &str) -> Outcome<String> {
                 _ => data += 1,
             }
         }
-        println!(
-            "watch: {data} with data, {zero} with zeroes, {} bus errors",
-            bus - before
-        );
+        println!("watch: {data} with data, {zero} with zeroes, {} bus errors", bus - before);
         match lines.next() {
             Some(Ok(line)) if !line.is_empty() => {}
             _ => return Ok("probe watch: the end".to_owned()),
@@ -534,14 +477,15 @@ pub fn watch(file: &str) -> Outcome<String> {
 const TURNS: u64 = 1000;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Two sides count in one page of a file that both have mapped, in turns: each sees at once what the other stores, and neither
-/// makes a system call for it.
+/// Two sides count in one page of a file that both have mapped, in turns: each sees at once what the other
+/// stores, and neither makes a system call for it.
 pub fn turns(file: &str, is_first: bool) -> Outcome<String> {
     let path = Path::new(file);
     let file = open(path)?;
     file.set_len(PAGE as u64).map_err(failed("resize", path))?;
     let mapping = map(&file, path, true, libc::MAP_SHARED)?;
-    // SAFETY: the first word of the mapping, aligned; it is only used as an atomic, here and by the other side.
+    // SAFETY: the first word of the mapping, aligned; it is only used as an atomic, here and by the other
+    // side.
     let counter = unsafe { AtomicU64::from_ptr(mapping.start.cast()) };
     let end = Instant::now() + PATIENCE;
     for turn in 0..TURNS {
@@ -549,10 +493,7 @@ pub fn turns(file: &str, is_first: bool) -> Outcome<String> {
         while counter.load(Ordering::Acquire) != mine {
             if Instant::now() > end {
                 let found = counter.load(Ordering::Acquire);
-                return Err(format!(
-                    "{}: {found} after {PATIENCE:?}, waiting for {mine}",
-                    path.display()
-                ));
+                return Err(format!("{}: {found} after {PATIENCE:?}, waiting for {mine}", path.display()));
             }
             std::thread::yield_now();
         }
@@ -561,8 +502,8 @@ pub fn turns(file: &str, is_first: bool) -> Outcome<String> {
     Ok(format!("probe turns: {TURNS}"))
 }
 
-/// Writes a whole file to the beginning of a disk, or reads it from there, past the page cache: the disk reads and writes the memory
-/// into which the file is mapped.
+/// Writes a whole file to the beginning of a disk, or reads it from there, past the page cache: the disk
+/// reads and writes the memory into which the file is mapped.
 pub fn direct(file: &str, disk: &str, to_disk: bool) -> Outcome<String> {
     let (path, disk_path) = (Path::new(file), Path::new(disk));
     let file = open(path)?;
@@ -575,11 +516,7 @@ pub fn direct(file: &str, disk: &str, to_disk: bool) -> Outcome<String> {
         let (at, rest) = (mapping.start.wrapping_add(done), mapping.length - done);
         // SAFETY: the rest of the mapping, which is ours; that others have it, too, is what this is for.
         let count = unsafe {
-            if to_disk {
-                libc::write(disk, at.cast(), rest)
-            } else {
-                libc::read(disk, at.cast(), rest)
-            }
+            if to_disk { libc::write(disk, at.cast(), rest) } else { libc::read(disk, at.cast(), rest) }
         };
         let what = if to_disk { "write" } else { "read" };
         match result(count as i64).map_err(failed(what, disk_path))? {

@@ -1,4 +1,5 @@
-//! How a guest ends: a status written to the debug-exit port, the power switched off, or what somebody asks PID 1 for.
+//! How a guest ends: a status written to the debug-exit port, the power switched off, or what somebody asks
+//! PID 1 for.
 
 use std::arch::asm;
 use std::io;
@@ -6,8 +7,8 @@ use std::time::Duration;
 
 use crate::sys;
 
-/// Ends the machine: `status` to the I/O port `debug_exit` where there is one, otherwise (or where nothing listens
-/// at that port) by switching it off.
+/// Ends the machine: `status` to the I/O port `debug_exit` where there is one, otherwise (or where nothing
+/// listens at that port) by switching it off.
 pub fn end_machine(status: u8, debug_exit: Option<u16>) -> ! {
     sys::sync();
     if let Some(port) = debug_exit {
@@ -20,17 +21,15 @@ pub fn end_machine(status: u8, debug_exit: Option<u16>) -> ! {
     }
     // SAFETY: no memory is involved. On success it does not return.
     unsafe { libc::reboot(libc::RB_POWER_OFF) };
-    eprintln!(
-        "init: cannot switch the power off: {}",
-        io::Error::last_os_error()
-    );
+    eprintln!("init: cannot switch the power off: {}", io::Error::last_os_error());
     // PID 1 must not end: the kernel would panic, and hide the sentence above.
     loop {
         std::thread::sleep(Duration::from_secs(3600));
     }
 }
 
-/// From here on does what busybox' `poweroff`, `halt` and `reboot` ask PID 1 for, by signals as they send them.
+/// From here on does what busybox' `poweroff`, `halt` and `reboot` ask PID 1 for, by signals as they send
+/// them.
 pub fn obey_signals() {
     for signal in [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM] {
         // SAFETY: the handler makes system calls only.
@@ -39,11 +38,7 @@ pub fn obey_signals() {
 }
 
 extern "C" fn asked(signal: libc::c_int) {
-    let how = if signal == libc::SIGTERM {
-        libc::RB_AUTOBOOT
-    } else {
-        libc::RB_POWER_OFF
-    };
+    let how = if signal == libc::SIGTERM { libc::RB_AUTOBOOT } else { libc::RB_POWER_OFF };
     // SAFETY: no memory is involved.
     unsafe {
         libc::sync();

@@ -1,5 +1,6 @@
-//! `probe hammer`: the guest of an endurance test. A thread on each processor reads and writes a device's shared memory
-//! through `/dev/mem`, as [`crate::board`] says, until the back-end says stop. No driver may have the two devices.
+//! `probe hammer`: the guest of an endurance test. A thread on each processor reads and writes a device's
+//! shared memory through `/dev/mem`, as [`crate::board`] says, until the back-end says stop. No driver may
+//! have the two devices.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -21,21 +22,18 @@ unsafe impl Sync for Physical {}
 impl Physical {
     fn new(address: u64, length: usize) -> Outcome<Physical> {
         let (mapping, first) = map_physical(address, length)?;
-        Ok(Physical {
-            _mapping: mapping,
-            first,
-            length,
-        })
+        Ok(Physical { _mapping: mapping, first, length })
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index < self.length / 8);
-        // SAFETY: it lies inside (just checked) of a mapping that lives as long as the reference; it is page-aligned.
+        // SAFETY: it lies inside (just checked) of a mapping that lives as long as the reference; it is
+        // page-aligned.
         unsafe { &*self.first.cast::<AtomicU64>().add(index) }
     }
 
-    // Plain loads and stores, which the processor makes in this order: what KVM has to emulate, where nothing is mapped, is
-    // one access then.
+    // Plain loads and stores, which the processor makes in this order: what KVM has to emulate, where nothing
+    // is mapped, is one access then.
     fn get(&self, index: usize) -> u64 {
         self.word(index).load(Ordering::Acquire)
     }
@@ -78,24 +76,14 @@ pub fn hammer(window_device: u64, board_device: u64) -> Outcome<String> {
     std::thread::scope(|scope| {
         let cpus: Vec<_> = (0..CPUS)
             .map(|cpu| {
-                let hammer = Hammer {
-                    cpu,
-                    device: &device,
-                    board: &board,
-                    window: &window,
-                };
+                let hammer = Hammer { cpu, device: &device, board: &board, window: &window };
                 scope.spawn(move || hammer.run())
             })
             .collect();
-        cpus.into_iter()
-            .try_for_each(|cpu| cpu.join().map_err(|_| "a thread panicked".to_owned())?)
+        cpus.into_iter().try_for_each(|cpu| cpu.join().map_err(|_| "a thread panicked".to_owned())?)
     })?;
     let sum = |what| (0..CPUS).map(|cpu| board.get(report(cpu) + what)).sum::<u64>();
-    Ok(format!(
-        "probe hammer: {} accesses, {} wrong",
-        sum(ACCESSES),
-        sum(ERRORS)
-    ))
+    Ok(format!("probe hammer: {} accesses, {} wrong", sum(ACCESSES), sum(ERRORS)))
 }
 
 /// So many accesses in a row,

@@ -1,9 +1,10 @@
 //! One static program with three jobs, told apart by how it is started (like busybox):
 //!
 //! - as PID 1 of a guest or of the emulated host, it is `init`: see [`boot`];
-//! - as `probe`, or with `probe` as its first argument, it checks one thing from inside the guest: see [`probe`];
-//! - with `lab` as its first argument, on the developer's machine, it runs the emulated host and is the far end of
-//!   its link: see [`lab::outside`]. `scripts/lab.sh` starts it so.
+//! - as `probe`, or with `probe` as its first argument, it checks one thing from inside the guest: see
+//!   [`probe`];
+//! - with `lab` as its first argument, on the developer's machine, it runs the emulated host and is the far
+//!   end of its link: see [`lab::outside`]. `scripts/lab.sh` starts it so.
 //!
 //! What it reads, and from where, is in `guest/README.md`.
 
@@ -33,10 +34,8 @@ fn main() -> ExitCode {
         boot::run();
     }
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
-    let started_as = arguments
-        .first()
-        .and_then(|name| Path::new(name).file_name())
-        .map(|name| name.as_bytes().to_vec());
+    let started_as =
+        arguments.first().and_then(|name| Path::new(name).file_name()).map(|name| name.as_bytes().to_vec());
     if !arguments.is_empty() {
         arguments.remove(0);
     }

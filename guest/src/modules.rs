@@ -1,7 +1,7 @@
 //! Loads the kernel modules that the image brings.
 //!
-//! `scripts/image.sh` wrote down which, and in which order: one line per named module, the name first, then the files
-//! to load for it, dependencies first. There is no `modprobe` here, and no `modules.dep`.
+//! `scripts/image.sh` wrote down which, and in which order: one line per named module, the name first, then
+//! the files to load for it, dependencies first. There is no `modprobe` here, and no `modules.dep`.
 
 use std::fs::{self, File};
 use std::io;
@@ -40,10 +40,8 @@ fn choose<'a>(list: &'a str, wanted: Option<&[String]>) -> (Vec<&'a str>, Vec<St
             }
         }
     }
-    let missing = wanted
-        .unwrap_or_default()
-        .iter()
-        .filter(|one| !present.iter().any(|name| same_module(one, name)));
+    let missing =
+        wanted.unwrap_or_default().iter().filter(|one| !present.iter().any(|name| same_module(one, name)));
     let complaints = missing
         .map(|name| {
             format!("the module {name} is not in this image (scripts/image.sh --module {name} puts it there)")

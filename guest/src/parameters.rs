@@ -1,8 +1,8 @@
 //! What the kernel's command line says to us. Pure: text in, values out.
 //!
-//! The kernel hands words with a dot before their `=` to nobody (they could be a module's), so `hotslot.*` is read
-//! from `/proc/cmdline`, and the command behind `--` with it: one place, and one set of quoting rules (the kernel's:
-//! double quotes join words and vanish).
+//! The kernel hands words with a dot before their `=` to nobody (they could be a module's), so `hotslot.*` is
+//! read from `/proc/cmdline`, and the command behind `--` with it: one place, and one set of quoting rules
+//! (the kernel's: double quotes join words and vanish).
 
 /// What [`crate::boot`] is asked to do. Each field's parameter is described in `guest/README.md`.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -40,15 +40,15 @@ pub fn parse(line: &str) -> Parameters {
             }
             "hotslot.debug_exit" => match number(value).and_then(|port| u16::try_from(port).ok()) {
                 Some(port) => parameters.debug_exit = Some(port),
-                None => parameters.complaints.push(format!(
-                    "hotslot.debug_exit={value}: this is no I/O port (0 to 0xffff)"
-                )),
+                None => parameters
+                    .complaints
+                    .push(format!("hotslot.debug_exit={value}: this is no I/O port (0 to 0xffff)")),
             },
             "hotslot.hold_vm" => parameters.hold_vm = true,
             "hotslot.link" => parameters.link = Some(value.to_owned()),
-            _ if name.starts_with("hotslot.") => parameters
-                .complaints
-                .push(format!("{word}: there is no such parameter")),
+            _ if name.starts_with("hotslot.") => {
+                parameters.complaints.push(format!("{word}: there is no such parameter"))
+            }
             _ => {}
         }
     }
@@ -98,10 +98,7 @@ mod tests {
         let read = parse(
             "quiet hotslot.modules=virtio_mmio,nd_pmem hotslot.debug_exit=0xf4 hotslot.hold_vm hotslot.link=lab",
         );
-        assert_eq!(
-            read.modules,
-            Some(vec!["virtio_mmio".to_owned(), "nd_pmem".to_owned()])
-        );
+        assert_eq!(read.modules, Some(vec!["virtio_mmio".to_owned(), "nd_pmem".to_owned()]));
         assert_eq!(read.debug_exit, Some(0xf4));
         assert!(read.hold_vm);
         assert_eq!(read.link.as_deref(), Some("lab"));
@@ -117,10 +114,7 @@ mod tests {
     #[test]
     fn the_command_is_what_follows_the_dashes() {
         let read = parse("quiet -- sh -c \"echo a  b; exit 3\" -- hotslot.hold_vm");
-        assert_eq!(
-            read.command,
-            ["sh", "-c", "echo a  b; exit 3", "--", "hotslot.hold_vm"]
-        );
+        assert_eq!(read.command, ["sh", "-c", "echo a  b; exit 3", "--", "hotslot.hold_vm"]);
         assert!(!read.hold_vm);
     }
 

@@ -1,5 +1,5 @@
-//! What tests run inside the guest to look at the machine from there. Each probe prints what it found, in one line,
-//! and ends with 0; or says on standard error what is wrong, and ends with 1 (2: called wrongly).
+//! What tests run inside the guest to look at the machine from there. Each probe prints what it found, in one
+//! line, and ends with 0; or says on standard error what is wrong, and ends with 1 (2: called wrongly).
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -20,10 +20,7 @@ pub const PAGE: usize = 4096;
 
 /// Runs one probe.
 pub fn main(arguments: &[OsString]) -> ExitCode {
-    let words: Vec<String> = arguments
-        .iter()
-        .map(|word| word.to_string_lossy().into_owned())
-        .collect();
+    let words: Vec<String> = arguments.iter().map(|word| word.to_string_lossy().into_owned()).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let outcome = match words.as_slice() {
         ["memory"] => memory(),
@@ -82,23 +79,12 @@ impl Mapping {
     ) -> io::Result<Mapping> {
         let (descriptor, offset) = file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
         // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing of ours.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length,
-                protection,
-                flags,
-                descriptor,
-                offset,
-            )
-        };
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, descriptor, offset) };
         if start == libc::MAP_FAILED {
             Err(io::Error::last_os_error())
         } else {
-            Ok(Mapping {
-                start: start.cast(),
-                length,
-            })
+            Ok(Mapping { start: start.cast(), length })
         }
     }
 }
@@ -132,7 +118,8 @@ fn memory() -> Outcome<String> {
             .flat_map(|chunk| (0..CHUNK / PAGE).map(|page| chunk.start.wrapping_add(page * PAGE)));
         starts.enumerate()
     };
-    // Its number at each end of the page, differently, so that neither a page seen twice nor one cut short passes.
+    // Its number at each end of the page, differently, so that neither a page seen twice nor one cut short
+    // passes.
     let pattern = |page: usize| (page as u64 ^ 0x9e37_79b9_7f4a_7c15, !(page as u64));
     const LAST: usize = PAGE / 8 - 1;
     for (page, start) in pages() {
@@ -148,16 +135,10 @@ fn memory() -> Outcome<String> {
         // SAFETY: as above.
         let found = unsafe { (words.read_volatile(), words.add(LAST).read_volatile()) };
         if found != pattern(page) {
-            return Err(format!(
-                "page {page} reads {found:x?} instead of {:x?}",
-                pattern(page)
-            ));
+            return Err(format!("page {page} reads {found:x?} instead of {:x?}", pattern(page)));
         }
     }
-    Ok(format!(
-        "probe memory: {} MiB written and verified",
-        chunks.len() * CHUNK / MIB
-    ))
+    Ok(format!("probe memory: {} MiB written and verified", chunks.len() * CHUNK / MIB))
 }
 
 /// Bytes that can be taken without driving the kernel into a corner.
@@ -169,8 +150,7 @@ fn available_memory() -> Outcome<usize> {
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .and_then(|value| value.trim().strip_suffix(" kB"))
         .and_then(|value| value.trim().parse::<usize>().ok());
-    kib.map(|kib| kib * 1024)
-        .ok_or_else(|| "/proc/meminfo has no MemAvailable".to_owned())
+    kib.map(|kib| kib * 1024).ok_or_else(|| "/proc/meminfo has no MemAvailable".to_owned())
 }
 
 /// Runs on every processor that is online.
@@ -188,10 +168,7 @@ pub fn run_on(cpu: usize) -> Outcome<()> {
     let (result, now) = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(cpu, &mut set);
-        (
-            libc::sched_setaffinity(0, size_of_val(&set), &raw const set),
-            libc::sched_getcpu(),
-        )
+        (libc::sched_setaffinity(0, size_of_val(&set), &raw const set), libc::sched_getcpu())
     };
     if result != 0 {
         let error = io::Error::last_os_error();
@@ -217,30 +194,26 @@ fn cpu_list(text: &str) -> Option<Vec<usize>> {
     Some(list)
 }
 
-/// Writes `text` into the first page of `path` through a shared mapping, a synchronous one if the file system can.
+/// Writes `text` into the first page of `path` through a shared mapping, a synchronous one if the file system
+/// can.
 fn pmem_write(path: &str, text: &str) -> Outcome<String> {
     let failed = |what: &'static str| move |error: io::Error| format!("cannot {what} {path}: {error}");
     if text.len() > PAGE {
         return Err(format!("{} bytes do not fit in a page of {PAGE}", text.len()));
     }
     let mut options = OpenOptions::new();
-    let file = options
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(failed("open"))?;
+    let file =
+        options.read(true).write(true).create(true).truncate(false).open(path).map_err(failed("open"))?;
     file.set_len(PAGE as u64).map_err(failed("resize"))?;
     let synchronous = libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC;
     let (mapping, how) = match Mapping::new(PAGE, synchronous, Some((&file, 0))) {
         Ok(mapping) => (mapping, "MAP_SYNC"),
-        Err(_) => (
-            Mapping::new(PAGE, libc::MAP_SHARED, Some((&file, 0))).map_err(failed("map"))?,
-            "MAP_SHARED",
-        ),
+        Err(_) => {
+            (Mapping::new(PAGE, libc::MAP_SHARED, Some((&file, 0))).map_err(failed("map"))?, "MAP_SHARED")
+        }
     };
-    // SAFETY: the text fits in the page (checked above), and the mapping is ours until the end of the function.
+    // SAFETY: the text fits in the page (checked above), and the mapping is ours until the end of the
+    // function.
     let result = unsafe {
         std::ptr::copy_nonoverlapping(text.as_ptr(), mapping.start, text.len());
         libc::msync(mapping.start.cast(), PAGE, libc::MS_SYNC)
@@ -294,16 +267,14 @@ fn mem_read(address: &str, length: &str) -> Outcome<String> {
         .filter(|length| (1..=1 << 20).contains(length))
         .ok_or_else(|| format!("{length} is no length from 1 to 1 MiB"))?;
     let (mapping, first) = map_physical(physical(address)?, length)?;
-    // SAFETY: `length` bytes from `first` lie in `mapping`, which lives to the end of the function; the wide accesses
-    // are aligned, as `access_width` promises.
+    // SAFETY: `length` bytes from `first` lie in `mapping`, which lives to the end of the function; the wide
+    // accesses are aligned, as `access_width` promises.
     let bytes = unsafe {
         match access_width(first, length) {
             2 => first.cast::<u16>().read_volatile().to_le_bytes().to_vec(),
             4 => first.cast::<u32>().read_volatile().to_le_bytes().to_vec(),
             8 => first.cast::<u64>().read_volatile().to_le_bytes().to_vec(),
-            _ => (0..length)
-                .map(|index| first.add(index).read_volatile())
-                .collect(),
+            _ => (0..length).map(|index| first.add(index).read_volatile()).collect(),
         }
     };
     drop(mapping);
@@ -318,18 +289,11 @@ fn mem_write(address: &str, hex: &str) -> Outcome<String> {
     unsafe {
         match (access_width(first, bytes.len()), bytes.as_slice()) {
             (2, &[a, b]) => first.cast::<u16>().write_volatile(u16::from_le_bytes([a, b])),
-            (4, &[a, b, c, d]) => first
-                .cast::<u32>()
-                .write_volatile(u32::from_le_bytes([a, b, c, d])),
+            (4, &[a, b, c, d]) => first.cast::<u32>().write_volatile(u32::from_le_bytes([a, b, c, d])),
             (8, &[a, b, c, d, e, f, g, h]) => {
-                first
-                    .cast::<u64>()
-                    .write_volatile(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
+                first.cast::<u64>().write_volatile(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
             }
-            _ => bytes
-                .iter()
-                .enumerate()
-                .for_each(|(index, byte)| first.add(index).write_volatile(*byte)),
+            _ => bytes.iter().enumerate().for_each(|(index, byte)| first.add(index).write_volatile(*byte)),
         }
     }
     drop(mapping);
@@ -340,10 +304,7 @@ fn hex_bytes(text: &str) -> Option<Vec<u8>> {
     if text.is_empty() || text.len() % 2 != 0 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
     }
-    (0..text.len())
-        .step_by(2)
-        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok())
-        .collect()
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
 }
 
 /// Makes the kernel panic.

@@ -1,5 +1,5 @@
-//! How long it takes to get at the bytes of a file, or of memory. Called by [`crate::probe`]; `scripts/bench.sh` makes a table
-//! of it.
+//! How long it takes to get at the bytes of a file, or of memory. Called by [`crate::probe`];
+//! `scripts/bench.sh` makes a table of it.
 //!
 //! Each prints nanoseconds, one line a figure, by the guest's clock.
 
@@ -105,11 +105,7 @@ fn word(mapping: &Mapping, at: usize) -> u64 {
 }
 
 fn all_words(mapping: &Mapping) -> u128 {
-    timed(|| {
-        (0..mapping.length)
-            .step_by(8)
-            .for_each(|at| _ = word(mapping, at))
-    })
+    timed(|| (0..mapping.length).step_by(8).for_each(|at| _ = word(mapping, at)))
 }
 
 fn all_words_again(mapping: &Mapping) -> u128 {

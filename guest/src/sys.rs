@@ -18,13 +18,7 @@ pub fn mount(kind: &str, place: &str, options: &str) -> Outcome<()> {
     let (c_kind, c_place, c_options) = (c_string(kind)?, c_string(place)?, c_string(options)?);
     // SAFETY: four NUL-terminated strings, ours until the call returns; the kernel keeps none of them.
     let result = unsafe {
-        libc::mount(
-            c_kind.as_ptr(),
-            c_place.as_ptr(),
-            c_kind.as_ptr(),
-            0,
-            c_options.as_ptr().cast(),
-        )
+        libc::mount(c_kind.as_ptr(), c_place.as_ptr(), c_kind.as_ptr(), 0, c_options.as_ptr().cast())
     };
     if result == 0 {
         return Ok(());
@@ -37,22 +31,14 @@ pub fn mount(kind: &str, place: &str, options: &str) -> Outcome<()> {
 pub fn load_module(file: &File, compressed: bool) -> io::Result<()> {
     /// linux/module.h; the `libc` crate has none for this target.
     const MODULE_INIT_COMPRESSED_FILE: libc::c_int = 4;
-    let flags = if compressed {
-        MODULE_INIT_COMPRESSED_FILE
-    } else {
-        0
-    };
+    let flags = if compressed { MODULE_INIT_COMPRESSED_FILE } else { 0 };
     // SAFETY: an open descriptor that `file` owns, and a NUL-terminated string that lives for ever.
     let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), flags) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Waits for the next child (or adopted orphan) to end: its process id and its status as a shell would say it,
-/// 128+n for signal n. `None` when there is no child left.
+/// Waits for the next child (or adopted orphan) to end: its process id and its status as a shell would say
+/// it, 128+n for signal n. `None` when there is no child left.
 pub fn wait_for_any_child() -> Option<(u32, u8)> {
     loop {
         let mut status = 0;
@@ -69,11 +55,8 @@ pub fn wait_for_any_child() -> Option<(u32, u8)> {
 
 /// A `wait` status as a shell would say it.
 fn shell_status(status: libc::c_int) -> u8 {
-    let number = if libc::WIFSIGNALED(status) {
-        128 + libc::WTERMSIG(status)
-    } else {
-        libc::WEXITSTATUS(status)
-    };
+    let number =
+        if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) };
     (number & 0xff) as u8
 }
 
@@ -84,11 +67,7 @@ pub fn take_terminal() -> io::Result<()> {
         libc::setsid();
         libc::ioctl(0, libc::TIOCSCTTY, 0)
     };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Creates one KVM machine with nothing in it.
@@ -106,8 +85,8 @@ pub fn create_vm(kvm: &File) -> io::Result<OwnedFd> {
 
 /// Brings the loopback network up. A kernel without a network is no error.
 pub fn loopback_up() {
-    // SAFETY: `request` is plain data, ours, zero-initialised as its type allows, and outlives both calls; the
-    // descriptor is closed once.
+    // SAFETY: `request` is plain data, ours, zero-initialised as its type allows, and outlives both calls;
+    // the descriptor is closed once.
     unsafe {
         let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
         if socket < 0 {
@@ -148,31 +127,20 @@ pub fn window_size(terminal: &impl AsRawFd) -> Option<(u16, u16)> {
 
 /// Tells a terminal its size; the kernel tells the programs on it.
 pub fn set_window_size(terminal: &impl AsRawFd, rows: u16, columns: u16) {
-    let size = libc::winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    // SAFETY: `size` is ours and outlives the call, which only reads it. Failure is harmless: the size is a courtesy.
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: `size` is ours and outlives the call, which only reads it. Failure is harmless: the size is a
+    // courtesy.
     unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
 }
 
 /// A new pseudo-terminal: the end that we hold, and the end for the command.
 pub fn open_terminal_pair() -> io::Result<(File, File)> {
     let (mut ours, mut theirs) = (-1, -1);
-    // SAFETY: two integers of ours that the call fills; the null pointers ask for no name and for default settings.
-    // On success both descriptors are new and nobody else's.
+    // SAFETY: two integers of ours that the call fills; the null pointers ask for no name and for default
+    // settings. On success both descriptors are new and nobody else's.
     unsafe {
         let none = std::ptr::null_mut();
-        if libc::openpty(
-            &raw mut ours,
-            &raw mut theirs,
-            none,
-            std::ptr::null(),
-            std::ptr::null(),
-        ) != 0
-        {
+        if libc::openpty(&raw mut ours, &raw mut theirs, none, std::ptr::null(), std::ptr::null()) != 0 {
             return Err(io::Error::last_os_error());
         }
         // The command must not inherit our end, or it would never see a hang-up.

@@ -1,5 +1,5 @@
-//! The power registers of hardware-reduced ACPI: sleep control, sleep status, reset (ACPI 6.5, sections 4.8.3.7 and
-//! 4.8.3.6).
+//! The power registers of hardware-reduced ACPI: sleep control, sleep status, reset (ACPI 6.5, sections
+//! 4.8.3.7 and 4.8.3.6).
 
 use crate::bus::{BusDevice, MachineEvent};
 
@@ -44,10 +44,7 @@ mod tests {
 
     #[test]
     fn only_complete_requests_count() {
-        let power = PowerControl {
-            sleep_type_off: 5,
-            reset_value: 1,
-        };
+        let power = PowerControl { sleep_type_off: 5, reset_value: 1 };
         assert_eq!(power.write(0, &[5 << 2 | SLP_EN]), Some(MachineEvent::PowerOff));
         assert_eq!(power.write(2, &[1]), Some(MachineEvent::Reset));
         // The type without the go, another type, the status register, another value, another width.

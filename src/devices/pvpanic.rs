@@ -1,5 +1,5 @@
-//! pvpanic: a port to which a kernel that panicked says so (docs/specs/pvpanic.rst in QEMU's sources; Linux' driver is
-//! the module `pvpanic-mmio`, which finds the port by ACPI).
+//! pvpanic: a port to which a kernel that panicked says so (docs/specs/pvpanic.rst in QEMU's sources; Linux'
+//! driver is the module `pvpanic-mmio`, which finds the port by ACPI).
 
 use crate::bus::{BusDevice, MachineEvent};
 

@@ -1,13 +1,13 @@
 //! The serial port: a 16550A at COM1, with the host's ends of its two lines.
 //!
-//! The vCPUs write; the main loop brings input. A vCPU may have to wait for whoever reads the output (that is the
-//! back-pressure a terminal or a pipe exerts), but with no lock held, and a kick ends the wait. Output that nobody can
-//! take any more is dropped, and the guest goes on.
+//! The vCPUs write; the main loop brings input. A vCPU may have to wait for whoever reads the output (that is
+//! the back-pressure a terminal or a pipe exerts), but with no lock held, and a kick ends the wait. Output
+//! that nobody can take any more is dropped, and the guest goes on.
 //!
-//! A guest writes its output byte by byte; we pass it on in pieces, because each piece may wake another process. A
-//! piece ends with a line, with [`PIECE`] bytes, and when the guest shows that it is done: it sets its interrupts (a
-//! driver that has nothing more to send switches one off), or asks for the line's status [`PAUSE`] after its last byte
-//! (a program that waits for a key).
+//! A guest writes its output byte by byte; we pass it on in pieces, because each piece may wake another
+//! process. A piece ends with a line, with [`PIECE`] bytes, and when the guest shows that it is done: it sets
+//! its interrupts (a driver that has nothing more to send switches one off), or asks for the line's status
+//! [`PAUSE`] after its last byte (a program that waits for a key).
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -59,8 +59,8 @@ struct State {
     uart: Serial<InterruptLine, WantsInput, Vec<u8>>,
     line_control: u8,
     modem_control: u8,
-    /// The guest once asked for interrupts by input. Before that its driver is not there, and when it comes it throws
-    /// away what it finds in the port.
+    /// The guest once asked for interrupts by input. Before that its driver is not there, and when it comes
+    /// it throws away what it finds in the port.
     listening: bool,
     /// When the last byte of output came that is still here.
     last_output: Instant,
@@ -100,11 +100,7 @@ impl SerialPort {
     /// How many bytes of input the guest can take now.
     pub fn room(&self) -> usize {
         let state = self.state();
-        if state.listening && state.modem_control & LOOPBACK == 0 {
-            state.uart.fifo_capacity()
-        } else {
-            0
-        }
+        if state.listening && state.modem_control & LOOPBACK == 0 { state.uart.fifo_capacity() } else { 0 }
     }
 
     /// Gives input to the guest; what it could take is the result.
@@ -126,8 +122,9 @@ impl SerialPort {
     fn read_register(&self, register: u8) -> (u8, Vec<u8>) {
         let mut state = self.state();
         let mut value = state.uart.read(register);
-        // The crate forgets the reason with the first byte that is read. A driver that takes a limited number of bytes at a
-        // time (Linux: 256) and asks whether there are more would leave the rest there, and no interrupt would ever come.
+        // The crate forgets the reason with the first byte that is read. A driver that takes a limited number
+        // of bytes at a time (Linux: 256) and asks whether there are more would leave the rest there, and no
+        // interrupt would ever come.
         let silent = register == INTERRUPT_IDENTIFICATION && value & REASON == NO_INTERRUPT;
         if silent && state.has_input_to_tell_of() {
             value = value & !REASON | INPUT_IS_THERE;
@@ -226,11 +223,7 @@ pub struct Output {
 impl Output {
     /// Output to a file, or to nobody.
     pub fn new(file: Option<File>, stopping: Arc<AtomicBool>) -> Self {
-        Output {
-            file,
-            stopping,
-            broken: AtomicBool::new(false),
-        }
+        Output { file, stopping, broken: AtomicBool::new(false) }
     }
 
     /// Writes all of it, or drops the rest once the reader is gone or the machine stops.
@@ -263,11 +256,7 @@ impl Output {
 
 /// Waits until the file takes more, a signal comes or a tenth of a second is over. Whether it takes more.
 fn wait_until_writable(file: &File) -> bool {
-    let mut poll = libc::pollfd {
-        fd: file.as_raw_fd(),
-        events: libc::POLLOUT,
-        revents: 0,
-    };
+    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     // SAFETY: one pollfd, ours, which lives through the call.
     unsafe { libc::poll(&mut poll, 1, 100) == 1 }
 }
@@ -290,19 +279,12 @@ mod tests {
         let wants_input = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let output = Output::new(output, Arc::default());
         let port = SerialPort::new(interrupt.try_clone().unwrap(), output, Arc::clone(&wants_input));
-        Bench {
-            port,
-            interrupt,
-            wants_input,
-        }
+        Bench { port, interrupt, wants_input }
     }
 
     fn pipe() -> (File, File) {
         let (reader, writer) = io::pipe().unwrap();
-        (
-            File::from(OwnedFd::from(reader)),
-            File::from(OwnedFd::from(writer)),
-        )
+        (File::from(OwnedFd::from(reader)), File::from(OwnedFd::from(writer)))
     }
 
     #[test]
@@ -331,11 +313,8 @@ mod tests {
     fn output_comes_in_pieces_that_do_not_wait_for_more() {
         let (mut reader, writer) = pipe();
         let bench = bench(Some(writer));
-        let write = |bytes: &[u8]| {
-            bytes
-                .iter()
-                .for_each(|byte| assert_eq!(bench.port.write(0, &[*byte]), None))
-        };
+        let write =
+            |bytes: &[u8]| bytes.iter().for_each(|byte| assert_eq!(bench.port.write(0, &[*byte]), None));
         write(b"a line");
         assert_eq!(arrived(&mut reader), 0);
         write(b"\r\n");

@@ -1,4 +1,5 @@
-//! What we use of KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`], [`stats`]).
+//! What we use of KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`],
+//! [`stats`]).
 
 pub mod slots;
 pub mod stats;

@@ -1,7 +1,7 @@
 //! KVM memory slots (KVM_SET_USER_MEMORY_REGION): one for each range of host memory that the guest sees.
 //!
-//! The one implementation of [`GuestMapper`] outside tests. The set-up puts RAM and the register pages in; backend
-//! channels add and remove a slot for each mapping while the guest runs.
+//! The one implementation of [`GuestMapper`] outside tests. The set-up puts RAM and the register pages in;
+//! backend channels add and remove a slot for each mapping while the guest runs.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,11 +29,7 @@ struct State {
 impl Slots {
     /// The slots of `vm`, at most `limit` (KVM_CAP_NR_MEMSLOTS) of them.
     pub fn new(vm: Arc<VmFd>, limit: u32) -> Self {
-        Slots {
-            vm,
-            limit,
-            state: Mutex::default(),
-        }
+        Slots { vm, limit, state: Mutex::default() }
     }
 
     fn set(&self, slot: u32, guest: GuestRange, len: u64, host: *mut u8, flags: u32) -> io::Result<()> {
@@ -44,7 +40,8 @@ impl Slots {
             memory_size: len,
             userspace_addr: host as u64,
         };
-        // SAFETY: `map`'s caller keeps the range its own as long as the slot lives; a length of 0 ends the slot.
+        // SAFETY: `map`'s caller keeps the range its own as long as the slot lives; a length of 0 ends the
+        // slot.
         unsafe { self.vm.set_user_memory_region(region) }
             .map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
@@ -125,7 +122,8 @@ mod tests {
         GuestRange::new(at, 4096).unwrap()
     }
 
-    /// A machine with its code in the first of `limit` slots, and its processor; `None` where there is no KVM.
+    /// A machine with its code in the first of `limit` slots, and its processor; `None` where there is no
+    /// KVM.
     fn machine(limit: u32) -> Option<(Slots, VcpuFd)> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,

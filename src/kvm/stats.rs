@@ -19,10 +19,11 @@ const DESCRIPTOR_LEN: usize = 16;
 
 /// The faults that the processor took.
 const TAKEN: &str = "pf_taken";
-/// What became of them: a page was mapped, the access was emulated, or it had been resolved meanwhile. None of it counts the
-/// faults that are to be tried again. Nor is `pf_guest` among them, the faults that KVM passed on to the guest: it also counts each
-/// time that KVM tells Linux to run something else until a page is there (KVM_FEATURE_ASYNC_PF), which may be never. (Without
-/// nested page tables the guest's own faults look unresolved then. It costs looks for missing pages, and nothing else.)
+/// What became of them: a page was mapped, the access was emulated, or it had been resolved meanwhile. None
+/// of it counts the faults that are to be tried again. Nor is `pf_guest` among them, the faults that KVM
+/// passed on to the guest: it also counts each time that KVM tells Linux to run something else until a page
+/// is there (KVM_FEATURE_ASYNC_PF), which may be never. (Without nested page tables the guest's own faults
+/// look unresolved then. It costs looks for missing pages, and nothing else.)
 const RESOLVED: [&str; 4] = ["pf_fixed", "pf_emulate", "pf_spurious", "pf_fast"];
 
 /// Counts the faults that KVM could not resolve: it lets the processor wait and try again.
@@ -79,11 +80,7 @@ impl FaultCount {
             Some(u64::from_ne_bytes(value))
         };
         // First those that are taken away, so that the difference is not too large by a fault in between.
-        let resolved = self
-            .resolved
-            .iter()
-            .map(|place| read(*place))
-            .sum::<Option<u64>>()?;
+        let resolved = self.resolved.iter().map(|place| read(*place)).sum::<Option<u64>>()?;
         Some(read(self.taken)?.saturating_sub(resolved))
     }
 }

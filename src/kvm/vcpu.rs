@@ -49,22 +49,23 @@ pub struct VcpuState {
 
 /// Mends what a guest's access failed at: the host memory behind a slot is gone.
 pub trait FaultHandler: Send + Sync {
-    /// Called by a vCPU thread, outside KVM_RUN, with no lock held, possibly by several at once. `address` is the guest
-    /// physical address where KVM tells it; then only the slot that it is in need be looked at. True if something was
-    /// missing, and is there now.
+    /// Called by a vCPU thread, outside KVM_RUN, with no lock held, possibly by several at once. `address` is
+    /// the guest physical address where KVM tells it; then only the slot that it is in need be looked at.
+    /// True if something was missing, and is there now.
     fn mend(&self, address: Option<u64>) -> bool;
 
-    /// The same for a read that KVM passed on: what the guest sees at `address` now goes to `data`, zeroes in place of what
-    /// is missing. False where it sees nothing.
+    /// The same for a read that KVM passed on: what the guest sees at `address` now goes to `data`, zeroes in
+    /// place of what is missing. False where it sees nothing.
     fn read(&self, address: u64, data: &mut [u8]) -> bool;
 
     /// The same for a write that KVM passed on. It is lost; what was missing is there for those after it.
     fn write(&self, address: u64);
 }
 
-/// How often in a row a processor may fail with EFAULT although nothing is found missing. It is no sign of despair by
-/// itself: another processor may have been faster, the mapping may be gone, the file may have grown again. A file that
-/// somebody cuts and grows all the time, hoping for more, gets here with a probability below 1/4 each time.
+/// How often in a row a processor may fail with EFAULT although nothing is found missing. It is no sign of
+/// despair by itself: another processor may have been faster, the mapping may be gone, the file may have
+/// grown again. A file that somebody cuts and grows all the time, hoping for more, gets here with a
+/// probability below 1/4 each time.
 const BARREN_FAULTS: u32 = 100;
 
 /// Accesses that nobody answered: reads gave all-ones, writes were dropped.
@@ -161,19 +162,14 @@ impl Vcpu {
         let faults = FaultCount::of(&fd)
             .inspect_err(|error| log::debug!("vCPU {id}: KVM has no page fault statistics: {error}"))
             .ok();
-        let mut runner = Runner {
-            id,
-            fd,
-            machine,
-            barren_faults: 0,
-        };
+        let mut runner = Runner { id, fd, machine, barren_faults: 0 };
         let thread = thread::spawn(format!("vcpu{id}"), move || ended(runner.run(&state)))?;
         Ok(Vcpu { thread, faults })
     }
 
-    /// Makes the processor look at [`Machine::stopping`] soon, whatever it does: a KVM_RUN that runs or starts ends,
-    /// a system call in a handler ends with EINTR. A signal can fall between a handler's look and its system call, so
-    /// the caller repeats this until the processor [`Vcpu::has_ended`].
+    /// Makes the processor look at [`Machine::stopping`] soon, whatever it does: a KVM_RUN that runs or
+    /// starts ends, a system call in a handler ends with EINTR. A signal can fall between a handler's look
+    /// and its system call, so the caller repeats this until the processor [`Vcpu::has_ended`].
     pub fn kick(&self) {
         if !self.thread.is_finished() {
             // SAFETY: the thread was not joined, so its pthread_t is valid; the signal has a handler.
@@ -216,8 +212,8 @@ impl Runner {
             Err(error) => return Outcome::Failed(KvmError::Ioctl("be kicked".into(), error)),
         };
         loop {
-            // In this order: a kick that comes after the first line sets the flag anew, one that came before it is
-            // seen in the second.
+            // In this order: a kick that comes after the first line sets the flag anew, one that came before
+            // it is seen in the second.
             self.fd.set_kvm_immediate_exit(0);
             if self.machine.stopping.load(Ordering::SeqCst) {
                 // For whoever ended a guest that hangs.
@@ -238,20 +234,12 @@ impl Runner {
         let set = self.fd.set_msrs(&state.msrs).map_err(fails("MSRs"))?;
         if let Some(refused) = wanted.get(set) {
             // Not the end: the guest sees the reset value. Software KVMs know few of them.
-            log::debug!(
-                "vCPU {vcpu}: KVM does not take MSR {:#x} = {:#x}",
-                refused.index,
-                refused.data
-            );
+            log::debug!("vCPU {vcpu}: KVM does not take MSR {:#x} = {:#x}", refused.index, refused.data);
         }
         if let Some(boot) = &state.boot {
-            self.fd
-                .set_sregs(&boot.sregs)
-                .map_err(fails("system registers"))?;
+            self.fd.set_sregs(&boot.sregs).map_err(fails("system registers"))?;
             self.fd.set_regs(&boot.regs).map_err(fails("registers"))?;
-            self.fd
-                .set_fpu(&boot.fpu)
-                .map_err(fails("floating point registers"))?;
+            self.fd.set_fpu(&boot.fpu).map_err(fails("floating point registers"))?;
         }
         Ok(())
     }
@@ -266,8 +254,9 @@ impl Runner {
         }
         let crash = match exit {
             Ok(VcpuExit::MmioRead(address, data)) => {
-                // A page of a mapping that is missing comes here too: from a software KVM always, from any KVM when it has
-                // to emulate the instruction (SHM-45). Another vCPU may have mended it meanwhile.
+                // A page of a mapping that is missing comes here too: from a software KVM always, from any
+                // KVM when it has to emulate the instruction (SHM-45). Another vCPU may have mended it
+                // meanwhile.
                 if !machine.mmio.read(address, data) && !machine.faults.read(address, data) {
                     machine.unclaimed.mmio_reads.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
@@ -307,7 +296,8 @@ impl Runner {
             Ok(VcpuExit::FailEntry(reason, _)) => Crash::FailedEntry { vcpu, reason },
             Ok(VcpuExit::InternalError) => Crash::Internal {
                 vcpu,
-                // SAFETY: KVM_EXIT_INTERNAL_ERROR says that this field of the union is the one; it is a number.
+                // SAFETY: KVM_EXIT_INTERNAL_ERROR says that this field of the union is the one; it is a
+                // number.
                 suberror: unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror },
             },
             Ok(other) => {
@@ -332,23 +322,21 @@ impl Runner {
                 }
                 None
             }
-            Port::Out(data) => data
-                .chunks(size)
-                .find_map(|item| match ports.write(port.into(), item) {
-                    Ok(event) => event.map(Outcome::Event),
-                    Err(_) => {
-                        unclaimed.fetch_add(1, Ordering::Relaxed);
-                        None
-                    }
-                }),
+            Port::Out(data) => data.chunks(size).find_map(|item| match ports.write(port.into(), item) {
+                Ok(event) => event.map(Outcome::Event),
+                Err(_) => {
+                    unclaimed.fetch_add(1, Ordering::Relaxed);
+                    None
+                }
+            }),
         }
     }
 
     /// The width of the port access that KVM_RUN just returned with: 1, 2 or 4 bytes.
     fn port_width(&self) -> u8 {
         KVM_RUN.with(|run| {
-            // SAFETY: `Kickable` keeps the pointer right while `run` is on the stack; KVM_EXIT_IO says that this field
-            // of the union is the one; nobody writes to it outside KVM_RUN.
+            // SAFETY: `Kickable` keeps the pointer right while `run` is on the stack; KVM_EXIT_IO says that
+            // this field of the union is the one; nobody writes to it outside KVM_RUN.
             unsafe { (*run.get()).__bindgen_anon_1.io.size }.max(1)
         })
     }
@@ -386,42 +374,12 @@ impl fmt::Display for Registers<'_> {
             return write!(f, "(its registers cannot be read)");
         };
         let rows = [
-            [
-                ("rip", regs.rip),
-                ("rsp", regs.rsp),
-                ("rflags", regs.rflags),
-                ("rbp", regs.rbp),
-            ],
-            [
-                ("rax", regs.rax),
-                ("rbx", regs.rbx),
-                ("rcx", regs.rcx),
-                ("rdx", regs.rdx),
-            ],
-            [
-                ("rsi", regs.rsi),
-                ("rdi", regs.rdi),
-                ("r8", regs.r8),
-                ("r9", regs.r9),
-            ],
-            [
-                ("r10", regs.r10),
-                ("r11", regs.r11),
-                ("r12", regs.r12),
-                ("r13", regs.r13),
-            ],
-            [
-                ("r14", regs.r14),
-                ("r15", regs.r15),
-                ("cr0", sregs.cr0),
-                ("cr2", sregs.cr2),
-            ],
-            [
-                ("cr3", sregs.cr3),
-                ("cr4", sregs.cr4),
-                ("efer", sregs.efer),
-                ("cs", sregs.cs.selector.into()),
-            ],
+            [("rip", regs.rip), ("rsp", regs.rsp), ("rflags", regs.rflags), ("rbp", regs.rbp)],
+            [("rax", regs.rax), ("rbx", regs.rbx), ("rcx", regs.rcx), ("rdx", regs.rdx)],
+            [("rsi", regs.rsi), ("rdi", regs.rdi), ("r8", regs.r8), ("r9", regs.r9)],
+            [("r10", regs.r10), ("r11", regs.r11), ("r12", regs.r12), ("r13", regs.r13)],
+            [("r14", regs.r14), ("r15", regs.r15), ("cr0", sregs.cr0), ("cr2", sregs.cr2)],
+            [("cr3", sregs.cr3), ("cr4", sregs.cr4), ("efer", sregs.efer), ("cs", sregs.cs.selector.into())],
         ];
         for (number, row) in rows.iter().enumerate() {
             if number > 0 {
@@ -475,8 +433,8 @@ fn kick_signal() -> libc::c_int {
 extern "C" fn kicked(_signal: libc::c_int) {
     let run = KVM_RUN.get();
     if !run.is_null() {
-        // SAFETY: the pointer is set only while the vCPU of this very thread is mapped. The byte is there for signal
-        // handlers to write; KVM reads it at the next KVM_RUN.
+        // SAFETY: the pointer is set only while the vCPU of this very thread is mapped. The byte is there for
+        // signal handlers to write; KVM reads it at the next KVM_RUN.
         unsafe { std::ptr::addr_of_mut!((*run).immediate_exit).write_volatile(1) };
     }
 }
@@ -485,8 +443,8 @@ fn install_kick_handler() -> io::Result<()> {
     static INSTALLED: Once = Once::new();
     let mut result = Ok(());
     INSTALLED.call_once(|| {
-        // SAFETY: a sigaction is plain data, for which all-zero is a value: no flags (so that system calls end with
-        // EINTR), an empty mask.
+        // SAFETY: a sigaction is plain data, for which all-zero is a value: no flags (so that system calls
+        // end with EINTR), an empty mask.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         action.sa_sigaction = kicked as extern "C" fn(libc::c_int) as usize;
         // SAFETY: the handler only reads a thread-local without a destructor and writes one byte.

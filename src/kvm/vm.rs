@@ -78,46 +78,14 @@ pub(super) fn failed_to(what: impl Into<String>) -> impl FnOnce(errno::Error) ->
 /// What is used, and what for. All of it is in Linux 4.11.
 const NEEDED: [(Cap, &str, &str); 9] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "which is guest memory"),
-    (
-        Cap::ReadonlyMem,
-        "KVM_CAP_READONLY_MEM",
-        "without which a read-only mapping could be written",
-    ),
-    (
-        Cap::Irqchip,
-        "KVM_CAP_IRQCHIP",
-        "which are the interrupt controllers",
-    ),
-    (
-        Cap::Irqfd,
-        "KVM_CAP_IRQFD",
-        "which lets another process interrupt the guest",
-    ),
-    (
-        Cap::Ioeventfd,
-        "KVM_CAP_IOEVENTFD",
-        "which lets the guest wake another process",
-    ),
-    (
-        Cap::ImmediateExit,
-        "KVM_CAP_IMMEDIATE_EXIT",
-        "without which a vCPU cannot be stopped for sure",
-    ),
-    (
-        Cap::ExtCpuid,
-        "KVM_CAP_EXT_CPUID",
-        "which says what processor the guest can have",
-    ),
-    (
-        Cap::SetTssAddr,
-        "KVM_CAP_SET_TSS_ADDR",
-        "without which KVM's own pages have no place",
-    ),
-    (
-        Cap::SetIdentityMapAddr,
-        "KVM_CAP_SET_IDENTITY_MAP_ADDR",
-        "without which KVM's own pages have no place",
-    ),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM", "without which a read-only mapping could be written"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP", "which are the interrupt controllers"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD", "which lets another process interrupt the guest"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD", "which lets the guest wake another process"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "without which a vCPU cannot be stopped for sure"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "which says what processor the guest can have"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "without which KVM's own pages have no place"),
+    (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "without which KVM's own pages have no place"),
 ];
 
 /// An open `/dev/kvm` that can do all we need.
@@ -182,11 +150,12 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Makes the machine. `own_pages` is where KVM may put the four pages that Intel's processors need to run real-mode
-    /// code: the identity-map page, then three for a TSS. No RAM may be there.
+    /// Makes the machine. `own_pages` is where KVM may put the four pages that Intel's processors need to run
+    /// real-mode code: the identity-map page, then three for a TSS. No RAM may be there.
     ///
-    /// There is no PIT: a kernel that finds hardware-reduced ACPI does not look for one, and gets its time from the
-    /// KVM clock and its ticks from the local timers. The emulation would cost a host thread, and its ports stay free.
+    /// There is no PIT: a kernel that finds hardware-reduced ACPI does not look for one, and gets its time
+    /// from the KVM clock and its ticks from the local timers. The emulation would cost a host thread, and
+    /// its ports stay free.
     pub fn new(kvm: &Kvm, own_pages: u64) -> Result<Vm, KvmError> {
         let vm = loop {
             match kvm.kvm.create_vm() {
@@ -195,14 +164,12 @@ impl Vm {
                 result => break result.map_err(failed_to("create a machine"))?,
             }
         };
-        vm.set_identity_map_address(own_pages).map_err(failed_to(format!(
-            "use the page at {own_pages:#x} for its identity map"
-        )))?;
+        vm.set_identity_map_address(own_pages)
+            .map_err(failed_to(format!("use the page at {own_pages:#x} for its identity map")))?;
         let tss = own_pages + 0x1000;
         vm.set_tss_address(tss as usize)
             .map_err(failed_to(format!("use the pages at {tss:#x} for its TSS")))?;
-        vm.create_irq_chip()
-            .map_err(failed_to("create the interrupt controllers"))?;
+        vm.create_irq_chip().map_err(failed_to("create the interrupt controllers"))?;
         keep_page_tables_on_slot_deletion(&vm)?;
         Ok(Vm { vm: Arc::new(vm) })
     }
@@ -214,9 +181,7 @@ impl Vm {
 
     /// Adds the processor with this id, which is its APIC id too.
     pub fn create_vcpu(&self, id: u32) -> Result<VcpuFd, KvmError> {
-        self.vm
-            .create_vcpu(u64::from(id))
-            .map_err(failed_to(format!("create vCPU {id}")))
+        self.vm.create_vcpu(u64::from(id)).map_err(failed_to(format!("create vCPU {id}")))
     }
 
     /// A write to `event`, by whatever process, pulses interrupt line `gsi`.
@@ -230,25 +195,19 @@ impl Vm {
     pub fn register_ioeventfd(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
         self.vm
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
-            .map_err(failed_to(format!(
-                "connect an eventfd to writes of {value:#x} at {address:#x}"
-            )))
+            .map_err(failed_to(format!("connect an eventfd to writes of {value:#x} at {address:#x}")))
     }
 }
 
-/// Deleting one slot shall not throw away the page tables of all others. Offered by Linux 6.12 and later; before that,
-/// a deletion costs the guest its time and nothing else.
+/// Deleting one slot shall not throw away the page tables of all others. Offered by Linux 6.12 and later;
+/// before that, a deletion costs the guest its time and nothing else.
 fn keep_page_tables_on_slot_deletion(vm: &VmFd) -> Result<(), KvmError> {
     let quirks = vm.check_extension_raw(u64::from(KVM_CAP_DISABLE_QUIRKS2)).max(0) as u32;
     if quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL == 0 {
         log::debug!("this KVM always zaps all page tables when it deletes a memory slot");
         return Ok(());
     }
-    let mut capability = kvm_enable_cap {
-        cap: KVM_CAP_DISABLE_QUIRKS2,
-        ..Default::default()
-    };
+    let mut capability = kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS2, ..Default::default() };
     capability.args[0] = u64::from(KVM_X86_QUIRK_SLOT_ZAP_ALL);
-    vm.enable_cap(&capability)
-        .map_err(failed_to("disable KVM_X86_QUIRK_SLOT_ZAP_ALL"))
+    vm.enable_cap(&capability).map_err(failed_to("disable KVM_X86_QUIRK_SLOT_ZAP_ALL"))
 }

@@ -1,4 +1,5 @@
-//! Where the windows of shared memory regions go in guest physical memory: above RAM, one after another (SHM-23).
+//! Where the windows of shared memory regions go in guest physical memory: above RAM, one after another
+//! (SHM-23).
 
 use thiserror::Error;
 
@@ -20,7 +21,8 @@ pub struct NoRoom {
     limit: u64,
 }
 
-/// Hands out guest physical addresses from below to above. Nothing is ever given back: windows last as long as the machine.
+/// Hands out guest physical addresses from below to above. Nothing is ever given back: windows last as long
+/// as the machine.
 #[derive(Clone, Debug)]
 pub struct WindowAllocator {
     next: u64,
@@ -35,18 +37,11 @@ impl WindowAllocator {
 
     /// A range for a window of `len` bytes, at least 2 MiB aligned, disjoint from all others.
     pub fn place(&mut self, len: u64) -> Result<GuestRange, NoRoom> {
-        let no_room = NoRoom {
-            len,
-            free: self.limit.saturating_sub(self.next),
-            limit: self.limit,
-        };
+        let no_room = NoRoom { len, free: self.limit.saturating_sub(self.next), limit: self.limit };
         let alignment = if len < LARGE { SMALL } else { LARGE };
         let start = self.next.checked_next_multiple_of(alignment).ok_or(no_room)?;
         let range = GuestRange::new(start, len).ok_or(no_room)?;
-        let end = start
-            .checked_add(len)
-            .filter(|&end| end <= self.limit)
-            .ok_or(no_room)?;
+        let end = start.checked_add(len).filter(|&end| end <= self.limit).ok_or(no_room)?;
         self.next = end;
         Ok(range)
     }

@@ -1,7 +1,7 @@
 //! Guest physical memory: RAM, the windows of shared memory regions, and what is mapped inside them.
 //!
-//! Nothing here knows KVM. What puts host memory in front of the guest is the trait [`GuestMapper`]: `kvm::slots`
-//! implements it, tests record with a fake.
+//! Nothing here knows KVM. What puts host memory in front of the guest is the trait [`GuestMapper`]:
+//! `kvm::slots` implements it, tests record with a fake.
 
 pub mod alloc;
 pub mod ram;
@@ -65,9 +65,9 @@ pub struct SlotId(pub u32);
 
 /// Puts ranges of host memory into guest physical memory, and takes them away again.
 ///
-/// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. Neither method waits for
-/// another process. The guest sees a mapping when `map` has returned, and no longer sees it when `unmap` has: no vCPU
-/// can reach the memory then.
+/// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. Neither method waits
+/// for another process. The guest sees a mapping when `map` has returned, and no longer sees it when `unmap`
+/// has: no vCPU can reach the memory then.
 pub trait GuestMapper: Send + Sync {
     /// Lets the guest see the memory at `host` as the addresses `guest`.
     ///
@@ -76,12 +76,12 @@ pub trait GuestMapper: Send + Sync {
     ///
     /// # Safety
     ///
-    /// `guest.len()` bytes from `host` on must stay an address range of the caller's (mapped or reserved) until
-    /// `unmap` has succeeded or the machine is gone, and nobody may hold a Rust reference into them: the guest reads
-    /// and, with [`Access::ReadWrite`], writes them at any time.
+    /// `guest.len()` bytes from `host` on must stay an address range of the caller's (mapped or reserved)
+    /// until `unmap` has succeeded or the machine is gone, and nobody may hold a Rust reference into them:
+    /// the guest reads and, with [`Access::ReadWrite`], writes them at any time.
     unsafe fn map(&self, guest: GuestRange, host: *mut u8, access: Access) -> io::Result<SlotId>;
 
-    /// Takes a mapping away. Fails with ENOENT for a slot that is not live; with what KVM says otherwise, and then
-    /// the mapping stays.
+    /// Takes a mapping away. Fails with ENOENT for a slot that is not live; with what KVM says otherwise, and
+    /// then the mapping stays.
     fn unmap(&self, slot: SlotId) -> io::Result<()>;
 }

@@ -16,8 +16,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::{GuestRange, PAGE_SIZE};
 
-/// The least RAM that is accepted: the boot structures (see `arch::layout`) are in the first MiB, and a kernel starts
-/// at the second.
+/// The least RAM that is accepted: the boot structures (see `arch::layout`) are in the first MiB, and a
+/// kernel starts at the second.
 pub const SMALLEST: u64 = 2 << 20;
 
 /// Why there is no RAM of that size.
@@ -56,10 +56,7 @@ impl RamError {
             RamError::TooSmall(_) => Some("a stock Linux kernel wants 128M or more".into()),
             RamError::Unaligned(size) => {
                 let below = size / PAGE_SIZE * PAGE_SIZE;
-                Some(format!(
-                    "the nearest sizes are {below} and {}",
-                    below.saturating_add(PAGE_SIZE)
-                ))
+                Some(format!("the nearest sizes are {below} and {}", below.saturating_add(PAGE_SIZE)))
             }
             RamError::MoreThanHost { .. } => None,
             RamError::Os { .. } => Some("try a smaller --memory, or look at `ulimit -v`".into()),
@@ -78,7 +75,8 @@ pub struct RamRegion {
     pub file_offset: u64,
 }
 
-// SAFETY: a region is a description; `host` is only a number until somebody dereferences it in an unsafe block of their own.
+// SAFETY: a region is a description; `host` is only a number until somebody dereferences it in an unsafe
+// block of their own.
 unsafe impl Send for RamRegion {}
 // SAFETY: as above.
 unsafe impl Sync for RamRegion {}
@@ -94,20 +92,17 @@ pub struct Ram {
 /// Splits `size` bytes into guest ranges: from 0 up to `hole_start`, the rest from `hole_end` on.
 fn split(size: u64, hole_start: u64, hole_end: u64) -> Vec<GuestRange> {
     let low = size.min(hole_start);
-    [GuestRange::new(0, low), GuestRange::new(hole_end, size - low)]
-        .into_iter()
-        .flatten()
-        .collect()
+    [GuestRange::new(0, low), GuestRange::new(hole_end, size - low)].into_iter().flatten().collect()
 }
 
 impl Ram {
-    /// Makes `size` bytes of RAM that leave the addresses from `hole_start` to `hole_end` free. Nothing is touched
-    /// yet, so nothing is resident.
+    /// Makes `size` bytes of RAM that leave the addresses from `hole_start` to `hole_end` free. Nothing is
+    /// touched yet, so nothing is resident.
     ///
     /// # Errors
     ///
-    /// Sizes that are too small, no multiple of the page size, or more than the host's memory and swap; and what the
-    /// host's kernel refuses.
+    /// Sizes that are too small, no multiple of the page size, or more than the host's memory and swap; and
+    /// what the host's kernel refuses.
     pub fn new(size: u64, hole_start: u64, hole_end: u64) -> Result<Ram, RamError> {
         check_size(size, host_memory())?;
         let os = |what| move |source| RamError::Os { what, size, source };
@@ -121,11 +116,7 @@ impl Ram {
                 .build()
                 .map_err(|error| os("map addresses")(io::Error::other(error)))?;
             ask_for_huge_pages(mapping.as_ptr(), mapping.size());
-            regions.push(RamRegion {
-                guest,
-                host: mapping.as_ptr(),
-                file_offset,
-            });
+            regions.push(RamRegion { guest, host: mapping.as_ptr(), file_offset });
             mapped.push(
                 GuestRegionMmap::new(mapping, GuestAddress(guest.start()))
                     .expect("invariant: a GuestRange does not wrap"),
@@ -134,11 +125,7 @@ impl Ram {
         }
         let memory = GuestMemoryMmap::from_regions(mapped)
             .expect("invariant: one or two regions, disjoint and in order");
-        Ok(Ram {
-            file,
-            memory,
-            regions,
-        })
+        Ok(Ram { file, memory, regions })
     }
 
     /// Access to RAM by guest physical address, for loading and for reading what a guest names.
@@ -196,9 +183,7 @@ fn host_memory() -> u64 {
     if unsafe { libc::sysinfo(&mut info) } != 0 {
         return u64::MAX;
     }
-    info.totalram
-        .saturating_add(info.totalswap)
-        .saturating_mul(u64::from(info.mem_unit))
+    info.totalram.saturating_add(info.totalswap).saturating_mul(u64::from(info.mem_unit))
 }
 
 /// An anonymous file of `size` bytes that can neither grow nor shrink, for good.
@@ -231,10 +216,7 @@ mod tests {
     #[test]
     fn ram_leaves_the_hole_free() {
         let ranges = |size| -> Vec<(u64, u64)> {
-            split(size, 3 * GIB, 4 * GIB)
-                .iter()
-                .map(|range| (range.start(), range.len()))
-                .collect()
+            split(size, 3 * GIB, 4 * GIB).iter().map(|range| (range.start(), range.len())).collect()
         };
         assert_eq!(ranges(128 << 20), [(0, 128 << 20)]);
         assert_eq!(ranges(3 * GIB), [(0, 3 * GIB)]);
@@ -260,9 +242,7 @@ mod tests {
         let offsets: Vec<_> = ram.regions().iter().map(|region| region.file_offset).collect();
         assert_eq!(offsets, [0, 4 << 20]);
         assert_eq!((ram.low_end(), ram.end()), (4 << 20, 18 << 20));
-        ram.memory()
-            .write_obj(0x1234_u16, GuestAddress(16 << 20))
-            .unwrap();
+        ram.memory().write_obj(0x1234_u16, GuestAddress(16 << 20)).unwrap();
         let mut bytes = [0; 2];
         std::os::unix::fs::FileExt::read_exact_at(&**ram.file(), &mut bytes, 4 << 20).unwrap();
         assert_eq!(u16::from_le_bytes(bytes), 0x1234);

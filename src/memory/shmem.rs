@@ -1,8 +1,8 @@
-//! The shared memory regions of one device (VIRTIO section 2.10), and what its back-end mapped into them: the checks
-//! and the bookkeeping of SHM-25 to SHM-56 that do not depend on the wire format.
+//! The shared memory regions of one device (VIRTIO section 2.10), and what its back-end mapped into them: the
+//! checks and the bookkeeping of SHM-25 to SHM-56 that do not depend on the wire format.
 //!
-//! `vhost_user::backend_channel` maps and unmaps; `vhost_user::device` closes the gate and unmaps everything at a
-//! reset; the set-up and the transport ask where regions are.
+//! `vhost_user::backend_channel` maps and unmaps; `vhost_user::device` closes the gate and unmaps everything
+//! at a reset; the set-up and the transport ask where regions are.
 
 mod missing;
 
@@ -150,10 +150,9 @@ impl ShmemError {
             ShmemError::FileRange { .. } => libc::EOVERFLOW,
             ShmemError::Overlap { .. } => libc::EEXIST,
             ShmemError::Quota(_) => libc::ENOSPC,
-            ShmemError::Place(error) | ShmemError::Guest(error) => error
-                .raw_os_error()
-                .filter(|&errno| errno > 0)
-                .unwrap_or(libc::EIO),
+            ShmemError::Place(error) | ShmemError::Guest(error) => {
+                error.raw_os_error().filter(|&errno| errno > 0).unwrap_or(libc::EIO)
+            }
         }
     }
 }
@@ -177,17 +176,17 @@ pub struct MappingInfo {
 pub struct SharedMemory {
     mapper: Arc<dyn GuestMapper>,
     quota: usize,
-    /// Lock order: taken under the device's channel lock or the transport's, or alone; `GuestMapper`'s own lock comes
-    /// after it. Never held while a peer is waited for.
+    /// Lock order: taken under the device's channel lock or the transport's, or alone; `GuestMapper`'s own
+    /// lock comes after it. Never held while a peer is waited for.
     state: Mutex<State>,
-    /// Held from a look for missing pages until what was found is changed. To look is to read: among pages that another
-    /// thread filled for now meanwhile, that would pass for the guest's touch (SHM-45).
+    /// Held from a look for missing pages until what was found is changed. To look is to read: among pages
+    /// that another thread filled for now meanwhile, that would pass for the guest's touch (SHM-45).
     ///
     /// Lock order: before `state`. Whoever waits for it needs such a look itself.
     looking: Mutex<()>,
-    /// The live mappings once more, by first guest address: last address, and what the guest may do there. For the
-    /// accesses of the guest that come to us; most of them are to holes, and must not wait for a back-end that maps and
-    /// unmaps all the time. A mapping is in it a little longer than in the guest.
+    /// The live mappings once more, by first guest address: last address, and what the guest may do there.
+    /// For the accesses of the guest that come to us; most of them are to holes, and must not wait for a
+    /// back-end that maps and unmaps all the time. A mapping is in it a little longer than in the guest.
     ///
     /// Lock order: after `state`, innermost; held for a look.
     reach: RwLock<BTreeMap<u64, (u64, Access)>>,
@@ -254,8 +253,8 @@ impl Mapping {
 }
 
 impl SharedMemory {
-    /// Places a window for each `(shmid, size in bytes)`, a size of 0 meaning no region. At most `quota` mappings are
-    /// allowed at a time, over all regions. The gate is open (SHM-68).
+    /// Places a window for each `(shmid, size in bytes)`, a size of 0 meaning no region. At most `quota`
+    /// mappings are allowed at a time, over all regions. The gate is open (SHM-68).
     pub fn new(
         sizes: impl IntoIterator<Item = (u8, u64)>,
         windows: &mut WindowAllocator,
@@ -267,21 +266,14 @@ impl SharedMemory {
             if size % PAGE_SIZE != 0 {
                 return Err(LayoutError::NotPages { shmid, size });
             }
-            let guest = windows
-                .place(size)
-                .map_err(|source| LayoutError::NoGuestAddresses { shmid, source })?;
+            let guest =
+                windows.place(size).map_err(|source| LayoutError::NoGuestAddresses { shmid, source })?;
             let window = Window::reserve(guest).map_err(|source| LayoutError::NoHostAddresses {
                 shmid,
                 size,
                 source,
             })?;
-            regions.insert(
-                shmid,
-                Region {
-                    window: Arc::new(window),
-                    mappings: BTreeMap::new(),
-                },
-            );
+            regions.insert(shmid, Region { window: Arc::new(window), mappings: BTreeMap::new() });
         }
         let state = Mutex::new(State {
             filled: FilledTotal::default(),
@@ -291,30 +283,17 @@ impl SharedMemory {
             regions,
             spare: Spare::take(),
         });
-        Ok(SharedMemory {
-            mapper,
-            quota,
-            state,
-            looking: Mutex::default(),
-            reach: RwLock::default(),
-        })
+        Ok(SharedMemory { mapper, quota, state, looking: Mutex::default(), reach: RwLock::default() })
     }
 
     /// Where a region is; `None` for an id that has none.
     pub fn region(&self, shmid: u8) -> Option<GuestRange> {
-        self.lock()
-            .regions
-            .get(&shmid)
-            .map(|region| region.window.guest())
+        self.lock().regions.get(&shmid).map(|region| region.window.guest())
     }
 
     /// All regions, by id.
     pub fn regions(&self) -> Vec<(u8, GuestRange)> {
-        self.lock()
-            .regions
-            .iter()
-            .map(|(&shmid, region)| (shmid, region.window.guest()))
-            .collect()
+        self.lock().regions.iter().map(|(&shmid, region)| (shmid, region.window.guest())).collect()
     }
 
     /// The live mappings, by region and address.
@@ -328,8 +307,8 @@ impl SharedMemory {
         list
     }
 
-    /// The live mapping that starts at an offset of a region, and its address in this process, which no other memory of
-    /// the guest has.
+    /// The live mapping that starts at an offset of a region, and its address in this process, which no other
+    /// memory of the guest has.
     pub fn mapping(&self, shmid: u8, shm_offset: u64) -> Option<(MappingInfo, u64)> {
         let state = self.lock();
         let region = state.regions.get(&shmid)?;
@@ -340,14 +319,7 @@ impl SharedMemory {
 
     /// Maps a file; the guest sees it when this returns (SHM-60).
     pub fn map(&self, request: &MapRequest<'_>) -> Result<(), ShmemError> {
-        let &MapRequest {
-            shmid,
-            shm_offset,
-            len,
-            file,
-            file_offset,
-            access,
-        } = request;
+        let &MapRequest { shmid, shm_offset, len, file, file_offset, access } = request;
         let mut state = self.lock();
         let state = &mut *state;
         if !state.accepting {
@@ -359,38 +331,23 @@ impl SharedMemory {
         if len == 0 {
             return Err(ShmemError::Empty);
         }
-        for (name, offset) in [
-            ("offset in the region", shm_offset),
-            ("offset in the file", file_offset),
-        ] {
+        for (name, offset) in [("offset in the region", shm_offset), ("offset in the file", file_offset)] {
             if offset % PAGE_SIZE != 0 {
                 return Err(ShmemError::Unaligned(name, offset));
             }
         }
-        let out_of_bounds = ShmemError::OutOfBounds {
-            shmid,
-            shm_offset,
-            len,
-            size,
-        };
+        let out_of_bounds = ShmemError::OutOfBounds { shmid, shm_offset, len, size };
         let Some(end) = shm_offset.checked_add(len).filter(|&end| end <= size) else {
             return Err(out_of_bounds);
         };
         let span_len = len.next_multiple_of(PAGE_SIZE);
-        let file_end = file_offset
-            .checked_add(span_len)
-            .and_then(|end| i64::try_from(end).ok());
+        let file_end = file_offset.checked_add(span_len).and_then(|end| i64::try_from(end).ok());
         if file_end.is_none() {
             return Err(ShmemError::FileRange { file_offset, len });
         }
         if let Some((&other, before)) = region.mappings.range(..end).next_back() {
             if other + before.span_len() > shm_offset {
-                return Err(ShmemError::Overlap {
-                    shmid,
-                    shm_offset,
-                    len,
-                    other,
-                });
+                return Err(ShmemError::Overlap { shmid, shm_offset, len, other });
             }
         }
         if live >= self.quota {
@@ -399,8 +356,8 @@ impl SharedMemory {
 
         let span = region.window.span(shm_offset, span_len).ok_or(out_of_bounds)?;
         span.place(file, file_offset, access).map_err(ShmemError::Place)?;
-        // SAFETY: the span stays the window's, mapped or reserved, and only `unmap` and `unmap_all` change it, after
-        // they took the slot away; nobody on our side looks into it but through system calls.
+        // SAFETY: the span stays the window's, mapped or reserved, and only `unmap` and `unmap_all` change
+        // it, after they took the slot away; nobody on our side looks into it but through system calls.
         let slot = match unsafe { self.mapper.map(span.guest(), span.host(), access) } {
             Ok(slot) => slot,
             Err(error) => {
@@ -410,16 +367,7 @@ impl SharedMemory {
         };
         region.mappings.insert(
             shm_offset,
-            Mapping {
-                len,
-                file_offset,
-                access,
-                slot,
-                number,
-                filled: 0,
-                guarded: 0,
-                aside: None,
-            },
+            Mapping { len, file_offset, access, slot, number, filled: 0, guarded: 0, aside: None },
         );
         let guest = span.guest();
         self.reach_mut().insert(guest.start(), (guest.last(), access));
@@ -437,14 +385,9 @@ impl SharedMemory {
             .mappings
             .get(&shm_offset)
             .filter(|mapping| mapping.len == len)
-            .ok_or(ShmemError::NoMapping {
-                shmid,
-                shm_offset,
-                len,
-            })?;
+            .ok_or(ShmemError::NoMapping { shmid, shm_offset, len })?;
         self.mapper.unmap(mapping.slot).map_err(ShmemError::Guest)?;
-        self.reach_mut()
-            .remove(&(region.window.guest().start() + shm_offset));
+        self.reach_mut().remove(&(region.window.guest().start() + shm_offset));
         region.mappings.remove(&shm_offset);
         if let Some(hole) = region.hole(shm_offset) {
             release(&mut state.spare, &hole);
@@ -463,8 +406,8 @@ impl SharedMemory {
         self.lock().accepting = true;
     }
 
-    /// Takes all mappings away (SHM-69), and tells how many there were. A slot that the machine does not give back
-    /// keeps its mapping; the error is the first such.
+    /// Takes all mappings away (SHM-69), and tells how many there were. A slot that the machine does not give
+    /// back keeps its mapping; the error is the first such.
     pub fn unmap_all(&self) -> Result<usize, ShmemError> {
         let mut state = self.lock();
         let state = &mut *state;
@@ -472,19 +415,17 @@ impl SharedMemory {
         let mut result = Ok(());
         for region in state.regions.values_mut() {
             let mut freed = Vec::new();
-            region
-                .mappings
-                .retain(|&offset, mapping| match self.mapper.unmap(mapping.slot) {
-                    Ok(()) => {
-                        self.reach_mut().remove(&(region.window.guest().start() + offset));
-                        freed.push(offset);
-                        false
-                    }
-                    Err(error) => {
-                        result = Err(ShmemError::Guest(error));
-                        true
-                    }
-                });
+            region.mappings.retain(|&offset, mapping| match self.mapper.unmap(mapping.slot) {
+                Ok(()) => {
+                    self.reach_mut().remove(&(region.window.guest().start() + offset));
+                    freed.push(offset);
+                    false
+                }
+                Err(error) => {
+                    result = Err(ShmemError::Guest(error));
+                    true
+                }
+            });
             if region.mappings.is_empty() {
                 // At once, and with it what an UNMAP had to leave.
                 release(&mut state.spare, &region.window.whole());
@@ -530,7 +471,8 @@ impl Drop for SharedMemory {
     }
 }
 
-/// Reserves again what the guest no longer sees. All of the hole around it: what could not be, earlier, is then.
+/// Reserves again what the guest no longer sees. All of the hole around it: what could not be, earlier, is
+/// then.
 fn release(spare: &mut Spare, hole: &Span<'_>) {
     if let Err(error) = spare.clear(hole) {
         log::warn!("an unmapped file stays in the VMM's address space for now: {error}");

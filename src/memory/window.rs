@@ -1,9 +1,10 @@
 //! Windows: host address space reserved for the shared memory regions of VIRTIO section 2.10.
 //!
-//! A [`Window`] is a guest physical range and, of the same size, a range of host addresses in which nothing can be
-//! accessed (PROT_NONE). A file that a back-end hands over is placed inside it, at the offset that the guest sees it
-//! at. A [`Span`] is a part of a window; it cannot be built without the range checks, and it alone can place and
-//! clear, so nothing that a back-end sends turns into an address before it was checked (SHM-50).
+//! A [`Window`] is a guest physical range and, of the same size, a range of host addresses in which nothing
+//! can be accessed (PROT_NONE). A file that a back-end hands over is placed inside it, at the offset that the
+//! guest sees it at. A [`Span`] is a part of a window; it cannot be built without the range checks, and it
+//! alone can place and clear, so nothing that a back-end sends turns into an address before it was checked
+//! (SHM-50).
 //!
 //! `memory::shmem` is the only caller.
 
@@ -14,8 +15,8 @@ use std::ptr;
 
 use super::{Access, GuestRange, PAGE_SIZE};
 
-/// Host and guest addresses of a window agree modulo this (1 GiB, x86-64's largest page), so that huge pages can be
-/// used on both levels.
+/// Host and guest addresses of a window agree modulo this (1 GiB, x86-64's largest page), so that huge pages
+/// can be used on both levels.
 const CONGRUENCE: u64 = 1 << 30;
 
 /// From statfs(2): files made of huge pages, which can only be mapped in whole huge pages.
@@ -45,15 +46,14 @@ impl Window {
         }
         // The reservation starts anywhere: one unit more than needed holds a congruent start.
         let slack = host_len(CONGRUENCE)?;
-        let padded = len
-            .checked_add(slack)
-            .ok_or(io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let padded = len.checked_add(slack).ok_or(io::Error::from_raw_os_error(libc::ENOMEM))?;
         // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
         let start = unsafe { reserve_at(ptr::null_mut(), padded, 0) }?;
         let ahead = (guest.start() % CONGRUENCE + CONGRUENCE - start as u64 % CONGRUENCE) % CONGRUENCE;
         let ahead = host_len(ahead)?;
         let host = start.wrapping_add(ahead);
-        // SAFETY: the two ends lie in the reservation just made, which nothing else uses, and outside `host..+len`.
+        // SAFETY: the two ends lie in the reservation just made, which nothing else uses, and outside
+        // `host..+len`.
         unsafe {
             unmap(start, ahead);
             unmap(host.wrapping_add(len), slack - ahead);
@@ -70,20 +70,12 @@ impl Window {
     pub fn span(&self, offset: u64, len: u64) -> Option<Span<'_>> {
         let aligned = offset % PAGE_SIZE == 0 && len % PAGE_SIZE == 0;
         let inside = len > 0 && offset.checked_add(len)? <= self.guest.len();
-        (aligned && inside).then_some(Span {
-            window: self,
-            offset,
-            len,
-        })
+        (aligned && inside).then_some(Span { window: self, offset, len })
     }
 
     /// All of it.
     pub fn whole(&self) -> Span<'_> {
-        Span {
-            window: self,
-            offset: 0,
-            len: self.guest.len(),
-        }
+        Span { window: self, offset: 0, len: self.guest.len() }
     }
 }
 
@@ -106,10 +98,7 @@ pub struct Span<'w> {
 impl Span<'_> {
     /// Where the guest sees it.
     pub fn guest(&self) -> GuestRange {
-        GuestRange {
-            start: self.window.guest.start + self.offset,
-            len: self.len,
-        }
+        GuestRange { start: self.window.guest.start + self.offset, len: self.len }
     }
 
     /// Its host address.
@@ -119,38 +108,25 @@ impl Span<'_> {
 
     /// Maps `file` from `file_offset` on into the span, shared, in place of the reservation.
     ///
-    /// The file's size does not matter (SHM-44). Fails with EINVAL for what is not a regular file or for part of a
-    /// huge page, and with what mmap(2) says; the reservation stays then.
+    /// The file's size does not matter (SHM-44). Fails with EINVAL for what is not a regular file or for part
+    /// of a huge page, and with what mmap(2) says; the reservation stays then.
     pub fn place(&self, file: BorrowedFd<'_>, file_offset: u64, access: Access) -> io::Result<()> {
         self.check_file(file, file_offset)?;
         let len = self.len as usize;
         let offset = libc::off_t::try_from(file_offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // First to where the kernel likes, then moved: an mmap(MAP_FIXED) that fails may already have removed what was
-        // there, and another thread's memory could get into the gap.
+        // First to where the kernel likes, then moved: an mmap(MAP_FIXED) that fails may already have removed
+        // what was there, and another thread's memory could get into the gap.
         // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
         let address = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                len,
-                protection(access),
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                offset,
-            )
+            libc::mmap(ptr::null_mut(), len, protection(access), libc::MAP_SHARED, file.as_raw_fd(), offset)
         };
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the source is the mapping just made; the target lies in the window's own reservation, and `len` bytes
-        // do not leave it (`check_file` ruled out that the kernel rounds it up).
+        // SAFETY: the source is the mapping just made; the target lies in the window's own reservation, and
+        // `len` bytes do not leave it (`check_file` ruled out that the kernel rounds it up).
         let moved = unsafe {
-            libc::mremap(
-                address,
-                len,
-                len,
-                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
-                self.host(),
-            )
+            libc::mremap(address, len, len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, self.host())
         };
         if moved == libc::MAP_FAILED {
             let error = io::Error::last_os_error();
@@ -163,16 +139,16 @@ impl Span<'_> {
 
     /// Puts the reservation back in place of whatever is in the span.
     pub fn clear(&self) -> io::Result<()> {
-        // SAFETY: the span lies in the window's own reservation; see `Window::drop` for the guest's view of it.
+        // SAFETY: the span lies in the window's own reservation; see `Window::drop` for the guest's view of
+        // it.
         unsafe { reserve_at(self.host(), self.len as usize, libc::MAP_FIXED) }.map(drop)
     }
 
-    /// The end of the span that cannot be read, because the file under it became shorter or it was put out of reach;
-    /// `None` where all can (SHM-45).
+    /// The end of the span that cannot be read, because the file under it became shorter or it was put out of
+    /// reach; `None` where all can (SHM-45).
     pub fn missing(&self) -> Option<Self> {
         let missing_from = self.first_missing_page();
-        self.window
-            .span(self.offset + missing_from, self.len - missing_from)
+        self.window.span(self.offset + missing_from, self.len - missing_from)
     }
 
     /// The last `len` bytes of the span.
@@ -187,34 +163,27 @@ impl Span<'_> {
         let (at, len) = (self.host().cast(), self.len as usize);
         // SAFETY: the range is the span, which lies in the window's own reservation.
         let address = unsafe { libc::mmap(at, len, protection(access), flags, -1, 0) };
-        if address == libc::MAP_FAILED {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
-        }
+        if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
     /// Puts zero pages in place of the file in the span, and keeps the file's pages for [`Self::put_back`].
     pub fn set_aside(&self, access: Access) -> io::Result<Aside> {
         let len = self.len as usize;
-        // SAFETY: an old length of 0 makes a second mapping of the same part of the same file, at addresses that the
-        // kernel chooses; the first, in the window's own reservation, stays.
+        // SAFETY: an old length of 0 makes a second mapping of the same part of the same file, at addresses
+        // that the kernel chooses; the first, in the window's own reservation, stays.
         let second = unsafe { libc::mremap(self.host().cast(), 0, len, libc::MREMAP_MAYMOVE) };
         if second == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let aside = Aside {
-            address: second.cast(),
-            len,
-        };
+        let aside = Aside { address: second.cast(), len };
         self.fill(access)?;
         Ok(aside)
     }
 
     /// Puts back what was set aside of this very span.
     pub fn put_back(&self, aside: &mut Aside) -> io::Result<()> {
-        // SAFETY: the source is the aside's own; the target lies in the window's own reservation, and the length is the
-        // span's.
+        // SAFETY: the source is the aside's own; the target lies in the window's own reservation, and the
+        // length is the span's.
         let moved = unsafe {
             libc::mremap(
                 aside.address.cast(),
@@ -252,8 +221,8 @@ impl Span<'_> {
         }
     }
 
-    /// The offset of the first page that cannot be read; the length where all can. Pages go missing from the end of a
-    /// file, so a binary search finds the edge.
+    /// The offset of the first page that cannot be read; the length where all can. Pages go missing from the
+    /// end of a file, so a binary search finds the edge.
     fn first_missing_page(&self) -> u64 {
         let (mut present, mut missing) = (0, self.len / PAGE_SIZE);
         if self.can_read(self.len - PAGE_SIZE) {
@@ -275,22 +244,17 @@ impl Span<'_> {
         self.read(offset, &mut [0])
     }
 
-    /// Reads what is at `offset`, without the SIGBUS that a plain access to a missing page would raise. False where not
-    /// all of it is in the span, or some of it cannot be read.
+    /// Reads what is at `offset`, without the SIGBUS that a plain access to a missing page would raise. False
+    /// where not all of it is in the span, or some of it cannot be read.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> bool {
         let len = data.len();
         if offset.checked_add(len as u64).is_none_or(|end| end > self.len) {
             return false;
         }
-        let local = libc::iovec {
-            iov_base: data.as_mut_ptr().cast(),
-            iov_len: len,
-        };
-        let remote = libc::iovec {
-            iov_base: self.host().wrapping_add(offset as usize).cast(),
-            iov_len: len,
-        };
-        // SAFETY: `local` is the caller's slice; `remote` is only read, and a bad address is an error, not a fault.
+        let local = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: len };
+        let remote = libc::iovec { iov_base: self.host().wrapping_add(offset as usize).cast(), iov_len: len };
+        // SAFETY: `local` is the caller's slice; `remote` is only read, and a bad address is an error, not a
+        // fault.
         unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) == len as isize }
     }
 
@@ -324,8 +288,8 @@ impl Span<'_> {
     }
 }
 
-/// An address range that is given up for a moment where the process can have no more (vm.max_map_count): Linux then
-/// refuses even to exchange one for another, and what was unmapped would stay.
+/// An address range that is given up for a moment where the process can have no more (vm.max_map_count):
+/// Linux then refuses even to exchange one for another, and what was unmapped would stay.
 #[derive(Debug)]
 pub struct Spare(Option<*mut u8>);
 
@@ -342,8 +306,8 @@ impl Spare {
         Spare((page != libc::MAP_FAILED).then_some(page.cast()))
     }
 
-    /// [`Span::clear`], also where no address range is left. Fails then only if the span is in the middle of what the
-    /// kernel has joined to one range: that takes two more.
+    /// [`Span::clear`], also where no address range is left. Fails then only if the span is in the middle of
+    /// what the kernel has joined to one range: that takes two more.
     pub fn clear(&mut self, span: &Span<'_>) -> io::Result<()> {
         span.clear().or_else(|_| {
             self.give_up();
@@ -405,11 +369,7 @@ unsafe fn reserve_at(address: *mut u8, len: usize, extra_flags: i32) -> io::Resu
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | extra_flags;
     // SAFETY: the caller's promise, or a range that the kernel chooses.
     let address = unsafe { libc::mmap(address.cast(), len, libc::PROT_NONE, flags, -1, 0) };
-    if address == libc::MAP_FAILED {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(address.cast())
-    }
+    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address.cast()) }
 }
 
 /// Unmaps a range; an empty one is fine.
@@ -419,8 +379,8 @@ unsafe fn reserve_at(address: *mut u8, len: usize, extra_flags: i32) -> io::Resu
 /// The range is the caller's, and nobody uses it any more.
 unsafe fn unmap(address: *mut u8, len: usize) {
     if len > 0 {
-        // SAFETY: the caller's promise. It fails only for unaligned ranges, and ours are made of pages; or to cut a range
-        // in three where no more are left, and ours are whole.
+        // SAFETY: the caller's promise. It fails only for unaligned ranges, and ours are made of pages; or to
+        // cut a range in three where no more are left, and ours are whole.
         unsafe { libc::munmap(address.cast(), len) };
     }
 }
@@ -474,14 +434,9 @@ mod tests {
             window.span(0x1000, 0x3000).unwrap().guest(),
             GuestRange::new(0x4000_1000, 0x3000).unwrap()
         );
-        for (offset, len) in [
-            (0, 0),
-            (0, 1),
-            (1, 0x1000),
-            (0, 0x5000),
-            (0x4000, 0x1000),
-            (u64::MAX - 0xfff, 0x1000),
-        ] {
+        for (offset, len) in
+            [(0, 0), (0, 1), (1, 0x1000), (0, 0x5000), (0x4000, 0x1000), (u64::MAX - 0xfff, 0x1000)]
+        {
             assert!(window.span(offset, len).is_none(), "{offset:#x} {len:#x}");
         }
     }
@@ -491,8 +446,7 @@ mod tests {
         let window = window(0x4000_0000, 0x4000);
         let contents: Vec<u8> = (0..3u8).flat_map(|page| vec![page + 1; 0x1000]).collect();
         let span = window.span(0x1000, 0x2000).unwrap();
-        span.place(file(&contents).as_fd(), 0x1000, Access::ReadOnly)
-            .unwrap();
+        span.place(file(&contents).as_fd(), 0x1000, Access::ReadOnly).unwrap();
         let whole = window.whole();
         let seen: Vec<_> = (0..4).map(|page| peek(&whole, page * 0x1000)).collect();
         assert_eq!(seen, [None, Some(2), Some(3), None]);
@@ -505,9 +459,7 @@ mod tests {
         // SHM-50
         let window = window(0x4000_0000, 0x2000);
         let whole = window.whole();
-        whole
-            .place(file(&[3; 0x2000]).as_fd(), 0, Access::ReadOnly)
-            .unwrap();
+        whole.place(file(&[3; 0x2000]).as_fd(), 0, Access::ReadOnly).unwrap();
         let first = window.span(0, 0x1000).unwrap();
         let mut data = [0; 8];
         assert!(first.read(0xff8, &mut data) && data == [3; 8]);
@@ -521,11 +473,8 @@ mod tests {
     fn what_is_no_regular_file_is_refused_and_the_reservation_stays() {
         let window = window(0x4000_0000, 0x1000);
         let (socket, _) = UnixStream::pair().unwrap();
-        let others: [OwnedFd; 3] = [
-            socket.into(),
-            File::open("/").unwrap().into(),
-            File::open("/dev/zero").unwrap().into(),
-        ];
+        let others: [OwnedFd; 3] =
+            [socket.into(), File::open("/").unwrap().into(), File::open("/dev/zero").unwrap().into()];
         for fd in others {
             window.whole().place(fd.as_fd(), 0, Access::ReadOnly).unwrap_err();
             assert_eq!(peek(&window.whole(), 0), None);
@@ -545,9 +494,7 @@ mod tests {
                 missing.fill(Access::ReadOnly).unwrap();
             }
             let seen: Vec<_> = (0..8).map(|page| peek(&whole, page * 0x1000)).collect();
-            let expected: Vec<_> = (0..8)
-                .map(|page| Some(if page < present { 9 } else { 0 }))
-                .collect();
+            let expected: Vec<_> = (0..8).map(|page| Some(if page < present { 9 } else { 0 })).collect();
             assert_eq!(seen, expected, "{present} pages present");
         }
     }

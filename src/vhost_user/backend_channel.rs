@@ -1,8 +1,10 @@
-//! The back-end's requests, on the backend channel (vhost-user "Back-end message types"): SHMEM_MAP and SHMEM_UNMAP.
+//! The back-end's requests, on the backend channel (vhost-user "Back-end message types"): SHMEM_MAP and
+//! SHMEM_UNMAP.
 //!
-//! A device's own thread ([`super::watch`]) serves the channel from the moment the back-end has its end (SHM-68). At a
-//! reset the vCPU thread serves what is still queued (SHM-71). Each well framed request is answered if it asks for it,
-//! however wrong it is (SHM-63); what is not well framed ends the channel (SHM-64).
+//! A device's own thread ([`super::watch`]) serves the channel from the moment the back-end has its end
+//! (SHM-68). At a reset the vCPU thread serves what is still queued (SHM-71). Each well framed request is
+//! answered if it asks for it, however wrong it is (SHM-63); what is not well framed ends the channel
+//! (SHM-64).
 
 use std::io;
 use std::net::Shutdown;
@@ -82,10 +84,11 @@ pub struct BackendChannel {
     sharing: Option<Member>,
     /// A copy of the socket, to wait on and to end it without the lock.
     socket: UnixStream,
-    /// Lock order: before `SharedMemory`'s and `Sharing`'s. Held while requests are handled, which waits for no answer of
-    /// the back-end; for room in its socket no longer than [`ANSWER_TIMEOUT`]. With `share-shmem=on` it is held while
-    /// other back-ends are told, too: a reset, which drains the channel, finds each mapping shared or not begun, and a
-    /// range is not mapped again before all have let go of it. `sharing` says why that wait ends.
+    /// Lock order: before `SharedMemory`'s and `Sharing`'s. Held while requests are handled, which waits for
+    /// no answer of the back-end; for room in its socket no longer than [`ANSWER_TIMEOUT`]. With
+    /// `share-shmem=on` it is held while other back-ends are told, too: a reset, which drains the channel,
+    /// finds each mapping shared or not begun, and a range is not mapped again before all have let go of it.
+    /// `sharing` says why that wait ends.
     inbox: Mutex<Inbox>,
 }
 
@@ -98,7 +101,8 @@ struct Inbox {
 }
 
 impl BackendChannel {
-    /// Serves `socket` for the device `name`; `shmem` is where mappings go, `sharing` who shows them to others.
+    /// Serves `socket` for the device `name`; `shmem` is where mappings go, `sharing` who shows them to
+    /// others.
     pub fn new(
         name: &str,
         agreement: &Agreement,
@@ -120,23 +124,24 @@ impl BackendChannel {
         })
     }
 
-    /// Handles the next request, if all of it is there, and those that were read with it; never waits for more.
-    /// Afterwards the socket tells when there is more. A back-end that never pauses keeps nobody from the lock.
+    /// Handles the next request, if all of it is there, and those that were read with it; never waits for
+    /// more. Afterwards the socket tells when there is more. A back-end that never pauses keeps nobody from
+    /// the lock.
     pub fn serve(&self) -> Result<(), ChannelError> {
         let mut inbox = self.lock();
         while self.serve_one(&mut inbox)? && inbox.connection.has_message() {}
         Ok(())
     }
 
-    /// Handles the next request, if all of it is there; never waits for it. Tells whether it was: others may have been read
-    /// with it, of which the socket does not tell.
+    /// Handles the next request, if all of it is there; never waits for it. Tells whether it was: others may
+    /// have been read with it, of which the socket does not tell.
     pub fn serve_request(&self) -> Result<bool, ChannelError> {
         self.serve_one(&mut self.lock())
     }
 
-    /// Handles all that is queued now, as far as `deadline` allows, and not what a back-end adds meanwhile. A request of
-    /// which only a part is here is refused when the rest comes (SHM-71). The gate of the shared memory is closed, so
-    /// none of it leaves a mapping behind.
+    /// Handles all that is queued now, as far as `deadline` allows, and not what a back-end adds meanwhile. A
+    /// request of which only a part is here is refused when the rest comes (SHM-71). The gate of the shared
+    /// memory is closed, so none of it leaves a mapping behind.
     pub fn drain(&self, deadline: Deadline) -> Result<(), ChannelError> {
         let mut inbox = self.lock();
         let end = inbox.connection.end_of_queue()?;
@@ -164,11 +169,7 @@ impl BackendChannel {
         if message.header.is_reply() {
             return Err(ChannelError::Reply(request));
         }
-        let result = if stale {
-            Err(ShmemError::GateClosed.into())
-        } else {
-            self.handle(message)
-        };
+        let result = if stale { Err(ShmemError::GateClosed.into()) } else { self.handle(message) };
         if let Err(refusal) = &result {
             self.say_refused(request, refusal);
         }
@@ -176,9 +177,7 @@ impl BackendChannel {
             // SHM-58: 0, or a negative errno as a u64.
             let value = result.map_or_else(|refusal| i64::from(-refusal.errno()) as u64, |()| 0);
             let header = Header::reply(request, U64_LEN);
-            inbox
-                .connection
-                .send(header, &value.to_ne_bytes(), &[], Deadline::after(ANSWER_TIMEOUT))?;
+            inbox.connection.send(header, &value.to_ne_bytes(), &[], Deadline::after(ANSWER_TIMEOUT))?;
         }
         Ok(true)
     }
@@ -193,8 +192,8 @@ impl BackendChannel {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its descriptors are closed when this returns, whatever it returns (SHM-27, SHM-46): all but the one of a file that
-    /// is shared.
+    /// Its descriptors are closed when this returns, whatever it returns (SHM-27, SHM-46): all but the one of
+    /// a file that is shared.
     fn handle(&self, message: Message) -> Result<(), Refusal> {
         match BackendRequest::from_id(message.header.request) {
             Some(BackendRequest::ShmemMap) => self.map(message),
@@ -209,10 +208,7 @@ impl BackendChannel {
             return Err(Refusal::DescriptorLost);
         }
         let [file] = message.fds.as_slice() else {
-            return Err(Refusal::Descriptors {
-                got: message.fds.len(),
-                expected: 1,
-            });
+            return Err(Refusal::Descriptors { got: message.fds.len(), expected: 1 });
         };
         let access = match request.flags {
             0 => Access::ReadOnly,
@@ -227,7 +223,8 @@ impl BackendChannel {
             file_offset: request.fd_offset,
             access,
         })?;
-        // After the guest's mapping, and before the answer: the guest hands no page to a device that does not know it.
+        // After the guest's mapping, and before the answer: the guest hands no page to a device that does not
+        // know it.
         if let (Some(sharing), Some(file)) = (&self.sharing, message.fds.pop()) {
             if let Some((mapping, host)) = shmem.mapping(request.shmid, request.shm_offset) {
                 sharing.share(&mapping, host, file);
@@ -239,10 +236,7 @@ impl BackendChannel {
     fn unmap(&self, message: Message) -> Result<(), Refusal> {
         let (shmem, request) = self.shmem_request(&message)?;
         if !message.fds.is_empty() || message.fds_lost {
-            return Err(Refusal::Descriptors {
-                got: message.fds.len().max(1),
-                expected: 0,
-            });
+            return Err(Refusal::Descriptors { got: message.fds.len().max(1), expected: 0 });
         }
         shmem.unmap(request.shmid, request.shm_offset, request.len)?;
         if let (Some(sharing), Some(region)) = (&self.sharing, shmem.region(request.shmid)) {
@@ -261,9 +255,7 @@ impl BackendChannel {
         let why = with_causes(refusal);
         match BackendRequest::from_id(request) {
             Some(known) => self.log.warn(format_args!("{known} is refused: {why}")),
-            None => self
-                .log
-                .warn(format_args!("backend request {request} is refused: {why}")),
+            None => self.log.warn(format_args!("backend request {request} is refused: {why}")),
         }
     }
 }
@@ -302,10 +294,7 @@ mod tests {
         let mut windows = WindowAllocator::new(1 << 32, 1 << 40);
         let shmem = SharedMemory::new([], &mut windows, Arc::new(NoGuest), 1).unwrap();
         let agreement = Agreement::default();
-        (
-            BackendChannel::new("test", &agreement, ours, Arc::new(shmem), None).unwrap(),
-            theirs,
-        )
+        (BackendChannel::new("test", &agreement, ours, Arc::new(shmem), None).unwrap(), theirs)
     }
 
     fn is_readable(socket: impl AsFd) -> bool {
@@ -320,11 +309,10 @@ mod tests {
 
     #[test]
     fn the_lock_is_free_between_reads_however_much_there_is() {
-        // SHM-66: requests of 12 bytes, so that a read never ends with one. The lock is taken for a read at a time.
+        // SHM-66: requests of 12 bytes, so that a read never ends with one. The lock is taken for a read at a
+        // time.
         let (channel, mut theirs) = channel();
-        theirs
-            .write_all(&Header::request(50, 0, false).encode().repeat(1000))
-            .unwrap();
+        theirs.write_all(&Header::request(50, 0, false).encode().repeat(1000)).unwrap();
         channel.serve().unwrap();
         assert!(is_readable(&channel), "not all at once");
         for _ in 0..1000 {
@@ -357,16 +345,11 @@ mod tests {
         let (mut channel, mut theirs) = channel();
         channel.reply_ack = true;
         let (reply, request) = (Header::reply(50, 0), Header::request(50, 0, true));
-        theirs
-            .write_all(&[reply.encode(), request.encode()].concat())
-            .unwrap();
+        theirs.write_all(&[reply.encode(), request.encode()].concat()).unwrap();
         let drain = || channel.drain(Deadline::after(Duration::from_secs(20)));
         assert!(matches!(drain(), Err(ChannelError::Reply(50))));
         for ended in [drain(), channel.serve()] {
-            assert!(matches!(
-                ended,
-                Err(ChannelError::Connection(ConnectionError::HungUp))
-            ));
+            assert!(matches!(ended, Err(ChannelError::Connection(ConnectionError::HungUp))));
         }
         assert!(!is_readable(&theirs), "an answer");
     }
@@ -392,10 +375,7 @@ mod tests {
             channel.shut_down();
         });
         let position = channel.lock().connection.position() as usize;
-        assert!(
-            (sent..sent + HEADER_LEN).contains(&position),
-            "{position} of {sent}"
-        );
+        assert!((sent..sent + HEADER_LEN).contains(&position), "{position} of {sent}");
     }
 
     #[test]
@@ -403,9 +383,7 @@ mod tests {
         // SHM-66
         let (mut channel, mut theirs) = channel();
         channel.reply_ack = true;
-        theirs
-            .write_all(&Header::request(50, 0, true).encode().repeat(5000))
-            .unwrap();
+        theirs.write_all(&Header::request(50, 0, true).encode().repeat(5000)).unwrap();
         let channel = &channel;
         std::thread::scope(|scope| {
             let served = scope.spawn(move || channel.drain(Deadline::after(Duration::from_secs(20))));
@@ -415,10 +393,7 @@ mod tests {
             }
             channel.shut_down();
             let ended = served.join().unwrap();
-            assert!(matches!(
-                ended,
-                Err(ChannelError::Connection(ConnectionError::HungUp))
-            ));
+            assert!(matches!(ended, Err(ChannelError::Connection(ConnectionError::HungUp))));
         });
     }
 }

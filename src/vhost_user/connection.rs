@@ -1,12 +1,14 @@
-//! One vhost-user socket: whole messages in and out, with their file descriptors, never blocking past a deadline.
+//! One vhost-user socket: whole messages in and out, with their file descriptors, never blocking past a
+//! deadline.
 //!
-//! Both channels use it: `frontend` for the main socket, `backend_channel` for the other one. A message of the usual
-//! size is one recvmsg(2), whatever its sender's writes were (SHM-65).
+//! Both channels use it: `frontend` for the main socket, `backend_channel` for the other one. A message of
+//! the usual size is one recvmsg(2), whatever its sender's writes were (SHM-65).
 //!
 //! # Which message a descriptor belongs to
 //!
-//! The kernel ends a recvmsg(2) after data that came with descriptors, so descriptors belong to the message that holds
-//! the last byte of the read they came with. That stays true when a read ends in the middle of the next message.
+//! The kernel ends a recvmsg(2) after data that came with descriptors, so descriptors belong to the message
+//! that holds the last byte of the read they came with. That stays true when a read ends in the middle of the
+//! next message.
 
 use std::collections::VecDeque;
 use std::io;
@@ -64,10 +66,7 @@ pub struct Deadline {
 impl Deadline {
     /// `limit` from now.
     pub fn after(limit: Duration) -> Self {
-        Deadline {
-            at: Instant::now() + limit,
-            limit,
-        }
+        Deadline { at: Instant::now() + limit, limit }
     }
 
     /// Whether it is over.
@@ -233,11 +232,7 @@ impl Connection {
         };
         self.buffer.drain(..needed);
         self.position += needed as u64;
-        let ours = self
-            .descriptors
-            .iter()
-            .take_while(|arrived| arrived.position <= self.position)
-            .count();
+        let ours = self.descriptors.iter().take_while(|arrived| arrived.position <= self.position).count();
         for arrived in self.descriptors.drain(..ours) {
             message.fds.extend(arrived.fds);
             message.fds_lost |= arrived.lost;
@@ -260,12 +255,9 @@ impl Connection {
         }
         if !received.fds.is_empty() || received.fds_lost {
             let position = self.position + self.buffer.len() as u64;
-            let mut arrived = Descriptors {
-                position,
-                fds: received.fds,
-                lost: received.fds_lost,
-            };
-            // Each byte of a message can bring as many, and the whole process would soon have none left for others.
+            let mut arrived = Descriptors { position, fds: received.fds, lost: received.fds_lost };
+            // Each byte of a message can bring as many, and the whole process would soon have none left for
+            // others.
             let waiting: usize = self.descriptors.iter().map(|waiting| waiting.fds.len()).sum();
             if waiting + arrived.fds.len() > MAX_FDS {
                 arrived.fds.clear();
@@ -291,10 +283,7 @@ impl AsFd for Connection {
 }
 
 fn is_hang_up(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-    )
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 /// Waits until the socket is ready for `events`, or the deadline.
@@ -303,11 +292,7 @@ fn wait(socket: BorrowedFd<'_>, events: i16, deadline: Deadline) -> Result<(), C
         if deadline.has_passed() {
             return Err(deadline.timed_out());
         }
-        let mut poll = libc::pollfd {
-            fd: socket.as_raw_fd(),
-            events,
-            revents: 0,
-        };
+        let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events, revents: 0 };
         // SAFETY: one pollfd, on our stack.
         match unsafe { libc::poll(&mut poll, 1, deadline.poll_timeout()) } {
             0 => return Err(deadline.timed_out()),
@@ -330,10 +315,7 @@ struct Control([MaybeUninit<u8>; CONTROL_LEN]);
 const CONTROL_LEN: usize = unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) as u32) } as usize;
 
 fn send_some(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
-    let mut vector = libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    };
+    let mut vector = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     let mut control = Control([MaybeUninit::zeroed(); CONTROL_LEN]);
     // SAFETY: a msghdr of zeroes is an empty one.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -359,13 +341,8 @@ fn send_some(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::R
         }
     }
     // SAFETY: everything that `message` points to lives until the call returns.
-    let sent = unsafe {
-        libc::sendmsg(
-            socket.as_raw_fd(),
-            &message,
-            libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-        )
-    };
+    let sent =
+        unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
@@ -379,10 +356,7 @@ struct Received {
 fn receive_some(socket: &UnixStream, buffer: &mut Vec<u8>, want: usize) -> io::Result<Received> {
     buffer.reserve(want);
     let room = buffer.spare_capacity_mut();
-    let mut vector = libc::iovec {
-        iov_base: room.as_mut_ptr().cast(),
-        iov_len: want,
-    };
+    let mut vector = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: want };
     let mut control = Control([MaybeUninit::uninit(); CONTROL_LEN]);
     // SAFETY: a msghdr of zeroes is an empty one.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -398,8 +372,8 @@ fn receive_some(socket: &UnixStream, buffer: &mut Vec<u8>, want: usize) -> io::R
     unsafe { buffer.set_len(buffer.len() + count) };
 
     let mut fds = Vec::new();
-    // SAFETY: the kernel wrote `msg_controllen` bytes of control messages to `control`, and the macros stay inside
-    // them. The descriptors are new, and nobody else's.
+    // SAFETY: the kernel wrote `msg_controllen` bytes of control messages to `control`, and the macros stay
+    // inside them. The descriptors are new, and nobody else's.
     unsafe {
         let mut header = libc::CMSG_FIRSTHDR(&message);
         while !header.is_null() {
@@ -413,11 +387,7 @@ fn receive_some(socket: &UnixStream, buffer: &mut Vec<u8>, want: usize) -> io::R
             header = libc::CMSG_NXTHDR(&message, header);
         }
     }
-    Ok(Received {
-        count,
-        fds,
-        fds_lost: message.msg_flags & libc::MSG_CTRUNC != 0,
-    })
+    Ok(Received { count, fds, fds_lost: message.msg_flags & libc::MSG_CTRUNC != 0 })
 }
 
 #[cfg(test)]

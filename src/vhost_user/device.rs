@@ -1,9 +1,9 @@
 //! A virtio device whose back-end is another process: what the driver does, told to the back-end.
 //!
 //! The set-up makes one in two steps, since the place of the shared memory regions depends on all back-ends:
-//! [`super::frontend::Frontend::connect`] learns what the back-end is, [`VhostUserDevice::new`] opens the backend
-//! channel. From then on `virtio::mmio` calls it on vCPU threads; [`super::watch`] runs beside it, and a courier of
-//! [`super::sharing`] where the back-end sees other devices' mappings.
+//! [`super::frontend::Frontend::connect`] learns what the back-end is, [`VhostUserDevice::new`] opens the
+//! backend channel. From then on `virtio::mmio` calls it on vCPU threads; [`super::watch`] runs beside it,
+//! and a courier of [`super::sharing`] where the back-end sees other devices' mappings.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -30,7 +30,8 @@ use crate::virtio::interrupt::Interrupt;
 /// How long a vCPU that starts a device waits for its back-end, in all.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a vCPU that resets a device, or a queue, or writes to a configuration space waits for its back-end, in all.
+/// How long a vCPU that resets a device, or a queue, or writes to a configuration space waits for its
+/// back-end, in all.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The back-end is gone, or was cut off.
@@ -53,20 +54,22 @@ pub struct VhostUserDevice {
     agreement: Agreement,
     /// The main socket.
     ///
-    /// Lock order: after the transport's, before `Sharing`'s. Held for a conversation with the back-end, which has a
-    /// deadline. The channel's thread never takes it: a back-end that maps while we wait for its answer is served.
+    /// Lock order: after the transport's, before `Sharing`'s. Held for a conversation with the back-end,
+    /// which has a deadline. The channel's thread never takes it: a back-end that maps while we wait for its
+    /// answer is served.
     main: Arc<Mutex<Frontend>>,
     /// Where its mappings are shown to others (SHM-80).
     sharing: Option<Member>,
     /// The device's thread, which ends with the device.
     _watch: Watch,
-    /// Who tells its back-end of other devices' mappings. Ended after the watch, which would see the back-end go.
+    /// Who tells its back-end of other devices' mappings. Ended after the watch, which would see the back-end
+    /// go.
     courier: Option<Courier>,
 }
 
 impl VhostUserDevice {
-    /// Opens the backend channel of a back-end that is connected, and starts the device's thread. `member`: what it
-    /// is among devices that see each other's mappings (SHM-80).
+    /// Opens the backend channel of a back-end that is connected, and starts the device's thread. `member`:
+    /// what it is among devices that see each other's mappings (SHM-80).
     pub fn new(
         spec: &DeviceSpec,
         handshake: Handshake,
@@ -75,13 +78,7 @@ impl VhostUserDevice {
         interrupt: Arc<Interrupt>,
         member: Option<Member>,
     ) -> Result<VhostUserDevice, DeviceError> {
-        let Handshake {
-            mut frontend,
-            queues,
-            config,
-            memory_slots,
-            ..
-        } = handshake;
+        let Handshake { mut frontend, queues, config, memory_slots, .. } = handshake;
         let agreement = *frontend.agreement();
         let sharing = member.clone().filter(|_| spec.share_shmem);
         let (channel, theirs) = if agreement.has(protocol::BACKEND_REQ) {
@@ -203,8 +200,9 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn start(&mut self, features: u64, queues: &[QueueSetup<'_>]) -> Result<(), DeviceError> {
-        // SHM-75: from the first of these messages on, and every one of them is answered before DRIVER_OK is through
-        // where REPLY_ACK allows. So what the back-end maps when it is started is there for the driver.
+        // SHM-75: from the first of these messages on, and every one of them is answered before DRIVER_OK is
+        // through where REPLY_ACK allows. So what the back-end maps when it is started is there for the
+        // driver.
         self.talk(|device, frontend| {
             device.shmem.open_gate();
             let deadline = Deadline::after(START_TIMEOUT);
@@ -233,11 +231,9 @@ impl VirtioDevice for VhostUserDevice {
             match told {
                 // The back-end is cut off, and the log says so.
                 Err(_) if self.link.is_lost() => {}
-                Err(error) => log::warn!(
-                    "{}: while the device is reset: {}",
-                    self.name,
-                    with_causes(&*error)
-                ),
+                Err(error) => {
+                    log::warn!("{}: while the device is reset: {}", self.name, with_causes(&*error))
+                }
                 Ok(()) => {}
             }
         }
@@ -245,11 +241,7 @@ impl VirtioDevice for VhostUserDevice {
         match self.shmem.unmap_all() {
             Ok(0) => {}
             Ok(count) => log::info!("{}: the reset removed {count} mappings", self.name),
-            Err(error) => log::error!(
-                "{}: mappings stay after a reset: {}",
-                self.name,
-                with_causes(&error)
-            ),
+            Err(error) => log::error!("{}: mappings stay after a reset: {}", self.name, with_causes(&error)),
         }
         if let Some(sharing) = &self.sharing {
             sharing.withdraw_all();

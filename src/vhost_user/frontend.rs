@@ -1,8 +1,8 @@
-//! Our requests on the main socket (vhost-user "Front-end message types"): connecting and negotiating, then starting
-//! and stopping rings. Every wait has a deadline.
+//! Our requests on the main socket (vhost-user "Front-end message types"): connecting and negotiating, then
+//! starting and stopping rings. Every wait has a deadline.
 //!
-//! The set-up calls [`Frontend::connect`]; from then on `device` calls it on vCPU threads, and `sharing` on a thread of
-//! its own, one at a time.
+//! The set-up calls [`Frontend::connect`]; from then on `device` calls it on vCPU threads, and `sharing` on a
+//! thread of its own, one at a time.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -139,10 +139,7 @@ pub enum FrontendError {
 impl FrontendError {
     /// Whether the connection is of no use any more: the stream is broken, out of step, or nobody answers.
     pub fn is_fatal(&self) -> bool {
-        matches!(
-            self,
-            FrontendError::Connection { .. } | FrontendError::WrongReply { .. }
-        )
+        matches!(self, FrontendError::Connection { .. } | FrontendError::WrongReply { .. })
     }
 }
 
@@ -164,14 +161,14 @@ pub struct Handshake {
     pub config: Vec<u8>,
     /// Size in bytes of each shared memory region; the index is its id, 0 means none. Empty without SHMEM.
     pub region_sizes: Vec<u64>,
-    /// How many ranges of memory the back-end can be told of in all, RAM among them; `None` where it cannot be told of
-    /// single ones (CONFIGURE_MEM_SLOTS), or need not be.
+    /// How many ranges of memory the back-end can be told of in all, RAM among them; `None` where it cannot
+    /// be told of single ones (CONFIGURE_MEM_SLOTS), or need not be.
     pub memory_slots: Option<u64>,
 }
 
 impl Frontend {
-    /// Connects to a back-end, waiting up to `patience` for somebody to listen, and finds out what it is. `sees_others`:
-    /// there is another device whose mappings it is to see (SHM-80).
+    /// Connects to a back-end, waiting up to `patience` for somebody to listen, and finds out what it is.
+    /// `sees_others`: there is another device whose mappings it is to see (SHM-80).
     pub fn connect(
         spec: &DeviceSpec,
         patience: Duration,
@@ -186,13 +183,7 @@ impl Frontend {
             true => Some(frontend.memory_slots(Deadline::after(SETUP_REPLY_TIMEOUT))?),
             false => None,
         };
-        Ok(Handshake {
-            frontend,
-            queues,
-            config,
-            region_sizes,
-            memory_slots,
-        })
+        Ok(Handshake { frontend, queues, config, region_sizes, memory_slots })
     }
 
     fn negotiate(
@@ -201,10 +192,7 @@ impl Frontend {
         sees_others: bool,
     ) -> Result<Frontend, FrontendError> {
         let nothing_yet = Agreement::default();
-        let mut frontend = Frontend {
-            connection: Connection::new(socket, U64_LEN),
-            agreement: nothing_yet,
-        };
+        let mut frontend = Frontend { connection: Connection::new(socket, U64_LEN), agreement: nothing_yet };
         let deadline = Deadline::after(SETUP_REPLY_TIMEOUT);
         frontend.tell(FrontendRequest::SetOwner, &[], &[], deadline)?;
         let features = frontend.ask_u64(FrontendRequest::GetFeatures, deadline)?;
@@ -212,15 +200,8 @@ impl Frontend {
             0 => 0,
             _ => frontend.ask_u64(FrontendRequest::GetProtocolFeatures, deadline)?,
         };
-        let agreement = negotiate(
-            Offer {
-                features,
-                protocol_features,
-            },
-            spec.kind,
-            spec.shmem_bit,
-            sees_others,
-        )?;
+        let agreement =
+            negotiate(Offer { features, protocol_features }, spec.kind, spec.shmem_bit, sees_others)?;
         if let Some(acked) = agreement.protocol_features {
             // Before the agreement holds: a back-end need not know NEED_REPLY yet.
             frontend.tell(
@@ -252,20 +233,12 @@ impl Frontend {
             return Ok(Vec::new());
         }
         let request = FrontendRequest::GetShmemConfig;
-        let reply = self.ask(
-            request,
-            &[],
-            SHMEM_CONFIG_LEN,
-            Deadline::after(SETUP_REPLY_TIMEOUT),
-        )?;
+        let reply = self.ask(request, &[], SHMEM_CONFIG_LEN, Deadline::after(SETUP_REPLY_TIMEOUT))?;
         let ShmemConfig { nregions, sizes } =
             ShmemConfig::decode(&reply).ok_or_else(|| wrong_size(request, reply.len(), SHMEM_CONFIG_LEN))?;
         let counted = sizes.iter().filter(|&&size| size > 0).count();
         if counted as u64 != u64::from(nregions) {
-            return Err(FrontendError::RegionCount {
-                announced: nregions,
-                counted,
-            });
+            return Err(FrontendError::RegionCount { announced: nregions, counted });
         }
         Ok(sizes)
     }
@@ -276,11 +249,7 @@ impl Frontend {
             return Ok(vec![0; kind.config_len().unwrap_or(0)]);
         }
         let request = FrontendRequest::GetConfig;
-        let payload = Payload::default()
-            .u32(0)
-            .u32(len as u32)
-            .u32(0)
-            .bytes(&vec![0; len]);
+        let payload = Payload::default().u32(0).u32(len as u32).u32(0).bytes(&vec![0; len]);
         let deadline = Deadline::after(SETUP_REPLY_TIMEOUT);
         let reply = self.exchange(request, &payload, deadline)?;
         match reply.get(CONFIG_HEADER..) {
@@ -299,16 +268,11 @@ impl Frontend {
         &self.agreement
     }
 
-    /// Gives the back-end its end of the backend channel (SHM-7). The other end must be served already: the back-end may
-    /// send requests before it answers this one (SHM-67). The caller closes its copy, so that the back-end's death is
-    /// seen (SHM-8).
+    /// Gives the back-end its end of the backend channel (SHM-7). The other end must be served already: the
+    /// back-end may send requests before it answers this one (SHM-67). The caller closes its copy, so that
+    /// the back-end's death is seen (SHM-8).
     pub fn set_backend_channel(&mut self, theirs: BorrowedFd<'_>) -> Result<(), FrontendError> {
-        self.tell(
-            FrontendRequest::SetBackendReqFd,
-            &[],
-            &[theirs],
-            Deadline::after(SETUP_REPLY_TIMEOUT),
-        )
+        self.tell(FrontendRequest::SetBackendReqFd, &[], &[theirs], Deadline::after(SETUP_REPLY_TIMEOUT))
     }
 
     /// Tells the back-end the features and the memory with which it is to start.
@@ -319,12 +283,7 @@ impl Frontend {
         deadline: Deadline,
     ) -> Result<(), FrontendError> {
         let features = self.agreement.features_for_backend(accepted);
-        self.tell(
-            FrontendRequest::SetFeatures,
-            &Payload::default().u64(features),
-            &[],
-            deadline,
-        )?;
+        self.tell(FrontendRequest::SetFeatures, &Payload::default().u64(features), &[], deadline)?;
         let regions = memory.regions();
         let table = Payload::default().u32(regions.len() as u32).u32(0);
         let table = regions.iter().fold(table, Payload::region);
@@ -342,8 +301,8 @@ impl Frontend {
         self.change_memory(FrontendRequest::AddMemReg, region, &[file], deadline)
     }
 
-    /// Tells the back-end that it no longer has a range of memory, given as it was told of it; it has let go of it when
-    /// this returns.
+    /// Tells the back-end that it no longer has a range of memory, given as it was told of it; it has let go
+    /// of it when this returns.
     pub fn remove_memory(&mut self, region: &MemoryRegion, deadline: Deadline) -> Result<(), FrontendError> {
         self.change_memory(FrontendRequest::RemMemReg, region, &[], deadline)
     }
@@ -380,13 +339,11 @@ impl Frontend {
         let index = u32::from(queue.index);
         let state = |value: u32| Payload::default().u32(index).u32(value);
         let place = |part, address, len| {
-            memory
-                .user_address(address, len)
-                .ok_or(FrontendError::RingOutsideRam {
-                    index: queue.index,
-                    part,
-                    address,
-                })
+            memory.user_address(address, len).ok_or(FrontendError::RingOutsideRam {
+                index: queue.index,
+                part,
+                address,
+            })
         };
         // VIRTIO section 2.7: sizes of the three parts of a split virtqueue.
         let size = u64::from(queue.size);
@@ -394,18 +351,9 @@ impl Frontend {
         let driver_area = place("available ring", queue.driver_area, 6 + 2 * size)?;
         let device_area = place("used ring", queue.device_area, 6 + 8 * size)?;
         let (flags, log) = (0, 0);
-        let addresses = state(flags)
-            .u64(descriptors)
-            .u64(device_area)
-            .u64(driver_area)
-            .u64(log);
+        let addresses = state(flags).u64(descriptors).u64(device_area).u64(driver_area).u64(log);
 
-        self.tell(
-            FrontendRequest::SetVringNum,
-            &state(u32::from(queue.size)),
-            &[],
-            deadline,
-        )?;
+        self.tell(FrontendRequest::SetVringNum, &state(u32::from(queue.size)), &[], deadline)?;
         self.tell(FrontendRequest::SetVringBase, &state(0), &[], deadline)?;
         self.tell(FrontendRequest::SetVringAddr, &addresses, &[], deadline)?;
         let event = Payload::default().u64(u64::from(queue.index));
@@ -422,8 +370,7 @@ impl Frontend {
     /// Stops a ring: the back-end no longer uses it when this returns.
     pub fn stop_ring(&mut self, index: u16, deadline: Deadline) -> Result<(), FrontendError> {
         let state = Payload::default().u32(u32::from(index)).u32(0);
-        self.ask(FrontendRequest::GetVringBase, &state, VRING_STATE_LEN, deadline)
-            .map(drop)
+        self.ask(FrontendRequest::GetVringBase, &state, VRING_STATE_LEN, deadline).map(drop)
     }
 
     /// Tells the back-end of the device's Status, where that was agreed on (SHM-70).
@@ -431,12 +378,7 @@ impl Frontend {
         if !self.agreement.has(protocol::STATUS) {
             return Ok(());
         }
-        self.tell(
-            FrontendRequest::SetStatus,
-            &Payload::default().u64(u64::from(status)),
-            &[],
-            deadline,
-        )
+        self.tell(FrontendRequest::SetStatus, &Payload::default().u64(u64::from(status)), &[], deadline)
     }
 
     /// Tells the back-end that the device is reset, in the way or ways that were agreed on (SHM-70).
@@ -455,15 +397,13 @@ impl Frontend {
     /// Writes to the configuration space.
     pub fn set_config(&mut self, offset: u32, data: &[u8], deadline: Deadline) -> Result<(), FrontendError> {
         let flags_of_a_driver = 0;
-        let payload = Payload::default()
-            .u32(offset)
-            .u32(data.len() as u32)
-            .u32(flags_of_a_driver)
-            .bytes(data);
+        let payload =
+            Payload::default().u32(offset).u32(data.len() as u32).u32(flags_of_a_driver).bytes(data);
         self.tell(FrontendRequest::SetConfig, &payload, &[], deadline)
     }
 
-    /// Sends a request that by itself has no reply. Where REPLY_ACK was agreed on, asks for one and waits for it.
+    /// Sends a request that by itself has no reply. Where REPLY_ACK was agreed on, asks for one and waits for
+    /// it.
     fn tell(
         &mut self,
         request: FrontendRequest,
@@ -484,13 +424,7 @@ impl Frontend {
     }
 
     fn ask_u64(&mut self, request: FrontendRequest, deadline: Deadline) -> Result<u64, FrontendError> {
-        self.send(
-            request,
-            Header::request(request as u32, 0, false),
-            &[],
-            &[],
-            deadline,
-        )?;
+        self.send(request, Header::request(request as u32, 0, false), &[], &[], deadline)?;
         self.reply_u64(request, deadline)
     }
 
@@ -516,13 +450,7 @@ impl Frontend {
         payload: &[u8],
         deadline: Deadline,
     ) -> Result<Vec<u8>, FrontendError> {
-        self.send(
-            request,
-            Header::request(request as u32, payload.len(), false),
-            payload,
-            &[],
-            deadline,
-        )?;
+        self.send(request, Header::request(request as u32, payload.len(), false), payload, &[], deadline)?;
         self.reply(request, deadline)
     }
 
@@ -541,10 +469,7 @@ impl Frontend {
 
     fn reply_u64(&mut self, request: FrontendRequest, deadline: Deadline) -> Result<u64, FrontendError> {
         let reply = self.reply(request, deadline)?;
-        let value = reply
-            .as_slice()
-            .try_into()
-            .map_err(|_| wrong_size(request, reply.len(), U64_LEN))?;
+        let value = reply.as_slice().try_into().map_err(|_| wrong_size(request, reply.len(), U64_LEN))?;
         Ok(u64::from_ne_bytes(value))
     }
 
@@ -554,28 +479,16 @@ impl Frontend {
             .connection
             .receive(deadline)
             .map_err(|source| FrontendError::Connection { request, source })?;
-        let wrong = |got, expected| {
-            Err(FrontendError::WrongReply {
-                request,
-                got,
-                expected,
-            })
-        };
+        let wrong = |got, expected| Err(FrontendError::WrongReply { request, got, expected });
         if message.header.request != request as u32 {
             let id = message.header.request;
-            return wrong(
-                format!("a message with id {id}"),
-                format!("id {}", request as u32),
-            );
+            return wrong(format!("a message with id {id}"), format!("id {}", request as u32));
         }
         if !message.header.is_reply() {
             return wrong("a request".to_string(), "a reply".to_string());
         }
         if !message.fds.is_empty() || message.fds_lost {
-            return wrong(
-                format!("{} file descriptors", message.fds.len()),
-                "none".to_string(),
-            );
+            return wrong(format!("{} file descriptors", message.fds.len()), "none".to_string());
         }
         Ok(message.payload)
     }
@@ -588,11 +501,7 @@ impl AsFd for Frontend {
 }
 
 fn wrong_size(request: FrontendRequest, got: usize, expected: usize) -> FrontendError {
-    FrontendError::WrongReply {
-        request,
-        got: format!("{got} bytes"),
-        expected: format!("{expected} bytes"),
-    }
+    FrontendError::WrongReply { request, got: format!("{got} bytes"), expected: format!("{expected} bytes") }
 }
 
 /// unix(7): sun_path has 108 bytes, of which the last is a zero.
@@ -613,10 +522,7 @@ fn connect(name: &str, path: &Path, patience: Duration) -> Result<UnixStream, Fr
             Ok(socket) => return Ok(socket),
             Err(source) => source,
         };
-        if !matches!(
-            source.kind(),
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-        ) {
+        if !matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) {
             return Err(FrontendError::Connect(source));
         }
         // A refusal means a socket that nobody listens on (yet), or no socket.
@@ -625,10 +531,7 @@ fn connect(name: &str, path: &Path, patience: Duration) -> Result<UnixStream, Fr
         }
         let waited = start.elapsed();
         if waited >= patience {
-            return Err(FrontendError::NobodyListens {
-                waited: patience,
-                source,
-            });
+            return Err(FrontendError::NobodyListens { waited: patience, source });
         }
         let seconds = waited.as_secs() / TELL.as_secs();
         if seconds > told {

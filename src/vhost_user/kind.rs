@@ -34,14 +34,7 @@ enum Config {
 
 /// The types that have a name; sizes are those of VIRTIO 1.3.
 const KINDS: &[Kind] = &[
-    Kind {
-        name: "blk",
-        id: 2,
-        queues: 1,
-        config: Config::Needed(60),
-        needs_shmem: false,
-        features: &[],
-    },
+    Kind { name: "blk", id: 2, queues: 1, config: Config::Needed(60), needs_shmem: false, features: &[] },
     Kind {
         name: "console",
         id: 3,
@@ -50,33 +43,13 @@ const KINDS: &[Kind] = &[
         needs_shmem: false,
         features: &[],
     },
-    Kind {
-        name: "rng",
-        id: 4,
-        queues: 1,
-        config: Config::Optional(0),
-        needs_shmem: false,
-        features: &[],
-    },
-    Kind {
-        name: "vsock",
-        id: 19,
-        queues: 3,
-        config: Config::Needed(8),
-        needs_shmem: false,
-        features: &[],
-    },
-    // VIRTIO section 5.11.4: a tag of 36 bytes and the number of request queues. Two queues: hiprio and one for requests.
-    Kind {
-        name: "fs",
-        id: 26,
-        queues: 2,
-        config: Config::Needed(40),
-        needs_shmem: false,
-        features: &[],
-    },
-    // VIRTIO section 5.19.4: start and size, which the shared memory region replaces. Persistent memory that is no
-    // shared memory region would be memory of ours, not of a back-end.
+    Kind { name: "rng", id: 4, queues: 1, config: Config::Optional(0), needs_shmem: false, features: &[] },
+    Kind { name: "vsock", id: 19, queues: 3, config: Config::Needed(8), needs_shmem: false, features: &[] },
+    // VIRTIO section 5.11.4: a tag of 36 bytes and the number of request queues. Two queues: hiprio and one
+    // for requests.
+    Kind { name: "fs", id: 26, queues: 2, config: Config::Needed(40), needs_shmem: false, features: &[] },
+    // VIRTIO section 5.19.4: start and size, which the shared memory region replaces. Persistent memory that
+    // is no shared memory region would be memory of ours, not of a back-end.
     Kind {
         name: "pmem",
         id: 27,
@@ -117,8 +90,7 @@ impl DeviceKind {
 
     /// Whether the device is of no use without its configuration space.
     pub fn needs_config(self) -> bool {
-        self.known()
-            .is_some_and(|kind| matches!(kind.config, Config::Needed(_)))
+        self.known().is_some_and(|kind| matches!(kind.config, Config::Needed(_)))
     }
 
     /// Whether the device is of no use without shared memory.
@@ -177,14 +149,7 @@ mod tests {
 
     #[test]
     fn a_name_and_its_number_are_the_same_type() {
-        for (name, id) in [
-            ("blk", 2),
-            ("console", 3),
-            ("rng", 4),
-            ("vsock", 19),
-            ("fs", 26),
-            ("pmem", 27),
-        ] {
+        for (name, id) in [("blk", 2), ("console", 3), ("rng", 4), ("vsock", 19), ("fs", 26), ("pmem", 27)] {
             assert_eq!((kind(name).id(), kind(name)), (id, kind(&id.to_string())));
             assert_eq!(kind(name).to_string(), name);
         }
@@ -199,10 +164,7 @@ mod tests {
     fn what_is_no_type_is_refused_with_those_that_are() {
         for text in ["", "disk", "0", "256", "-1", "4.0", "BLK", " blk"] {
             let error = text.parse::<DeviceKind>().unwrap_err().to_string();
-            assert!(
-                error.contains(&format!("`{text}`")) && error.contains("vsock, fs, pmem"),
-                "{error}"
-            );
+            assert!(error.contains(&format!("`{text}`")) && error.contains("vsock, fs, pmem"), "{error}");
         }
     }
 }

@@ -34,8 +34,8 @@ impl MemoryTable {
         &self.regions
     }
 
-    /// The address that a back-end is to be given for `len` bytes at a guest physical address; `None` where those are
-    /// not all in one region.
+    /// The address that a back-end is to be given for `len` bytes at a guest physical address; `None` where
+    /// those are not all in one region.
     pub fn user_address(&self, guest_addr: u64, len: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
             let offset = guest_addr.checked_sub(region.guest_addr)?;
@@ -51,12 +51,8 @@ mod tests {
 
     #[test]
     fn an_address_is_given_only_for_what_is_all_in_one_region() {
-        let region = |guest_addr, size, user_addr| MemoryRegion {
-            guest_addr,
-            size,
-            user_addr,
-            mmap_offset: 0,
-        };
+        let region =
+            |guest_addr, size, user_addr| MemoryRegion { guest_addr, size, user_addr, mmap_offset: 0 };
         let file = Arc::new(tempfile::tempfile().unwrap());
         let regions = vec![region(0, 0x8000, 0x10_0000), region(0x1_0000, 0x1000, 0x20_0000)];
         let table = MemoryTable::new(file, regions);
@@ -71,11 +67,7 @@ mod tests {
             (u64::MAX, 1, None),
             (0x10, u64::MAX, None),
         ] {
-            assert_eq!(
-                table.user_address(address, len),
-                expected,
-                "{address:#x} {len:#x}"
-            );
+            assert_eq!(table.user_address(address, len), expected, "{address:#x} {len:#x}");
         }
     }
 }

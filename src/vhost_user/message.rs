@@ -1,13 +1,13 @@
-//! The vhost-user wire format: headers, ids, feature bits and payload layouts (vhost-user specification, "Message
-//! Specification" and "Communication"). Everything is in the machine's own byte order.
+//! The vhost-user wire format: headers, ids, feature bits and payload layouts (vhost-user specification,
+//! "Message Specification" and "Communication"). Everything is in the machine's own byte order.
 //!
 //! Pure data: `connection` moves these bytes, `frontend` and `backend_channel` give them meaning.
 
 /// Bytes of a message's header.
 pub const HEADER_LEN: usize = 12;
 
-/// The largest payload we take. The largest that the protocol has for us is [`SHMEM_CONFIG_LEN`]; more than this is no
-/// message but noise (SHM-64).
+/// The largest payload we take. The largest that the protocol has for us is [`SHMEM_CONFIG_LEN`]; more than
+/// this is no message but noise (SHM-64).
 pub const MAX_PAYLOAD: usize = 4096;
 
 /// Bytes of a MAP or UNMAP payload (SHM-25).
@@ -44,20 +44,12 @@ impl Header {
     /// A request's header.
     pub fn request(request: u32, size: usize, need_reply: bool) -> Self {
         let need_reply = if need_reply { flags::NEED_REPLY } else { 0 };
-        Header {
-            request,
-            flags: flags::VERSION | need_reply,
-            size: size as u32,
-        }
+        Header { request, flags: flags::VERSION | need_reply, size: size as u32 }
     }
 
     /// A reply's header.
     pub fn reply(request: u32, size: usize) -> Self {
-        Header {
-            request,
-            flags: flags::VERSION | flags::REPLY,
-            size: size as u32,
-        }
+        Header { request, flags: flags::VERSION | flags::REPLY, size: size as u32 }
     }
 
     /// The version: 1 is the only one there is.
@@ -78,20 +70,13 @@ impl Header {
     /// From the wire.
     pub fn decode(bytes: &[u8; HEADER_LEN]) -> Self {
         let mut fields = Fields::new(bytes);
-        Header {
-            request: fields.u32(),
-            flags: fields.u32(),
-            size: fields.u32(),
-        }
+        Header { request: fields.u32(), flags: fields.u32(), size: fields.u32() }
     }
 
     /// To the wire.
     pub fn encode(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
-        for (chunk, field) in bytes
-            .chunks_exact_mut(4)
-            .zip([self.request, self.flags, self.size])
-        {
+        for (chunk, field) in bytes.chunks_exact_mut(4).zip([self.request, self.flags, self.size]) {
             chunk.copy_from_slice(&field.to_ne_bytes());
         }
         bytes
@@ -245,10 +230,7 @@ impl ShmemConfig {
         let mut fields = Fields::new(payload);
         let nregions = fields.u32();
         let _padding = fields.u32();
-        Some(ShmemConfig {
-            nregions,
-            sizes: (0..256).map(|_| fields.u64()).collect(),
-        })
+        Some(ShmemConfig { nregions, sizes: (0..256).map(|_| fields.u64()).collect() })
     }
 }
 
@@ -290,10 +272,7 @@ impl Payload {
 
     /// Appends a memory region.
     pub fn region(self, region: &MemoryRegion) -> Self {
-        self.u64(region.guest_addr)
-            .u64(region.size)
-            .u64(region.user_addr)
-            .u64(region.mmap_offset)
+        self.u64(region.guest_addr).u64(region.size).u64(region.user_addr).u64(region.mmap_offset)
     }
 }
 
@@ -346,10 +325,7 @@ mod tests {
         for flags in 0..16 {
             let header = Header::decode(&bytes([1, flags, 2]));
             let expected = (flags % 4, flags / 4 % 2 == 1, flags / 8 == 1);
-            assert_eq!(
-                (header.version(), header.is_reply(), header.needs_reply()),
-                expected
-            );
+            assert_eq!((header.version(), header.is_reply(), header.needs_reply()), expected);
             assert_eq!((header.request, header.size), (1, 2));
         }
     }
@@ -361,13 +337,7 @@ mod tests {
         for (at, value) in [(8, 1u64), (16, 2), (24, 3), (32, 4)] {
             payload[at..at + 8].copy_from_slice(&value.to_ne_bytes());
         }
-        let expected = MMap {
-            shmid: 0xfe,
-            fd_offset: 1,
-            shm_offset: 2,
-            len: 3,
-            flags: 4,
-        };
+        let expected = MMap { shmid: 0xfe, fd_offset: 1, shm_offset: 2, len: 3, flags: 4 };
         assert_eq!(MMap::decode(&payload), Some(expected)); // SHM-26
         // SHM-25
         assert_eq!(MMap::decode(&payload[..39]), None);
@@ -401,10 +371,7 @@ mod tests {
             (FrontendRequest::SetStatus, 39),
             (FrontendRequest::SetBackendReqFd, 21),
         ] {
-            assert_eq!(
-                (request as u32, FrontendRequest::from_id(id)),
-                (id, Some(request))
-            );
+            assert_eq!((request as u32, FrontendRequest::from_id(id)), (id, Some(request)));
         }
         assert_eq!(BackendRequest::from_id(9), Some(BackendRequest::ShmemMap));
         assert_eq!(BackendRequest::from_id(10), Some(BackendRequest::ShmemUnmap));

@@ -1,9 +1,10 @@
-//! The front-end side of vhost-user: devices whose back-ends are other processes, and the shared memory that those
-//! map into the guest (protocol feature SHMEM).
+//! The front-end side of vhost-user: devices whose back-ends are other processes, and the shared memory that
+//! those map into the guest (protocol feature SHMEM).
 //!
-//! Reading order: [`message`] (the wire), [`connection`] (one socket), [`kind`] and [`negotiate`] (what is agreed),
-//! [`frontend`] (our requests), [`backend_channel`] (theirs), [`watch`] (who serves those),
-//! [`device`] (the virtio device that all this makes), [`sharing`] (what devices see of each other's mappings).
+//! Reading order: [`message`] (the wire), [`connection`] (one socket), [`kind`] and [`negotiate`] (what is
+//! agreed), [`frontend`] (our requests), [`backend_channel`] (theirs), [`watch`] (who serves those),
+//! [`device`] (the virtio device that all this makes), [`sharing`] (what devices see of each other's
+//! mappings).
 
 pub mod backend_channel;
 pub mod connection;

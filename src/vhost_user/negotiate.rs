@@ -35,8 +35,7 @@ pub struct Agreement {
 impl Agreement {
     /// Whether a protocol feature, given as its mask, was agreed on.
     pub fn has(&self, feature: u64) -> bool {
-        self.protocol_features
-            .is_some_and(|acked| acked & feature == feature)
+        self.protocol_features.is_some_and(|acked| acked & feature == feature)
     }
 
     /// Whether SHMEM was, under whatever bit it has for this device.
@@ -69,14 +68,13 @@ pub enum NegotiationError {
 }
 
 impl NegotiationError {
-    /// The bit that could mean SHMEM in what the back-end offers instead (SHM-1), where that is what is missing.
+    /// The bit that could mean SHMEM in what the back-end offers instead (SHM-1), where that is what is
+    /// missing.
     pub fn draft_bit(&self) -> Option<u32> {
         match *self {
-            NegotiationError::Missing {
-                feature: SHMEM_FEATURE,
-                offered,
-                ..
-            } => [21, 20].into_iter().find(|bit| offered & 1 << bit != 0),
+            NegotiationError::Missing { feature: SHMEM_FEATURE, offered, .. } => {
+                [21, 20].into_iter().find(|bit| offered & 1 << bit != 0)
+            }
             _ => None,
         }
     }
@@ -99,28 +97,21 @@ const NOT_PASSED_ON: u64 = F_PROTOCOL_FEATURES
     // A packed ring starts with other ring indices than those that we give a back-end.
     | 1 << VIRTIO_F_RING_PACKED;
 
-/// Agrees with a back-end for a device of type `kind`, whose SHMEM bit is `shmem_bit` (SHM-1). `sees_others`: it is to be
-/// told of other devices' mappings (SHM-80).
+/// Agrees with a back-end for a device of type `kind`, whose SHMEM bit is `shmem_bit` (SHM-1). `sees_others`:
+/// it is to be told of other devices' mappings (SHM-80).
 pub fn negotiate(
     offer: Offer,
     kind: DeviceKind,
     shmem_bit: u32,
     sees_others: bool,
 ) -> Result<Agreement, NegotiationError> {
-    let Offer {
-        features,
-        protocol_features: offered,
-    } = offer;
+    let Offer { features, protocol_features: offered } = offer;
     if features & 1 << VIRTIO_F_VERSION_1 == 0 {
         return Err(NegotiationError::NoVersion1(features));
     }
     for &(feature, mask) in kind.required_features() {
         if features & mask == 0 {
-            return Err(NegotiationError::Missing {
-                feature,
-                kind,
-                offered: features,
-            });
+            return Err(NegotiationError::Missing { feature, kind, offered: features });
         }
     }
     let has_protocol = features & F_PROTOCOL_FEATURES != 0;
@@ -134,19 +125,11 @@ pub fn negotiate(
         | protocol::CONFIG
         | protocol::RESET_DEVICE
         | protocol::STATUS
-        | if sees_others {
-            protocol::CONFIGURE_MEM_SLOTS
-        } else {
-            0
-        }
+        | if sees_others { protocol::CONFIGURE_MEM_SLOTS } else { 0 }
         | if shmem { shmem_mask } else { 0 };
     let acked = if has_protocol { offered & wanted } else { 0 };
 
-    let missing = |feature| NegotiationError::Missing {
-        feature,
-        kind,
-        offered,
-    };
+    let missing = |feature| NegotiationError::Missing { feature, kind, offered };
     if kind.needs_shmem() && !shmem {
         let feature = match offered & shmem_mask {
             0 => SHMEM_FEATURE,
@@ -177,10 +160,7 @@ mod tests {
         kind: &str,
         bit: u32,
     ) -> Result<Agreement, NegotiationError> {
-        let offer = Offer {
-            features,
-            protocol_features,
-        };
+        let offer = Offer { features, protocol_features };
         negotiate(offer, kind.parse().unwrap(), bit, false)
     }
 
@@ -200,11 +180,7 @@ mod tests {
             (VERSION_1, u64::MAX, 22, None, false),                    // SHM-2
         ] {
             let agreement = agree(features, offered, "rng", bit).unwrap();
-            assert_eq!(
-                (agreement.protocol_features, agreement.has_shmem()),
-                (acked, shmem),
-                "{offered:#x}"
-            );
+            assert_eq!((agreement.protocol_features, agreement.has_shmem()), (acked, shmem), "{offered:#x}");
             for mask in (0..64).map(|bit| 1 << bit) {
                 assert_eq!(agreement.has(mask), acked.unwrap_or(0) & mask != 0); // SHM-3
             }
@@ -217,10 +193,7 @@ mod tests {
         for (offered, sees_others, agreed) in
             [(1 << 15, true, true), (1 << 15, false, false), (0, true, false)]
         {
-            let offer = Offer {
-                features: VERSION_1 | F_PROTOCOL_FEATURES,
-                protocol_features: offered,
-            };
+            let offer = Offer { features: VERSION_1 | F_PROTOCOL_FEATURES, protocol_features: offered };
             let agreement = negotiate(offer, "rng".parse().unwrap(), 22, sees_others).unwrap();
             assert_eq!(agreement.has(protocol::CONFIGURE_MEM_SLOTS), agreed);
         }
@@ -237,10 +210,7 @@ mod tests {
         assert_eq!(least.guest_features, VERSION_1 | 1 << VIRTIO_F_RING_RESET);
         // RING_RESET is ours, PROTOCOL_FEATURES is between us and the back-end.
         assert_eq!(least.features_for_backend(least.guest_features), VERSION_1);
-        assert_eq!(
-            agreement.features_for_backend(VERSION_1),
-            VERSION_1 | F_PROTOCOL_FEATURES
-        );
+        assert_eq!(agreement.features_for_backend(VERSION_1), VERSION_1 | F_PROTOCOL_FEATURES);
     }
 
     #[test]

@@ -1,27 +1,31 @@
-//! Who else sees a device's mappings (`share-shmem=on`, SHM-80): other back-ends are told of each by ADD_MEM_REG, and told
-//! to let go of it by REM_MEM_REG, so that the guest can hand its pages to their devices.
+//! Who else sees a device's mappings (`share-shmem=on`, SHM-80): other back-ends are told of each by
+//! ADD_MEM_REG, and told to let go of it by REM_MEM_REG, so that the guest can hand its pages to their
+//! devices.
 //!
-//! `vmm::backends` makes one [`Sharing`] for the machine and a [`Member`] for each device. As an owner, a member is used
-//! by `backend_channel` (MAP, UNMAP) and by `device` (reset, end); as a recipient, by `device` (start) and by its
-//! [`Courier`], a thread that tells it what is due.
+//! `vmm::backends` makes one [`Sharing`] for the machine and a [`Member`] for each device. As an owner, a
+//! member is used by `backend_channel` (MAP, UNMAP) and by `device` (reset, end); as a recipient, by `device`
+//! (start) and by its [`Courier`], a thread that tells it what is due.
 //!
 //! # Who waits for whom
 //!
-//! What was mapped is told before MAP is answered, and what was unmapped before UNMAP is answered: the owner's channel
-//! thread waits for *another* back-end, never for its own. That one may itself be waiting for us, on the thread that would
-//! answer: while it is started or reset (a vCPU has its main socket), or because a request of its own is being handled,
-//! whose sharing waits for a third back-end, or for the first. So:
+//! What was mapped is told before MAP is answered, and what was unmapped before UNMAP is answered: the
+//! owner's channel thread waits for *another* back-end, never for its own. That one may itself be waiting for
+//! us, on the thread that would answer: while it is started or reset (a vCPU has its main socket), or because
+//! a request of its own is being handled, whose sharing waits for a third back-end, or for the first. So:
 //!
-//! - Channel threads do not touch another device's main socket, nor wait for its lock. They say what is due, and wait, for
-//!   a bounded time, until the courier or a vCPU has told it.
-//! - Before a channel thread waits, it looks whether that would close a circle of owners that wait for each other. If so
-//!   it gives the others only `CIRCLE_PATIENCE` (most back-ends have another thread for their main socket), and goes on:
-//!   its answer is what the circle needs. What is due stays due, and is told when that back-end can listen again.
-//! - A vCPU that holds a main socket waits for that back-end alone. Nobody waits for a vCPU but on that account.
+//! - Channel threads do not touch another device's main socket, nor wait for its lock. They say what is due,
+//!   and wait, for a bounded time, until the courier or a vCPU has told it.
+//! - Before a channel thread waits, it looks whether that would close a circle of owners that wait for each
+//!   other. If so it gives the others only `CIRCLE_PATIENCE` (most back-ends have another thread for their
+//!   main socket), and goes on: its answer is what the circle needs. What is due stays due, and is told when
+//!   that back-end can listen again.
+//! - A vCPU that holds a main socket waits for that back-end alone. Nobody waits for a vCPU but on that
+//!   account.
 //!
-//! A recipient that leaves an ADD or a REM unanswered for `ANSWER_TIMEOUT` is given up, so it delays others once. One
-//! that is just busy past `MAP_TIMEOUT` learns of the mapping later, and the log says so; one that cannot be told
-//! within `LET_GO_TIMEOUT` to let go is cut off: it must not keep what its owner has taken back.
+//! A recipient that leaves an ADD or a REM unanswered for `ANSWER_TIMEOUT` is given up, so it delays others
+//! once. One that is just busy past `MAP_TIMEOUT` learns of the mapping later, and the log says so; one that
+//! cannot be told within `LET_GO_TIMEOUT` to let go is cut off: it must not keep what its owner has taken
+//! back.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -46,12 +50,12 @@ use crate::thread;
 /// How long a recipient may take to answer ADD_MEM_REG or REM_MEM_REG.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a MAP waits in all until the recipients know of it. Longer than [`ANSWER_TIMEOUT`]: who is silent is gone by
-/// then.
+/// How long a MAP waits in all until the recipients know of it. Longer than [`ANSWER_TIMEOUT`]: who is silent
+/// is gone by then.
 const MAP_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long an UNMAP, or a reset, waits in all until the recipients have let go. More than [`ANSWER_TIMEOUT`] twice, so
-/// that who is only busy with somebody silent outlives that one.
+/// How long an UNMAP, or a reset, waits in all until the recipients have let go. More than [`ANSWER_TIMEOUT`]
+/// twice, so that who is only busy with somebody silent outlives that one.
 const LET_GO_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long to wait for a back-end which may be waiting for us.
@@ -66,7 +70,8 @@ struct KeepsMemory;
 pub struct Sharing {
     /// How many files each owner may keep open here.
     max_files: usize,
-    /// Lock order: after a device's inbox or main socket; innermost. Held for a look, never while a peer is waited for.
+    /// Lock order: after a device's inbox or main socket; innermost. Held for a look, never while a peer is
+    /// waited for.
     state: Mutex<State>,
     /// Something was told, or is due, or somebody left.
     changed: Condvar,
@@ -93,7 +98,8 @@ struct Shared {
 
 struct Device {
     log: Arc<MisuseLog>,
-    /// The files of its mappings, by device and inode: one open descriptor for each, however many mappings it has.
+    /// The files of its mappings, by device and inode: one open descriptor for each, however many mappings it
+    /// has.
     files: HashMap<(u64, u64), Weak<OwnedFd>>,
     /// It is gone: it shares nothing any more.
     has_left: bool,
@@ -223,13 +229,10 @@ impl State {
 }
 
 impl Sharing {
-    /// Nobody, with nothing. Each owner may keep `max_files` open files here; what it maps of more is not shared.
+    /// Nobody, with nothing. Each owner may keep `max_files` open files here; what it maps of more is not
+    /// shared.
     pub fn new(max_files: usize) -> Arc<Self> {
-        Arc::new(Sharing {
-            max_files,
-            state: Mutex::default(),
-            changed: Condvar::new(),
-        })
+        Arc::new(Sharing { max_files, state: Mutex::default(), changed: Condvar::new() })
     }
 
     /// Adds a device.
@@ -242,10 +245,7 @@ impl Sharing {
             waits_for: None,
             sees: None,
         });
-        Member {
-            sharing: Arc::clone(self),
-            id: state.members.len() - 1,
-        }
+        Member { sharing: Arc::clone(self), id: state.members.len() - 1 }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -261,10 +261,12 @@ pub struct Member {
 }
 
 impl Member {
-    /// The owner made a mapping of `file`, at `host` in this process: others see it when this returns, as far as they can. Never fails: who does not
-    /// see it answers with an I/O error if the guest uses it there, and the log says so.
+    /// The owner made a mapping of `file`, at `host` in this process: others see it when this returns, as far
+    /// as they can. Never fails: who does not see it answers with an I/O error if the guest uses it there,
+    /// and the log says so.
     ///
-    /// Called on the owner's channel thread, under its inbox lock, after the mapping was made and before it is answered.
+    /// Called on the owner's channel thread, under its inbox lock, after the mapping was made and before it
+    /// is answered.
     pub fn share(&self, mapping: &MappingInfo, host: u64, file: OwnedFd) {
         if !is_for_both(mapping, &file) {
             log::debug!(
@@ -286,12 +288,7 @@ impl Member {
                 user_addr: host,
                 mmap_offset: mapping.file_offset,
             };
-            let shared = Shared {
-                owner: self.id,
-                number,
-                region,
-                file,
-            };
+            let shared = Shared { owner: self.id, number, region, file };
             state.made += 1;
             state.live.insert(address, shared);
             state.make_due(self.id, &[address]);
@@ -319,8 +316,8 @@ impl Member {
         self.wait_until_let_go(&[address], true);
     }
 
-    /// All of the owner's mappings are gone: others have let go of them when this returns. Called on a vCPU's thread at a
-    /// reset, which holds no main socket then.
+    /// All of the owner's mappings are gone: others have let go of them when this returns. Called on a vCPU's
+    /// thread at a reset, which holds no main socket then.
     pub fn withdraw_all(&self) {
         let addresses = self.take_all();
         if !addresses.is_empty() {
@@ -356,7 +353,8 @@ impl Member {
         addresses
     }
 
-    /// The descriptor to keep for a file: the one there is, or this one. It holds nothing that the mapping does not hold.
+    /// The descriptor to keep for a file: the one there is, or this one. It holds nothing that the mapping
+    /// does not hold.
     fn keep(&self, state: &mut State, file: OwnedFd) -> Option<Arc<OwnedFd>> {
         let device = state.members.get_mut(self.id).filter(|device| !device.has_left)?;
         let file = File::from(file);
@@ -388,8 +386,8 @@ impl Member {
         }
     }
 
-    /// Waits until all recipients were told of what is due at these addresses. Returns those that were not, and whether
-    /// that was to end a circle. `on_channel`: the owner's back-end waits for us meanwhile.
+    /// Waits until all recipients were told of what is due at these addresses. Returns those that were not,
+    /// and whether that was to end a circle. `on_channel`: the owner's back-end waits for us meanwhile.
     fn wait_until_told(&self, addresses: &[u64], timeout: Duration, on_channel: bool) -> Vec<(usize, bool)> {
         let deadline = Instant::now() + timeout;
         let mut late = Vec::new();
@@ -422,7 +420,8 @@ impl Member {
         late
     }
 
-    /// Tells the recipient the next thing that is due. One that cannot be told, or does not let go, is given up.
+    /// Tells the recipient the next thing that is due. One that cannot be told, or does not let go, is given
+    /// up.
     fn tell_next(&self, frontend: &mut Frontend, deadline: Deadline) -> Result<(), FrontendError> {
         let Some((address, change)) = self.sharing.lock().next_change(self.id) else {
             // What was due may have become nothing.
@@ -438,9 +437,7 @@ impl Member {
             // It goes without: not told again before its next start.
             (Err(error @ FrontendError::Refused { .. }), Change::Add(_)) => {
                 let log = Arc::clone(&self.sharing.lock().members[self.id].log);
-                log.warn(format_args!(
-                    "{error}: it does not see another device's mapping at {address:#x}"
-                ));
+                log.warn(format_args!("{error}: it does not see another device's mapping at {address:#x}"));
                 true
             }
             (Err(error), _) => {
@@ -483,16 +480,8 @@ fn is_for_both(mapping: &MappingInfo, file: &OwnedFd) -> bool {
     };
     let (len, both) = (PAGE_SIZE as usize, libc::PROT_READ | libc::PROT_WRITE);
     // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
-    let address = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            len,
-            both,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            offset,
-        )
-    };
+    let address =
+        unsafe { libc::mmap(std::ptr::null_mut(), len, both, libc::MAP_SHARED, file.as_raw_fd(), offset) };
     if address == libc::MAP_FAILED {
         return false;
     }
@@ -530,15 +519,12 @@ impl Courier {
         }
         let (courier, its_link) = (member.clone(), Arc::clone(&link));
         let thread = thread::spawn(format!("share-{name}"), move || courier.run(&main, &its_link))?;
-        Ok(Courier {
-            member,
-            link,
-            thread: Some(thread),
-        })
+        Ok(Courier { member, link, thread: Some(thread) })
     }
 
-    /// SET_MEM_TABLE has made the back-end forget whatever it was told: tells it all there is. Called while it is started,
-    /// on a vCPU's thread that has the main socket; what becomes due meanwhile is for the courier.
+    /// SET_MEM_TABLE has made the back-end forget whatever it was told: tells it all there is. Called while
+    /// it is started, on a vCPU's thread that has the main socket; what becomes due meanwhile is for the
+    /// courier.
     pub fn restart(&self, frontend: &mut Frontend, deadline: Deadline) -> Result<(), FrontendError> {
         let id = self.member.id;
         let due = {
@@ -594,9 +580,7 @@ impl Member {
     fn wait_for_work(&self) -> bool {
         let state = self.sharing.lock();
         let idle = self.sharing.changed.wait_while(state, |state| {
-            state
-                .recipient(self.id)
-                .is_some_and(|recipient| recipient.due.is_empty())
+            state.recipient(self.id).is_some_and(|recipient| recipient.due.is_empty())
         });
         let mut state = idle.unwrap_or_else(PoisonError::into_inner);
         state.recipient(self.id).is_some()

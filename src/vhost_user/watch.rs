@@ -1,7 +1,7 @@
 //! A device's own thread: serves the backend channel, and sees when the back-end goes away.
 //!
-//! It takes no lock that anybody holds while waiting for this back-end (deadlock rule of the protocol: a back-end that
-//! maps while we wait for its answer on the main socket is served here).
+//! It takes no lock that anybody holds while waiting for this back-end (deadlock rule of the protocol: a
+//! back-end that maps while we wait for its answer on the main socket is served here).
 
 use std::io;
 use std::net::Shutdown;
@@ -39,13 +39,7 @@ impl Link {
         main: OwnedFd,
         channel: Option<Arc<BackendChannel>>,
     ) -> Self {
-        Link {
-            name: name.to_string(),
-            lost: AtomicBool::new(false),
-            interrupt,
-            main: main.into(),
-            channel,
-        }
+        Link { name: name.to_string(), lost: AtomicBool::new(false), interrupt, main: main.into(), channel }
     }
 
     /// Whether the back-end is gone, or was cut off.
@@ -53,8 +47,8 @@ impl Link {
         self.lost.load(Ordering::Acquire)
     }
 
-    /// Gives the back-end up: says why, once, tells the driver (SHM-76), and hangs up on both sockets, since one that
-    /// is no longer told to stop must not go on either. Its mappings stay until the reset.
+    /// Gives the back-end up: says why, once, tells the driver (SHM-76), and hangs up on both sockets, since
+    /// one that is no longer told to stop must not go on either. Its mappings stay until the reset.
     pub fn give_up(&self, why: &dyn std::error::Error) {
         if !self.lost.swap(true, Ordering::AcqRel) {
             log::error!("{}: {}; the device needs a reset", self.name, with_causes(why));
@@ -79,7 +73,8 @@ impl Link {
         }
     }
 
-    /// The backend channel ended. A back-end may do without it; if it is gone as a whole, the main socket tells.
+    /// The backend channel ended. A back-end may do without it; if it is gone as a whole, the main socket
+    /// tells.
     fn channel_ended(&self, why: &ChannelError) {
         match why {
             ChannelError::Connection(ConnectionError::HungUp) => {
@@ -98,8 +93,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts the thread. It serves no more than `rate` requests of the backend channel in a second, evenly spread; `None`
-    /// for no limit.
+    /// Starts the thread. It serves no more than `rate` requests of the backend channel in a second, evenly
+    /// spread; `None` for no limit.
     pub fn start(link: Arc<Link>, rate: Option<NonZeroU32>) -> io::Result<Watch> {
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let watched = Watched {
@@ -111,10 +106,7 @@ impl Watch {
         };
         let name = format!("vhost-{}", watched.link.name);
         let thread = thread::spawn(name, move || watched.run())?;
-        Ok(Watch {
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Watch { stop, thread: Some(thread) })
     }
 }
 
@@ -135,8 +127,8 @@ struct Watched {
     channel: Option<Arc<BackendChannel>>,
     /// The least time between two requests of the backend channel.
     interval: Option<Duration>,
-    /// When the channel's turn comes whether or not its socket has anything to read: a request may have been read with the
-    /// one before.
+    /// When the channel's turn comes whether or not its socket has anything to read: a request may have been
+    /// read with the one before.
     next: Option<Deadline>,
     link: Arc<Link>,
 }
@@ -148,11 +140,7 @@ impl Watched {
             let channel = self.channel.as_deref().filter(|_| self.next.is_none());
             let channel_fd = channel.map_or(-1, |channel| channel.as_fd().as_raw_fd());
             let timeout = self.next.map_or(-1, |next| next.poll_timeout());
-            let poll = |fd, events| libc::pollfd {
-                fd,
-                events,
-                revents: 0,
-            };
+            let poll = |fd, events| libc::pollfd { fd, events, revents: 0 };
             let mut polled = [
                 poll(self.stop.as_raw_fd(), libc::POLLIN),
                 poll(channel_fd, libc::POLLIN),

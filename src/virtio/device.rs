@@ -18,8 +18,8 @@ use crate::memory::GuestRange;
 pub struct QueueSetup<'a> {
     /// The queue's index.
     pub index: u16,
-    /// The number of descriptors: 1 to what the device allows, and a power of two unless VIRTIO_F_RING_PACKED was
-    /// negotiated.
+    /// The number of descriptors: 1 to what the device allows, and a power of two unless VIRTIO_F_RING_PACKED
+    /// was negotiated.
     pub size: u16,
     /// The descriptor area's address (a multiple of 16).
     pub descriptors: u64,
@@ -27,7 +27,8 @@ pub struct QueueSetup<'a> {
     pub driver_area: u64,
     /// The device area's (used ring's) address (a multiple of 4).
     pub device_area: u64,
-    /// Signalled by the guest's QueueNotify writes, also before the start. Non-blocking; the same one at each start.
+    /// Signalled by the guest's QueueNotify writes, also before the start. Non-blocking; the same one at each
+    /// start.
     pub kick: &'a EventFd,
 }
 
@@ -36,9 +37,10 @@ pub type DeviceError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A virtio device behind a transport.
 ///
-/// All methods are called by a vCPU thread inside a guest's register write (or by the set-up, before the first), with
-/// the transport's lock held: one at a time for each device. They may wait for a back-end, always with a deadline.
-/// None may call back into the transport. A device says things on its own through `interrupt::Interrupt`.
+/// All methods are called by a vCPU thread inside a guest's register write (or by the set-up, before the
+/// first), with the transport's lock held: one at a time for each device. They may wait for a back-end,
+/// always with a deadline. None may call back into the transport. A device says things on its own through
+/// `interrupt::Interrupt`.
 pub trait VirtioDevice: Send {
     /// The device's name in messages, as the user gave it.
     fn name(&self) -> &str;
@@ -46,42 +48,45 @@ pub trait VirtioDevice: Send {
     /// The virtio device type (VIRTIO section 5).
     fn device_type(&self) -> u32;
 
-    /// The feature bits to offer to the driver, VIRTIO_F_VERSION_1 among them. They do not change. The transport
-    /// leaves out those that it cannot carry, such as VIRTIO_F_NOTIFICATION_DATA.
+    /// The feature bits to offer to the driver, VIRTIO_F_VERSION_1 among them. They do not change. The
+    /// transport leaves out those that it cannot carry, such as VIRTIO_F_NOTIFICATION_DATA.
     fn features(&self) -> u64;
 
-    /// The largest size of each queue, at most 32768, 0 for one that is not there; its length is the number of queues.
-    /// It does not change.
+    /// The largest size of each queue, at most 32768, 0 for one that is not there; its length is the number
+    /// of queues. It does not change.
     fn queue_sizes(&self) -> &[u16];
 
-    /// A copy of the configuration space; at most 0xf00 bytes (what fits in the register block). It does not wait for
-    /// a back-end. A thread that changes it calls `Interrupt::config_changed` afterwards.
+    /// A copy of the configuration space; at most 0xf00 bytes (what fits in the register block). It does not
+    /// wait for a back-end. A thread that changes it calls `Interrupt::config_changed` afterwards.
     fn config(&self) -> Vec<u8>;
 
-    /// The driver writes to the configuration space, after FEATURES_OK. `offset + data.len()` may be beyond its end:
-    /// such a write does nothing. The transport shows [`Self::config`] anew afterwards.
+    /// The driver writes to the configuration space, after FEATURES_OK. `offset + data.len()` may be beyond
+    /// its end: such a write does nothing. The transport shows [`Self::config`] anew afterwards.
     fn write_config(&mut self, offset: u64, data: &[u8]) -> Result<(), DeviceError>;
 
-    /// Where a shared memory region is (VIRTIO section 2.10); `None` for an id that is absent. It does not change.
+    /// Where a shared memory region is (VIRTIO section 2.10); `None` for an id that is absent. It does not
+    /// change.
     fn shared_memory(&self, id: u8) -> Option<GuestRange>;
 
-    /// The driver set DRIVER_OK, after it accepted `features`, a subset of those offered with VIRTIO_F_VERSION_1;
-    /// `queues` are those that it enabled, maybe none. Stopped → running. The driver can already be interrupted.
-    /// On an error the device is still running for the sake of the diagram: a `reset` follows before any `start`.
+    /// The driver set DRIVER_OK, after it accepted `features`, a subset of those offered with
+    /// VIRTIO_F_VERSION_1; `queues` are those that it enabled, maybe none. Stopped → running. The driver can
+    /// already be interrupted. On an error the device is still running for the sake of the diagram: a `reset`
+    /// follows before any `start`.
     fn start(&mut self, features: u64, queues: &[QueueSetup]) -> Result<(), DeviceError>;
 
-    /// The driver wrote 0 to Status. Any state, also stopped → stopped. When it returns every mapping in the device's
-    /// shared memory is gone (SHM-69), and no other thread reports anything about the time before (Status would show
-    /// it to the next driver). It cannot fail: a device that no longer answers is cut off. The transport
-    /// shows [`Self::config`] anew afterwards.
+    /// The driver wrote 0 to Status. Any state, also stopped → stopped. When it returns every mapping in the
+    /// device's shared memory is gone (SHM-69), and no other thread reports anything about the time before
+    /// (Status would show it to the next driver). It cannot fail: a device that no longer answers is cut off.
+    /// The transport shows [`Self::config`] anew afterwards.
     fn reset(&mut self);
 
     /// The driver reset one queue (VIRTIO section 2.6.1), or set its QueueReady to 0, which it may do without
-    /// VIRTIO_F_RING_RESET too. Running only, and only for a queue that was started; when it returns, with an error
-    /// or not, the device no longer uses the queue. Mappings stay (SHM-74).
+    /// VIRTIO_F_RING_RESET too. Running only, and only for a queue that was started; when it returns, with an
+    /// error or not, the device no longer uses the queue. Mappings stay (SHM-74).
     fn stop_queue(&mut self, index: u16) -> Result<(), DeviceError>;
 
     /// The driver enabled a queue, again after its reset or for the first time. Running only, with
-    /// VIRTIO_F_RING_RESET negotiated. After an error the queue is not in use, and none is started until a `reset`.
+    /// VIRTIO_F_RING_RESET negotiated. After an error the queue is not in use, and none is started until a
+    /// `reset`.
     fn start_queue(&mut self, queue: QueueSetup) -> Result<(), DeviceError>;
 }

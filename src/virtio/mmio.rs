@@ -1,7 +1,8 @@
 //! A virtio device behind memory-mapped registers, version 2 (VIRTIO 1.3, section 4.2).
 //!
-//! A guest's read is a read of the [`RegisterPage`]. A guest's write exits, and a vCPU thread brings it here through
-//! the bus: the register has a name, its handler tells the device, and the page is rewritten, all before the vCPU goes on.
+//! A guest's read is a read of the [`RegisterPage`]. A guest's write exits, and a vCPU thread brings it here
+//! through the bus: the register has a name, its handler tells the device, and the page is rewritten, all
+//! before the vCPU goes on.
 //!
 //! ```text
 //! write of     the driver means            what happens                                the page shows
@@ -18,8 +19,8 @@
 //! Config       device-specific             device told                                 Config, ConfigGeneration
 //! ```
 //!
-//! What a driver must not do is answered as the specification says: FEATURES_OK that stays clear, QueueReady that
-//! reads 0. Where it says nothing the write changes nothing, except the log, which says so (`Misuse`).
+//! What a driver must not do is answered as the specification says: FEATURES_OK that stays clear, QueueReady
+//! that reads 0. Where it says nothing the write changes nothing, except the log, which says so (`Misuse`).
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -51,9 +52,11 @@ const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const RING_PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 const RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
 
-/// Features that need something of the transport which this one does not have; they are not offered (section 2.2.2).
+/// Features that need something of the transport which this one does not have; they are not offered (section
+/// 2.2.2).
 ///
-/// - NOTIFICATION_DATA: a kick is an eventfd that KVM signals; what else was written has no way to the back-end.
+/// - NOTIFICATION_DATA: a kick is an eventfd that KVM signals; what else was written has no way to the
+///   back-end.
 /// - NOTIF_CONFIG_DATA, SR_IOV and ADMIN_VQ are for PCI.
 const NOT_OVER_MMIO: u64 = 1 << VIRTIO_F_NOTIFICATION_DATA
     | 1 << VIRTIO_F_NOTIF_CONFIG_DATA
@@ -83,9 +86,9 @@ pub struct MmioTransport {
     /// One for each queue.
     kicks: Vec<EventFd>,
     used_acknowledged: EventFd,
-    /// Lock order: before the page's, and before whatever the device locks. A device that waits for its back-end does
-    /// so under this lock: the guest's other writes to this one device wait with it, except QueueNotify and
-    /// InterruptACK, which do without. Threads that the back-end waits for never come here.
+    /// Lock order: before the page's, and before whatever the device locks. A device that waits for its
+    /// back-end does so under this lock: the guest's other writes to this one device wait with it, except
+    /// QueueNotify and InterruptACK, which do without. Threads that the back-end waits for never come here.
     state: Mutex<State>,
 }
 
@@ -104,8 +107,8 @@ struct State {
     shm_sel: u32,
 }
 
-/// A write that the driver must not make, and what is wrong with it. It changed nothing, or it set the one thing that says
-/// so to the driver.
+/// A write that the driver must not make, and what is wrong with it. It changed nothing, or it set the one
+/// thing that says so to the driver.
 #[derive(Debug, Error)]
 enum Misuse {
     #[error("a control register takes aligned writes of 4 bytes, not {0}")]
@@ -119,11 +122,7 @@ enum Misuse {
     #[error("features are accepted between DRIVER and FEATURES_OK")]
     FeaturesNotNow,
     #[error("FEATURES_OK stays clear: the accepted features {accepted:#x}{} are not all among {offered:#x}", if *.beyond { " and some above bit 63" } else { "" })]
-    NotOffered {
-        accepted: u64,
-        beyond: bool,
-        offered: u64,
-    },
+    NotOffered { accepted: u64, beyond: bool, offered: u64 },
     #[error("FEATURES_OK stays clear: VIRTIO_F_VERSION_1 is not among the accepted features {0:#x}")]
     NoVersion1(u64),
     #[error("the device needs a reset; until then neither FEATURES_OK nor QueueReady can be set")]
@@ -155,24 +154,19 @@ enum Misuse {
 impl MmioTransport {
     /// Puts `device` behind the registers on `page`. It made its own use of `interrupt` already.
     ///
-    /// Fails with InvalidInput for a device that does not keep to [`VirtioDevice`]'s limits, and with what `eventfd`
-    /// fails with.
+    /// Fails with InvalidInput for a device that does not keep to [`VirtioDevice`]'s limits, and with what
+    /// `eventfd` fails with.
     pub fn new(
         page: Arc<RegisterPage>,
         interrupt: Arc<Interrupt>,
         device: Box<dyn VirtioDevice>,
     ) -> io::Result<Arc<MmioTransport>> {
         check_device(&*device).map_err(|why| {
-            io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("the device {} {why}", device.name()),
-            )
+            io::Error::new(io::ErrorKind::InvalidInput, format!("the device {} {why}", device.name()))
         })?;
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-        let queues: Vec<_> = (0..)
-            .zip(device.queue_sizes())
-            .map(|(index, &max)| Queue::new(index, max))
-            .collect();
+        let queues: Vec<_> =
+            (0..).zip(device.queue_sizes()).map(|(index, &max)| Queue::new(index, max)).collect();
         let transport = MmioTransport {
             log: MisuseLog::new(device.name()),
             offered: device.features() & !NOT_OVER_MMIO,
@@ -208,9 +202,9 @@ impl MmioTransport {
     /// The writes that need not exit to user space, for KVM (ioeventfd, with data match). All are optional:
     /// [`BusDevice::write`] does the same when KVM does not.
     ///
-    /// One for each queue signals the queue's kick. One more swallows the acknowledgement of a used buffer, which has
-    /// nothing to clear (see [`super::interrupt`]). Nobody reads that eventfd's counter: KVM adds to it
-    /// without ever waiting, and leaves it at its maximum if it gets there.
+    /// One for each queue signals the queue's kick. One more swallows the acknowledgement of a used buffer,
+    /// which has nothing to clear (see [`super::interrupt`]). Nobody reads that eventfd's counter: KVM adds
+    /// to it without ever waiting, and leaves it at its maximum if it gets there.
     pub fn doorbells(&self) -> Vec<Doorbell<'_>> {
         let kicks = (0..).zip(&self.kicks).map(|(index, event)| Doorbell {
             offset: Register::QueueNotify.offset(),
@@ -226,10 +220,7 @@ impl MmioTransport {
     }
 
     fn with_state<T>(&self, action: impl FnOnce(&Self, &mut State) -> T) -> T {
-        action(
-            self,
-            &mut self.state.lock().unwrap_or_else(PoisonError::into_inner),
-        )
+        action(self, &mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn write_register(&self, register: Register, value: u32) -> Result<(), Misuse> {
@@ -303,21 +294,13 @@ impl MmioTransport {
 
     /// Whether FEATURES_OK may be set. The driver can accept other features and try again.
     fn check_features(&self, state: &State) -> Result<(), Misuse> {
-        let State {
-            features: accepted,
-            features_beyond: beyond,
-            ..
-        } = *state;
+        let State { features: accepted, features_beyond: beyond, .. } = *state;
         if self.status() & DEVICE_NEEDS_RESET != 0 {
             // Better that the driver's probe fails now than that it waits for a queue that nobody serves.
             return Err(Misuse::Broken);
         }
         if accepted & !self.offered != 0 || beyond {
-            return Err(Misuse::NotOffered {
-                accepted,
-                beyond,
-                offered: self.offered,
-            });
+            return Err(Misuse::NotOffered { accepted, beyond, offered: self.offered });
         }
         if accepted & VERSION_1 == 0 {
             return Err(Misuse::NoVersion1(accepted));
@@ -326,16 +309,12 @@ impl MmioTransport {
     }
 
     fn start(&self, state: &mut State) {
-        // First the registers: what happens to the device while it starts must find DRIVER_OK set, or the driver would not be told.
+        // First the registers: what happens to the device while it starts must find DRIVER_OK set, or the
+        // driver would not be told.
         if !self.interrupt.driver_ok() {
             return;
         }
-        let State {
-            device,
-            queues,
-            features,
-            ..
-        } = state;
+        let State { device, queues, features, .. } = state;
         let ready = queues.iter().zip(&self.kicks).filter(|(queue, _)| queue.ready);
         let setups: Vec<_> = ready.map(|(queue, kick)| queue.setup(kick)).collect();
         let started = device.start(*features, &setups);
@@ -391,9 +370,7 @@ impl MmioTransport {
             1 => (self.offered >> 32) as u32,
             _ => 0,
         };
-        let region = u8::try_from(state.shm_sel)
-            .ok()
-            .and_then(|id| state.device.shared_memory(id));
+        let region = u8::try_from(state.shm_sel).ok().and_then(|id| state.device.shared_memory(id));
         let (base, len) = region.map_or((NO_REGION, NO_REGION), |range| (range.start(), range.len()));
         let queue = state.selected();
         let mut registers = self.page.lock();
@@ -401,10 +378,7 @@ impl MmioTransport {
         registers.set_pair(Register::SHMBaseLow, Register::SHMBaseHigh, base);
         registers.set_pair(Register::SHMLenLow, Register::SHMLenHigh, len);
         registers.set(Register::QueueSizeMax, queue.map_or(0, |queue| queue.max.into()));
-        registers.set(
-            Register::QueueReady,
-            queue.is_some_and(|queue| queue.ready).into(),
-        );
+        registers.set(Register::QueueReady, queue.is_some_and(|queue| queue.ready).into());
         // A queue's reset is over before another write gets here.
         registers.set(Register::QueueReset, 0);
     }
@@ -492,9 +466,7 @@ impl MmioTransport {
     // Notifications: sections 4.2.3.3 and 4.2.3.4. Without the transport's lock.
 
     fn notify(&self, value: u32) -> Result<(), Misuse> {
-        let kick = usize::try_from(value)
-            .ok()
-            .and_then(|index| self.kicks.get(index));
+        let kick = usize::try_from(value).ok().and_then(|index| self.kicks.get(index));
         // The one error is a counter that is full: the queue's user has much to look at already.
         let _ = kick.ok_or(Misuse::NoQueue(value))?.write(1);
         Ok(())
@@ -524,10 +496,10 @@ impl MmioTransport {
 
     /// Shows the device's configuration.
     ///
-    /// The device may change it meanwhile and say so with [`Interrupt::config_changed`]; then ours, older, can be the
-    /// last one shown. So look again. (Asking the device under the page's lock would do, but a lock of the device's
-    /// would have to go inside it then, and outside it in `config_changed`.) Who is faster than we are so many
-    /// times in a row is not done changing, and shows its next one itself.
+    /// The device may change it meanwhile and say so with [`Interrupt::config_changed`]; then ours, older,
+    /// can be the last one shown. So look again. (Asking the device under the page's lock would do, but a
+    /// lock of the device's would have to go inside it then, and outside it in `config_changed`.) Who is
+    /// faster than we are so many times in a row is not done changing, and shows its next one itself.
     fn show_config(&self, state: &State) {
         for _ in 0..CONFIG_ATTEMPTS {
             let config = state.device.config();
@@ -542,8 +514,7 @@ impl MmioTransport {
     fn fail_on_error(&self, what: &str, answer: Result<(), DeviceError>) {
         if let Err(error) = answer {
             let why = with_causes(&*error);
-            self.log
-                .warn(format_args!("the device did not {what} and needs a reset: {why}"));
+            self.log.warn(format_args!("the device did not {what} and needs a reset: {why}"));
             self.interrupt.needs_reset();
         }
     }
@@ -558,9 +529,8 @@ impl BusDevice for MmioTransport {
     fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent> {
         if let Some(offset) = offset.checked_sub(CONFIG_START as u64) {
             if let Err(misuse) = self.write_config(offset, data) {
-                self.log.warn(format_args!(
-                    "the driver wrote {data:02x?} at {offset:#x} of Config: {misuse}"
-                ));
+                self.log
+                    .warn(format_args!("the driver wrote {data:02x?} at {offset:#x} of Config: {misuse}"));
             }
             return None;
         }
@@ -575,12 +545,10 @@ impl BusDevice for MmioTransport {
             value.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
             let value = u64::from_le_bytes(value);
             match register {
-                Some(register) => self.log.warn(format_args!(
-                    "the driver wrote {value:#x} to {register:?}: {misuse}"
-                )),
-                None => self.log.warn(format_args!(
-                    "the driver wrote {value:#x} at {offset:#x}: {misuse}"
-                )),
+                Some(register) => {
+                    self.log.warn(format_args!("the driver wrote {value:#x} to {register:?}: {misuse}"))
+                }
+                None => self.log.warn(format_args!("the driver wrote {value:#x} at {offset:#x}: {misuse}")),
             }
         }
         None
@@ -595,9 +563,7 @@ impl State {
 
     fn selected_mut(&mut self) -> Result<&mut Queue, Misuse> {
         let missing = Misuse::NoQueue(self.queue_sel);
-        let queue = usize::try_from(self.queue_sel)
-            .ok()
-            .and_then(|index| self.queues.get_mut(index));
+        let queue = usize::try_from(self.queue_sel).ok().and_then(|index| self.queues.get_mut(index));
         queue.filter(|queue| queue.max > 0).ok_or(missing)
     }
 }
@@ -607,21 +573,17 @@ fn check_device(device: &dyn VirtioDevice) -> Result<(), String> {
     let (queues, config) = (device.queue_sizes(), device.config().len());
     if device.features() & VERSION_1 == 0 {
         return Err(
-            "does not offer VIRTIO_F_VERSION_1, without which there is no virtio-mmio version 2".into(),
+            "does not offer VIRTIO_F_VERSION_1, without which there is no virtio-mmio version 2".into()
         );
     }
     if queues.len() > usize::from(u16::MAX) + 1 {
         return Err(format!("has {} queues; there can be 65536", queues.len()));
     }
     if let Some(size) = queues.iter().find(|size| **size > MAX_QUEUE_SIZE) {
-        return Err(format!(
-            "has a queue of size {size}; the largest is {MAX_QUEUE_SIZE}"
-        ));
+        return Err(format!("has a queue of size {size}; the largest is {MAX_QUEUE_SIZE}"));
     }
     if config > CONFIG_MAX {
-        return Err(format!(
-            "has {config} bytes of configuration space; there is room for {CONFIG_MAX}"
-        ));
+        return Err(format!("has {config} bytes of configuration space; there is room for {CONFIG_MAX}"));
     }
     Ok(())
 }

@@ -9,7 +9,8 @@ use super::device::QueueSetup;
 /// The largest size of any queue (sections 2.7 and 2.8.10.1): 2^15.
 pub(super) const MAX_QUEUE_SIZE: u16 = 1 << 15;
 
-/// The registers of one queue. What the driver wrote is kept as it is until it sets QueueReady, and judged then.
+/// The registers of one queue. What the driver wrote is kept as it is until it sets QueueReady, and judged
+/// then.
 #[derive(Debug)]
 pub(super) struct Queue {
     pub(super) index: u16,
@@ -30,12 +31,7 @@ pub(super) enum BadQueue {
     #[error("queue {index}'s QueueSize {size} is not a power of two")]
     NotAPowerOfTwo { index: u16, size: u32 },
     #[error("queue {index}'s {area} at {address:#x} is not aligned to {align} bytes")]
-    Misaligned {
-        index: u16,
-        area: &'static str,
-        address: u64,
-        align: u32,
-    },
+    Misaligned { index: u16, area: &'static str, address: u64, align: u32 },
 }
 
 /// The alignment of the driver's and the device's area in a packed queue (section 2.8.10.1).
@@ -43,15 +39,7 @@ const PACKED_EVENT_ALIGN: u32 = 4;
 
 impl Queue {
     pub(super) fn new(index: u16, max: u16) -> Self {
-        Queue {
-            index,
-            max,
-            size: 0,
-            descriptors: 0,
-            driver_area: 0,
-            device_area: 0,
-            ready: false,
-        }
+        Queue { index, max, size: 0, descriptors: 0, driver_area: 0, device_area: 0, ready: false }
     }
 
     /// Whether the driver may make it ready as it is now.
@@ -63,23 +51,15 @@ impl Queue {
         if !packed && !size.is_power_of_two() {
             return Err(BadQueue::NotAPowerOfTwo { index, size });
         }
-        let [driver_align, device_align] = if packed {
-            [PACKED_EVENT_ALIGN; 2]
-        } else {
-            [VRING_AVAIL_ALIGN_SIZE, VRING_USED_ALIGN_SIZE]
-        };
+        let [driver_align, device_align] =
+            if packed { [PACKED_EVENT_ALIGN; 2] } else { [VRING_AVAIL_ALIGN_SIZE, VRING_USED_ALIGN_SIZE] };
         for (area, address, align) in [
             ("descriptor area", self.descriptors, VRING_DESC_ALIGN_SIZE),
             ("driver area", self.driver_area, driver_align),
             ("device area", self.device_area, device_align),
         ] {
             if address % u64::from(align) != 0 {
-                return Err(BadQueue::Misaligned {
-                    index,
-                    area,
-                    address,
-                    align,
-                });
+                return Err(BadQueue::Misaligned { index, area, address, align });
             }
         }
         Ok(())
@@ -116,19 +96,9 @@ mod tests {
             assert_eq!(queue(size).check(false), Ok(()));
         }
         for size in [0, 257, 512, 0x10080, u32::MAX] {
-            assert_eq!(
-                queue(size).check(false),
-                Err(BadQueue::Size {
-                    index: 3,
-                    size,
-                    max: 256
-                })
-            );
+            assert_eq!(queue(size).check(false), Err(BadQueue::Size { index: 3, size, max: 256 }));
         }
-        assert_eq!(
-            queue(96).check(false),
-            Err(BadQueue::NotAPowerOfTwo { index: 3, size: 96 })
-        );
+        assert_eq!(queue(96).check(false), Err(BadQueue::NotAPowerOfTwo { index: 3, size: 96 }));
         let mut packed = queue(96);
         packed.driver_area = 0x2004;
         assert_eq!(packed.check(true), Ok(()));
@@ -149,16 +119,8 @@ mod tests {
             (true, 2, 4, false),
             (true, 4, 2, false),
         ] {
-            let queue = Queue {
-                driver_area,
-                device_area,
-                ..queue(8)
-            };
-            assert_eq!(
-                queue.check(packed).is_ok(),
-                good,
-                "{packed} {driver_area} {device_area}"
-            );
+            let queue = Queue { driver_area, device_area, ..queue(8) };
+            assert_eq!(queue.check(packed).is_ok(), good, "{packed} {driver_area} {device_area}");
         }
     }
 }

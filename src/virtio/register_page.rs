@@ -1,19 +1,22 @@
 //! The register block of a virtio-mmio device as a page of memory (VIRTIO 1.3, section 4.2.2).
 //!
-//! The guest sees the page at [`RegisterPage::host_ptr`] through a read-only slot: its reads are plain memory reads
-//! and never exit. So the page must hold at every instant what a read has to return. The handlers of the guest's writes (`super::mmio`)
-//! and the device's own events (`super::interrupt`) rewrite it; nobody else touches it.
+//! The guest sees the page at [`RegisterPage::host_ptr`] through a read-only slot: its reads are plain memory
+//! reads and never exit. So the page must hold at every instant what a read has to return. The handlers of
+//! the guest's writes (`super::mmio`) and the device's own events (`super::interrupt`) rewrite it; nobody
+//! else touches it.
 //!
 //! # Why there are two frames
 //!
-//! ConfigGeneration promises that a driver which reads the same value before and after it read the configuration
-//! space saw one state of it. With reads that do not exit, no order of plain stores can keep that promise: a driver that reads
-//! everything between two of our stores sees half of a change, and one generation at both ends, wherever the bumps
-//! are. (With a bump before the bytes and another one after them, a guest that did nothing but look saw about 200 torn states in 17 million changes.)
+//! ConfigGeneration promises that a driver which reads the same value before and after it read the
+//! configuration space saw one state of it. With reads that do not exit, no order of plain stores can keep
+//! that promise: a driver that reads everything between two of our stores sees half of a change, and one
+//! generation at both ends, wherever the bumps are. (With a bump before the bytes and another one after them,
+//! a guest that did nothing but look saw about 200 torn states in 17 million changes.)
 //!
-//! So a changed configuration is written, with its new generation, into a second frame, and that frame is then put in
-//! the place of the first by one `mmap`. KVM follows the address, not the frame: while the mapping is replaced, it makes
-//! every vCPU let go of the old frame before one can get at the new. All reads of one generation are reads of one frame.
+//! So a changed configuration is written, with its new generation, into a second frame, and that frame is
+//! then put in the place of the first by one `mmap`. KVM follows the address, not the frame: while the
+//! mapping is replaced, it makes every vCPU let go of the old frame before one can get at the new. All reads
+//! of one generation are reads of one frame.
 //!
 //! ```text
 //!    guest page ──slot──▶ host_ptr() ──┬──▶ frame 0   ◀── front: every store goes here too
@@ -121,9 +124,7 @@ impl Register {
 
     /// The register that starts at this offset.
     pub fn at(offset: u64) -> Option<Register> {
-        Register::ALL
-            .into_iter()
-            .find(|register| register.offset() == offset)
+        Register::ALL.into_iter().find(|register| register.offset() == offset)
     }
 
     const fn word(self) -> usize {
@@ -148,13 +149,13 @@ pub struct RegisterPage {
     file: File,
     /// The index of the frame that `view` shows.
     ///
-    /// Lock order: innermost. Every access to the frames is made under it, for the length of a few loads and stores
-    /// (and one `mmap`); nothing of anybody else's is called meanwhile.
+    /// Lock order: innermost. Every access to the frames is made under it, for the length of a few loads and
+    /// stores (and one `mmap`); nothing of anybody else's is called meanwhile.
     front: Mutex<usize>,
 }
 
-// SAFETY: both pointers are to mappings that the page owns until it is dropped; the frames are only ever accessed as
-// atomics, and `view` not at all.
+// SAFETY: both pointers are to mappings that the page owns until it is dropped; the frames are only ever
+// accessed as atomics, and `view` not at all.
 unsafe impl Send for RegisterPage {}
 // SAFETY: as above.
 unsafe impl Sync for RegisterPage {}
@@ -172,12 +173,7 @@ impl RegisterPage {
         file.set_len(size_of::<[Frame; 2]>() as u64)?;
         let frames = map(&file, size_of::<[Frame; 2]>(), libc::PROT_READ | libc::PROT_WRITE)?.cast();
         let view = map(&file, BLOCK_SIZE, libc::PROT_READ).inspect_err(|_| unmap(frames))?;
-        Ok(Arc::new(RegisterPage {
-            frames,
-            view,
-            file,
-            front: Mutex::new(0),
-        }))
+        Ok(Arc::new(RegisterPage { frames, view, file, front: Mutex::new(0) }))
     }
 
     /// The page's address in the VMM: [`BLOCK_SIZE`] bytes, mapped read-only, for a read-only slot.
@@ -208,18 +204,20 @@ impl RegisterPage {
     }
 
     fn frames(&self) -> &[Frame; 2] {
-        // SAFETY: the mapping is as large and as aligned as the type, zeroes and any other bytes are valid atomics,
-        // and the page owns it until it is dropped. Who else reads the memory (the guest) does not write it.
+        // SAFETY: the mapping is as large and as aligned as the type, zeroes and any other bytes are valid
+        // atomics, and the page owns it until it is dropped. Who else reads the memory (the guest) does not
+        // write it.
         unsafe { self.frames.as_ref() }
     }
 
     /// Replaces what the guest sees by the frame `index`, all at once.
     ///
-    /// An error (ENOMEM, when the process has as many mappings as it may have) comes before the old mapping is touched.
+    /// An error (ENOMEM, when the process has as many mappings as it may have) comes before the old mapping
+    /// is touched.
     fn show(&self, index: usize) -> io::Result<()> {
         let offset = index * BLOCK_SIZE;
-        // SAFETY: the range is the view, which the page owns and into which no Rust reference exists; it stays a
-        // mapping of the same size, so the promise to the slot holds.
+        // SAFETY: the range is the view, which the page owns and into which no Rust reference exists; it
+        // stays a mapping of the same size, so the promise to the slot holds.
         let view = unsafe {
             libc::mmap(
                 self.view.as_ptr().cast(),
@@ -230,11 +228,7 @@ impl RegisterPage {
                 offset as libc::off_t,
             )
         };
-        if view == libc::MAP_FAILED {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
-        }
+        if view == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 
@@ -274,8 +268,8 @@ impl Registers<'_> {
         self.set(high, (value >> 32) as u32);
     }
 
-    /// Makes `config`, then zeroes, the configuration space, with a new ConfigGeneration if that changes anything.
-    /// What is beyond [`CONFIG_MAX`] bytes has no place in the block and is left out.
+    /// Makes `config`, then zeroes, the configuration space, with a new ConfigGeneration if that changes
+    /// anything. What is beyond [`CONFIG_MAX`] bytes has no place in the block and is left out.
     pub(super) fn set_config(&mut self, config: &[u8]) {
         let mut new = [0; CONFIG_MAX / WORD];
         for (word, bytes) in new.iter_mut().zip(config.chunks(WORD)) {
@@ -298,7 +292,8 @@ impl Registers<'_> {
         match self.page.show(back) {
             Ok(()) => *self.front = back,
             Err(error) => {
-                // Second best: a driver that began before the change, or ends after it, still sees the generation move.
+                // Second best: a driver that began before the change, or ends after it, still sees the
+                // generation move.
                 warn!("a changed configuration is shown word by word: {error}");
                 bump_generation(self.frame());
                 store_config(self.frame(), &new);
@@ -324,16 +319,8 @@ fn bump_generation(frame: &Frame) {
 
 fn map(file: &File, len: usize, protection: i32) -> io::Result<NonNull<u8>> {
     // SAFETY: a new mapping where the kernel finds room; it replaces nothing.
-    let address = unsafe {
-        libc::mmap(
-            ptr::null_mut(),
-            len,
-            protection,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            0,
-        )
-    };
+    let address =
+        unsafe { libc::mmap(ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -368,11 +355,7 @@ mod tests {
     fn the_registers_are_where_the_specification_puts_them() {
         let offsets = Register::ALL.map(Register::offset);
         assert!(offsets.is_sorted());
-        assert!(
-            offsets
-                .iter()
-                .all(|offset| offset % 4 == 0 && *offset < CONFIG_START as u64)
-        );
+        assert!(offsets.iter().all(|offset| offset % 4 == 0 && *offset < CONFIG_START as u64));
         for register in Register::ALL {
             assert_eq!(Register::at(register.offset()), Some(register));
             assert_eq!(Register::at(register.offset() + 1), None);
@@ -448,7 +431,8 @@ mod tests {
         assert_eq!(page.get(Register::ConfigGeneration), CHANGES);
     }
 
-    /// The same with a guest that reads through a read-only slot: 38 bytes of real-mode code on any `/dev/kvm`.
+    /// The same with a guest that reads through a read-only slot: 38 bytes of real-mode code on any
+    /// `/dev/kvm`.
     #[test]
     fn a_guest_sees_one_configuration_in_one_generation() {
         use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};

@@ -33,26 +33,11 @@ pub(super) struct Step {
 
 /// The driver's bits, in the order of the initialization sequence.
 const STEPS: [Step; 5] = [
-    Step {
-        bit: ACKNOWLEDGE,
-        needs: 0,
-    },
-    Step {
-        bit: DRIVER,
-        needs: ACKNOWLEDGE,
-    },
-    Step {
-        bit: FEATURES_OK,
-        needs: ACKNOWLEDGE | DRIVER,
-    },
-    Step {
-        bit: DRIVER_OK,
-        needs: ACKNOWLEDGE | DRIVER | FEATURES_OK,
-    },
-    Step {
-        bit: FAILED,
-        needs: 0,
-    },
+    Step { bit: ACKNOWLEDGE, needs: 0 },
+    Step { bit: DRIVER, needs: ACKNOWLEDGE },
+    Step { bit: FEATURES_OK, needs: ACKNOWLEDGE | DRIVER },
+    Step { bit: DRIVER_OK, needs: ACKNOWLEDGE | DRIVER | FEATURES_OK },
+    Step { bit: FAILED, needs: 0 },
 ];
 const DRIVERS_BITS: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
 
@@ -78,9 +63,11 @@ pub(super) enum Refused {
     AfterFailed(Bits),
 }
 
-/// Tells what a driver that sees `current` asks for with `written`; the answer is for the whole write, or for none of it.
+/// Tells what a driver that sees `current` asks for with `written`; the answer is for the whole write, or for
+/// none of it.
 ///
-/// DEVICE_NEEDS_RESET in `written` means nothing: drivers write back what they read, or what they read a moment too early.
+/// DEVICE_NEEDS_RESET in `written` means nothing: drivers write back what they read, or what they read a
+/// moment too early.
 pub(super) fn request(current: u32, written: u32) -> Result<Request, Refused> {
     if written == 0 {
         return Ok(Request::Reset);
@@ -124,11 +111,7 @@ impl fmt::Display for Bits {
             (DEVICE_NEEDS_RESET, "DEVICE_NEEDS_RESET"),
             (FAILED, "FAILED"),
         ];
-        let set: Vec<_> = names
-            .iter()
-            .filter(|(bit, _)| self.0 & bit != 0)
-            .map(|(_, name)| *name)
-            .collect();
+        let set: Vec<_> = names.iter().filter(|(bit, _)| self.0 & bit != 0).map(|(_, name)| *name).collect();
         f.write_str(&set.join(" and "))
     }
 }
@@ -172,16 +155,8 @@ mod tests {
             (0, DRIVER, "DRIVER cannot be set before ACKNOWLEDGE"),
             (3, 7, "DRIVER_OK cannot be set before FEATURES_OK"),
             (1, 9, "FEATURES_OK cannot be set before DRIVER"),
-            (
-                15,
-                11,
-                "DRIVER_OK cannot be cleared, except all together by a reset",
-            ),
-            (
-                3,
-                8,
-                "ACKNOWLEDGE and DRIVER cannot be cleared, except all together by a reset",
-            ),
+            (15, 11, "DRIVER_OK cannot be cleared, except all together by a reset"),
+            (3, 8, "ACKNOWLEDGE and DRIVER cannot be cleared, except all together by a reset"),
             (
                 15,
                 DEVICE_NEEDS_RESET,

@@ -50,10 +50,7 @@ enum Cause {
 
 impl BackendError {
     fn new(spec: &DeviceSpec, source: Cause) -> Self {
-        BackendError {
-            spec: Box::new(spec.clone()),
-            source: Box::new(source),
-        }
+        BackendError { spec: Box::new(spec.clone()), source: Box::new(source) }
     }
 
     /// What the user could do about it.
@@ -110,27 +107,20 @@ pub fn connect(
         for (shmid, range) in shmem.regions() {
             log::info!("{}: shared memory region {shmid} is {}", spec.name, show(&range));
         }
-        backends.push(Backend {
-            spec: spec.clone(),
-            handshake,
-            shmem: Arc::new(shmem),
-        });
+        backends.push(Backend { spec: spec.clone(), handshake, shmem: Arc::new(shmem) });
     }
     Ok(backends)
 }
 
-/// How many mappings each device may have, so that none takes them from another, or from the VMM itself (SHM-48): each
-/// costs a slot and up to four areas of address space: the file, zeroes in place of its end, that end set aside
-/// (SHM-45), and the hole behind.
+/// How many mappings each device may have, so that none takes them from another, or from the VMM itself
+/// (SHM-48): each costs a slot and up to four areas of address space: the file, zeroes in place of its end,
+/// that end set aside (SHM-45), and the hole behind.
 fn mapping_quota(slots: u32, devices: usize) -> usize {
     // RAM has two slots, each device one for its registers.
     let slots = (slots as usize).saturating_sub(2 + devices);
     // Linux' default; /proc is there wherever KVM is, but not always in a container.
     let areas = std::fs::read_to_string("/proc/sys/vm/max_map_count");
-    let areas: usize = areas
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(65530);
+    let areas: usize = areas.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(65530);
     slots.min(areas.saturating_sub(SPARE_AREAS) / 4) / devices.max(1)
 }
 
@@ -175,11 +165,7 @@ pub fn attach(
     let mut attached = Vec::new();
     // `Vmm::build` has checked that there are as many places as devices.
     for (backend, (address, gsi)) in backends.into_iter().zip((0..).map_while(layout::virtio_device)) {
-        let Backend {
-            spec,
-            handshake,
-            shmem,
-        } = backend;
+        let Backend { spec, handshake, shmem } = backend;
         let page = RegisterPage::new().map_err(AttachError::Registers)?;
         let interrupt = Interrupt::new(Arc::clone(&page)).map_err(AttachError::Registers)?;
         vm.register_irqfd(interrupt.call(), gsi)?;
@@ -210,10 +196,7 @@ pub fn attach(
             shmem,
             member,
             _page: page,
-            acpi: acpi::VirtioDevice {
-                registers: address,
-                gsi,
-            },
+            acpi: acpi::VirtioDevice { registers: address, gsi },
         });
     }
     Ok(attached)
@@ -249,11 +232,7 @@ impl Attached {
         let mut lines = vec![format!("{}  registers of {}", show(&self.registers), self.name)];
         let mappings = self.shmem.mappings();
         for (shmid, region) in self.shmem.regions() {
-            lines.push(format!(
-                "{}  {} shared memory region {shmid}",
-                show(&region),
-                self.name
-            ));
+            lines.push(format!("{}  {} shared memory region {shmid}", show(&region), self.name));
             for mapping in mappings.iter().filter(|mapping| mapping.shmid == shmid) {
                 let access = match mapping.access {
                     Access::ReadOnly => "read-only",
@@ -326,9 +305,7 @@ impl MissingPages {
 
     /// Whether any of the devices may ever have a mapping.
     pub fn are_possible(&self) -> bool {
-        self.devices
-            .iter()
-            .any(|device| !device.shmem.regions().is_empty())
+        self.devices.iter().any(|device| !device.shmem.regions().is_empty())
     }
 
     /// Whether any of the devices has a mapping now.
@@ -336,8 +313,8 @@ impl MissingPages {
         self.devices.iter().any(|device| device.shmem.has_mappings())
     }
 
-    /// Keeps what the guest really needed of what was filled, some time after that. Does nothing before, or while
-    /// something is being filled: the vCPU would find it missing again.
+    /// Keeps what the guest really needed of what was filled, some time after that. Does nothing before, or
+    /// while something is being filled: the vCPU would find it missing again.
     pub fn settle(&self) {
         let Ok(mut filled) = self.filled.try_lock() else {
             return;
@@ -352,9 +329,7 @@ impl MissingPages {
 
     /// Makes accesses to missing pages fail instead of wait.
     pub fn guard(&self) {
-        self.devices
-            .iter()
-            .for_each(|device| device.shmem.guard_missing());
+        self.devices.iter().for_each(|device| device.shmem.guard_missing());
     }
 
     /// Logs, for each device that it happened to, what was missing in all.

@@ -1,4 +1,5 @@
-//! What the main loop serves while the processors run: the end of the machine, signals, and input for the serial port.
+//! What the main loop serves while the processors run: the end of the machine, signals, and input for the
+//! serial port.
 //!
 //! Each is a subscriber of the event manager. `Vmm::run` puts them together.
 
@@ -28,10 +29,7 @@ pub(super) struct End {
 
 impl End {
     pub fn new() -> Result<End, VmmError> {
-        Ok(End {
-            result: Mutex::new(None),
-            event: eventfd()?,
-        })
+        Ok(End { result: Mutex::new(None), event: eventfd()? })
     }
 
     pub fn come(&self, exit: Exit) {
@@ -108,12 +106,13 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// Takes the signals away from their default actions, on this thread and all that it starts later. Threads that it
-    /// started before leave them alone too, see [`crate::thread`].
+    /// Takes the signals away from their default actions, on this thread and all that it starts later.
+    /// Threads that it started before leave them alone too, see [`crate::thread`].
     pub fn new(end: Arc<End>, memory_map: Box<dyn Fn() -> Vec<String>>) -> Result<Signals, VmmError> {
         // SAFETY: a sigset_t is plain bits, for which all-zero is a value.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: the set is ours and lives through the calls; signalfd makes a descriptor that is nobody else's.
+        // SAFETY: the set is ours and lives through the calls; signalfd makes a descriptor that is nobody
+        // else's.
         let fd: RawFd = unsafe {
             libc::sigemptyset(&mut set);
             for signal in ENDING.into_iter().chain([REPORT]) {
@@ -144,10 +143,7 @@ impl MutEventSubscriber for Signals {
             // The first field, ssi_signo.
             let [a, b, c, d, ..] = info;
             match i32::from_ne_bytes([a, b, c, d]) {
-                REPORT => say(format_args!(
-                    "guest physical memory:\n{}",
-                    (self.memory_map)().join("\n")
-                )),
+                REPORT => say(format_args!("guest physical memory:\n{}", (self.memory_map)().join("\n"))),
                 signal => self.end.come(Exit::Signal(signal)),
             }
         }
@@ -177,8 +173,8 @@ impl Console {
     }
 }
 
-/// How much typed input is kept for a guest that does not read; the rest is dropped, as a terminal drops it. Whoever
-/// types can always quit. A pipe or a file is not read further while the guest does not read.
+/// How much typed input is kept for a guest that does not read; the rest is dropped, as a terminal drops it.
+/// Whoever types can always quit. A pipe or a file is not read further while the guest does not read.
 const TYPED_AHEAD: usize = 4096;
 
 /// Brings input to the serial port.
@@ -206,11 +202,7 @@ impl ConsoleInput {
     pub fn new(console: Console, end: Arc<End>) -> Self {
         let terminal = console.input.as_ref().is_some_and(|input| input.is_terminal());
         ConsoleInput {
-            line: if console.input.is_some() {
-                Line::Unwatched
-            } else {
-                Line::Ended
-            },
+            line: if console.input.is_some() { Line::Unwatched } else { Line::Ended },
             escape: terminal.then(EscapeFilter::default),
             pending: VecDeque::new(),
             console,
@@ -237,11 +229,7 @@ impl ConsoleInput {
         match input.read(&mut buffer) {
             Ok(0) => self.line = Line::Ended,
             Ok(len) => buffer[..len].iter().for_each(|byte| self.take(*byte)),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                ) => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             Err(error) => {
                 log::info!("no more input: {error}");
                 self.line = Line::Ended;
@@ -250,11 +238,7 @@ impl ConsoleInput {
     }
 
     fn take(&mut self, byte: u8) {
-        let byte = match self
-            .escape
-            .as_mut()
-            .map_or(Ok(Some(byte)), |escape| escape.key(byte))
-        {
+        let byte = match self.escape.as_mut().map_or(Ok(Some(byte)), |escape| escape.key(byte)) {
             Ok(byte) => byte,
             Err(Command::Quit) => return self.end.come(Exit::Quit),
             Err(Command::Help) => {
@@ -267,7 +251,8 @@ impl ConsoleInput {
         }
     }
 
-    /// Whether input shall be read: a terminal always, for the escape key; anything else when the guest wants more.
+    /// Whether input shall be read: a terminal always, for the escape key; anything else when the guest wants
+    /// more.
     fn wants_more(&self) -> bool {
         self.escape.is_some() || self.pending.is_empty() && self.console.port.room() > 0
     }

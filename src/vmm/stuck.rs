@@ -1,9 +1,10 @@
 //! Looks after processors that wait in KVM for a page of a mapping that is missing for good (SHM-45).
 //!
-//! With interrupts on in the guest, KVM fetches such a page asynchronously, fails, and lets the processor try again,
-//! for ever, without telling. What can be seen is that the processor takes faults that are not resolved. That alone
-//! proves nothing (a slow disk looks the same when the guest's clock ticks), so what is missing is only put out of reach:
-//! who really touches it fails with EFAULT, and that leads to zeroes in its place.
+//! With interrupts on in the guest, KVM fetches such a page asynchronously, fails, and lets the processor try
+//! again, for ever, without telling. What can be seen is that the processor takes faults that are not
+//! resolved. That alone proves nothing (a slow disk looks the same when the guest's clock ticks), so what is
+//! missing is only put out of reach: who really touches it fails with EFAULT, and that leads to zeroes in its
+//! place.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,16 +32,11 @@ pub(super) struct StuckWatch {
 
 impl StuckWatch {
     pub fn new(pages: Arc<MissingPages>) -> Self {
-        StuckWatch {
-            pages,
-            guarding: Arc::default(),
-            next: None,
-            faults: Vec::new(),
-        }
+        StuckWatch { pages, guarding: Arc::default(), next: None, faults: Vec::new() }
     }
 
-    /// Called by the main loop each time around. Does what is due, and tells in how many milliseconds to call again at
-    /// the latest; -1 for never.
+    /// Called by the main loop each time around. Does what is due, and tells in how many milliseconds to call
+    /// again at the latest; -1 for never.
     pub fn look(&mut self, vcpus: &[Vcpu]) -> i32 {
         if !self.pages.are_possible() {
             return -1;
@@ -62,7 +58,8 @@ impl StuckWatch {
         i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
     }
 
-    /// On a thread of its own, at most one at a time: to look for missing pages may take as long as a disk wants.
+    /// On a thread of its own, at most one at a time: to look for missing pages may take as long as a disk
+    /// wants.
     fn guard(&self) {
         if self.guarding.swap(true, Ordering::SeqCst) {
             return;

@@ -30,7 +30,8 @@ fn through_mapping(asked: &Asked, write: Option<&[u8]>) -> Vec<u8> {
     };
     let len = NonZeroUsize::new(UNIT as usize).unwrap().get();
     use std::os::fd::AsRawFd;
-    // SAFETY: a new mapping, of which only the first page, which is in the file, is touched; it is gone before the end of this function.
+    // SAFETY: a new mapping, of which only the first page, which is in the file, is touched; it is gone
+    // before the end of this function.
     unsafe {
         let at = libc::mmap(
             std::ptr::null_mut(),
@@ -54,10 +55,7 @@ fn through_mapping(asked: &Asked, write: Option<&[u8]>) -> Vec<u8> {
 #[test]
 fn a_mapping_is_of_the_file_at_the_place_asked_for() {
     let place = Place::new();
-    place.write(
-        "long",
-        [vec![b'a'; UNIT as usize], b"second part".to_vec()].concat(),
-    );
+    place.write("long", [vec![b'a'; UNIT as usize], b"second part".to_vec()].concat());
     let (_backend, mut machine, node) = machine(&place);
     let asked = machine.asking(
         fuse::SETUPMAPPING,
@@ -87,7 +85,8 @@ fn a_mapping_is_of_the_file_at_the_place_asked_for() {
     assert_eq!(fs::metadata(place.path("f")).unwrap().len(), 4);
 }
 
-/// As Linux does: first for reading, then the same for writing. There is no moment at which those who read find nothing.
+/// As Linux does: first for reading, then the same for writing. There is no moment at which those who read
+/// find nothing.
 #[test]
 fn what_can_be_written_is_mapped_for_that_at_once() {
     let place = Place::new();
@@ -137,12 +136,7 @@ fn mappings_are_removed_one_by_one_together_and_all_at_once() {
     let (_backend, mut machine, node) = machine(&place);
     for index in 0..6 {
         let at = index * UNIT;
-        machine.asking(
-            fuse::SETUPMAPPING,
-            node,
-            &setupmapping(0, UNIT, READ, at),
-            &[(MAP, at, UNIT, 0, 1)],
-        );
+        machine.asking(fuse::SETUPMAPPING, node, &setupmapping(0, UNIT, READ, at), &[(MAP, at, UNIT, 0, 1)]);
     }
     let gone = |index: u64| (UNMAP, index * UNIT, UNIT, 0, 0);
     let mut remove = |ranges: &[(u64, u64)], expected: &[_]| {
@@ -150,10 +144,7 @@ fn mappings_are_removed_one_by_one_together_and_all_at_once() {
     };
     remove(&[(UNIT, UNIT)], &[gone(1)]);
     remove(&[(UNIT, UNIT)], &[]);
-    remove(
-        &[(5 * UNIT, UNIT), (0, UNIT), (40 * MIB, UNIT)],
-        &[gone(5), gone(0)],
-    );
+    remove(&[(5 * UNIT, UNIT), (0, UNIT), (40 * MIB, UNIT)], &[gone(5), gone(0)]);
     remove(&[], &[]);
     remove(&[(UNIT, 2 * UNIT)], &[gone(2)]);
     remove(&[(0, u64::MAX)], &[gone(3), gone(4)]);
@@ -166,37 +157,17 @@ fn a_mapping_takes_the_place_of_whole_others() {
     let place = Place::new();
     let (_backend, mut machine, node) = machine(&place);
     for at in [0, UNIT, 4 * UNIT] {
-        machine.asking(
-            fuse::SETUPMAPPING,
-            node,
-            &setupmapping(0, UNIT, READ, at),
-            &[(MAP, at, UNIT, 0, 1)],
-        );
+        machine.asking(fuse::SETUPMAPPING, node, &setupmapping(0, UNIT, READ, at), &[(MAP, at, UNIT, 0, 1)]);
     }
     machine.asking(
         fuse::SETUPMAPPING,
         node,
         &setupmapping(0, 3 * UNIT, READ, 0),
-        &[
-            (UNMAP, 0, UNIT, 0, 0),
-            (UNMAP, UNIT, UNIT, 0, 0),
-            (MAP, 0, 3 * UNIT, 0, 1),
-        ],
+        &[(UNMAP, 0, UNIT, 0, 0), (UNMAP, UNIT, UNIT, 0, 0), (MAP, 0, 3 * UNIT, 0, 1)],
     );
-    for (at, len) in [
-        (UNIT, UNIT),
-        (2 * UNIT, 2 * UNIT),
-        (0, 4096),
-        (3 * UNIT, UNIT + 4096),
-    ] {
-        assert_eq!(
-            machine.error(fuse::SETUPMAPPING, node, &setupmapping(0, len, READ, at)),
-            libc::EINVAL
-        );
-        assert_eq!(
-            machine.error(fuse::REMOVEMAPPING, node, &removemapping(&[(at, len)])),
-            libc::EINVAL
-        );
+    for (at, len) in [(UNIT, UNIT), (2 * UNIT, 2 * UNIT), (0, 4096), (3 * UNIT, UNIT + 4096)] {
+        assert_eq!(machine.error(fuse::SETUPMAPPING, node, &setupmapping(0, len, READ, at)), libc::EINVAL);
+        assert_eq!(machine.error(fuse::REMOVEMAPPING, node, &removemapping(&[(at, len)])), libc::EINVAL);
     }
     assert!(machine.channel.is_silent());
     machine.asking(
@@ -224,11 +195,7 @@ fn what_cannot_be_mapped_is_not_asked_for() {
         (i64::MAX as u64 - 4095, UNIT, 0),
     ] {
         let body = setupmapping(file_offset, len, READ, at);
-        assert_eq!(
-            machine.error(fuse::SETUPMAPPING, node, &body),
-            libc::EINVAL,
-            "{len:#x} at {at:#x}"
-        );
+        assert_eq!(machine.error(fuse::SETUPMAPPING, node, &body), libc::EINVAL, "{len:#x} at {at:#x}");
     }
     let body = setupmapping(0, UNIT, READ, 0);
     assert_eq!(machine.error(fuse::SETUPMAPPING, fuse::ROOT, &body), libc::EINVAL);
@@ -264,7 +231,8 @@ fn a_refusal_is_the_guests_error_and_leaves_no_mapping() {
     machine.asking(fuse::SETUPMAPPING, node, &body, &[map]);
 }
 
-/// SHM-69: a reset has removed all, so nothing is asked to be unmapped. FUSE_DESTROY and FUSE_INIT remove all themselves.
+/// SHM-69: a reset has removed all, so nothing is asked to be unmapped. FUSE_DESTROY and FUSE_INIT remove all
+/// themselves.
 #[test]
 fn nothing_stays_mapped_at_a_reset_or_the_end_of_the_file_system() {
     let place = Place::new();

@@ -1,4 +1,5 @@
-//! FUSE by its bytes (Linux' `include/uapi/linux/fuse.h`): nothing of the back-end's own tables, so that an error there cannot hide.
+//! FUSE by its bytes (Linux' `include/uapi/linux/fuse.h`): nothing of the back-end's own tables, so that an
+//! error there cannot hide.
 
 pub const LOOKUP: u32 = 1;
 pub const FORGET: u32 = 2;
@@ -100,25 +101,12 @@ pub fn open(flags: i32) -> Vec<u8> {
 }
 
 pub fn read(handle: u64, offset: u64, size: u32) -> Vec<u8> {
-    [
-        quads([handle, offset]),
-        words([size, 0]),
-        quads([0]),
-        words([0, 0]),
-    ]
-    .concat()
+    [quads([handle, offset]), words([size, 0]), quads([0]), words([0, 0])].concat()
 }
 
 pub fn write(handle: u64, offset: u64, data: &[u8]) -> Vec<u8> {
     let size = data.len() as u32;
-    [
-        &quads([handle, offset])[..],
-        &words([size, 0]),
-        &quads([0]),
-        &words([0, 0]),
-        data,
-    ]
-    .concat()
+    [&quads([handle, offset])[..], &words([size, 0]), &quads([0]), &words([0, 0]), data].concat()
 }
 
 /// `struct fuse_setattr_in` with a new size.

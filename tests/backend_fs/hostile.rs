@@ -26,16 +26,7 @@ fn names_are_no_paths() {
     let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let (sub, file) = (machine.lookup("sub"), machine.lookup("f"));
-    for bad in [
-        "..",
-        ".",
-        "",
-        "../outside/secret",
-        "sub/../../outside/secret",
-        "/etc/passwd",
-        "sub/",
-        "/",
-    ] {
+    for bad in ["..", ".", "", "../outside/secret", "sub/../../outside/secret", "/etc/passwd", "sub/", "/"] {
         for parent in [ROOT, sub] {
             let mut refused = |opcode, body: &[u8]| {
                 let error = machine.error(opcode, parent, body);
@@ -45,24 +36,15 @@ fn names_are_no_paths() {
             refused(fuse::UNLINK, &name(bad));
             refused(fuse::RMDIR, &name(bad));
             refused(fuse::MKDIR, &[words([0o755, 0]), name(bad)].concat());
-            refused(
-                fuse::MKNOD,
-                &[words([libc::S_IFREG | 0o644, 0, 0, 0]), name(bad)].concat(),
-            );
-            refused(
-                fuse::CREATE,
-                &fuse::create(libc::O_RDWR | libc::O_CREAT, 0o644, bad),
-            );
+            refused(fuse::MKNOD, &[words([libc::S_IFREG | 0o644, 0, 0, 0]), name(bad)].concat());
+            refused(fuse::CREATE, &fuse::create(libc::O_RDWR | libc::O_CREAT, 0o644, bad));
             refused(fuse::SYMLINK, &[name(bad), name("target")].concat());
             refused(fuse::LINK, &[quads([file]), name(bad)].concat());
             refused(fuse::RENAME, &[quads([ROOT]), name("f"), name(bad)].concat());
             refused(fuse::RENAME, &[quads([ROOT]), name(bad), name("x")].concat());
         }
     }
-    assert_eq!(
-        fs::read_to_string(place.outside().join("secret")).unwrap(),
-        SECRET
-    );
+    assert_eq!(fs::read_to_string(place.outside().join("secret")).unwrap(), SECRET);
     assert_eq!(fs::read_dir(place.outside()).unwrap().count(), 1);
 }
 
@@ -78,29 +60,16 @@ fn links_lead_nowhere() {
     let mut machine = Machine::mounted(&backend);
     for link in ["file", "dir", "absolute", "dangling"] {
         let node = machine.lookup(link);
-        assert_eq!(
-            machine.error(fuse::OPEN, node, &fuse::open(libc::O_RDONLY)),
-            libc::ELOOP
-        );
+        assert_eq!(machine.error(fuse::OPEN, node, &fuse::open(libc::O_RDONLY)), libc::ELOOP);
         assert_ne!(machine.error(fuse::OPENDIR, node, &fuse::open(libc::O_RDONLY)), 0);
         assert_eq!(machine.error(fuse::LOOKUP, node, &name("secret")), libc::ENOTDIR);
-        assert_ne!(
-            machine.error(fuse::SETUPMAPPING, node, &fuse::setupmapping(0, 4096, 0, 0)),
-            0
-        );
+        assert_ne!(machine.error(fuse::SETUPMAPPING, node, &fuse::setupmapping(0, 4096, 0, 0)), 0);
         assert_ne!(machine.error(fuse::SETATTR, node, &fuse::set_size(0)), 0);
         let create = fuse::create(libc::O_RDWR | libc::O_CREAT, 0o644, "new");
         assert_eq!(machine.error(fuse::CREATE, node, &create), libc::ENOTDIR);
         assert_ne!(machine.error(fuse::TMPFILE, node, &create), 0);
         // What of these succeeds is about the link itself.
-        for flags in [
-            libc::O_PATH,
-            libc::O_TMPFILE,
-            libc::O_DIRECTORY,
-            libc::O_NOFOLLOW,
-            libc::O_TRUNC,
-            -1,
-        ] {
+        for flags in [libc::O_PATH, libc::O_TMPFILE, libc::O_DIRECTORY, libc::O_NOFOLLOW, libc::O_TRUNC, -1] {
             for exclusive in [0, libc::O_EXCL] {
                 let body = fuse::create(libc::O_RDWR | libc::O_CREAT | flags | exclusive, 0o644, link);
                 assert_ne!(machine.error(fuse::CREATE, ROOT, &body), 0, "{link}, {flags:#x}");
@@ -109,10 +78,7 @@ fn links_lead_nowhere() {
         let xattr = [words([1, 0]), name("user.x"), b"x".to_vec()].concat();
         assert_ne!(machine.error(fuse::SETXATTR, node, &xattr), 0);
     }
-    assert_eq!(
-        fs::read_to_string(place.outside().join("secret")).unwrap(),
-        SECRET
-    );
+    assert_eq!(fs::read_to_string(place.outside().join("secret")).unwrap(), SECRET);
     assert_eq!(fs::read_dir(place.outside()).unwrap().count(), 1);
     machine.assert_served(&backend);
 }
@@ -143,20 +109,10 @@ fn requests_without_sense_are_answered() {
     place.write("f", "data");
     let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
-    let bodies: [Vec<u8>; 7] = [
-        vec![],
-        vec![0; 3],
-        vec![0; 200],
-        vec![0xff; 7],
-        vec![0xff; 200],
-        vec![b'a'; 5000],
-        vec![b'/'; 300],
-    ];
+    let bodies: [Vec<u8>; 7] =
+        [vec![], vec![0; 3], vec![0; 200], vec![0xff; 7], vec![0xff; 200], vec![b'a'; 5000], vec![b'/'; 300]];
     // Without what has the host write its disks, once is enough elsewhere.
-    for opcode in (0..fuse::LAST)
-        .chain([4096, u32::MAX])
-        .filter(|&opcode| opcode != fuse::SYNCFS)
-    {
+    for opcode in (0..fuse::LAST).chain([4096, u32::MAX]).filter(|&opcode| opcode != fuse::SYNCFS) {
         let silent = [fuse::FORGET, fuse::BATCH_FORGET, fuse::INTERRUPT].contains(&opcode);
         for body in &bodies {
             for node in [0, ROOT, 2, u64::MAX] {
@@ -176,11 +132,7 @@ fn requests_without_sense_are_answered() {
     let handle = machine.open(node, libc::O_RDONLY);
     assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 0, 9)), b"data");
     assert_eq!(fs::read_dir(place.outside()).unwrap().count(), 1);
-    assert!(
-        backend.stderr().contains("no more complaints"),
-        "{}",
-        backend.stderr()
-    );
+    assert!(backend.stderr().contains("no more complaints"), "{}", backend.stderr());
     assert!(backend.stderr().lines().count() < 20, "{}", backend.stderr());
 }
 
@@ -194,13 +146,7 @@ fn lengths_that_lie() {
     let node = machine.lookup("f");
     let handle = machine.open(node, libc::O_RDWR);
     for len in [0, 1, 39, 41, 45, 1 << 20, (1 << 20) + 4097, u32::MAX] {
-        for opcode in [
-            fuse::LOOKUP,
-            fuse::GETXATTR,
-            fuse::BATCH_FORGET,
-            fuse::WRITE,
-            fuse::RENAME,
-        ] {
+        for opcode in [fuse::LOOKUP, fuse::GETXATTR, fuse::BATCH_FORGET, fuse::WRITE, fuse::RENAME] {
             let mut request = fuse::request(opcode, ROOT, (0, 0), &name("f"));
             request[..4].copy_from_slice(&len.to_le_bytes());
             machine.fill(1, &request);
@@ -214,12 +160,7 @@ fn lengths_that_lie() {
     machine.ok(fuse::WRITE, node, &write);
     assert_eq!(place.read("f"), b"DATA");
     // Reads of everything everywhere.
-    for (offset, size) in [
-        (0, u32::MAX),
-        (u64::MAX, 1),
-        (1 << 63, u32::MAX),
-        (i64::MAX as u64, 4096),
-    ] {
+    for (offset, size) in [(0, u32::MAX), (u64::MAX, 1), (1 << 63, u32::MAX), (i64::MAX as u64, 4096)] {
         machine.ask(fuse::READ, node, &fuse::read(handle, offset, size));
         machine.ask(fuse::WRITE, node, &fuse::write(handle, offset | 1 << 63, b"x"));
         let dir = u64_at(&machine.ok(fuse::OPENDIR, ROOT, &fuse::open(0)), 0);
@@ -231,11 +172,7 @@ fn lengths_that_lie() {
             node,
             &[quads([handle, offset | 1 << 63, u64::MAX]), words([0, 0])].concat(),
         );
-        machine.ask(
-            fuse::COPY_FILE_RANGE,
-            node,
-            &quads([handle, offset, node, handle, 0, u64::MAX, 0]),
-        );
+        machine.ask(fuse::COPY_FILE_RANGE, node, &quads([handle, offset, node, handle, 0, u64::MAX, 0]));
     }
     for count in [1, 65536, u32::MAX] {
         machine.ask(fuse::REMOVEMAPPING, node, &words([count]));
@@ -243,28 +180,16 @@ fn lengths_that_lie() {
         machine.await_used(1);
     }
     // A handle of one file is none of another's, nor of a directory.
-    assert_eq!(
-        machine.error(fuse::READ, ROOT, &fuse::read(handle, 0, 1)),
-        libc::EBADF
-    );
-    assert_eq!(
-        machine.error(fuse::READDIR, ROOT, &fuse::read(handle, 0, 100)),
-        libc::EBADF
-    );
-    assert_eq!(
-        machine.error(fuse::READ, node, &fuse::read(u64::MAX, 0, 1)),
-        libc::EBADF
-    );
+    assert_eq!(machine.error(fuse::READ, ROOT, &fuse::read(handle, 0, 1)), libc::EBADF);
+    assert_eq!(machine.error(fuse::READDIR, ROOT, &fuse::read(handle, 0, 100)), libc::EBADF);
+    assert_eq!(machine.error(fuse::READ, node, &fuse::read(u64::MAX, 0, 1)), libc::EBADF);
     // Forgetting too often, and the root, is no way to free what is still used.
     for (node, count) in [(ROOT, u64::MAX), (node, u64::MAX), (node, 1), (12345, 1)] {
         machine.send(0, fuse::FORGET, node, &quads([count]));
         machine.await_used(0);
     }
     machine.assert_served(&backend);
-    assert_eq!(
-        machine.ok(fuse::READ, node, &fuse::read(handle, 0, 100))[..4],
-        *b"DATA"
-    );
+    assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 0, 100))[..4], *b"DATA");
 }
 
 /// Chains of descriptors that are none, each followed by a good request.
@@ -280,44 +205,20 @@ fn chains_without_sense_come_back_or_are_skipped() {
     let good = [(request, len, NEXT, 1), (answer, ANSWER_LEN, WRITE, 0)];
     let chains: Vec<(&str, Vec<_>)> = vec![
         ("no room for an answer", vec![(request, len, 0, 0)]),
-        (
-            "too little room",
-            vec![(request, len, NEXT, 1), (answer, 15, WRITE, 0)],
-        ),
-        (
-            "room for a header only",
-            vec![(request, len, NEXT, 1), (answer, 16, WRITE, 0)],
-        ),
+        ("too little room", vec![(request, len, NEXT, 1), (answer, 15, WRITE, 0)]),
+        ("room for a header only", vec![(request, len, NEXT, 1), (answer, 16, WRITE, 0)]),
         ("no request", vec![(answer, ANSWER_LEN, WRITE, 0)]),
-        (
-            "half a header",
-            vec![(request, 39, NEXT, 1), (answer, ANSWER_LEN, WRITE, 0)],
-        ),
+        ("half a header", vec![(request, 39, NEXT, 1), (answer, ANSWER_LEN, WRITE, 0)]),
         ("nothing", vec![(request, 0, NEXT, 1), (answer, 0, WRITE, 0)]),
         ("a loop", vec![(request, len, NEXT, 0)]),
-        (
-            "a long loop",
-            vec![(request, len, NEXT, 1), (answer, 64, WRITE | NEXT, 0)],
-        ),
-        (
-            "the answer first",
-            vec![(answer, 64, WRITE | NEXT, 1), (request, len, 0, 0)],
-        ),
+        ("a long loop", vec![(request, len, NEXT, 1), (answer, 64, WRITE | NEXT, 0)]),
+        ("the answer first", vec![(answer, 64, WRITE | NEXT, 1), (request, len, 0, 0)]),
         ("out of the table", vec![(request, len, NEXT, 999)]),
         ("a request out of memory", vec![(RAM, len, NEXT, 1), good[1]]),
-        (
-            "a request half out of memory",
-            vec![(RAM - 8, len, NEXT, 1), good[1]],
-        ),
-        (
-            "a request at the end of the world",
-            vec![(u64::MAX - 8, len, NEXT, 1), good[1]],
-        ),
+        ("a request half out of memory", vec![(RAM - 8, len, NEXT, 1), good[1]]),
+        ("a request at the end of the world", vec![(u64::MAX - 8, len, NEXT, 1), good[1]]),
         ("an answer out of memory", vec![good[0], (RAM, 4096, WRITE, 0)]),
-        (
-            "an answer over the end",
-            vec![good[0], (RAM - 16, 4096, WRITE, 0)],
-        ),
+        ("an answer over the end", vec![good[0], (RAM - 16, 4096, WRITE, 0)]),
         ("a huge request", vec![(request, u32::MAX, NEXT, 1), good[1]]),
         ("a huge answer", vec![good[0], (answer, u32::MAX, WRITE, 0)]),
         ("a request of all memory", vec![(0, RAM as u32, NEXT, 1), good[1]]),
@@ -325,10 +226,7 @@ fn chains_without_sense_come_back_or_are_skipped() {
         ("a table of half a descriptor", vec![(table, 8, TABLE, 0)]),
         ("a table of nothing", vec![(table, 0, TABLE, 0)]),
         ("a huge table", vec![(table, !15, TABLE, 0)]),
-        (
-            "a table that goes on",
-            vec![(table, 32, TABLE | NEXT, 1), good[1]],
-        ),
+        ("a table that goes on", vec![(table, 32, TABLE | NEXT, 1), good[1]]),
     ];
     let complete = |machine: &mut Machine, what: &str| {
         machine.await_used(1);
@@ -361,8 +259,9 @@ fn chains_without_sense_come_back_or_are_skipped() {
     machine.assert_served(&backend);
 }
 
-/// Linux before 7.1 takes an answer of no bytes for success, and its length for 0 - 16. So a request that fails is answered
-/// with a header, whatever else cannot be reached, as long as the header's own place can be.
+/// Linux before 7.1 takes an answer of no bytes for success, and its length for 0 - 16. So a request that
+/// fails is answered with a header, whatever else cannot be reached, as long as the header's own place can
+/// be.
 #[test]
 fn what_cannot_be_reached_is_answered_with_an_error() {
     /// Where half of a header, and an answer's header, are the last that can be reached.
@@ -388,12 +287,7 @@ fn what_cannot_be_reached_is_answered_with_an_error() {
     // What cannot be reached, the request, its buffers, and the answer's length, error and `unique`.
     type Case<'a> = (&'a str, &'a [u8], Vec<(u64, u32, u16)>, (u32, i32, u64));
     let cases: Vec<Case> = vec![
-        (
-            "data to write",
-            &write,
-            vec![header, args, (RAM, 4096, 0), out, out_args],
-            fault,
-        ),
+        ("data to write", &write, vec![header, args, (RAM, 4096, 0), out, out_args], fault),
         (
             "half of the data to write",
             &write,
@@ -406,60 +300,24 @@ fn what_cannot_be_reached_is_answered_with_an_error() {
             vec![header, args, (u64::MAX - 8, 4096, 0), out],
             fault,
         ),
-        (
-            "a place for data",
-            &read,
-            vec![header, args, out, (RAM, 4096, WRITE)],
-            fault,
-        ),
-        (
-            "half of a place for data",
-            &read,
-            vec![header, args, out, (RAM - 2048, 4096, WRITE)],
-            fault,
-        ),
+        ("a place for data", &read, vec![header, args, out, (RAM, 4096, WRITE)], fault),
+        ("half of a place for data", &read, vec![header, args, out, (RAM - 2048, 4096, WRITE)], fault),
         (
             "a place behind one that can be",
             &read,
             vec![header, args, out, (answer + 16, 2048, WRITE), (RAM, 2048, WRITE)],
             fault,
         ),
-        (
-            "all but an answer's header",
-            &read,
-            vec![header, args, (END, 4096, WRITE)],
-            fault,
-        ),
+        ("all but an answer's header", &read, vec![header, args, (END, 4096, WRITE)], fault),
         (
             "all but an answer's header in two parts",
             &read,
-            vec![
-                header,
-                args,
-                (answer, 7, WRITE),
-                (answer + 7, 9, WRITE),
-                (RAM, 4096, WRITE),
-            ],
+            vec![header, args, (answer, 7, WRITE), (answer + 7, 9, WRITE), (RAM, 4096, WRITE)],
             fault,
         ),
-        (
-            "arguments",
-            &getattr,
-            vec![header, (RAM, 16, 0), out, (answer + 16, 104, WRITE)],
-            fault,
-        ),
-        (
-            "a request",
-            &getattr,
-            vec![(RAM, 56, 0), out, (answer + 16, 104, WRITE)],
-            (16, libc::EFAULT, 0),
-        ),
-        (
-            "a header before another",
-            &getattr,
-            vec![(RAM, 40, 0), header, out],
-            (16, libc::EFAULT, 0),
-        ),
+        ("arguments", &getattr, vec![header, (RAM, 16, 0), out, (answer + 16, 104, WRITE)], fault),
+        ("a request", &getattr, vec![(RAM, 56, 0), out, (answer + 16, 104, WRITE)], (16, libc::EFAULT, 0)),
+        ("a header before another", &getattr, vec![(RAM, 40, 0), header, out], (16, libc::EFAULT, 0)),
         (
             "a header behind its first half",
             &getattr,
@@ -472,68 +330,33 @@ fn what_cannot_be_reached_is_answered_with_an_error() {
             vec![(request, 7, 0), (RAM, 49, 0), out],
             (16, libc::EFAULT, 0),
         ),
-        (
-            "an answer's header",
-            &getattr,
-            vec![header, (request + 40, 16, 0), (RAM, 120, WRITE)],
-            (0, 0, 0),
-        ),
+        ("an answer's header", &getattr, vec![header, (request + 40, 16, 0), (RAM, 120, WRITE)], (0, 0, 0)),
         (
             "an answer's header behind its first byte",
             &getattr,
-            vec![
-                header,
-                (request + 40, 16, 0),
-                (answer, 1, WRITE),
-                (RAM, 119, WRITE),
-            ],
+            vec![header, (request + 40, 16, 0), (answer, 1, WRITE), (RAM, 119, WRITE)],
             (0, 0, 0),
         ),
-        (
-            "what to forget",
-            &forget,
-            vec![header, (RAM, 8, 0), out],
-            FORGOTTEN,
-        ),
+        ("what to forget", &forget, vec![header, (RAM, 8, 0), out], FORGOTTEN),
         // What can be reached but makes no sense.
         ("half a header", &getattr, vec![(request, 39, 0), out], invalid),
-        (
-            "less than half a header",
-            &getattr,
-            vec![(request, 15, 0), out],
-            (16, libc::EINVAL, 0),
-        ),
+        ("less than half a header", &getattr, vec![(request, 15, 0), out], (16, libc::EINVAL, 0)),
         ("no request", &getattr, vec![out], (16, libc::EINVAL, 0)),
-        (
-            "a huge request",
-            &getattr,
-            vec![header, (0, 2 << 20, 0), out],
-            invalid,
-        ),
+        ("a huge request", &getattr, vec![header, (0, 2 << 20, 0), out], invalid),
         (
             "too little room for attributes",
             &getattr,
             vec![header, (request + 40, 16, 0), (answer, 119, WRITE)],
             invalid,
         ),
-        (
-            "too little room for figures",
-            &statfs,
-            vec![header, (answer, 95, WRITE)],
-            invalid,
-        ),
+        ("too little room for figures", &statfs, vec![header, (answer, 95, WRITE)], invalid),
         (
             "too little room for a header",
             &getattr,
             vec![header, (request + 40, 16, 0), (answer, 15, WRITE)],
             (0, 0, 0),
         ),
-        (
-            "half of what to forget",
-            &forget,
-            vec![header, (request + 40, 4, 0), out],
-            FORGOTTEN,
-        ),
+        ("half of what to forget", &forget, vec![header, (request + 40, 4, 0), out], FORGOTTEN),
     ];
     for (what, bytes, chain, expected) in cases {
         machine.fill(1, bytes);
@@ -546,10 +369,7 @@ fn what_cannot_be_reached_is_answered_with_an_error() {
         }
         machine.offer(1, 0);
         let (head, written) = machine.await_used(1);
-        let place = chain
-            .iter()
-            .find(|(.., flags)| *flags == WRITE)
-            .map_or(answer, |writable| writable.0);
+        let place = chain.iter().find(|(.., flags)| *flags == WRITE).map_or(answer, |writable| writable.0);
         let found = if written == 0 {
             // Not even half of a header, of which Linux would make something.
             let untouched = place >= RAM || machine.bytes::<1>(place) == [0xee];
@@ -557,11 +377,7 @@ fn what_cannot_be_reached_is_answered_with_an_error() {
             (0, 0, 0)
         } else {
             let found = machine.bytes::<16>(place);
-            assert_eq!(
-                fuse::u32_at(&found, 0),
-                written,
-                "{what}: the length in the header"
-            );
+            assert_eq!(fuse::u32_at(&found, 0), written, "{what}: the length in the header");
             (written, -(fuse::u32_at(&found, 4) as i32), u64_at(&found, 8))
         };
         assert_eq!((head, found), (0, expected), "{what}");
@@ -569,10 +385,7 @@ fn what_cannot_be_reached_is_answered_with_an_error() {
     assert_eq!(place.read("f"), b"data");
     machine.assert_served(&backend);
     let stderr = backend.stderr();
-    assert!(
-        stderr.contains("a request is not in the guest's memory"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("a request is not in the guest's memory"), "{stderr}");
     assert!(stderr.lines().count() < 20, "{stderr}");
 }
 
@@ -588,10 +401,7 @@ fn an_answer_without_a_place_is_a_complaint() {
     machine.offer(1, 0);
     assert_eq!(machine.await_used(1), (0, 0));
     let stderr = backend.stderr();
-    assert!(
-        stderr.contains("a request is not in the guest's memory"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("a request is not in the guest's memory"), "{stderr}");
     assert!(stderr.contains("it gets no answer"), "{stderr}");
     machine.assert_served(&backend);
 }
@@ -619,22 +429,13 @@ fn sizes_of_the_guest_are_not_believed() {
         (fuse::READ, node, fuse::read(handle, 0, 50 << 20)),
         (fuse::READDIR, ROOT, fuse::read(dir, 0, 50 << 20)),
         (fuse::READDIRPLUS, ROOT, fuse::read(dir, 0, 50 << 20)),
-        (
-            fuse::GETXATTR,
-            node,
-            [words([u32::MAX, 0]), name("user.x")].concat(),
-        ),
+        (fuse::GETXATTR, node, [words([u32::MAX, 0]), name("user.x")].concat()),
         (fuse::LISTXATTR, node, words([u32::MAX, 0])),
     ] {
         let request = fuse::request(opcode, node, (0, 0), &body);
         machine.fill(1, &request);
         let answer = machine.address(1, ANSWER);
-        machine.descriptor(
-            1,
-            0,
-            0,
-            (machine.address(1, REQUEST), request.len() as u32, NEXT, 1),
-        );
+        machine.descriptor(1, 0, 0, (machine.address(1, REQUEST), request.len() as u32, NEXT, 1));
         machine.descriptor(1, 0, 1, (answer, ANSWER_LEN, WRITE | NEXT, 2));
         for index in 2..15 {
             machine.descriptor(1, 0, index, (RAM / 2, half, WRITE | NEXT, index + 1));
@@ -644,10 +445,7 @@ fn sizes_of_the_guest_are_not_believed() {
         machine.await_used(1);
     }
     let status = fs::read_to_string(format!("/proc/{}/status", backend.pid())).unwrap();
-    let peak = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
     assert!(peak < 100 * MIB / 1024, "{peak} KiB");
     machine.assert_served(&backend);

@@ -115,10 +115,7 @@ impl Channel {
     pub fn receive(&self) -> Asked {
         // Header and body are sent at once and are far smaller than the socket's buffer.
         let mut bytes = [0; 256];
-        let (count, file) = self
-            .0
-            .recv_with_fd(&mut bytes)
-            .expect("a request on the back-end channel");
+        let (count, file) = self.0.recv_with_fd(&mut bytes).expect("a request on the back-end channel");
         assert!(count >= 12, "{count} bytes are no request");
         Asked {
             request: u32::from_ne_bytes(bytes[..4].try_into().unwrap()),
@@ -148,8 +145,8 @@ impl Channel {
 const USER_ADDRESS: u64 = 0x7000_0000_0000;
 pub const RAM: u64 = 8 * MIB;
 pub const QUEUE_SIZE: u16 = 16;
-/// Each queue has a part of the memory of this size: descriptors, available and used ring, an indirect table, and the
-/// buffers of requests.
+/// Each queue has a part of the memory of this size: descriptors, available and used ring, an indirect table,
+/// and the buffers of requests.
 const PART: u64 = 2 * MIB;
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
@@ -212,11 +209,7 @@ impl Machine {
 
         let ram_file = tempfile::tempfile().unwrap();
         ram_file.set_len(RAM).unwrap();
-        let range = (
-            GuestAddress(0),
-            RAM as usize,
-            Some(FileOffset::new(ram_file.try_clone().unwrap(), 0)),
-        );
+        let range = (GuestAddress(0), RAM as usize, Some(FileOffset::new(ram_file.try_clone().unwrap(), 0)));
         let ram = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
         let ring = |_| Ring {
             kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
@@ -236,9 +229,7 @@ impl Machine {
 
     /// The driver starts the device.
     pub fn start(&mut self) {
-        self.front_end
-            .set_features(VERSION_1 | PROTOCOL_FEATURES)
-            .unwrap();
+        self.front_end.set_features(VERSION_1 | PROTOCOL_FEATURES).unwrap();
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
             memory_size: RAM,

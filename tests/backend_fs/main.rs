@@ -1,7 +1,7 @@
 //! `hotslot-backend fs`, seen by a front-end, a guest and a user.
 //!
-//! The front-end here is the `vhost` crate's, and raw bytes where a byte matters; the queues and FUSE are made by hand: never
-//! hotslot's own codec, nor what the back-end uses.
+//! The front-end here is the `vhost` crate's, and raw bytes where a byte matters; the queues and FUSE are
+//! made by hand: never hotslot's own codec, nor what the back-end uses.
 
 // Clippy's own exception for tests ends at the helpers.
 #![allow(clippy::unwrap_used)]
@@ -32,10 +32,7 @@ const NOBODY: u32 = 65534;
 // -------------------------------------------------------------------------------------- what is offered
 
 fn config(machine: &mut Machine) -> (String, u32) {
-    let (_, space) = machine
-        .front_end
-        .get_config(0, 40, VhostUserConfigFlags::empty(), &[0xff; 40])
-        .unwrap();
+    let (_, space) = machine.front_end.get_config(0, 40, VhostUserConfigFlags::empty(), &[0xff; 40]).unwrap();
     let tag = String::from_utf8(space[..36].to_vec()).unwrap();
     (tag.trim_end_matches('\0').to_owned(), u32_at(&space, 36))
 }
@@ -43,11 +40,9 @@ fn config(machine: &mut Machine) -> (String, u32) {
 #[test]
 fn configuration_has_tag_and_queues() {
     let longest = "t".repeat(36);
-    for (args, queues, tag) in [
-        ("", 2, "share"),
-        ("--tag x --queues 5", 6, "x"),
-        (&format!("--tag {longest}"), 2, &longest),
-    ] {
+    for (args, queues, tag) in
+        [("", 2, "share"), ("--tag x --queues 5", 6, "x"), (&format!("--tag {longest}"), 2, &longest)]
+    {
         let place = Place::new();
         let backend = start(&place, args);
         let mut machine = Machine::connect(&backend, queues);
@@ -97,11 +92,7 @@ fn init_agrees_on_pages_for_mappings_and_requests_of_1_mib() {
     assert_eq!(u32_at(&answer, 0), 7, "major");
     assert_eq!(u32_at(&answer, 20), 1 << 20, "max_write");
     let pages = u32_at(&answer, 28);
-    assert_eq!(
-        (pages & 0xffff, pages >> 16),
-        (256, 12),
-        "max_pages, map_alignment"
-    );
+    assert_eq!((pages & 0xffff, pages >> 16), (256, 12), "max_pages, map_alignment");
     let flags = u32_at(&answer, 12);
     assert_ne!(flags & fuse::MAP_ALIGNMENT, 0);
     // What the guest must not count on: remote locks, "..", an own cache of writes.
@@ -126,11 +117,7 @@ fn caching_is_what_the_command_line_says() {
         let backend = start(&place, args);
         let mut machine = Machine::mounted(&backend);
         let entry = machine.ok(fuse::LOOKUP, ROOT, &name("f"));
-        assert_eq!(
-            (u64_at(&entry, 16), u64_at(&entry, 24)),
-            (seconds, seconds),
-            "{args}"
-        );
+        assert_eq!((u64_at(&entry, 16), u64_at(&entry, 24)), (seconds, seconds), "{args}");
         let open = machine.ok(fuse::OPEN, u64_at(&entry, 0), &fuse::open(libc::O_RDONLY));
         assert_eq!(u32_at(&open, 8), open_flags, "{args}");
     }
@@ -144,10 +131,7 @@ fn a_command_line_that_cannot_be_served_is_refused() {
         ("--dir nowhere", "cannot serve the directory"),
         ("--dir dir/file", "cannot serve the directory"),
         ("--dir dir --window 1M", "not a multiple of 2M"),
-        (
-            "--dir dir --tag ttttttttttttttttttttttttttttttttttttt",
-            "37 bytes",
-        ),
+        ("--dir dir --tag ttttttttttttttttttttttttttttttttttttt", "37 bytes"),
         ("--dir dir --tag=", "0 bytes"),
         ("--dir dir --queues 0", "0 is not in 1..=32"),
         ("--dir dir --cache some", "invalid value 'some'"),
@@ -172,12 +156,7 @@ fn a_command_line_that_cannot_be_served_is_refused() {
 fn the_socket_goes_with_the_program() {
     let place = Place::new();
     let backend = start(&place, "");
-    assert!(
-        fs::symlink_metadata(place.top.path().join("s"))
-            .unwrap()
-            .file_type()
-            .is_socket()
-    );
+    assert!(fs::symlink_metadata(place.top.path().join("s")).unwrap().file_type().is_socket());
     drop(Machine::mounted(&backend));
     let pid = rustix_pid(backend.pid());
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
@@ -201,12 +180,7 @@ fn the_next_front_end_finds_nothing_of_the_last() {
         assert_eq!(node, 2);
         machine.open(node, libc::O_RDWR);
         let body = fuse::setupmapping(0, 2 * MIB, 0, 0);
-        machine.asking(
-            fuse::SETUPMAPPING,
-            node,
-            &body,
-            &[(machine::MAP, 0, 2 * MIB, 0, 1)],
-        );
+        machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::MAP, 0, 2 * MIB, 0, 1)]);
         // One session has ended before the next begins.
         backend.descriptors()
     };
@@ -228,10 +202,7 @@ fn a_reset_forgets_what_the_guest_had() {
     machine.start();
     machine.ok(fuse::INIT, 0, &fuse::init());
     assert_eq!(machine.error(fuse::GETATTR, node, &quads([0, 0])), libc::ESTALE);
-    assert_eq!(
-        machine.error(fuse::READ, node, &fuse::read(handle, 0, 1)),
-        libc::EBADF
-    );
+    assert_eq!(machine.error(fuse::READ, node, &fuse::read(handle, 0, 1)), libc::EBADF);
     assert_ne!(machine.lookup("f"), node, "a node is not used twice");
 }
 
@@ -274,14 +245,8 @@ fn files_are_created_written_read_and_removed() {
     assert_eq!(place.read("f")[1000..], data);
     assert_eq!(fs::metadata(place.path("f")).unwrap().mode() & 0o7777, 0o640);
 
-    assert_eq!(
-        machine.ok(fuse::READ, node, &fuse::read(handle, 1000, 400_000)),
-        data
-    );
-    assert_eq!(
-        machine.ok(fuse::READ, node, &fuse::read(handle, 300_999, 10)),
-        data[299_999..]
-    );
+    assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 1000, 400_000)), data);
+    assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 300_999, 10)), data[299_999..]);
     assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 400_000, 10)), []);
     machine.ok(fuse::FSYNC, node, &[quads([handle]), words([0, 0])].concat());
 
@@ -296,10 +261,7 @@ fn files_are_created_written_read_and_removed() {
     // Still open.
     assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 1000, 10)), [0]);
     machine.ok(fuse::RELEASE, node, &quads([handle, 0, 0]));
-    assert_eq!(
-        machine.error(fuse::READ, node, &fuse::read(handle, 0, 1)),
-        libc::EBADF
-    );
+    assert_eq!(machine.error(fuse::READ, node, &fuse::read(handle, 0, 1)), libc::EBADF);
     machine.send(1, fuse::FORGET, node, &quads([1]));
     assert_eq!(machine.await_used(1), (0, 0));
     assert_eq!(machine.error(fuse::GETATTR, node, &quads([0, 0])), libc::ESTALE);
@@ -324,8 +286,8 @@ fn appends_go_to_the_end_that_the_host_sees() {
     assert_eq!(place.read("f"), b"one TWO three");
 }
 
-/// What Linux writes back from a mapping has an offset, by whatever handle: it would be appended if the host's file were open
-/// with O_APPEND.
+/// What Linux writes back from a mapping has an offset, by whatever handle: it would be appended if the
+/// host's file were open with O_APPEND.
 #[test]
 fn a_write_goes_where_the_guest_says_in_a_file_that_it_appends_to() {
     const APPEND: i32 = libc::O_RDWR | libc::O_APPEND;
@@ -379,20 +341,14 @@ fn names_are_made_moved_and_linked() {
     let place = Place::new();
     let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
-    let dir = u64_at(
-        &machine.ok(fuse::MKDIR, ROOT, &[words([0o755, 0]), name("d")].concat()),
-        0,
-    );
+    let dir = u64_at(&machine.ok(fuse::MKDIR, ROOT, &[words([0o755, 0]), name("d")].concat()), 0);
     let (node, _) = machine.create("f", libc::O_RDWR, 0o644);
     machine.ok(fuse::RENAME, ROOT, &[quads([dir]), name("f"), name("g")].concat());
     assert!(place.path("d/g").exists());
     machine.ok(fuse::LINK, ROOT, &[quads([node]), name("hard")].concat());
     assert_eq!(fs::metadata(place.path("hard")).unwrap().nlink(), 2);
     assert_eq!(machine.lookup("hard"), node);
-    let link = u64_at(
-        &machine.ok(fuse::SYMLINK, ROOT, &[name("soft"), name("d/g")].concat()),
-        0,
-    );
+    let link = u64_at(&machine.ok(fuse::SYMLINK, ROOT, &[name("soft"), name("d/g")].concat()), 0);
     assert_eq!(machine.ok(fuse::READLINK, link, &[]), b"d/g");
     assert_eq!(fs::read_link(place.path("soft")).unwrap().to_str(), Some("d/g"));
 
@@ -402,10 +358,7 @@ fn names_are_made_moved_and_linked() {
         |flags: u32, from: &str, to: &str| [quads([ROOT]), words([flags, 0]), name(from), name(to)].concat();
     machine.ok(fuse::RENAME2, ROOT, &rename(2, "other", "hard"));
     assert_eq!(place.read("hard"), b"other");
-    assert_eq!(
-        machine.error(fuse::RENAME2, ROOT, &rename(1, "other", "hard")),
-        libc::EEXIST
-    );
+    assert_eq!(machine.error(fuse::RENAME2, ROOT, &rename(1, "other", "hard")), libc::EEXIST);
 
     assert_eq!(machine.error(fuse::RMDIR, ROOT, &name("d")), libc::ENOTEMPTY);
     machine.ok(fuse::UNLINK, dir, &name("g"));
@@ -465,21 +418,12 @@ fn directories_are_read_in_pieces() {
     }
     let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
-    for (opcode, size) in [
-        (fuse::READDIR, 4096),
-        (fuse::READDIR, 200),
-        (fuse::READDIRPLUS, 4096),
-        (fuse::READDIRPLUS, 100_000),
-    ] {
+    for (opcode, size) in
+        [(fuse::READDIR, 4096), (fuse::READDIR, 200), (fuse::READDIRPLUS, 4096), (fuse::READDIRPLUS, 100_000)]
+    {
         let names = names(&mut machine, opcode, size);
         assert_eq!(names.len(), expected.len(), "each is told once");
-        assert_eq!(
-            names
-                .iter()
-                .map(|(name, _)| name.clone())
-                .collect::<BTreeSet<_>>(),
-            expected
-        );
+        assert_eq!(names.iter().map(|(name, _)| name.clone()).collect::<BTreeSet<_>>(), expected);
         if opcode == fuse::READDIRPLUS {
             for (name, node) in names {
                 let is_known = !name.starts_with('.');
@@ -525,21 +469,14 @@ fn space_is_allocated_found_copied_and_counted() {
     let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let (node, handle) = machine.create("f", libc::O_RDWR, 0o644);
-    machine.ok(
-        fuse::FALLOCATE,
-        node,
-        &[quads([handle, 0, 8192]), words([0, 0])].concat(),
-    );
+    machine.ok(fuse::FALLOCATE, node, &[quads([handle, 0, 8192]), words([0, 0])].concat());
     assert_eq!(place.read("f").len(), 8192);
 
     machine.ok(fuse::SETATTR, node, &fuse::set_size(MIB));
     let seek = |offset: u64, whence: i32| [quads([handle, offset]), words([whence as u32, 0])].concat();
     let hole = u64_at(&machine.ok(fuse::LSEEK, node, &seek(0, libc::SEEK_HOLE)), 0);
     assert!(hole <= MIB);
-    assert_eq!(
-        machine.error(fuse::LSEEK, node, &seek(0, libc::SEEK_END)),
-        libc::EINVAL
-    );
+    assert_eq!(machine.error(fuse::LSEEK, node, &seek(0, libc::SEEK_END)), libc::EINVAL);
 
     let from = machine.lookup("from");
     let source = machine.open(from, libc::O_RDONLY);
@@ -574,43 +511,19 @@ fn read_only_means_that_nothing_changes() {
         (fuse::MKDIR, ROOT, make(words([0o755, 0]))),
         (fuse::UNLINK, ROOT, name("f")),
         (fuse::RMDIR, ROOT, name("d")),
-        (
-            fuse::RENAME,
-            ROOT,
-            [quads([ROOT]), name("f"), name("new")].concat(),
-        ),
-        (
-            fuse::RENAME2,
-            ROOT,
-            [quads([ROOT, 0]), name("f"), name("new")].concat(),
-        ),
+        (fuse::RENAME, ROOT, [quads([ROOT]), name("f"), name("new")].concat()),
+        (fuse::RENAME2, ROOT, [quads([ROOT, 0]), name("f"), name("new")].concat()),
         (fuse::LINK, ROOT, make(quads([node]))),
         (fuse::OPEN, node, fuse::open(libc::O_RDWR)),
         (fuse::OPEN, node, fuse::open(libc::O_WRONLY)),
         (fuse::OPEN, node, fuse::open(libc::O_RDONLY | libc::O_TRUNC)),
         (fuse::WRITE, node, fuse::write(handle, 0, b"x")),
-        (
-            fuse::SETXATTR,
-            node,
-            [words([1, 0]), name("user.x"), b"x".to_vec()].concat(),
-        ),
+        (fuse::SETXATTR, node, [words([1, 0]), name("user.x"), b"x".to_vec()].concat()),
         (fuse::REMOVEXATTR, node, name("user.x")),
-        (
-            fuse::CREATE,
-            ROOT,
-            fuse::create(libc::O_RDONLY | libc::O_CREAT, 0o644, "new"),
-        ),
+        (fuse::CREATE, ROOT, fuse::create(libc::O_RDONLY | libc::O_CREAT, 0o644, "new")),
         (fuse::TMPFILE, ROOT, fuse::create(libc::O_RDWR, 0o644, "new")),
-        (
-            fuse::FALLOCATE,
-            node,
-            [quads([handle, 0, 8192]), words([0, 0])].concat(),
-        ),
-        (
-            fuse::COPY_FILE_RANGE,
-            node,
-            quads([handle, 0, node, handle, 0, 1, 0]),
-        ),
+        (fuse::FALLOCATE, node, [quads([handle, 0, 8192]), words([0, 0])].concat()),
+        (fuse::COPY_FILE_RANGE, node, quads([handle, 0, node, handle, 0, 1, 0])),
         (fuse::SETUPMAPPING, node, fuse::setupmapping(0, 2 * MIB, 1, 0)),
     ];
     for (opcode, node, body) in changes {
@@ -620,21 +533,13 @@ fn read_only_means_that_nothing_changes() {
     let sneaky = fuse::open(libc::O_RDONLY | libc::O_TMPFILE | libc::O_CREAT);
     let _ = machine.error(fuse::OPENDIR, ROOT, &sneaky);
     assert!(machine.channel.is_silent());
-    let names: BTreeSet<_> = fs::read_dir(place.path(""))
-        .unwrap()
-        .map(|e| e.unwrap().file_name())
-        .collect();
+    let names: BTreeSet<_> = fs::read_dir(place.path("")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["d", "f"].map(Into::into).into());
     assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 0, 100)), b"data");
 
     // To map for reading is fine, with a descriptor that cannot write.
     let body = fuse::setupmapping(0, 2 * MIB, 0, 0);
-    let asked = machine.asking(
-        fuse::SETUPMAPPING,
-        node,
-        &body,
-        &[(machine::MAP, 0, 2 * MIB, 0, 0)],
-    );
+    let asked = machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::MAP, 0, 2 * MIB, 0, 0)]);
     assert_eq!(access_of(&asked[0]), libc::O_RDONLY);
 }
 
@@ -675,12 +580,7 @@ fn an_ordinary_user_serves_own_files() {
         assert_eq!(fs::metadata(place.path(file)).unwrap().uid(), us);
         // It cannot be opened for writing any more, but is.
         let body = fuse::setupmapping(0, 2 * MIB, 1, 0);
-        machine.asking(
-            fuse::SETUPMAPPING,
-            node,
-            &body,
-            &[(machine::MAP, 0, 2 * MIB, 0, 1)],
-        );
+        machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::MAP, 0, 2 * MIB, 0, 1)]);
         machine.asking(
             fuse::REMOVEMAPPING,
             node,
@@ -688,33 +588,18 @@ fn an_ordinary_user_serves_own_files() {
             &[(machine::UNMAP, 0, 2 * MIB, 0, 0)],
         );
         machine.ok(fuse::SETATTR, node, &fuse::set_size(2));
-        machine.ok(
-            fuse::LINK,
-            ROOT,
-            &[quads([node]), name(&format!("{file}2"))].concat(),
-        );
-        machine.ok(
-            fuse::MKDIR,
-            ROOT,
-            &[words([0o755, 0]), name(&format!("{file}3"))].concat(),
-        );
-        machine.ok(
-            fuse::SYMLINK,
-            ROOT,
-            &[name(&format!("{file}4")), name(file)].concat(),
-        );
+        machine.ok(fuse::LINK, ROOT, &[quads([node]), name(&format!("{file}2"))].concat());
+        machine.ok(fuse::MKDIR, ROOT, &[words([0o755, 0]), name(&format!("{file}3"))].concat());
+        machine.ok(fuse::SYMLINK, ROOT, &[name(&format!("{file}4")), name(file)].concat());
     }
     if as_root {
         let node = machine.lookup("root's");
-        assert_eq!(
-            machine.error(fuse::OPEN, node, &fuse::open(libc::O_RDONLY)),
-            libc::EACCES
-        );
+        assert_eq!(machine.error(fuse::OPEN, node, &fuse::open(libc::O_RDONLY)), libc::EACCES);
     }
 }
 
-/// As root: what a user of the guest makes belongs to that user. Whether it may be is for the guest's kernel to say, which
-/// knows the user's groups.
+/// As root: what a user of the guest makes belongs to that user. Whether it may be is for the guest's kernel
+/// to say, which knows the user's groups.
 #[test]
 fn as_root_what_a_user_makes_is_the_users() {
     if !rustix::process::geteuid().is_root() {
@@ -728,11 +613,7 @@ fn as_root_what_a_user_makes_is_the_users() {
     let mut machine = Machine::mounted(&backend);
     let dir = machine.lookup("theirs");
     machine.user = (1234, 4321);
-    machine.ok(
-        fuse::CREATE,
-        dir,
-        &fuse::create(libc::O_RDWR | libc::O_CREAT, 0o644, "file"),
-    );
+    machine.ok(fuse::CREATE, dir, &fuse::create(libc::O_RDWR | libc::O_CREAT, 0o644, "file"));
     machine.ok(fuse::MKDIR, dir, &[words([0o755, 0]), name("dir")].concat());
     machine.ok(fuse::SYMLINK, dir, &[name("link"), name("file")].concat());
     let fifo = words([libc::S_IFIFO | 0o644, 0, 0, 0]);
@@ -773,34 +654,17 @@ fn special_files_are_made_but_not_opened() {
     for (mode, file) in [(libc::S_IFIFO, "fifo"), (libc::S_IFSOCK, "socket")] {
         let node = u64_at(&machine.ok(fuse::MKNOD, ROOT, &make(mode, 0, file)), 0);
         for flags in [libc::O_RDONLY, libc::O_WRONLY, libc::O_RDWR] {
-            assert_eq!(
-                machine.error(fuse::OPEN, node, &fuse::open(flags)),
-                libc::ENXIO,
-                "{file}"
-            );
+            assert_eq!(machine.error(fuse::OPEN, node, &fuse::open(flags)), libc::ENXIO, "{file}");
         }
         let body = fuse::create(libc::O_WRONLY | libc::O_CREAT, 0o644, file);
         assert_eq!(machine.error(fuse::CREATE, ROOT, &body), libc::ENXIO, "{file}");
-        assert_ne!(
-            machine.error(fuse::SETUPMAPPING, node, &fuse::setupmapping(0, 4096, 0, 0)),
-            0
-        );
-        assert_ne!(
-            machine.error(fuse::SETATTR, node, &fuse::set_size(0)),
-            0,
-            "{file}"
-        );
+        assert_ne!(machine.error(fuse::SETUPMAPPING, node, &fuse::setupmapping(0, 4096, 0, 0)), 0);
+        assert_ne!(machine.error(fuse::SETATTR, node, &fuse::set_size(0)), 0, "{file}");
     }
     let link = machine.lookup("link");
-    assert_eq!(
-        machine.error(fuse::OPEN, link, &fuse::open(libc::O_RDONLY)),
-        libc::ELOOP
-    );
+    assert_eq!(machine.error(fuse::OPEN, link, &fuse::open(libc::O_RDONLY)), libc::ELOOP);
     for mode in [libc::S_IFBLK, libc::S_IFCHR] {
-        assert_eq!(
-            machine.error(fuse::MKNOD, ROOT, &make(mode, 0x103, "device")),
-            libc::EPERM
-        );
+        assert_eq!(machine.error(fuse::MKNOD, ROOT, &make(mode, 0x103, "device")), libc::EPERM);
     }
     assert!(!place.path("device").exists());
 }

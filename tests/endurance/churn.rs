@@ -1,5 +1,5 @@
-//! The back-end: it maps, unmaps and replaces as fast as it can, many requests ahead of their answers, and knows after
-//! each answer what must be so. Raw bytes, as the other tests' back-ends.
+//! The back-end: it maps, unmaps and replaces as fast as it can, many requests ahead of their answers, and
+//! knows after each answer what must be so. Raw bytes, as the other tests' back-ends.
 
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -70,11 +70,7 @@ impl Place {
     fn new() -> Place {
         let file = Words::new(2 * HALF_WORDS);
         (0..2 * HALF_WORDS).for_each(|index| file.set(index, POISON));
-        Place {
-            file,
-            half: 0,
-            mapping: None,
-        }
+        Place { file, half: 0, mapping: None }
     }
 }
 
@@ -87,12 +83,7 @@ impl Mapping {
             flags: self.writable.into(),
             ..MMap::default()
         };
-        Request {
-            id,
-            place,
-            payload,
-            right,
-        }
+        Request { id, place, payload, right }
     }
 
     fn state(&self) -> u64 {
@@ -161,11 +152,7 @@ impl<'a> Churn<'a> {
         for index in 0..HALF_WORDS {
             let at = mapping.half * HALF_WORDS + index;
             // SHM-56: nobody wrote there after the answer to UNMAP.
-            assert_eq!(
-                file.get(at),
-                POISON,
-                "place {place}, word {index}: written after UNMAP"
-            );
+            assert_eq!(file.get(at), POISON, "place {place}, word {index}: written after UNMAP");
             if index < mapping.pages * PAGE_WORDS {
                 let index = place * PLACE_WORDS + index;
                 file.set(at, word(mapping.generation, BACKEND, index));
@@ -215,9 +202,7 @@ impl<'a> Churn<'a> {
             assert_eq!(answer[..12], message(request.id, 5, &[0; 8])[..12]);
             let value = i64::from_ne_bytes(answer[12..].try_into().unwrap());
             let right = request.right.iter().any(|&errno| i64::from(-errno) == value);
-            let Request {
-                id, place, payload, ..
-            } = request;
+            let Request { id, place, payload, .. } = request;
             assert!(right, "request {id} at place {place} ({payload:?}): {value}");
             *match (value, request.id) {
                 (0, MAP) => &mut self.done.maps,
@@ -236,7 +221,8 @@ impl<'a> Churn<'a> {
             let old = self.places[place].mapping;
             let dice = self.random(16);
             let new = match (&old, dice) {
-                // SHM-52: too long. SHM-35: in the way of itself. Nothing changes, so the state stays what it is.
+                // SHM-52: too long. SHM-35: in the way of itself. Nothing changes, so the state stays what it
+                // is.
                 (Some(old), 0) => {
                     let mut request = old.request(UNMAP, place, &[libc::ENOENT]);
                     request.payload.len += PAGE;
@@ -273,10 +259,7 @@ impl<'a> Churn<'a> {
         self.board.set(RESET_WANTED, number);
         let start = Instant::now();
         while self.board.get(RESET_PENDING) != number {
-            assert!(
-                start.elapsed() < RESET_PATIENCE,
-                "the guest does not reset the device"
-            );
+            assert!(start.elapsed() < RESET_PATIENCE, "the guest does not reset the device");
             self.change_some();
         }
         for place in 0..PLACES {
@@ -307,23 +290,18 @@ impl<'a> Churn<'a> {
     }
 
     fn unmap_all(&mut self, right: &'static [i32]) {
-        let mapped: Vec<_> = (0..PLACES)
-            .filter_map(|place| Some((place, self.places[place].mapping.take()?)))
-            .collect();
+        let mapped: Vec<_> =
+            (0..PLACES).filter_map(|place| Some((place, self.places[place].mapping.take()?))).collect();
         for place in 0..PLACES {
             self.set_state(place, state(CHANGING, 0, self.generation));
         }
-        let requests: Vec<_> = mapped
-            .iter()
-            .map(|(place, mapping)| mapping.request(UNMAP, *place, right))
-            .collect();
+        let requests: Vec<_> =
+            mapped.iter().map(|(place, mapping)| mapping.request(UNMAP, *place, right)).collect();
         self.ask(&requests);
         self.generation += 1;
         for place in 0..PLACES {
             self.set_state(place, state(UNMAPPED, 0, self.generation));
         }
-        mapped
-            .iter()
-            .for_each(|(place, mapping)| self.retire(*place, mapping));
+        mapped.iter().for_each(|(place, mapping)| self.retire(*place, mapping));
     }
 }

@@ -25,34 +25,19 @@ fn the_guest_sees_what_must_not_be() {
         return;
     }
     let right: fn(usize) -> u64 = |index| word(7, BACKEND, index);
-    let case = |what, word, writable, state| Case {
-        what,
-        word,
-        writable,
-        state,
-    };
+    let case = |what, word, writable, state| Case { what, word, writable, state };
     let whole = |kind| state(kind, LONGEST, 7);
     let cases = [
         case("a hole that is none", Some(right), false, whole(UNMAPPED)),
         case("a mapping that is none", None, false, whole(READ_ONLY)),
-        case(
-            "a mapping that may be cut and is none",
-            None,
-            true,
-            whole(MAY_BE_CUT),
-        ),
+        case("a mapping that may be cut and is none", None, true, whole(MAY_BE_CUT)),
         case("an old file", Some(right), false, state(READ_ONLY, LONGEST, 8)),
         case("a longer mapping", Some(right), false, state(READ_ONLY, 1, 7)),
         case("a write that got lost", Some(right), false, whole(READ_WRITE)),
         case("a write where none may be", Some(right), true, whole(READ_ONLY)),
         case("poison", Some(|_| POISON), false, whole(CHANGING)),
         case("zeroes", Some(|_| 0), false, whole(CHANGING)),
-        case(
-            "another place",
-            Some(|index| word(7, BACKEND, index + 1)),
-            false,
-            whole(CHANGING),
-        ),
+        case("another place", Some(|index| word(7, BACKEND, index + 1)), false, whole(CHANGING)),
         case(
             "another's write",
             Some(|index| word(7, (index as u64 + 1) % CPUS as u64 + 1, index)),
@@ -66,13 +51,7 @@ fn the_guest_sees_what_must_not_be() {
     bench.assert_no_errors();
     let file = Words::new(LONGEST * PAGE_WORDS);
     let place = 3;
-    for Case {
-        what,
-        word,
-        writable,
-        state: claimed,
-    } in cases
-    {
+    for Case { what, word, writable, state: claimed } in cases {
         let errors = bench.sum(ERRORS);
         bench.board.set(STATES + place, whole(CHANGING));
         let mapping = MMap {

@@ -1,5 +1,5 @@
-//! The guest: four processors that read and write the window, as `board` says. It runs on any `/dev/kvm`: no SSE, pages
-//! of 2 MiB, nothing handles interrupts. `probe hammer` is the same for Linux.
+//! The guest: four processors that read and write the window, as `board` says. It runs on any `/dev/kvm`: no
+//! SSE, pages of 2 MiB, nothing handles interrupts. `probe hammer` is the same for Linux.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -265,7 +265,8 @@ fn judge(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.nop()
 }
 
-/// ebx: the page of the place that the index (esi) is in; r11d: the mapping's length in pages (of the state, r8).
+/// ebx: the page of the place that the index (esi) is in; r11d: the mapping's length in pages (of the state,
+/// r8).
 fn page_and_length(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(ebx, esi)?;
     a.shr(ebx, PAGE_WORDS.ilog2() as i32)?;
@@ -306,9 +307,7 @@ fn reset(a: &mut CodeAssembler) -> Result<(), IcedError> {
 /// Takes a device from reset to DRIVER_OK.
 fn start_device(a: &mut CodeAssembler, registers: u64) -> Result<(), IcedError> {
     a.mov(rbx, registers)?;
-    START
-        .iter()
-        .try_for_each(|&(register, value)| a.mov(dword_ptr(rbx + register), value))
+    START.iter().try_for_each(|&(register, value)| a.mov(dword_ptr(rbx + register), value))
 }
 
 /// rax: where the device's region 0 starts.

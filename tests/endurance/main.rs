@@ -1,12 +1,12 @@
-//! Endurance: four processors read and write the window of a device in mapped and unmapped parts, while its back-end
-//! maps, unmaps and replaces as fast as it can, and the guest resets the device now and then. What each access has to
-//! give is told by `guest/src/board.rs`.
+//! Endurance: four processors read and write the window of a device in mapped and unmapped parts, while its
+//! back-end maps, unmaps and replaces as fast as it can, and the guest resets the device now and then. What
+//! each access has to give is told by `guest/src/board.rs`.
 //!
-//! The guest is a few dozen instructions on this machine's `/dev/kvm`. `tests/linux` runs the same program on a host
-//! whose KVM boots Linux, with `probe hammer` as the guest: the ignored test here.
+//! The guest is a few dozen instructions on this machine's `/dev/kvm`. `tests/linux` runs the same program on
+//! a host whose KVM boots Linux, with `probe hammer` as the guest: the ignored test here.
 //!
-//! HOTSLOT_ENDURANCE_SECONDS=600 makes it long, and then it also holds hotslot to its promise that no processor stands
-//! still for a second; a short run asserts no timings.
+//! HOTSLOT_ENDURANCE_SECONDS=600 makes it long, and then it also holds hotslot to its promise that no
+//! processor stands still for a second; a short run asserts no timings.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
@@ -67,30 +67,13 @@ struct Bench {
 impl Bench {
     /// `boot` gets the options for the devices: the one with the window, the one with the board.
     fn new(board: Words, boot: impl FnOnce(&[String]) -> Guest) -> Bench {
-        let with_region = |bytes| {
-            Backend::offering(Offer {
-                regions: vec![(0, bytes)],
-                ..Offer::default()
-            })
-        };
-        let (window, board_device) = (
-            with_region(WINDOW_WORDS as u64 * 8),
-            with_region(2 * backend::PAGE),
-        );
+        let with_region = |bytes| Backend::offering(Offer { regions: vec![(0, bytes)], ..Offer::default() });
+        let (window, board_device) = (with_region(WINDOW_WORDS as u64 * 8), with_region(2 * backend::PAGE));
         let devices = [window.device("window"), board_device.device("board")];
-        let guest = boot(
-            &devices
-                .map(|device| ["--vhost-user".to_string(), device])
-                .concat(),
-        );
+        let guest = boot(&devices.map(|device| ["--vhost-user".to_string(), device]).concat());
         assert_eq!(board_device.map(writable(page(0)), board.file()), 0);
         board.set(READY, 1);
-        Bench {
-            guest,
-            board,
-            window,
-            board_device,
-        }
+        Bench { guest, board, window, board_device }
     }
 
     fn small() -> Bench {
@@ -182,16 +165,9 @@ fn endure(bench: Bench) {
     say(&format!("after:  {after}"));
     bench.assert_no_errors();
     assert_eq!(bench.sum(ZEROES), 0);
-    assert!(
-        done.resets > 0 && done.maps > PLACES as u64,
-        "{}",
-        bench.guest.log()
-    );
+    assert!(done.resets > 0 && done.maps > PLACES as u64, "{}", bench.guest.log());
     assert_eq!(after.counts(), before.counts());
-    assert!(
-        after.resident() <= before.resident() + SLACK_KIB,
-        "{before}, then {after}"
-    );
+    assert!(after.resident() <= before.resident() + SLACK_KIB, "{before}, then {after}");
     if long.is_some() {
         let still = stalls.iter().any(|&stall| stall >= Duration::from_secs(1));
         assert!(!still, "a processor stood still: {stalls:?}");
@@ -225,9 +201,7 @@ fn a_linux_guest_sees_every_change_and_nothing_else() {
         let mut command = hotslot();
         command.arg("-k").arg(kernel).arg("-i").arg(image);
         command.args(["-m", "256M", "-c"]);
-        command
-            .arg(format!("{parameters} -- sh -c \"{hammer}\""))
-            .args(devices);
+        command.arg(format!("{parameters} -- sh -c \"{hammer}\"")).args(devices);
         Guest::spawn(command, None)
     });
     endure(bench);

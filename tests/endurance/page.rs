@@ -29,21 +29,10 @@ impl Words {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing of ours.
         let words = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                count * 8,
-                protection,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                0,
-            )
+            libc::mmap(std::ptr::null_mut(), count * 8, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
         };
         assert_ne!(words, libc::MAP_FAILED);
-        Words {
-            file,
-            words: words.cast(),
-            count,
-        }
+        Words { file, words: words.cast(), count }
     }
 
     pub fn file(&self) -> &File {

@@ -1,5 +1,6 @@
-//! Truncation (SHM-45): four processors keep on reading and writing mappings whose files the back-end cuts short, to
-//! nothing or less, and grows again. What is missing reads as zeroes; nobody waits for it for ever; other devices do not notice.
+//! Truncation (SHM-45): four processors keep on reading and writing mappings whose files the back-end cuts
+//! short, to nothing or less, and grows again. What is missing reads as zeroes; nobody waits for it for ever;
+//! other devices do not notice.
 
 use std::time::{Duration, Instant};
 
@@ -15,12 +16,7 @@ const PAGES: u64 = LONGEST as u64;
 
 /// The mapping at a place.
 fn mapping(place: usize) -> MMap {
-    MMap {
-        shm_offset: (place * PLACE_WORDS * 8) as u64,
-        len: PAGES * PAGE,
-        flags: 1,
-        ..MMap::default()
-    }
+    MMap { shm_offset: (place * PLACE_WORDS * 8) as u64, len: PAGES * PAGE, flags: 1, ..MMap::default() }
 }
 
 /// A guest that reads and writes mappings at all places, and their files.
@@ -46,18 +42,9 @@ fn start(interrupts: bool) -> (Bench, Vec<Words>) {
 fn go_on(bench: &Bench, accesses: u64) {
     let now = || std::array::from_fn::<_, CPUS, _>(|cpu| bench.report(cpu, ACCESSES));
     let (start, before) = (Instant::now(), now());
-    while now()
-        .iter()
-        .zip(before)
-        .any(|(now, before)| now - before < accesses)
-    {
+    while now().iter().zip(before).any(|(now, before)| now - before < accesses) {
         let log = || bench.guest.log();
-        assert!(
-            start.elapsed() < PATIENCE,
-            "processors stand still: {before:?}, {:?}\n{}",
-            now(),
-            log()
-        );
+        assert!(start.elapsed() < PATIENCE, "processors stand still: {before:?}, {:?}\n{}", now(), log());
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -100,9 +87,7 @@ fn files_are_cut_while_all_processors_use_them(interrupts: bool) {
     let warnings = log.matches("became shorter: ").count();
     assert!((1..=PLACES).contains(&warnings), "{log}");
     assert!(log.contains("info: window: zeroes took the place of "), "{log}");
-    say(&format!(
-        "{warnings} warnings for {PLACES} mappings, each cut often"
-    ));
+    say(&format!("{warnings} warnings for {PLACES} mappings, each cut often"));
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! What can be seen of a running hotslot from outside: whether the guest's processors get on, and what the process has.
+//! What can be seen of a running hotslot from outside: whether the guest's processors get on, and what the
+//! process has.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -45,8 +46,8 @@ impl Waited {
     }
 }
 
-/// Watches the progress of hotslot's processors while `action` runs; gives the longest time in which each of them made none,
-/// without that for which the host did not let it run.
+/// Watches the progress of hotslot's processors while `action` runs; gives the longest time in which each of
+/// them made none, without that for which the host did not let it run.
 pub fn longest_stall<T>(pid: i32, board: &Words, action: impl FnOnce() -> T) -> (T, [Duration; CPUS]) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -81,7 +82,8 @@ pub struct Footprint {
     pub file: u64,
     pub shared: u64,
     pub fds: usize,
-    /// Mappings of files and reservations; the allocator takes some for itself whenever a thread first needs it.
+    /// Mappings of files and reservations; the allocator takes some for itself whenever a thread first needs
+    /// it.
     pub areas: usize,
     /// All but the one that comes now and then, looks for missing pages, and goes.
     pub threads: usize,

@@ -1,4 +1,5 @@
-//! A directory of the host in a guest, by virtio-fs with DAX: `hotslot-backend fs`, and with it `hotslot-backend blk`.
+//! A directory of the host in a guest, by virtio-fs with DAX: `hotslot-backend fs`, and with it
+//! `hotslot-backend blk`.
 
 use std::sync::LazyLock;
 
@@ -144,8 +145,8 @@ fn what_is_read_takes_none_of_the_guest_s_memory() {
     let (before, after) = (free("free before"), free("free after"));
     let file = file_mib() << 10;
     eprintln!("free memory of the guest: {before} KiB before, {after} KiB after {file} KiB of file");
-    // The page structs of the window were taken at the start of the driver. What else the kernel keeps for a while, of
-    // directories and files and ranges, is far from the size of the file.
+    // The page structs of the window were taken at the start of the driver. What else the kernel keeps for a
+    // while, of directories and files and ranges, is far from the size of the file.
     assert!(
         before.abs_diff(after) < (file / 12 / 64).max(4 << 10),
         "{before} KiB, then {after} KiB\n{guest}"
@@ -162,7 +163,8 @@ fn two_guests_share_the_host_s_pages() {
         let (rss, pss) = (kib(&format!("rss {guest}")), kib(&format!("pss {guest}")));
         let all = ["Rss", "Pss"].map(|what| kib(&format!("all {guest} {what}")));
         eprintln!("{guest}: of the share {rss} KiB resident, {pss} proportionally; of all {all:?}");
-        // All of the file is there, and each guest has its half of it: to a tenth, as page tables are filled ahead.
+        // All of the file is there, and each guest has its half of it: to a tenth, as page tables are filled
+        // ahead.
         assert!((file..file + file / 10).contains(&rss), "{host}");
         assert!(pss < rss / 2 + rss / 10, "{host}");
     }
@@ -176,11 +178,7 @@ fn a_disk_reads_and_writes_what_another_device_mapped() {
     let done: Vec<_> = guest.said("probe direct").collect();
     assert_eq!(done, ["6291456 bytes"; 2], "{guest}");
     let file = host.one("shared file");
-    assert_eq!(
-        (host.one("shared disk"), host.one("shared back")),
-        (file, file),
-        "{guest}"
-    );
+    assert_eq!((host.one("shared disk"), host.one("shared back")), (file, file), "{guest}");
     both_devices_go_on(&guest, "shared.img");
     complains_of_nothing_else(&guest);
 }

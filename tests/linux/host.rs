@@ -1,7 +1,9 @@
-//! Sessions: a shell script (`tests/linux/host/`) that runs some guests on a host with KVM, and what came of them.
+//! Sessions: a shell script (`tests/linux/host/`) that runs some guests on a host with KVM, and what came of
+//! them.
 //!
-//! The host is this machine where its KVM can boot Linux, and an emulated one (`scripts/lab.sh`) elsewhere. To start
-//! that takes as long as a guest does: so one session runs several guests, and several tests look at one session.
+//! The host is this machine where its KVM can boot Linux, and an emulated one (`scripts/lab.sh`) elsewhere.
+//! To start that takes as long as a guest does: so one session runs several guests, and several tests look at
+//! one session.
 
 use std::fs;
 use std::io::Write;
@@ -23,13 +25,7 @@ pub const FS_FILE_MIB: &str = "HOTSLOT_FS_FILE_MIB";
 const FILES: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/linux");
 
 /// What the guests need of the stock kernel's modules.
-const MODULES: [&str; 5] = [
-    "virtio_mmio",
-    "virtio_pmem",
-    "nd_pmem",
-    "virtio_blk",
-    "pvpanic-mmio",
-];
+const MODULES: [&str; 5] = ["virtio_mmio", "virtio_pmem", "nd_pmem", "virtio_blk", "pvpanic-mmio"];
 
 /// Each emulated host keeps one processor busy, and takes gigabytes.
 const SESSIONS_AT_A_TIME: u32 = 2;
@@ -66,24 +62,13 @@ static HOUSE: LazyLock<House> = LazyLock::new(|| {
     arguments.extend(MODULES.iter().flat_map(|module| ["--module", module]));
     stdout("scripts/image.sh", &arguments);
     let init = PathBuf::from(stdout("bash", &["-c", ". scripts/lib.sh; guest_init"]));
-    House {
-        kind,
-        kernel,
-        image,
-        init,
-    }
+    House { kind, kernel, image, init }
 });
 
-/// The program of another of the project's tests, built as this one is: what needs no Linux runs on a host with KVM, too.
+/// The program of another of the project's tests, built as this one is: what needs no Linux runs on a host
+/// with KVM, too.
 pub fn test_program(name: &str) -> PathBuf {
-    let mut arguments = vec![
-        "test",
-        "--no-run",
-        "--locked",
-        "--message-format=json",
-        "--test",
-        name,
-    ];
+    let mut arguments = vec!["test", "--no-run", "--locked", "--message-format=json", "--test", name];
     if !cfg!(debug_assertions) {
         arguments.push("--release");
     }
@@ -115,11 +100,7 @@ pub fn stdout(program: &str, arguments: &[&str]) -> String {
         .stderr(Stdio::inherit())
         .output()
         .unwrap_or_else(|error| panic!("{program}: {error}"));
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        output.status
-    );
+    assert!(output.status.success(), "{program} {arguments:?}: {}", output.status);
     String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
 }
 
@@ -144,10 +125,7 @@ impl Guest {
         let mut all = self.said(key);
         match (all.next(), all.next()) {
             (Some(value), None) => value,
-            (value, _) => panic!(
-                "'{key}:' {}:\n{self}",
-                value.map_or("is missing", |_| "comes twice")
-            ),
+            (value, _) => panic!("'{key}:' {}:\n{self}", value.map_or("is missing", |_| "comes twice")),
         }
     }
 
@@ -175,8 +153,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Runs `tests/linux/host/NAME.sh`, with these files in its directory `OUT`. `memory` is what the guests and the
-    /// files need on an emulated host.
+    /// Runs `tests/linux/host/NAME.sh`, with these files in its directory `OUT`. `memory` is what the guests
+    /// and the files need on an emulated host.
     pub fn run(name: &str, memory: &str, seconds: u32, files: &[(&str, Vec<u8>)]) -> Session {
         Session::with_programs(name, memory, seconds, files, &[])
     }
@@ -210,10 +188,7 @@ impl Session {
         ENDED.notify_one();
 
         let said = [output.stdout, output.stderr].concat();
-        Session {
-            out,
-            said: format!("{}\n{}", output.status, String::from_utf8_lossy(&said)),
-        }
+        Session { out, said: format!("{}\n{}", output.status, String::from_utf8_lossy(&said)) }
     }
 
     /// A guest of the session.
@@ -228,11 +203,7 @@ impl Session {
 
     /// What the session's script found on its own side, as if a guest had said it.
     pub fn host(&self) -> Guest {
-        Guest {
-            status: 0,
-            out: self.text("host.out"),
-            err: self.said.clone(),
-        }
+        Guest { status: 0, out: self.text("host.out"), err: self.said.clone() }
     }
 
     /// A file that the session wrote.
@@ -260,10 +231,8 @@ impl House {
             Kind::Kvm => "this machine's KVM",
             Kind::Lab => "an emulated host (scripts/lab.sh)",
         };
-        let _nobody_listens = writeln!(
-            std::io::stderr(),
-            "guests of tests/linux/host/{name}.sh run on {place}"
-        );
+        let _nobody_listens =
+            writeln!(std::io::stderr(), "guests of tests/linux/host/{name}.sh run on {place}");
 
         let scripts = format!("{PROJECT}/tests/linux/host");
         let script = format!("{scripts}/{name}.sh");
@@ -275,11 +244,7 @@ impl House {
             ("OUT", out.to_owned()),
             ("INPUT", out.join("input")),
         ];
-        let own = [
-            ("HOTSLOT", HOTSLOT.into()),
-            ("BACKEND", BACKEND.into()),
-            ("INIT", self.init.clone()),
-        ];
+        let own = [("HOTSLOT", HOTSLOT.into()), ("BACKEND", BACKEND.into()), ("INIT", self.init.clone())];
         let programs = [&own, programs].concat();
         variables.extend_from_slice(&programs);
         for name in [ENDURANCE, FS_FILE_MIB] {

@@ -1,7 +1,7 @@
 //! A stock Debian kernel boots under `hotslot`: what the guest finds, and what the user sees at the end.
 //!
-//! It takes minutes on an emulated host, and less with more tests at a time than processors, because most of them only
-//! wait for a session: `cargo test --release --test linux -- --test-threads=16`.
+//! It takes minutes on an emulated host, and less with more tests at a time than processors, because most of
+//! them only wait for a session: `cargo test --release --test linux -- --test-threads=16`.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
@@ -19,10 +19,8 @@ static MEMORY: LazyLock<Session> = LazyLock::new(|| Session::run("memory", "8G",
 static CONSOLE: LazyLock<Session> =
     LazyLock::new(|| Session::run("console", "2G", 300, &[("input", input())]));
 static SMALL: LazyLock<Session> = LazyLock::new(|| {
-    let programs = [
-        ("ENDURANCE", host::test_program("endurance")),
-        ("SMALL_GUEST", host::test_program("small_guest")),
-    ];
+    let programs =
+        [("ENDURANCE", host::test_program("endurance")), ("SMALL_GUEST", host::test_program("small_guest"))];
     // Warm-up, run, and all that is around.
     let endurance = std::env::var(host::ENDURANCE).map_or(10, |seconds| seconds.parse().unwrap());
     Session::with_programs("endurance", "2G", endurance * 2 + 500, &[], &programs)
@@ -79,10 +77,7 @@ fn disk(given: Option<&str>) -> Vec<u8> {
     // DAX wants blocks of a page.
     let [image_path, tree] = [&image, &tree].map(|path| path.to_str().unwrap());
     let features = "^has_journal";
-    tool(
-        "mkfs.ext4",
-        &["-q", "-b", "4096", "-O", features, "-d", tree, image_path],
-    );
+    tool("mkfs.ext4", &["-q", "-b", "4096", "-O", features, "-d", tree, image_path]);
     std::fs::read(image).unwrap()
 }
 
@@ -91,12 +86,7 @@ fn file_in(image: &Path, name: &str) -> Vec<u8> {
     let command = format!("cat /{name}");
     let mut bytes = tool("debugfs", &["-R", &command, image.to_str().unwrap()]);
     // A file written as a whole page: text, then zeroes.
-    bytes.truncate(
-        bytes
-            .iter()
-            .rposition(|byte| *byte != 0)
-            .map_or(0, |last| last + 1),
-    );
+    bytes.truncate(bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));
     bytes
 }
 
@@ -114,27 +104,23 @@ fn has_cpus(guest: &Guest, count: usize) {
 
 /// The guest has so much memory: the kernel's own parts are missing in its sum, then its needs while it runs.
 fn has_memory(guest: &Guest, mib: u64) {
-    // `struct page`, 64 bytes for each page of 4096, and hash tables: 1/32. The kernel's image and the like: 64 MiB.
+    // `struct page`, 64 bytes for each page of 4096, and hash tables: 1/32. The kernel's image and the like:
+    // 64 MiB.
     let reserved = mib / 32 + 64;
     let total = guest.one("total").parse::<u64>().unwrap() >> 10;
-    assert!(
-        (mib - reserved..=mib).contains(&total),
-        "{total} MiB of {mib}\n{guest}"
-    );
+    assert!((mib - reserved..=mib).contains(&total), "{total} MiB of {mib}\n{guest}");
     let touched = guest.one("probe memory").split_once(" MiB written and verified");
     let touched: u64 = touched.unwrap_or_else(|| panic!("{guest}")).0.parse().unwrap();
-    // What `probe memory` leaves to the kernel: 1/64, and 24 MiB. What the kernel keeps back of what is free, and what
-    // runs: about 128 MiB where there is much. Of 128 MiB a third is left.
+    // What `probe memory` leaves to the kernel: 1/64, and 24 MiB. What the kernel keeps back of what is free,
+    // and what runs: about 128 MiB where there is much. Of 128 MiB a third is left.
     let missing = total.checked_sub(touched).unwrap_or_else(|| panic!("{guest}"));
-    assert!(
-        missing <= mib / 32 + 160 && touched >= total / 4,
-        "{touched} MiB of {total} MiB\n{guest}"
-    );
+    assert!(missing <= mib / 32 + 160 && touched >= total / 4, "{touched} MiB of {total} MiB\n{guest}");
 }
 
 /// Errors and warnings of the kernel that are none of the machine's.
 const ALLOWED: [&str; 12] = [
-    // There is no PCI. With CONFIG_PCI no hint of ACPI's and no option (pci=off neither) keeps Linux from saying so.
+    // There is no PCI. With CONFIG_PCI no hint of ACPI's and no option (pci=off neither) keeps Linux from
+    // saying so.
     "PCI: Fatal: No config space access function found",
     "PCI: System does not support PCI",
     // Nor any control of the processor's frequency.
@@ -155,10 +141,8 @@ const ALLOWED: [&str; 12] = [
 ];
 
 fn complains_of_nothing_else(guest: &Guest) {
-    let others: Vec<&str> = guest
-        .said("dmesg")
-        .filter(|line| !ALLOWED.iter().any(|allowed| line.contains(allowed)))
-        .collect();
+    let others: Vec<&str> =
+        guest.said("dmesg").filter(|line| !ALLOWED.iter().any(|allowed| line.contains(allowed))).collect();
     assert!(others.is_empty(), "{others:#?}");
 }
 
@@ -288,10 +272,7 @@ fn a_driver_that_lets_go_and_comes_back_takes_the_mapping_with_it() {
     let there = Some("read-write".to_owned());
     assert_eq!(seen, [there.clone(), None, there], "{guest}");
     // It is nothing to the other device.
-    assert!(
-        maps.iter()
-            .all(|map| mapping(map, "disk1").as_deref() == Some("read-only"))
-    );
+    assert!(maps.iter().all(|map| mapping(map, "disk1").as_deref() == Some("read-only")));
     assert_eq!(guest.one("found again"), "Written through a mapping.");
 }
 
@@ -318,15 +299,12 @@ fn a_disk_of_another_back_end_that_does_not_see_them_fails_and_the_machine_goes_
     assert_eq!(guest.one("machine"), "goes on", "{guest}");
 }
 
-/// One of the project's other test programs ran all it was asked for, on a KVM that is the processor's; what it has to
-/// say is for whoever waits.
+/// One of the project's other test programs ran all it was asked for, on a KVM that is the processor's; what
+/// it has to say is for whoever waits.
 fn passed(tests: &Guest, count: usize) {
     let _nobody_listens = std::io::Write::write_all(&mut std::io::stderr(), tests.err.as_bytes());
     assert_eq!(tests.status, 0, "{tests}");
-    assert!(
-        tests.out.contains(&format!("{count} passed; 0 failed")),
-        "{tests}"
-    );
+    assert!(tests.out.contains(&format!("{count} passed; 0 failed")), "{tests}");
     assert!(!tests.err.contains("SKIPPED"), "{tests}");
 }
 
@@ -341,9 +319,6 @@ fn files_are_cut_short_on_a_kvm_of_hardware() {
     // SHM-45
     let parallel = SMALL.guest("truncation");
     passed(&parallel, 2);
-    assert!(
-        parallel.err.contains("KVM: with hardware virtualisation"),
-        "{parallel}"
-    );
+    assert!(parallel.err.contains("KVM: with hardware virtualisation"), "{parallel}");
     passed(&SMALL.guest("faults"), 2);
 }

@@ -1,8 +1,9 @@
-//! Random sequences of what a back-end and a guest may do, against a plain model of what comes of it: the device behind
-//! real sockets, its back-end raw bytes, its guest a processor of KVM's where `/dev/kvm` opens.
+//! Random sequences of what a back-end and a guest may do, against a plain model of what comes of it: the
+//! device behind real sockets, its back-end raw bytes, its guest a processor of KVM's where `/dev/kvm` opens.
 //!
-//! `HOTSLOT_MODEL_OPERATIONS` says how many operations there shall be at least; the usual number takes some seconds.
-//! A sequence that fails is shortened as far as it goes, and printed. `PROPTEST_RNG_SEED` repeats a run.
+//! `HOTSLOT_MODEL_OPERATIONS` says how many operations there shall be at least; the usual number takes some
+//! seconds. A sequence that fails is shortened as far as it goes, and printed. `PROPTEST_RNG_SEED` repeats a
+//! run.
 //!
 //! A program of its own, with one test: what the process has of the host is counted.
 
@@ -36,12 +37,12 @@ const USUAL: usize = 10_000;
 
 #[test]
 fn whatever_happens_is_what_a_model_of_intervals_says() {
-    // SHM-24, SHM-26, SHM-27, SHM-29, SHM-30, SHM-31, SHM-32, SHM-33, SHM-34, SHM-35, SHM-36, SHM-37, SHM-38, SHM-39,
-    // SHM-40, SHM-41, SHM-42, SHM-43, SHM-44, SHM-45, SHM-47, SHM-48, SHM-49, SHM-50, SHM-51, SHM-52, SHM-53,
-    // SHM-54, SHM-55, SHM-56, SHM-58, SHM-59, SHM-60, SHM-61, SHM-62, SHM-69, SHM-71, SHM-72, SHM-76, SHM-78
-    let wanted = std::env::var("HOTSLOT_MODEL_OPERATIONS").map_or(USUAL, |text| {
-        text.parse().expect("HOTSLOT_MODEL_OPERATIONS is a number")
-    });
+    // SHM-24, SHM-26, SHM-27, SHM-29, SHM-30, SHM-31, SHM-32, SHM-33, SHM-34, SHM-35, SHM-36, SHM-37, SHM-38,
+    // SHM-39, SHM-40, SHM-41, SHM-42, SHM-43, SHM-44, SHM-45, SHM-47, SHM-48, SHM-49, SHM-50, SHM-51, SHM-52,
+    // SHM-53, SHM-54, SHM-55, SHM-56, SHM-58, SHM-59, SHM-60, SHM-61, SHM-62, SHM-69, SHM-71, SHM-72, SHM-76,
+    // SHM-78
+    let wanted = std::env::var("HOTSLOT_MODEL_OPERATIONS")
+        .map_or(USUAL, |text| text.parse().expect("HOTSLOT_MODEL_OPERATIONS is a number"));
     let counts = many(wanted);
     // Nothing of what is to be tested is left out.
     let at_least = |count, share| assert!(count > wanted / share, "{counts:?}");

@@ -1,5 +1,5 @@
-//! What the contract says: intervals in regions, bytes in files. The arithmetic is that of a child, in numbers that do
-//! not overflow.
+//! What the contract says: intervals in regions, bytes in files. The arithmetic is that of a child, in
+//! numbers that do not overflow.
 
 use std::collections::BTreeMap;
 
@@ -132,11 +132,7 @@ impl Model {
         if fd {
             reasons.push(libc::EBADF);
         }
-        if self
-            .live
-            .get(&key)
-            .is_none_or(|mapping| mapping.len != request.len)
-        {
+        if self.live.get(&key).is_none_or(|mapping| mapping.len != request.len) {
             reasons.push(libc::ENOENT);
         }
         if reasons.is_empty() {
@@ -153,11 +149,7 @@ impl Model {
     /// What an UNMAP names.
     pub fn target(&self, target: &Target) -> MMap {
         let (shmid, shm_offset, len) = match *target {
-            Target::Range {
-                shmid,
-                shm_offset,
-                len,
-            } => (shmid, shm_offset, len),
+            Target::Range { shmid, shm_offset, len } => (shmid, shm_offset, len),
             Target::Live { nth, twist } => match self.nth(nth) {
                 None => (0, 0, PAGE),
                 Some((&(shmid, offset), mapping)) => match twist {
@@ -224,9 +216,7 @@ impl Model {
         } else if offset >= mapping.file_len() - mapping.guarded {
             Found::Guarded(key)
         } else {
-            bytes
-                .get(at as usize)
-                .map_or(Found::Tail, |&byte| Found::Byte(byte))
+            bytes.get(at as usize).map_or(Found::Tail, |&byte| Found::Byte(byte))
         }
     }
 
@@ -235,11 +225,7 @@ impl Model {
         let Some((key, mapping)) = self.holding(place) else {
             return;
         };
-        let (offset, file, at) = (
-            place.1 - key.1,
-            mapping.file,
-            mapping.file_offset + place.1 - key.1,
-        );
+        let (offset, file, at) = (place.1 - key.1, mapping.file, mapping.file_offset + place.1 - key.1);
         if offset < mapping.file_len() {
             self.files[file][at as usize] = byte;
         } else if let Some(mapping) = self.live.get_mut(&key) {
@@ -282,9 +268,7 @@ impl Model {
 
     /// Whether anything is missing or out of reach.
     pub fn lacks_something(&self) -> bool {
-        self.live
-            .values()
-            .any(|mapping| mapping.guarded > 0 || self.missing(mapping) > 0)
+        self.live.values().any(|mapping| mapping.guarded > 0 || self.missing(mapping) > 0)
     }
 
     pub fn keys(&self) -> Vec<Key> {

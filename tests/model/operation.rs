@@ -1,6 +1,7 @@
-//! What may happen to a device: operations as values, and how random ones are made. Most of them are sensible, so that
-//! much succeeds; some are wrong in each way that the contract knows. What they name ("the third live mapping") is
-//! looked up when they are carried out, so that a shortened sequence still means something.
+//! What may happen to a device: operations as values, and how random ones are made. Most of them are
+//! sensible, so that much succeeds; some are wrong in each way that the contract knows. What they name ("the
+//! third live mapping") is looked up when they are carried out, so that a shortened sequence still means
+//! something.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -37,7 +38,8 @@ pub enum Operation {
     Write(Place, u8),
     /// A processor is stuck in a page fault: what is missing is put out of reach.
     Guard,
-    /// A processor touched something that is missing, and nobody knows where. Then the guest reads or writes these.
+    /// A processor touched something that is missing, and nobody knows where. Then the guest reads or writes
+    /// these.
     Unlocated(Vec<(Place, Option<u8>)>),
     /// The back-end dies after these last requests; the guest resets the device. A new one takes its place.
     Death { late: Vec<Request> },

@@ -1,5 +1,5 @@
-//! Carries operations out on a device behind real sockets, and on the model, and compares: answers, slots, bookkeeping,
-//! every byte that the guest looks at; after each reset what the process has of the host.
+//! Carries operations out on a device behind real sockets, and on the model, and compares: answers, slots,
+//! bookkeeping, every byte that the guest looks at; after each reset what the process has of the host.
 
 use std::fs::File;
 use std::ops::AddAssign;
@@ -58,11 +58,7 @@ struct Holdings {
 
 impl Holdings {
     fn now() -> Holdings {
-        Holdings {
-            descriptors: descriptors(),
-            threads: threads(),
-            areas: areas("self"),
-        }
+        Holdings { descriptors: descriptors(), threads: threads(), areas: areas("self") }
     }
 }
 
@@ -93,10 +89,7 @@ pub fn run(machine: &mut Machine, operations: &[Operation]) -> Counts {
         model: Model::default(),
         files,
         device: zeroes,
-        counts: Counts {
-            sequences: 1,
-            ..Counts::default()
-        },
+        counts: Counts { sequences: 1, ..Counts::default() },
     };
     for (file, size) in [0, LONGEST / 2, LONGEST].into_iter().enumerate() {
         run.resize(file, size);
@@ -164,8 +157,8 @@ impl Run<'_> {
         }
     }
 
-    /// Sends requests and applies them to the model, in order; gives the id of each that is to be answered, and which
-    /// answers are right.
+    /// Sends requests and applies them to the model, in order; gives the id of each that is to be answered,
+    /// and which answers are right.
     fn send(
         &mut self,
         requests: &[Request],
@@ -176,22 +169,8 @@ impl Run<'_> {
         let mut expected = Vec::new();
         for request in requests {
             let (id, payload, fds, reasons) = match &request.what {
-                &What::Map {
-                    shmid,
-                    shm_offset,
-                    len,
-                    fd_offset,
-                    flags,
-                    fds,
-                } => {
-                    let payload = MMap {
-                        shmid,
-                        padding: [shmid; 7],
-                        fd_offset,
-                        shm_offset,
-                        len,
-                        flags,
-                    };
+                &What::Map { shmid, shm_offset, len, fd_offset, flags, fds } => {
+                    let payload = MMap { shmid, padding: [shmid; 7], fd_offset, shm_offset, len, flags };
                     let reasons = self.model.map(&payload, fds, slots);
                     self.counts.mapped += usize::from(reasons.is_empty());
                     (MAP, payload, self.descriptors(fds), reasons)
@@ -200,11 +179,7 @@ impl Run<'_> {
                     let payload = self.model.target(target);
                     let reasons = self.model.unmap(&payload, *fd);
                     self.counts.unmapped += usize::from(reasons.is_empty());
-                    let fds = if *fd {
-                        vec![self.device.as_raw_fd()]
-                    } else {
-                        vec![]
-                    };
+                    let fds = if *fd { vec![self.device.as_raw_fd()] } else { vec![] };
                     (UNMAP, payload, fds, reasons)
                 }
             };
@@ -242,16 +217,10 @@ impl Run<'_> {
                 true => result == 0,
                 false => reasons.iter().any(|&errno| result == -i64::from(errno)),
             };
-            assert!(
-                right,
-                "request {id} is answered {result}; {reasons:?} are the reasons to refuse it"
-            );
+            assert!(right, "request {id} is answered {result}; {reasons:?} are the reasons to refuse it");
         }
         // What was not to be answered is done when this is.
-        let nothing = MMap {
-            len: 1,
-            ..MMap::default()
-        };
+        let nothing = MMap { len: 1, ..MMap::default() };
         assert_eq!(unmap(&channel, nothing), -i64::from(libc::ENOENT));
         assert!(channel.is_silent());
         drop(channel);
@@ -277,8 +246,7 @@ impl Run<'_> {
         self.compare();
         assert_eq!(self.bench.guest().count(), 0);
         for (shmid, _) in REGIONS {
-            self.machine
-                .assert_empty(self.bench.shmem().region(shmid).unwrap());
+            self.machine.assert_empty(self.bench.shmem().region(shmid).unwrap());
         }
         assert_eq!(Holdings::now(), self.idle, "what is left after a reset");
     }
@@ -301,16 +269,11 @@ impl Run<'_> {
 
         let next = device(self.machine);
         drop(std::mem::replace(&mut self.bench, next).end());
-        eventually("the old back-end's thread ends", || {
-            threads() == self.idle.threads
-        });
+        eventually("the old back-end's thread ends", || threads() == self.idle.threads);
         self.model.is_reset = false;
         // The windows may be elsewhere now.
         let idle = Holdings::now();
-        assert_eq!(
-            (idle.descriptors, idle.areas.len()),
-            (self.idle.descriptors, self.idle.areas.len())
-        );
+        assert_eq!((idle.descriptors, idle.areas.len()), (self.idle.descriptors, self.idle.areas.len()));
         self.idle = idle;
     }
 
@@ -404,12 +367,7 @@ impl Run<'_> {
     fn fill(&mut self, key: Key) -> Filled {
         let is_first = self.model.live[&key].filled == 0;
         let len = self.model.fill(key);
-        Filled {
-            is_first,
-            shmid: key.0,
-            guest: self.guest_range(key),
-            len,
-        }
+        Filled { is_first, shmid: key.0, guest: self.guest_range(key), len }
     }
 
     fn guest_range(&self, key: Key) -> hotslot::memory::GuestRange {
@@ -465,10 +423,7 @@ impl Run<'_> {
             // SHM-44: neither longer nor shorter.
             let mut bytes = vec![0; LONGEST as usize + 1];
             let len = file.read_at(&mut bytes, 0).unwrap();
-            assert!(
-                bytes[..len] == expected[..],
-                "a file is not what was written to it"
-            );
+            assert!(bytes[..len] == expected[..], "a file is not what was written to it");
         }
     }
 
@@ -477,9 +432,8 @@ impl Run<'_> {
         for (shmid, _) in REGIONS {
             let seen = self.bench.sees(shmid);
             let live = self.model.live.range((shmid, 0)..=(shmid, u64::MAX));
-            let expected: Vec<_> = live
-                .map(|(&(_, offset), mapping)| (offset, mapping.span(), mapping.access))
-                .collect();
+            let expected: Vec<_> =
+                live.map(|(&(_, offset), mapping)| (offset, mapping.span(), mapping.access)).collect();
             assert_eq!(seen, expected, "region {shmid}");
         }
         let live = self.model.live.iter();

@@ -1,4 +1,5 @@
-//! A device with a scripted back-end behind a real socket, and a machine that remembers what its guest can see.
+//! A device with a scripted back-end behind a real socket, and a machine that remembers what its guest can
+//! see.
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
@@ -178,20 +179,13 @@ impl Setup {
         let (offer, mut script) = (self.offer, self.script);
         thread::spawn(move || {
             let (socket, _) = listener.accept().unwrap();
-            let peer = Peer {
-                main: Wire::new(socket),
-                channel,
-                guest,
-            };
+            let peer = Peer { main: Wire::new(socket), channel, guest };
             *main.lock().unwrap() = Some(peer.main.try_clone());
             serve(&offer, &mut script, &seen, &peer);
             *peer.channel.lock().unwrap() = None;
             *main.lock().unwrap() = None;
         });
-        (
-            Frontend::connect(&backend.spec, PATIENCE, backend.member.is_some()),
-            backend,
-        )
+        (Frontend::connect(&backend.spec, PATIENCE, backend.member.is_some()), backend)
     }
 
     fn backend(&self) -> Backend {
@@ -245,9 +239,7 @@ impl Setup {
         let (handshake, backend) = self.connect();
         let bench = backend.device(handshake.unwrap()).unwrap();
         if bench.device().shared_memory(0).is_some() {
-            eventually("the back-end has its channel", || {
-                bench.channel.lock().unwrap().is_some()
-            });
+            eventually("the back-end has its channel", || bench.channel.lock().unwrap().is_some());
         }
         bench
     }
@@ -344,12 +336,7 @@ impl Backend {
         let shmem = Arc::new(SharedMemory::new(sizes, &mut windows, mapper, self.quota)?);
         let page = RegisterPage::new()?;
         let interrupt = Interrupt::new(Arc::clone(&page))?;
-        let ram = MemoryRegion {
-            guest_addr: 0,
-            size: 16 << 20,
-            user_addr: 0x7000_0000_0000,
-            mmap_offset: 0,
-        };
+        let ram = MemoryRegion { guest_addr: 0, size: 16 << 20, user_addr: 0x7000_0000_0000, mmap_offset: 0 };
         let memory = MemoryTable::new(Arc::new(memfd(ram.size)), vec![ram]);
         let device = VhostUserDevice::new(
             &self.spec,
@@ -511,11 +498,7 @@ impl Bench {
 
 /// One page of region 0.
 pub fn page_at(page: u64) -> MMap {
-    MMap {
-        shm_offset: page * PAGE,
-        len: PAGE,
-        ..MMap::default()
-    }
+    MMap { shm_offset: page * PAGE, len: PAGE, ..MMap::default() }
 }
 
 pub fn map(channel: &Wire, request: MMap, file: &impl AsRawFd) -> i64 {

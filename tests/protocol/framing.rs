@@ -88,15 +88,9 @@ fn what_is_no_message_ends_the_channel_and_fails_the_device_alone() {
         ("version 2", message(MAP, 2 | NEED_REPLY, &page)),
         ("version 3", message(MAP, 3 | NEED_REPLY, &page)),
         ("a reply", message(MAP, VERSION_1 | REPLY, &page)),
-        (
-            "a reply that wants one",
-            message(99, VERSION_1 | REPLY | NEED_REPLY, &[]),
-        ),
+        ("a reply that wants one", message(99, VERSION_1 | REPLY | NEED_REPLY, &[])),
         ("oversized", words([MAP, VERSION_1 | NEED_REPLY, 4097])),
-        (
-            "as large as can be",
-            words([MAP, VERSION_1 | NEED_REPLY, u32::MAX]),
-        ),
+        ("as large as can be", words([MAP, VERSION_1 | NEED_REPLY, u32::MAX])),
     ];
     for (what, bytes) in no_messages {
         let bench = Setup::new().start();
@@ -141,11 +135,7 @@ fn the_end_inside_a_message_fails_the_device_and_between_two_it_does_not() {
     // A back-end may do without the channel.
     let bench = Setup::new().start();
     assert_eq!(bench.map_page(0, 1), 0);
-    bench
-        .channel()
-        .socket()
-        .shutdown(std::net::Shutdown::Both)
-        .unwrap();
+    bench.channel().socket().shutdown(std::net::Shutdown::Both).unwrap();
     // Often enough that the device's thread has noticed meanwhile.
     for _ in 0..50 {
         bench.start().unwrap();
@@ -300,14 +290,8 @@ fn descriptors_that_wait_for_their_message_are_few_and_are_closed() {
         let fds = vec![fd.as_raw_fd(); 100];
         eventually("they are sent", || channel.send_with(&[*byte], &fds).is_ok());
     }
-    let open = || {
-        (0..8192)
-            .filter(|&fd| inode(fd).is_ok_and(|inode| inode == ours))
-            .count()
-    };
-    eventually("at most as many are open as one message can have", || {
-        open() <= 254
-    });
+    let open = || (0..8192).filter(|&fd| inode(fd).is_ok_and(|inode| inode == ours)).count();
+    eventually("at most as many are open as one message can have", || open() <= 254);
     channel.send(&map[12..]);
     assert_eq!(answer(&channel, MAP), -i64::from(libc::EMFILE));
     drop(fd);

@@ -45,12 +45,7 @@ fn a_back_end_without_protocol_features_is_asked_for_none() {
     let bench = setup.start();
     bench.start().unwrap();
     bench.reset();
-    assert!(
-        bench
-            .ids()
-            .iter()
-            .all(|id| [1, 2, 3, 5, 8, 9, 10, 11, 12, 13].contains(id))
-    );
+    assert!(bench.ids().iter().all(|id| [1, 2, 3, 5, 8, 9, 10, 11, 12, 13].contains(id)));
     assert!(!bench.needs_reset());
 }
 
@@ -78,10 +73,8 @@ fn the_back_end_has_the_only_copy_of_its_end_of_the_channel() {
     use std::os::unix::fs::MetadataExt;
     let bench = Setup::new().start();
     let channel = bench.channel();
-    let inode = std::fs::metadata(format!(
-        "/proc/self/fd/{}",
-        std::os::fd::AsRawFd::as_raw_fd(channel.socket())
-    ));
+    let inode =
+        std::fs::metadata(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(channel.socket())));
     let inode = inode.unwrap().ino();
     let copies = || {
         let open = std::fs::read_dir("/proc/self/fd").unwrap();
@@ -96,9 +89,7 @@ fn the_back_end_has_the_only_copy_of_its_end_of_the_channel() {
 #[test]
 fn a_back_end_that_lacks_all_that_is_optional_works() {
     // SHM-5, SHM-59
-    let bench = Setup::new()
-        .without(MQ | REPLY_ACK | SEND_FD | RESET_DEVICE | STATUS)
-        .start();
+    let bench = Setup::new().without(MQ | REPLY_ACK | SEND_FD | RESET_DEVICE | STATUS).start();
     bench.start().unwrap();
     let bytes = message(9, 0x9, &page_at(3).bytes());
     let file = file_of(1, 7);
@@ -129,18 +120,13 @@ fn regions_are_what_the_back_end_says_whatever_their_ids() {
         let reply = shmem_config(regions.len() as u32, 0xdead_beef, &regions);
         let bench = {
             let (handshake, backend) = Setup::new()
-                .on(44, move |_| {
-                    Answer::Bytes(message(44, VERSION_1 | REPLY, &reply), None)
-                })
+                .on(44, move |_| Answer::Bytes(message(44, VERSION_1 | REPLY, &reply), None))
                 .connect();
             backend.device(handshake.unwrap()).unwrap()
         };
         let device = bench.device();
         for id in 0..=255 {
-            let expected = regions
-                .iter()
-                .find(|region| region.0 == id)
-                .map(|region| region.1);
+            let expected = regions.iter().find(|region| region.0 == id).map(|region| region.1);
             assert_eq!(device.shared_memory(id).map(|range| range.len()), expected); // SHM-20, SHM-21
         }
         drop(device);
@@ -159,15 +145,10 @@ fn a_count_that_does_not_match_fails_the_set_up() {
     for nregions in [0, 1, 3, 256, u32::MAX] {
         let reply = shmem_config(nregions, 0, &[(0, PAGE), (9, PAGE)]);
         let (handshake, backend) = Setup::new()
-            .on(44, move |_| {
-                Answer::Bytes(message(44, VERSION_1 | REPLY, &reply), None)
-            })
+            .on(44, move |_| Answer::Bytes(message(44, VERSION_1 | REPLY, &reply), None))
             .connect();
         let error = handshake.unwrap_err().to_string();
-        assert!(
-            error.contains(&nregions.to_string()) && error.contains('2'),
-            "{error}"
-        );
+        assert!(error.contains(&nregions.to_string()) && error.contains('2'), "{error}");
         assert!(!backend.ids().contains(&21));
     }
 }
@@ -224,9 +205,8 @@ fn what_is_no_answer_fails_the_set_up_with_the_requests_name() {
         ("version 3", message(44, 3 | REPLY, &good)),
     ];
     for (what, bytes) in wrong {
-        let (handshake, _backend) = Setup::new()
-            .on(44, move |_| Answer::Bytes(bytes.clone(), None))
-            .connect();
+        let (handshake, _backend) =
+            Setup::new().on(44, move |_| Answer::Bytes(bytes.clone(), None)).connect();
         let error = handshake.expect_err(what).to_string();
         assert!(error.contains("GET_SHMEM_CONFIG"), "{what}: {error}");
     }
@@ -271,10 +251,7 @@ fn a_silent_back_end_is_not_waited_for_without_end() {
         ("GET_PROTOCOL_FEATURES", Setup::new().on(15, |_| Answer::Silence)),
         ("GET_QUEUE_NUM", Setup::new().on(17, |_| Answer::Silence)),
         ("GET_SHMEM_CONFIG", Setup::new().on(44, |_| Answer::Silence)),
-        (
-            "GET_SHMEM_CONFIG",
-            Setup::new().on(44, move |_| Answer::Bytes(half.clone(), None)),
-        ),
+        ("GET_SHMEM_CONFIG", Setup::new().on(44, move |_| Answer::Bytes(half.clone(), None))),
     ];
     std::thread::scope(|scope| {
         for (name, setup) in setups {

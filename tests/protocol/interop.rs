@@ -123,16 +123,8 @@ fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shar
     let owner = devices.owner(Setup::new()).start();
     let (other, memory, _told, end) = start(devices.recipient(Setup::new()));
     let file = file_of(3, 0x11);
-    let request = MMap {
-        fd_offset: PAGE,
-        len: 2 * PAGE,
-        ..read_write(4)
-    };
-    let byte_at = |page| {
-        memory
-            .memory()
-            .read_obj::<u8>(GuestAddress(address(&owner, page)))
-    };
+    let request = MMap { fd_offset: PAGE, len: 2 * PAGE, ..read_write(4) };
+    let byte_at = |page| memory.memory().read_obj::<u8>(GuestAddress(address(&owner, page)));
     other.start().unwrap();
     for _ in 0..3 {
         assert_eq!(owner.map(request, &file), 0);
@@ -151,10 +143,7 @@ fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shar
     }
     // More than fits into the file, which then grows (Linux' DAX).
     let short = memfd(1);
-    let long = MMap {
-        len: 8 * PAGE,
-        ..read_write(8)
-    };
+    let long = MMap { len: 8 * PAGE, ..read_write(8) };
     assert_eq!(owner.map(long, &short), 0);
     short.set_len(8 * PAGE).unwrap();
     short.write_all_at(&[0x44], 7 * PAGE).unwrap();

@@ -18,8 +18,8 @@ const GET_VRING_BASE: u32 = 11;
 const RESET: u32 = 34;
 const SET_STATUS: u32 = 39;
 
-/// A back-end that maps page `page` of region 0 on the thread that serves the main socket, before it answers `request`.
-/// The answer to the MAP ends up in the number; u64::MAX before.
+/// A back-end that maps page `page` of region 0 on the thread that serves the main socket, before it answers
+/// `request`. The answer to the MAP ends up in the number; u64::MAX before.
 fn maps_inside(request: u32, page: u64) -> (Setup, Arc<AtomicU64>) {
     let answered = Arc::new(AtomicU64::new(u64::MAX));
     let store = Arc::clone(&answered);
@@ -58,13 +58,8 @@ fn mappings_are_not_in_their_owners_memory_table() {
         bench.reset();
         bench.start().unwrap();
     });
-    let table = |seen: &[Seen]| {
-        seen.iter()
-            .find(|seen| seen.request == SET_MEM_TABLE)
-            .unwrap()
-            .payload
-            .clone()
-    };
+    let table =
+        |seen: &[Seen]| seen.iter().find(|seen| seen.request == SET_MEM_TABLE).unwrap().payload.clone();
     assert_eq!(table(&before), table(&after));
     assert!(!ids(&after).iter().any(|id| [37, 38].contains(id)));
 }
@@ -129,12 +124,10 @@ fn a_ring_whose_start_was_refused_half_way_is_stopped_by_the_reset() {
     let refuse = Arc::new(AtomicBool::new(true));
     let refused = Arc::clone(&refuse);
     let bench = Setup::new()
-        .script(
-            move |request, _| match request.request == 18 && refused.load(Ordering::SeqCst) {
-                true => Answer::Bytes(message(18, 0x5, &1u64.to_ne_bytes()), None),
-                false => Answer::Usual,
-            },
-        )
+        .script(move |request, _| match request.request == 18 && refused.load(Ordering::SeqCst) {
+            true => Answer::Bytes(message(18, 0x5, &1u64.to_ne_bytes()), None),
+            false => Answer::Usual,
+        })
         .start();
     let error = bench.start().unwrap_err().to_string();
     assert!(error.contains("SET_VRING_ENABLE"), "{error}");
@@ -148,11 +141,8 @@ fn a_ring_whose_start_was_refused_half_way_is_stopped_by_the_reset() {
 #[test]
 fn a_refused_reset_does_not_keep_the_rest_from_being_done() {
     // SHM-69, SHM-70
-    let bench = Setup::new()
-        .on(RESET, |_| {
-            Answer::Bytes(message(RESET, 0x5, &1u64.to_ne_bytes()), None)
-        })
-        .start();
+    let bench =
+        Setup::new().on(RESET, |_| Answer::Bytes(message(RESET, 0x5, &1u64.to_ne_bytes()), None)).start();
     assert_eq!(bench.map_page(0, 1), 0);
     assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
     assert_eq!(bench.guest().count(), 0);
@@ -172,13 +162,9 @@ fn a_back_end_may_map_as_soon_as_it_has_its_channel() {
 #[test]
 fn a_back_end_may_map_while_it_handles_our_requests() {
     // SHM-67: it waits for us while we wait for it. SHM-75: a start is what allows it again.
-    for (request, expected) in [
-        (SET_MEM_TABLE, 0),
-        (18, 0),
-        (GET_VRING_BASE, EBUSY),
-        (RESET, EBUSY),
-        (SET_STATUS, 0),
-    ] {
+    for (request, expected) in
+        [(SET_MEM_TABLE, 0), (18, 0), (GET_VRING_BASE, EBUSY), (RESET, EBUSY), (SET_STATUS, 0)]
+    {
         let (setup, answered) = maps_inside(request, request.into());
         let bench = setup.start();
         if request != GET_VRING_BASE && request != RESET {
@@ -188,15 +174,8 @@ fn a_back_end_may_map_while_it_handles_our_requests() {
             assert!(ids(&asked).contains(&request));
             // The second ring's SET_VRING_ENABLE finds it mapped already.
             let result = answered.load(Ordering::SeqCst) as i64;
-            assert!(
-                [expected, i64::from(libc::EEXIST)].contains(&result),
-                "{request}: {result}"
-            );
-            assert_eq!(
-                bench.reads(0, u64::from(request) * PAGE),
-                Some(7),
-                "there when the driver goes on"
-            );
+            assert!([expected, i64::from(libc::EEXIST)].contains(&result), "{request}: {result}");
+            assert_eq!(bench.reads(0, u64::from(request) * PAGE), Some(7), "there when the driver goes on");
         } else {
             bench.start().unwrap();
             bench.reset();
@@ -252,8 +231,8 @@ fn what_is_queued_before_the_reset_is_over_leaves_nothing_behind() {
 
 #[test]
 fn a_reset_is_not_over_before_what_was_sent_until_then_was_read() {
-    // SHM-71: the device's thread has no room for its answers, so a MAP waits behind them. The reset waits, too; were
-    // it over, the MAP would come after the next start, which allows it.
+    // SHM-71: the device's thread has no room for its answers, so a MAP waits behind them. The reset waits,
+    // too; were it over, the MAP would come after the next start, which allows it.
     const BEFORE: usize = 1000;
     let (tell, told) = std::sync::mpsc::channel();
     let bench = Setup::new()
@@ -327,10 +306,7 @@ fn neither_a_queues_reset_nor_a_stopped_ring_unmaps() {
     let bench = Setup::new().start();
     bench.start().unwrap();
     assert_eq!(bench.map_page(0, 1), 0);
-    assert_eq!(
-        ids(&bench.asked(|| bench.device().stop_queue(0).unwrap())),
-        [GET_VRING_BASE]
-    );
+    assert_eq!(ids(&bench.asked(|| bench.device().stop_queue(0).unwrap())), [GET_VRING_BASE]);
     bench.device().stop_queue(1).unwrap();
     assert_eq!(bench.reads(0, 0), Some(1));
     assert_eq!(bench.map_page(1, 2), 0);
@@ -345,10 +321,7 @@ fn a_ring_outside_ram_fails_the_start_and_nothing_else() {
     queue.device_area = (16 << 20) - 6;
     let result = bench.device().start(F_VERSION_1, &[queue]);
     let error = result.unwrap_err().to_string();
-    assert!(
-        error.contains("used ring") && error.contains("0xfffffa"),
-        "{error}"
-    );
+    assert!(error.contains("used ring") && error.contains("0xfffffa"), "{error}");
     assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
     bench.start().unwrap();
     bench.assert_works();
@@ -398,10 +371,7 @@ fn a_back_end_that_dies_unasked_is_noticed() {
     }
     main.socket().shutdown(std::net::Shutdown::Both).unwrap();
     bench.wait_until_failed();
-    assert_eq!(
-        (bench.reads(0, 5 * PAGE), bench.reads(0, 63 * PAGE)),
-        (Some(5), Some(6))
-    );
+    assert_eq!((bench.reads(0, 5 * PAGE), bench.reads(0, 63 * PAGE)), (Some(5), Some(6)));
     channel.wait_for_end();
     bench.reset();
     assert_eq!(bench.guest().count(), 0);
@@ -460,9 +430,7 @@ fn a_wrong_answer_to_what_we_ask_cuts_the_back_end_off() {
         message(GET_VRING_BASE, 0x4, &[0; 8]),
     ] {
         let bytes = wrong.clone();
-        let bench = Setup::new()
-            .on(GET_VRING_BASE, move |_| Answer::Bytes(bytes.clone(), None))
-            .start();
+        let bench = Setup::new().on(GET_VRING_BASE, move |_| Answer::Bytes(bytes.clone(), None)).start();
         bench.start().unwrap();
         assert_eq!(bench.map_page(0, 1), 0);
         let channel = bench.channel();
@@ -503,10 +471,7 @@ fn the_configuration_space_is_the_back_ends() {
     assert_eq!(bench.device().config(), [0; 8]);
     let asked = bench.asked(|| bench.device().write_config(4, &[1, 2]).unwrap());
     assert_eq!(asked[0].request, 25);
-    assert_eq!(
-        asked[0].payload,
-        [&[4, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0][..], &[1, 2]].concat()
-    );
+    assert_eq!(asked[0].payload, [&[4, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0][..], &[1, 2]].concat());
     assert_eq!(bench.device().config(), [0, 0, 0, 0, 1, 2, 0, 0]);
     for (offset, len) in [(7, 2), (8, 1), (u64::MAX, 4)] {
         let asked = bench.asked(|| bench.device().write_config(offset, &vec![0; len]).unwrap());

@@ -16,12 +16,8 @@ fn who_does_not_ask_gets_no_answer_but_the_effect() {
     let channel = bench.channel();
     let file = file_of(1, 1);
     let fd = [file.as_raw_fd()];
-    channel
-        .send_with(&message(MAP, VERSION_1, &page_at(0).bytes()), &fd)
-        .unwrap();
-    channel
-        .send_with(&message(MAP, VERSION_1, &page_at(0).bytes()), &fd)
-        .unwrap(); // fails
+    channel.send_with(&message(MAP, VERSION_1, &page_at(0).bytes()), &fd).unwrap();
+    channel.send_with(&message(MAP, VERSION_1, &page_at(0).bytes()), &fd).unwrap(); // fails
     channel.send(&message(UNMAP, VERSION_1, &page_at(5).bytes())); // fails
     channel.send(&message(77, VERSION_1, &[0; 3])); // unknown
     // The first answer is that of the first who asks.
@@ -41,9 +37,7 @@ fn without_reply_ack_nobody_gets_an_answer() {
     let ask = VERSION_1 | NEED_REPLY;
     channel.send(&message(99, ask, &[]));
     channel.send(&message(UNMAP, ask, &page_at(0).bytes()));
-    channel
-        .send_with(&message(MAP, ask, &page_at(0).bytes()), &[file.as_raw_fd()])
-        .unwrap();
+    channel.send_with(&message(MAP, ask, &page_at(0).bytes()), &[file.as_raw_fd()]).unwrap();
     eventually("it is mapped", || bench.reads(0, 0) == Some(1));
     channel.send(&message(UNMAP, ask, &page_at(0).bytes()));
     eventually("it is unmapped", || bench.guest().count() == 0);
@@ -57,9 +51,7 @@ fn an_answer_is_twenty_bytes_and_zero_iff_it_was_done() {
     let channel = bench.channel();
     let file = file_of(1, 1);
     let ask = |id, page: MMap, fds: &[i32]| {
-        channel
-            .send_with(&message(id, VERSION_1 | NEED_REPLY, &page.bytes()), fds)
-            .unwrap();
+        channel.send_with(&message(id, VERSION_1 | NEED_REPLY, &page.bytes()), fds).unwrap();
         let mut bytes = [0; 20];
         channel.socket().set_read_timeout(Some(PATIENCE)).unwrap();
         // A descriptor with it would be lost here; `answer` looks for that.
@@ -71,16 +63,10 @@ fn an_answer_is_twenty_bytes_and_zero_iff_it_was_done() {
     assert_eq!(ask(MAP, page, &[fd])[..], expected(MAP, 0));
     assert_eq!(bench.reads(0, 3 * PAGE), Some(1));
     assert_eq!(ask(MAP, page, &[fd])[..], expected(MAP, -i64::from(libc::EEXIST)));
-    assert_eq!(
-        ask(MAP, page_at(4), &[])[..],
-        expected(MAP, -i64::from(libc::EBADF))
-    );
+    assert_eq!(ask(MAP, page_at(4), &[])[..], expected(MAP, -i64::from(libc::EBADF)));
     assert_eq!(ask(UNMAP, page, &[])[..], expected(UNMAP, 0));
     assert_eq!(bench.reads(0, 3 * PAGE), None);
-    assert_eq!(
-        ask(UNMAP, page, &[])[..],
-        expected(UNMAP, -i64::from(libc::ENOENT))
-    );
+    assert_eq!(ask(UNMAP, page, &[])[..], expected(UNMAP, -i64::from(libc::ENOENT)));
     assert!(channel.is_silent());
 }
 
@@ -164,19 +150,10 @@ fn every_refusal_leaves_a_channel_that_works() {
     let bench = Setup::new().start();
     let file = file_of(1, 1);
     for request in [
-        MMap {
-            shmid: 3,
-            ..page_at(0)
-        },
+        MMap { shmid: 3, ..page_at(0) },
         MMap { len: 0, ..page_at(0) },
-        MMap {
-            flags: 4,
-            ..page_at(0)
-        },
-        MMap {
-            shm_offset: u64::MAX,
-            ..page_at(0)
-        },
+        MMap { flags: 4, ..page_at(0) },
+        MMap { shm_offset: u64::MAX, ..page_at(0) },
     ] {
         assert!(bench.map(request, &file) < 0);
         bench.assert_works();

@@ -30,8 +30,7 @@ fn what_is_mapped_is_seen_where_it_was_asked_for() {
     let bench = Setup::new().start();
     let file = memfd(0);
     for page in 0..8u8 {
-        file.write_all_at(&[page; PAGE as usize], u64::from(page) * PAGE)
-            .unwrap();
+        file.write_all_at(&[page; PAGE as usize], u64::from(page) * PAGE).unwrap();
     }
     let request = MMap {
         padding: [0xff; 7], // SHM-26
@@ -48,12 +47,7 @@ fn what_is_mapped_is_seen_where_it_was_asked_for() {
     assert_eq!(bench.map(MMap { shmid: 7, ..request }, &file), 0);
     assert_eq!(bench.reads(7, 2 * PAGE), Some(5));
     // SHM-53; SHM-56: gone when the answer is there.
-    let unmap = MMap {
-        padding: [1; 7],
-        fd_offset: u64::MAX,
-        flags: u64::MAX,
-        ..request
-    };
+    let unmap = MMap { padding: [1; 7], fd_offset: u64::MAX, flags: u64::MAX, ..request };
     assert_eq!(bench.unmap(unmap), 0);
     assert_eq!((bench.sees(0), bench.sees(7).len()), (vec![], 1));
     // SHM-55
@@ -66,20 +60,11 @@ fn what_is_mapped_is_seen_where_it_was_asked_for() {
 fn the_guest_writes_where_it_may() {
     let bench = Setup::new().start();
     let file = file_of(2, 1);
-    let writable = MMap {
-        flags: READ_WRITE,
-        ..page_at(0)
-    };
-    let read_only = MMap {
-        fd_offset: PAGE,
-        ..page_at(1)
-    };
+    let writable = MMap { flags: READ_WRITE, ..page_at(0) };
+    let read_only = MMap { fd_offset: PAGE, ..page_at(1) };
     assert_eq!(bench.map(writable, &file), 0);
     assert_eq!(bench.map(read_only, &file), 0);
-    assert_eq!(
-        bench.sees(0),
-        [(0, PAGE, Access::ReadWrite), (PAGE, PAGE, Access::ReadOnly)]
-    );
+    assert_eq!(bench.sees(0), [(0, PAGE, Access::ReadWrite), (PAGE, PAGE, Access::ReadOnly)]);
     assert!(bench.writes(0, 5, 0xee) && !bench.writes(0, PAGE + 5, 0xee));
     let mut bytes = [0; 2];
     file.read_exact_at(&mut bytes[..1], 5).unwrap();
@@ -95,16 +80,7 @@ fn a_read_only_descriptor_serves_reading_only() {
     let named = tempfile::NamedTempFile::new().unwrap();
     named.as_file().write_all_at(&[3; PAGE as usize], 0).unwrap();
     let file = File::open(named.path()).unwrap();
-    assert_eq!(
-        bench.map(
-            MMap {
-                flags: READ_WRITE,
-                ..page_at(0)
-            },
-            &file
-        ),
-        EACCES
-    ); // SHM-41
+    assert_eq!(bench.map(MMap { flags: READ_WRITE, ..page_at(0) }, &file), EACCES); // SHM-41
     assert_eq!(bench.map(page_at(0), &file), 0); // SHM-39, SHM-49
     assert_eq!(bench.reads(0, 0), Some(3));
 }
@@ -116,81 +92,20 @@ fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
     let page = page_at(0);
     let top = u64::MAX - (PAGE - 1);
     let wrong = [
-        (MMap { shmid: 1, ..page }, ENOENT),   // SHM-29
-        (MMap { shmid: 255, ..page }, ENOENT), // SHM-29
-        (MMap { len: 0, ..page }, EINVAL),     // SHM-30
-        (
-            MMap {
-                len: REGION + 1,
-                ..page
-            },
-            ERANGE,
-        ), // SHM-31
-        (
-            MMap {
-                shm_offset: REGION,
-                ..page
-            },
-            ERANGE,
-        ), // SHM-31
-        (
-            MMap {
-                shm_offset: top,
-                ..page
-            },
-            ERANGE,
-        ), // SHM-31, SHM-50
-        (
-            MMap {
-                shm_offset: top,
-                len: u64::MAX,
-                ..page
-            },
-            ERANGE,
-        ), // SHM-31, SHM-50
-        (
-            MMap {
-                len: u64::MAX,
-                ..page
-            },
-            ERANGE,
-        ), // SHM-31
-        (
-            MMap {
-                fd_offset: top,
-                ..page
-            },
-            EOVERFLOW,
-        ), // SHM-32
-        (
-            MMap {
-                fd_offset: (1 << 63) - PAGE,
-                ..page
-            },
-            EOVERFLOW,
-        ), // SHM-32
-        (
-            MMap {
-                shm_offset: 1,
-                ..page
-            },
-            EINVAL,
-        ), // SHM-33
-        (
-            MMap {
-                fd_offset: 2048,
-                ..page
-            },
-            EINVAL,
-        ), // SHM-33
-        (MMap { flags: 2, ..page }, EINVAL),   // SHM-42
-        (
-            MMap {
-                flags: READ_WRITE | 1 << 63,
-                ..page
-            },
-            EINVAL,
-        ), // SHM-42
+        (MMap { shmid: 1, ..page }, ENOENT),                       // SHM-29
+        (MMap { shmid: 255, ..page }, ENOENT),                     // SHM-29
+        (MMap { len: 0, ..page }, EINVAL),                         // SHM-30
+        (MMap { len: REGION + 1, ..page }, ERANGE),                // SHM-31
+        (MMap { shm_offset: REGION, ..page }, ERANGE),             // SHM-31
+        (MMap { shm_offset: top, ..page }, ERANGE),                // SHM-31, SHM-50
+        (MMap { shm_offset: top, len: u64::MAX, ..page }, ERANGE), // SHM-31, SHM-50
+        (MMap { len: u64::MAX, ..page }, ERANGE),                  // SHM-31
+        (MMap { fd_offset: top, ..page }, EOVERFLOW),              // SHM-32
+        (MMap { fd_offset: (1 << 63) - PAGE, ..page }, EOVERFLOW), // SHM-32
+        (MMap { shm_offset: 1, ..page }, EINVAL),                  // SHM-33
+        (MMap { fd_offset: 2048, ..page }, EINVAL),                // SHM-33
+        (MMap { flags: 2, ..page }, EINVAL),                       // SHM-42
+        (MMap { flags: READ_WRITE | 1 << 63, ..page }, EINVAL),    // SHM-42
     ];
     for (request, errno) in wrong {
         assert_eq!(bench.map(request, &file), errno, "{request:?}");
@@ -205,20 +120,11 @@ fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
 fn a_length_of_part_of_a_page_is_unmapped_by_that_length() {
     // SHM-34
     let bench = Setup::new().start();
-    let request = MMap {
-        len: PAGE + 1,
-        ..page_at(0)
-    };
+    let request = MMap { len: PAGE + 1, ..page_at(0) };
     assert_eq!(bench.map(request, &file_of(2, 4)), 0);
     assert_eq!(bench.reads(0, 2 * PAGE - 1), Some(4));
     assert_eq!(bench.map_page(1, 5), EEXIST);
-    assert_eq!(
-        bench.unmap(MMap {
-            len: 2 * PAGE,
-            ..request
-        }),
-        ENOENT
-    );
+    assert_eq!(bench.unmap(MMap { len: 2 * PAGE, ..request }), ENOENT);
     assert_eq!(bench.unmap(request), 0);
     assert_eq!(bench.guest().count(), 0);
 }
@@ -226,26 +132,14 @@ fn a_length_of_part_of_a_page_is_unmapped_by_that_length() {
 #[test]
 fn overlaps_are_refused_and_neighbours_are_not() {
     let bench = Setup::new().start();
-    let place = |page, pages| MMap {
-        len: pages * PAGE,
-        ..page_at(page)
-    };
+    let place = |page, pages| MMap { len: pages * PAGE, ..page_at(page) };
     assert_eq!(bench.map(place(4, 4), &file_of(4, 1)), 0);
     for (page, pages) in [(4, 4), (0, 5), (7, 2), (5, 1), (0, 64)] {
         assert_eq!(bench.map(place(page, pages), &file_of(4, 2)), EEXIST); // SHM-35
     }
     assert_eq!(bench.map_page(3, 2), 0); // SHM-36
     assert_eq!(bench.map_page(8, 2), 0); // SHM-36
-    assert_eq!(
-        bench.map(
-            MMap {
-                shmid: 7,
-                ..place(4, 4)
-            },
-            &file_of(4, 3)
-        ),
-        0
-    ); // SHM-36
+    assert_eq!(bench.map(MMap { shmid: 7, ..place(4, 4) }, &file_of(4, 3)), 0); // SHM-36
     let seen: Vec<_> = (2..10).map(|page| bench.reads(0, page * PAGE)).collect();
     let old = Some(1);
     assert_eq!(seen, [None, Some(2), old, old, old, old, Some(2), None]); // SHM-35
@@ -254,40 +148,15 @@ fn overlaps_are_refused_and_neighbours_are_not() {
 #[test]
 fn only_a_whole_mapping_is_unmapped() {
     let bench = Setup::new().start();
-    let place = |page, pages| MMap {
-        len: pages * PAGE,
-        ..page_at(page)
-    };
+    let place = |page, pages| MMap { len: pages * PAGE, ..page_at(page) };
     assert_eq!(bench.map(place(4, 4), &file_of(4, 1)), 0);
     assert_eq!(bench.map(place(8, 2), &file_of(2, 1)), 0);
     let before = bench.sees(0);
-    for (page, pages) in [
-        (4, 3),
-        (5, 3),
-        (5, 2),
-        (3, 6),
-        (4, 6),
-        (4, 5),
-        (0, 1),
-        (4, 0),
-        (0, 64),
-    ] {
+    for (page, pages) in [(4, 3), (5, 3), (5, 2), (3, 6), (4, 6), (4, 5), (0, 1), (4, 0), (0, 64)] {
         assert_eq!(bench.unmap(place(page, pages)), ENOENT); // SHM-52
     }
-    assert_eq!(
-        bench.unmap(MMap {
-            shmid: 7,
-            ..place(4, 4)
-        }),
-        ENOENT
-    ); // SHM-52
-    assert_eq!(
-        bench.unmap(MMap {
-            shmid: 9,
-            ..place(4, 4)
-        }),
-        ENOENT
-    ); // SHM-52
+    assert_eq!(bench.unmap(MMap { shmid: 7, ..place(4, 4) }), ENOENT); // SHM-52
+    assert_eq!(bench.unmap(MMap { shmid: 9, ..place(4, 4) }), ENOENT); // SHM-52
     assert_eq!(bench.sees(0), before);
     assert_eq!(bench.unmap(place(4, 4)), 0); // SHM-51
     assert_eq!(bench.unmap(place(4, 4)), ENOENT); // SHM-52
@@ -327,9 +196,7 @@ fn a_map_needs_one_descriptor_and_an_unmap_none() {
     for count in [0, 2, 3, 253] {
         // SHM-27
         let (fd, leash) = Leash::new();
-        channel
-            .send_with(&request(MAP), &vec![fd.as_raw_fd(); count])
-            .unwrap();
+        channel.send_with(&request(MAP), &vec![fd.as_raw_fd(); count]).unwrap();
         assert_eq!(answer(&channel, MAP), EBADF, "{count} descriptors");
         drop(fd);
         leash.wait_until_closed();
@@ -371,27 +238,10 @@ fn a_file_may_be_longer_or_shorter_than_its_mapping() {
     // SHM-44
     let bench = Setup::new().start();
     let file = memfd(0);
-    let request = MMap {
-        len: 512 * PAGE,
-        flags: READ_WRITE,
-        ..MMap::default()
-    };
-    let request = MMap {
-        len: request.len.min(REGION),
-        ..request
-    };
+    let request = MMap { len: 512 * PAGE, flags: READ_WRITE, ..MMap::default() };
+    let request = MMap { len: request.len.min(REGION), ..request };
     assert_eq!(bench.map(request, &file), 0);
-    assert_eq!(
-        bench.map(
-            MMap {
-                shmid: 7,
-                fd_offset: 1 << 40,
-                ..request
-            },
-            &file
-        ),
-        0
-    );
+    assert_eq!(bench.map(MMap { shmid: 7, fd_offset: 1 << 40, ..request }, &file), 0);
     assert_eq!(file.metadata().unwrap().len(), 0);
     assert_eq!(bench.reads(0, 0), None, "no file there yet");
     file.write_all_at(&[8], 10).unwrap();
@@ -417,12 +267,7 @@ fn more_mappings_than_allowed_fail_one_by_one() {
 fn what_a_length_is_rounded_up_to_is_what_is_checked() {
     let bench = Setup::new().start();
     let file = file_of(4, 1);
-    let place = |offset, len, fd_offset| MMap {
-        shm_offset: offset,
-        len,
-        fd_offset,
-        ..MMap::default()
-    };
+    let place = |offset, len, fd_offset| MMap { shm_offset: offset, len, fd_offset, ..MMap::default() };
     let last = REGION - PAGE;
     let end = (1 << 63) - 2 * PAGE;
     for (request, expected) in [
@@ -455,10 +300,7 @@ fn what_a_length_is_rounded_up_to_is_what_is_checked() {
     assert_eq!(bench.unmap(place(0, PAGE, 0)), ENOENT);
     assert_eq!(bench.unmap(place(last, 1, 0)), 0);
     assert_eq!(bench.unmap(place(0, PAGE - 1, 0)), 0);
-    assert_eq!(
-        (bench.reads(0, last), bench.reads(0, last - PAGE)),
-        (None, Some(1))
-    );
+    assert_eq!((bench.reads(0, last), bench.reads(0, last - PAGE)), (None, Some(1)));
 }
 
 #[test]
@@ -469,16 +311,10 @@ fn no_number_wraps_around_to_a_mapping() {
     assert_eq!(bench.map(page_at(2), &file_of(1, 2)), 0);
     let before = bench.sees(0);
     let numbers = [0, 1, PAGE - 1, PAGE, 2 * PAGE, REGION, 1 << 32, 1 << 63];
-    let numbers = numbers
-        .iter()
-        .flat_map(|&number: &u64| [number, number.wrapping_neg()]);
+    let numbers = numbers.iter().flat_map(|&number: &u64| [number, number.wrapping_neg()]);
     for shm_offset in numbers.clone() {
         for len in numbers.clone() {
-            let request = MMap {
-                shm_offset,
-                len,
-                ..MMap::default()
-            };
+            let request = MMap { shm_offset, len, ..MMap::default() };
             if ![(0, PAGE), (2 * PAGE, PAGE)].contains(&(shm_offset, len)) {
                 assert_eq!(bench.unmap(request), ENOENT, "{request:x?}");
             }
@@ -487,10 +323,7 @@ fn no_number_wraps_around_to_a_mapping() {
             let fits = shm_offset == PAGE && (1..=PAGE).contains(&len);
             match fits {
                 true => assert_eq!((mapped, bench.unmap(request)), (0, 0), "{request:x?}"),
-                false => assert!(
-                    [EINVAL, ERANGE, EEXIST].contains(&mapped),
-                    "{request:x?}: {mapped}"
-                ),
+                false => assert!([EINVAL, ERANGE, EEXIST].contains(&mapped), "{request:x?}: {mapped}"),
             }
         }
     }
@@ -503,29 +336,14 @@ fn a_part_of_a_file_can_be_at_several_places() {
     // SHM-37, SHM-38, SHM-40
     let bench = Setup::new().start();
     let file = file_of(2, 1);
-    let writable = MMap {
-        flags: READ_WRITE,
-        ..page_at(0)
-    };
+    let writable = MMap { flags: READ_WRITE, ..page_at(0) };
     assert_eq!(bench.map(writable, &file), 0);
-    assert_eq!(
-        bench.map(
-            MMap {
-                shm_offset: 9 * PAGE,
-                ..writable
-            },
-            &file
-        ),
-        0
-    );
+    assert_eq!(bench.map(MMap { shm_offset: 9 * PAGE, ..writable }, &file), 0);
     assert_eq!(bench.map(page_at(1), &file), 0);
     assert_eq!(bench.map(MMap { shmid: 7, ..writable }, &file), 0);
     assert!(bench.writes(0, 9 * PAGE + 3, 0x55) && !bench.writes(0, PAGE + 3, 0x66));
     let seen = [(0, 3), (0, PAGE + 3), (0, 9 * PAGE + 3), (7, 3)];
-    assert!(
-        seen.iter()
-            .all(|&(shmid, offset)| bench.reads(shmid, offset) == Some(0x55))
-    );
+    assert!(seen.iter().all(|&(shmid, offset)| bench.reads(shmid, offset) == Some(0x55)));
     // Each is a mapping of its own.
     assert_eq!(bench.unmap(writable), 0);
     assert_eq!((bench.reads(0, 3), bench.reads(7, 3)), (None, Some(0x55)));

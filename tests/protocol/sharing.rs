@@ -1,4 +1,5 @@
-//! What other back-ends are told of a device's mappings (`share-shmem=on`): when, what, and what if they do not listen.
+//! What other back-ends are told of a device's mappings (`share-shmem=on`): when, what, and what if they do
+//! not listen.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -35,10 +36,7 @@ pub struct Devices {
 
 impl Devices {
     pub fn new() -> Devices {
-        Devices {
-            sharing: Sharing::new(64),
-            count: 0,
-        }
+        Devices { sharing: Sharing::new(64), count: 0 }
     }
 
     fn add(&mut self, mut setup: Setup) -> Setup {
@@ -66,19 +64,13 @@ impl Devices {
 /// An owner, and a recipient that was started.
 fn pair(recipient: Setup) -> (Bench, Bench) {
     let mut devices = Devices::new();
-    let (owner, other) = (
-        devices.owner(Setup::new()).start(),
-        devices.recipient(recipient).start(),
-    );
+    let (owner, other) = (devices.owner(Setup::new()).start(), devices.recipient(recipient).start());
     other.start().unwrap();
     (owner, other)
 }
 
 pub fn read_write(page: u64) -> MMap {
-    MMap {
-        flags: 1,
-        ..page_at(page)
-    }
+    MMap { flags: 1, ..page_at(page) }
 }
 
 /// The guest address of a page of region 0.
@@ -136,11 +128,7 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
     let file = memfd(4 * PAGE);
     file.write_all_at(&[0x77], PAGE).unwrap();
     // Not a whole number of pages: they see what the guest sees (SHM-34).
-    let request = MMap {
-        fd_offset: PAGE,
-        len: PAGE + 5,
-        ..read_write(3)
-    };
+    let request = MMap { fd_offset: PAGE, len: PAGE + 5, ..read_write(3) };
     let bytes = message(MAP, VERSION_1 | NEED_REPLY, &request.bytes());
     owner.channel().send_with(&bytes, &[file.as_raw_fd()]).unwrap();
     let (payload, byte, unanswered) = is_told.recv_timeout(PATIENCE).unwrap();
@@ -150,10 +138,7 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
     let fields = [0, 8, 16, 24, 32].map(|at| quad(&payload, at));
     let (padding, user_address) = (fields[0], fields[3]);
     assert_eq!(padding, 0);
-    assert_eq!(
-        [fields[1], fields[2], fields[4]],
-        [address(&owner, 3), 2 * PAGE, PAGE]
-    );
+    assert_eq!([fields[1], fields[2], fields[4]], [address(&owner, 3), 2 * PAGE, PAGE]);
     assert_eq!(byte, Some(0x77));
 
     let bytes = message(UNMAP, VERSION_1 | NEED_REPLY, &request.bytes());
@@ -162,14 +147,8 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
     assert!(unanswered);
     assert_eq!(answer(&owner.channel(), UNMAP), 0);
     // A region is known by its guest address, size and user address.
-    assert_eq!(
-        [8, 16, 24].map(|at| quad(&payload, at)),
-        [address(&owner, 3), 2 * PAGE, user_address]
-    );
-    assert_eq!(
-        told(&other),
-        [(ADD, address(&owner, 3)), (REM, address(&owner, 3))]
-    );
+    assert_eq!([8, 16, 24].map(|at| quad(&payload, at)), [address(&owner, 3), 2 * PAGE, user_address]);
+    assert_eq!(told(&other), [(ADD, address(&owner, 3)), (REM, address(&owner, 3))]);
 }
 
 #[test]
@@ -213,15 +192,9 @@ fn without_the_option_nobody_is_asked_for_memory_slots_nor_told_anything() {
     bench.start().unwrap();
     bench.assert_works();
     let seen = bench.seen();
-    let acked = seen
-        .iter()
-        .find(|seen| seen.request == SET_PROTOCOL_FEATURES)
-        .unwrap();
+    let acked = seen.iter().find(|seen| seen.request == SET_PROTOCOL_FEATURES).unwrap();
     assert_eq!(quad(&acked.payload, 0) & CONFIGURE_MEM_SLOTS, 0);
-    assert!(
-        seen.iter()
-            .all(|seen| ![GET_MAX_MEM_SLOTS, ADD, REM].contains(&seen.request))
-    );
+    assert!(seen.iter().all(|seen| ![GET_MAX_MEM_SLOTS, ADD, REM].contains(&seen.request)));
 }
 
 #[test]
@@ -230,12 +203,7 @@ fn a_refused_request_tells_nobody_anything() {
     let (owner, other) = pair(Setup::new());
     assert_eq!(owner.map(read_write(0), &file_of(1, 1)), 0);
     assert!(owner.map(read_write(0), &file_of(1, 1)) < 0);
-    assert!(
-        owner.unmap(MMap {
-            len: 2 * PAGE,
-            ..page_at(0)
-        }) < 0
-    );
+    assert!(owner.unmap(MMap { len: 2 * PAGE, ..page_at(0) }) < 0);
     assert!(owner.unmap(page_at(1)) < 0);
     assert_eq!(told(&other), [(ADD, address(&owner, 0))]);
 }
@@ -271,10 +239,7 @@ fn a_reset_is_over_when_others_have_let_go_of_everything() {
 fn who_starts_later_is_told_after_its_memory_table_and_again_at_each_start() {
     // SHM-80: a memory table takes the place of all that a back-end was told.
     let mut devices = Devices::new();
-    let (owner, other) = (
-        devices.owner(Setup::new()).start(),
-        devices.recipient(Setup::new()).start(),
-    );
+    let (owner, other) = (devices.owner(Setup::new()).start(), devices.recipient(Setup::new()).start());
     let file = file_of(2, 5);
     assert_eq!(owner.map(read_write(0), &file), 0);
     assert_eq!(owner.map(read_write(1), &file), 0);
@@ -291,10 +256,7 @@ fn who_starts_later_is_told_after_its_memory_table_and_again_at_each_start() {
             .collect();
         let live: Vec<u64> = pages.iter().map(|&page| address(&owner, page)).collect();
         assert_eq!(added, live, "before its rings run");
-        assert_eq!(
-            ids.iter().filter(|&&id| [ADD, REM].contains(&id)).count(),
-            live.len()
-        );
+        assert_eq!(ids.iter().filter(|&&id| [ADD, REM].contains(&id)).count(), live.len());
         // While it is stopped it has its memory all the same.
         other.reset();
         if let Some(&page) = pages.first() {
@@ -310,12 +272,10 @@ fn a_mapping_that_a_back_end_refuses_is_one_that_it_does_not_see() {
     // SHM-80
     let refuses = Arc::new(AtomicBool::new(true));
     let refuses_now = Arc::clone(&refuses);
-    let (owner, other) = pair(
-        Setup::new().on(ADD, move |_| match refuses_now.load(Ordering::SeqCst) {
-            true => refuse(ADD),
-            false => Answer::Usual,
-        }),
-    );
+    let (owner, other) = pair(Setup::new().on(ADD, move |_| match refuses_now.load(Ordering::SeqCst) {
+        true => refuse(ADD),
+        false => Answer::Usual,
+    }));
     assert_eq!(owner.map(read_write(0), &file_of(1, 0x42)), 0);
     assert_eq!(owner.reads(0, 0), Some(0x42));
     refuses.store(false, Ordering::SeqCst);
@@ -353,9 +313,7 @@ fn only_what_can_be_mapped_for_reading_and_writing_is_shown() {
     let (owner, other) = pair(Setup::new());
     let file = file_of(1, 3);
     let reopened = |options: &mut std::fs::OpenOptions| {
-        options
-            .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-            .unwrap()
+        options.open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
     };
     let read_only = reopened(File::options().read(true));
     assert_eq!(owner.map(page_at(0), &read_only), 0);
@@ -382,14 +340,8 @@ fn only_what_can_be_mapped_for_reading_and_writing_is_shown() {
 #[test]
 fn so_many_files_are_kept_and_no_more() {
     // SHM-46, SHM-80
-    let mut devices = Devices {
-        sharing: Sharing::new(1),
-        count: 0,
-    };
-    let (owner, other) = (
-        devices.owner(Setup::new()).start(),
-        devices.recipient(Setup::new()).start(),
-    );
+    let mut devices = Devices { sharing: Sharing::new(1), count: 0 };
+    let (owner, other) = (devices.owner(Setup::new()).start(), devices.recipient(Setup::new()).start());
     other.start().unwrap();
     let file = file_of(2, 1);
     assert_eq!(owner.map(read_write(0), &file), 0);
@@ -410,9 +362,7 @@ fn where_requests_cannot_ask_for_an_answer_one_that_has_an_answer_follows() {
         assert_eq!(owner.unmap(page_at(0)), 0);
     });
     // The end of its start may still be on its way.
-    let asked = asked
-        .iter()
-        .filter(|seen| [GET_MAX_MEM_SLOTS, ADD, REM].contains(&seen.request));
+    let asked = asked.iter().filter(|seen| [GET_MAX_MEM_SLOTS, ADD, REM].contains(&seen.request));
     let asked: Vec<_> = asked.map(|seen| (seen.request, seen.flags)).collect();
     let slots = (GET_MAX_MEM_SLOTS, VERSION_1);
     assert_eq!(asked, [(ADD, VERSION_1), slots, (REM, VERSION_1), slots]);
@@ -510,7 +460,8 @@ fn maps_before_it_answers(request: u32, tell: mpsc::Sender<i64>) -> Setup {
 
 #[test]
 fn two_that_wait_for_each_other_both_get_their_answer() {
-    // SHM-67, SHM-80: each maps, or unmaps, and does not listen before it has its answer, which the other one holds up.
+    // SHM-67, SHM-80: each maps, or unmaps, and does not listen before it has its answer, which the other one
+    // holds up.
     for first_unmaps in [false, true] {
         let mut devices = Devices::new();
         let (tell, second_mapped) = mpsc::channel();
@@ -542,9 +493,7 @@ fn two_that_wait_for_each_other_both_get_their_answer() {
         answered.send(()).unwrap();
         assert_eq!(second_mapped.recv_timeout(PATIENCE).unwrap(), 0);
         // What was left open is told all the same.
-        eventually("the first is told", || {
-            told(&first) == [(ADD, address(&second, 60))]
-        });
+        eventually("the first is told", || told(&first) == [(ADD, address(&second, 60))]);
         assert!(!first.needs_reset() && !second.needs_reset());
         listens.store(true, Ordering::SeqCst);
         first.reset();
@@ -576,19 +525,12 @@ fn two_that_map_while_both_are_started_do_start() {
             }
         });
         let knows = |bench: &Bench, other: &Bench| {
-            let table = bench
-                .seen()
-                .iter()
-                .rposition(|seen| seen.request == SET_MEM_TABLE);
+            let table = bench.seen().iter().rposition(|seen| seen.request == SET_MEM_TABLE);
             let since = &bench.seen()[table.unwrap()..];
             let at = address(other, 60);
-            since
-                .iter()
-                .any(|seen| seen.request == ADD && quad(&seen.payload, 8) == at)
+            since.iter().any(|seen| seen.request == ADD && quad(&seen.payload, 8) == at)
         };
-        eventually("each knows the other's", || {
-            knows(&first, &second) && knows(&second, &first)
-        });
+        eventually("each knows the other's", || knows(&first, &second) && knows(&second, &first));
         first.reset();
         second.reset();
         assert!(!first.needs_reset() && !second.needs_reset());
@@ -612,9 +554,7 @@ fn who_is_busy_learns_later_of_a_mapping_but_must_let_go_in_time() {
     let (page_1, before) = (address(&owner, 1), told(&other).len());
     thread::scope(|scope| {
         let started = scope.spawn(|| other.start());
-        eventually("it is being started", || {
-            other.seen().last().unwrap().request == SET_MEM_TABLE
-        });
+        eventually("it is being started", || other.seen().last().unwrap().request == SET_MEM_TABLE);
         assert_eq!(owner.map(read_write(1), &file_of(1, 1)), 0);
         assert_eq!(told(&other).len(), before);
         resume.send(()).unwrap();
@@ -625,9 +565,7 @@ fn who_is_busy_learns_later_of_a_mapping_but_must_let_go_in_time() {
     other.reset();
     thread::scope(|scope| {
         let started = scope.spawn(|| other.start());
-        eventually("it is being started", || {
-            other.seen().last().unwrap().request == SET_MEM_TABLE
-        });
+        eventually("it is being started", || other.seen().last().unwrap().request == SET_MEM_TABLE);
         assert_eq!(owner.unmap(page_at(0)), 0);
         assert!(other.needs_reset(), "it is cut off");
         started.join().unwrap().unwrap_err();
@@ -636,8 +574,8 @@ fn who_is_busy_learns_later_of_a_mapping_but_must_let_go_in_time() {
     owner.assert_works();
 }
 
-/// What a back-end knows after all that it was told, which must make sense: it is told of nothing twice, nor to let go
-/// of what it does not know.
+/// What a back-end knows after all that it was told, which must make sense: it is told of nothing twice, nor
+/// to let go of what it does not know.
 fn known(bench: &Bench) -> BTreeMap<u64, u64> {
     let mut known = BTreeMap::new();
     for seen in bench.seen() {
@@ -677,14 +615,9 @@ fn whatever_happens_at_once_what_each_knows_is_what_there_is() {
             scope.spawn(move || {
                 let mut random = seed;
                 for _ in 0..1500 {
-                    random = random
-                        .wrapping_mul(6364136223846793005)
-                        .wrapping_add(1442695040888963407);
+                    random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                     let (page, pages) = ((random >> 33) % 20, (random >> 50) % 3 + 1);
-                    let request = MMap {
-                        len: pages * PAGE,
-                        ..read_write(page)
-                    };
+                    let request = MMap { len: pages * PAGE, ..read_write(page) };
                     // Whether that can be done does not matter.
                     let _ = match (random >> 60) % 2 {
                         0 => bench.map(request, file),
@@ -705,11 +638,8 @@ fn whatever_happens_at_once_what_each_knows_is_what_there_is() {
     for (bench, other) in [(&both[0], &both[1]), (&both[1], &both[0])] {
         assert!(!bench.needs_reset());
         let start = address(other, 0);
-        let there: BTreeMap<u64, u64> = other
-            .sees(0)
-            .iter()
-            .map(|&(offset, len, _)| (start + offset, len))
-            .collect();
+        let there: BTreeMap<u64, u64> =
+            other.sees(0).iter().map(|&(offset, len, _)| (start + offset, len)).collect();
         eventually("it knows what there is", || {
             let known = known(bench);
             known.iter().all(|(at, len)| there.get(at) == Some(len)) && known.len() == there.len().min(11)

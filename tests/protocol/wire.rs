@@ -1,4 +1,5 @@
-//! Bytes on a socket, written and read here by hand: nothing of hotslot's codec, so that an error in it cannot hide.
+//! Bytes on a socket, written and read here by hand: nothing of hotslot's codec, so that an error in it
+//! cannot hide.
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
@@ -117,7 +118,8 @@ impl Wire {
         self.send_with(bytes, &[]).unwrap();
     }
 
-    /// The next message; fails at the end of the stream, or where none comes within `patience` (`None`: forever).
+    /// The next message; fails at the end of the stream, or where none comes within `patience` (`None`:
+    /// forever).
     pub fn receive_within(&self, patience: Option<Duration>) -> io::Result<Message> {
         self.0.set_read_timeout(patience)?;
         let mut header = [0; 12];
@@ -130,12 +132,7 @@ impl Wire {
         let field = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
         let mut payload = vec![0; field(8) as usize];
         (&self.0).read_exact(&mut payload)?;
-        Ok(Message {
-            request: field(0),
-            flags: field(4),
-            payload,
-            fds,
-        })
+        Ok(Message { request: field(0), flags: field(4), payload, fds })
     }
 
     pub fn receive(&self) -> io::Result<Message> {
@@ -180,11 +177,7 @@ impl Leash {
 
     /// Waits until nobody has the descriptor any more.
     pub fn wait_until_closed(&self) {
-        let mut poll = libc::pollfd {
-            fd: self.0.as_raw_fd(),
-            events: 0,
-            revents: 0,
-        };
+        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: 0, revents: 0 };
         // SAFETY: one pollfd, on our stack.
         let ready = unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) };
         assert_eq!(ready, 1, "a descriptor was kept");

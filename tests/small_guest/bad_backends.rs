@@ -1,4 +1,5 @@
-//! Back-ends that cannot be used: a sentence that names device, socket and numbers, status 2, and nothing left behind.
+//! Back-ends that cannot be used: a sentence that names device, socket and numbers, status 2, and nothing
+//! left behind.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -15,18 +16,17 @@ use crate::{guest, kvm};
 fn terminal() -> (OwnedFd, OwnedFd) {
     let (mut ours, mut theirs) = (0, 0);
     let null = std::ptr::null_mut();
-    // SAFETY: room for two descriptors, which are nobody else's; name, settings and size are left to the kernel.
+    // SAFETY: room for two descriptors, which are nobody else's; name, settings and size are left to the
+    // kernel.
     unsafe {
-        assert_eq!(
-            libc::openpty(&mut ours, &mut theirs, null, null.cast(), null.cast()),
-            0
-        );
+        assert_eq!(libc::openpty(&mut ours, &mut theirs, null, null.cast(), null.cast()), 0);
         (OwnedFd::from_raw_fd(theirs), OwnedFd::from_raw_fd(ours))
     }
 }
 
 fn settings(terminal: &OwnedFd) -> [u32; 4] {
-    // SAFETY: a termios is plain data, for which all-zero is a value; it lives through the call, which fills it.
+    // SAFETY: a termios is plain data, for which all-zero is a value; it lives through the call, which fills
+    // it.
     let termios = unsafe {
         let mut termios: libc::termios = std::mem::zeroed();
         assert_eq!(libc::tcgetattr(terminal.as_raw_fd(), &mut termios), 0);
@@ -74,12 +74,7 @@ fn run(options: &[&str], meanwhile: impl FnOnce(i32)) -> Ended {
         }
     });
     // It ends when nobody has stderr any more.
-    hotslot
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut stderr)
-        .unwrap();
+    hotslot.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
     drop(ended);
     let status = hotslot.wait().unwrap();
     // SAFETY: signal 0 only asks whether there is anybody.
@@ -104,10 +99,7 @@ fn refused_backend(offer: Offer, kind: &str, words: &[&str]) -> Ended {
     let backend = Backend::offering(offer);
     let socket = backend.socket().to_str().unwrap();
     let device = format!("{socket},type={kind},name=gizmo");
-    refused(
-        &["--vhost-user", &device],
-        &[words, &["device gizmo", socket]].concat(),
-    )
+    refused(&["--vhost-user", &device], &[words, &["device gizmo", socket]].concat())
 }
 
 #[test]
@@ -150,12 +142,7 @@ fn a_signal_ends_the_wait() {
             unsafe { libc::kill(pid, signal) };
         });
         let (code, killed) = (ended.status.code(), ended.status.signal());
-        assert!(
-            code == Some(128 + signal) || killed == Some(signal),
-            "{:?}\n{}",
-            ended.status,
-            ended.stderr
-        );
+        assert!(code == Some(128 + signal) || killed == Some(signal), "{:?}\n{}", ended.status, ended.stderr);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }
@@ -191,29 +178,13 @@ fn back_ends_that_lack_what_is_needed() {
         return;
     }
     let usual = Offer::default();
-    let offer = |features, protocol| Offer {
-        features,
-        protocol,
-        ..Offer::default()
-    };
+    let offer = |features, protocol| Offer { features, protocol, ..Offer::default() };
     let (pmem, all) = (usual.features | 1, usual.protocol);
-    refused_backend(
-        offer(F_PROTOCOL, all),
-        "rng",
-        &["VIRTIO_F_VERSION_1", "0x40000000"],
-    );
-    refused_backend(
-        usual.clone(),
-        "pmem",
-        &["VIRTIO_PMEM_F_SHMEM_REGION", "pmem", "0x140000000"],
-    );
+    refused_backend(offer(F_PROTOCOL, all), "rng", &["VIRTIO_F_VERSION_1", "0x40000000"]);
+    refused_backend(usual.clone(), "pmem", &["VIRTIO_PMEM_F_SHMEM_REGION", "pmem", "0x140000000"]);
     refused_backend(offer(pmem, all & !SHMEM), "pmem", &["SHMEM", "pmem"]);
     let draft = all & !SHMEM | 1 << 21;
-    refused_backend(
-        offer(pmem, draft),
-        "pmem",
-        &["SHMEM", "pmem", "hint: ", "shmem-bit=21"],
-    );
+    refused_backend(offer(pmem, draft), "pmem", &["SHMEM", "pmem", "hint: ", "shmem-bit=21"]);
     refused_backend(offer(pmem, all & !BACKEND_REQ), "pmem", &["BACKEND_REQ", "pmem"]);
     refused_backend(offer(F_VERSION_1 | 1, 0), "pmem", &["SHMEM", "pmem"]);
     refused_backend(offer(usual.features, all), "fs", &["CONFIG", "fs"]);

@@ -21,10 +21,7 @@ fn cut_short(interrupts: bool) {
     guest.start_device();
     let (base, _) = guest.region(0);
     let cut = file(1, 8);
-    let whole = MMap {
-        len: 8 * PAGE,
-        ..page(0)
-    };
+    let whole = MMap { len: 8 * PAGE, ..page(0) };
     // SHM-44: a file that is to grow, beside it.
     let growing = file(3, 1);
     assert_eq!(backends[0].map(MMap { shmid: 7, ..whole }, &growing), 0);
@@ -43,7 +40,8 @@ fn cut_short(interrupts: bool) {
     guest.write64(base + 5 * PAGE, 77);
     assert_eq!(guest.read64(base + 5 * PAGE), 77);
     assert_eq!(cut.metadata().unwrap().len(), 3 * PAGE);
-    // Again, by a write. A software KVM does not know a missing page from a hole, so that write is dropped there.
+    // Again, by a write. A software KVM does not know a missing page from a hole, so that write is dropped
+    // there.
     cut.set_len(PAGE).unwrap();
     guest.write64(base + 2 * PAGE, 78);
     let written = guest.read64(base + 2 * PAGE);
@@ -55,12 +53,7 @@ fn cut_short(interrupts: bool) {
     guest.wait_for_map("the last 0x7000 bytes are zeroes");
     guest.wait_for_map("short: zeroes took the place of 0x7000 bytes of 1 mappings");
     // Once a mapping.
-    assert_eq!(
-        guest.log().matches("became shorter: ").count(),
-        1,
-        "{}",
-        guest.log()
-    );
+    assert_eq!(guest.log().matches("became shorter: ").count(), 1, "{}", guest.log());
 
     growing.write_all_at(&4_u64.to_le_bytes(), 2 * PAGE).unwrap();
     assert_eq!(guest.read64(seventh), content(3, 0));

@@ -33,10 +33,7 @@ fn what_was_mapped_and_unmapped_leaves_nothing_behind() {
     let mut guest = boot(&backend);
     let data = file(1, 4);
     let round = |index: u64| {
-        let payload = MMap {
-            len: 4 * PAGE,
-            ..page(index * 5)
-        };
+        let payload = MMap { len: 4 * PAGE, ..page(index * 5) };
         assert_eq!(backend.map(writable(payload), &data), 0);
         assert!(backend.map(page(index * 5 + 3), &data) < 0);
         payload
@@ -58,7 +55,8 @@ fn what_was_mapped_and_unmapped_leaves_nothing_behind() {
     guest.exit();
 }
 
-/// Maps every other page, so that none can be joined with the next, until there is a refusal: how many succeeded.
+/// Maps every other page, so that none can be joined with the next, until there is a refusal: how many
+/// succeeded.
 fn map_until_refused(backend: &Backend, file: &File, pages: u64) -> u64 {
     const BATCH: u64 = 100;
     for first in (0..pages).step_by(BATCH as usize) {
@@ -76,17 +74,10 @@ fn map_until_refused(backend: &Backend, file: &File, pages: u64) -> u64 {
 /// With so many devices, the first one's back-end maps as much as it may.
 fn too_many(devices: usize, at_least: u64) {
     let pages = 40_000;
-    let offer = Offer {
-        regions: vec![(0, pages * 2 * PAGE)],
-        ..Offer::default()
-    };
+    let offer = Offer { regions: vec![(0, pages * 2 * PAGE)], ..Offer::default() };
     let backends: Vec<_> = (0..devices).map(|_| Backend::offering(offer.clone())).collect();
-    let names = (0..)
-        .zip(&backends)
-        .map(|(index, backend)| backend.device(&format!("device{index}")));
-    let options: Vec<_> = names
-        .flat_map(|device| ["--vhost-user".to_string(), device])
-        .collect();
+    let names = (0..).zip(&backends).map(|(index, backend)| backend.device(&format!("device{index}")));
+    let options: Vec<_> = names.flat_map(|device| ["--vhost-user".to_string(), device]).collect();
     let mut guest = Guest::boot(&options);
     let backend = &backends[0];
     guest.start_device();
@@ -94,10 +85,7 @@ fn too_many(devices: usize, at_least: u64) {
     let data = file(1, 1);
     let mapped = map_until_refused(backend, &data, pages);
     // Not `println!`: the test harness would keep it to itself.
-    let _ = writeln!(
-        stderr(),
-        "{mapped} live mappings, until the first of {devices} devices was refused"
-    );
+    let _ = writeln!(stderr(), "{mapped} live mappings, until the first of {devices} devices was refused");
     assert!(mapped >= at_least, "{mapped}");
     for index in [0, mapped / 2, mapped - 1] {
         assert_eq!(guest.read64(base + index * 2 * PAGE), content(1, 0));
@@ -152,10 +140,7 @@ fn sigusr1_prints_the_memory_map_with_live_mappings() {
     let backend = Backend::start();
     let mut guest = boot(&backend);
     let (base, len) = guest.region(0);
-    let payload = MMap {
-        fd_offset: PAGE,
-        ..page(3)
-    };
+    let payload = MMap { fd_offset: PAGE, ..page(3) };
     assert_eq!(backend.map(writable(payload), &file(1, 2)), 0);
     // SAFETY: a signal to a child of ours, which is not reaped yet.
     unsafe { libc::kill(guest.pid(), libc::SIGUSR1) };
@@ -166,10 +151,7 @@ fn sigusr1_prints_the_memory_map_with_live_mappings() {
         format!("{}  RAM", range(0, 64 * MIB)),
         format!("{}  registers of device", range(0xd000_0000, PAGE)),
         format!("{}  device shared memory region 0", range(base, len)),
-        format!(
-            "{}  mapping, read-write, file offset 0x1000",
-            range(base + 3 * PAGE, PAGE)
-        ),
+        format!("{}  mapping, read-write, file offset 0x1000", range(base + 3 * PAGE, PAGE)),
     ] {
         assert!(log.contains(&line), "no '{line}' in:\n{log}");
     }
@@ -205,10 +187,7 @@ fn guest_memory_is_resident_once() {
     }
     assert_eq!(rams, 1, "64 MiB are one range");
     // Every fourth page was touched; huge pages may make it more, never more than there is.
-    assert!(
-        ram >= touched / 4 / 1024 && ram <= 64 * 1024,
-        "{ram} KiB of guest RAM"
-    );
+    assert!(ram >= touched / 4 / 1024 && ram <= 64 * 1024, "{ram} KiB of guest RAM");
     println!("hotslot: {ours} KiB resident, beside {ram} KiB of guest RAM");
     assert!(ours < 32 * 1024, "{ours} KiB beside guest RAM");
     guest.exit();

@@ -81,12 +81,8 @@ fn a_dead_back_ends_mappings_stay_until_the_reset() {
         return;
     }
     let (dying, living) = (Backend::start(), Backend::start());
-    let mut guest = Guest::boot([
-        "--vhost-user",
-        &dying.device("dying"),
-        "--vhost-user",
-        &living.device("living"),
-    ]);
+    let mut guest =
+        Guest::boot(["--vhost-user", &dying.device("dying"), "--vhost-user", &living.device("living")]);
     guest.start_device();
     let (base, _) = guest.region(0);
     assert_eq!(dying.map(page(0), &file(1, 1)), 0);
@@ -159,11 +155,7 @@ fn a_device_shows_its_mappings_to_those_that_can_see_them() {
         Backend::offering(offer)
     };
     let [owner, seeing, blind] = [can_see(), can_see(), Backend::start()];
-    let devices = [
-        owner.device("owner") + ",share-shmem=on",
-        seeing.device("seeing"),
-        blind.device("blind"),
-    ];
+    let devices = [owner.device("owner") + ",share-shmem=on", seeing.device("seeing"), blind.device("blind")];
     let mut guest = Guest::boot(devices.iter().flat_map(|device| ["--vhost-user", device]));
     for device in 0..3 {
         guest.select(device);

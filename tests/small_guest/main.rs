@@ -1,5 +1,6 @@
-//! Guests of a few dozen instructions on this machine's `/dev/kvm`: what a guest, a back-end and a user see of a running
-//! hotslot. The test is the guest's driver (`support/guest.rs`) and the back-end (`support/backend.rs`).
+//! Guests of a few dozen instructions on this machine's `/dev/kvm`: what a guest, a back-end and a user see
+//! of a running hotslot. The test is the guest's driver (`support/guest.rs`) and the back-end
+//! (`support/backend.rs`).
 //!
 //! The numbers are those of the contract's assertions.
 

@@ -40,11 +40,7 @@ fn the_guest_reads_a_mapped_file_where_the_registers_say() {
     assert_eq!(guest.read64(first), HOLE);
 
     let data = file(5, 8);
-    let one = MMap {
-        fd_offset: 3 * PAGE,
-        len: 2 * PAGE,
-        ..page(1)
-    };
+    let one = MMap { fd_offset: 3 * PAGE, len: 2 * PAGE, ..page(1) };
     assert_eq!(backend.map(one, &data), 0);
     // Right behind it, and at the same place of the other region.
     assert_eq!(backend.map(page(3), &data), 0);
@@ -78,16 +74,10 @@ fn the_last_bytes_of_a_region_can_be_mapped() {
     let mut guest = boot(&backend);
     guest.start_device();
     let (base, len) = guest.region(0);
-    let last = MMap {
-        len: PAGE - 1000,
-        ..page(len / PAGE - 1)
-    };
+    let last = MMap { len: PAGE - 1000, ..page(len / PAGE - 1) };
     assert_eq!(backend.map(last, &file(1, 1)), 0);
     assert_eq!(guest.read64(base + len - PAGE), content(1, 0));
-    assert_eq!(
-        backend.unmap(MMap { len: PAGE, ..last }),
-        -i64::from(libc::ENOENT)
-    );
+    assert_eq!(backend.unmap(MMap { len: PAGE, ..last }), -i64::from(libc::ENOENT));
     assert_eq!(backend.unmap(last), 0);
     assert_eq!(guest.read64(base + len - PAGE), HOLE);
     guest.exit();
@@ -104,18 +94,12 @@ fn a_read_only_mapping_keeps_what_the_guest_writes_from_the_file() {
     guest.start_device();
     let (base, _) = guest.region(0);
     let on_disk = tempfile::NamedTempFile::new().unwrap();
-    on_disk
-        .as_file()
-        .write_all_at(&vec![0x5a; 2 * PAGE as usize], 0)
-        .unwrap();
+    on_disk.as_file().write_all_at(&vec![0x5a; 2 * PAGE as usize], 0).unwrap();
     let before = std::fs::read(on_disk.path()).unwrap();
     let read_only = File::open(on_disk.path()).unwrap();
     // It is the mapping that is read-only, whatever its descriptor could do.
     for (start, fd) in [(0, &read_only), (2, on_disk.as_file())] {
-        let request = MMap {
-            len: 2 * PAGE,
-            ..page(start)
-        };
+        let request = MMap { len: 2 * PAGE, ..page(start) };
         assert_eq!(backend.map(request, fd), 0);
         for offset in [0, 8, 0xff8, 0x1000] {
             let at = base + start * PAGE + offset;
@@ -144,11 +128,7 @@ fn guest_and_back_end_see_each_others_writes() {
     guest.start_device();
     let (base, _) = guest.region(0);
     let shared = file(1, 4);
-    let payload = MMap {
-        fd_offset: PAGE,
-        len: 2 * PAGE,
-        ..page(2)
-    };
+    let payload = MMap { fd_offset: PAGE, len: 2 * PAGE, ..page(2) };
     assert_eq!(backend.map(writable(payload), &shared), 0);
     guest.write64(base + 3 * PAGE, 0xfeed);
     assert_eq!(word(&shared, 2 * PAGE), 0xfeed);
@@ -156,16 +136,7 @@ fn guest_and_back_end_see_each_others_writes() {
     shared.write_all_at(&0xbeef_u64.to_le_bytes(), PAGE).unwrap();
     assert_eq!(guest.read64(base + 2 * PAGE), 0xbeef);
     // SHM-37: once more, elsewhere, read-only.
-    assert_eq!(
-        backend.map(
-            MMap {
-                shm_offset: 0,
-                ..payload
-            },
-            &shared
-        ),
-        0
-    );
+    assert_eq!(backend.map(MMap { shm_offset: 0, ..payload }, &shared), 0);
     guest.write64(base + 2 * PAGE + 16, 0xcafe);
     assert_eq!(guest.read64(base + 16), 0xcafe);
     guest.exit();
@@ -234,77 +205,25 @@ fn a_refused_request_changes_nothing() {
     guest.start_device();
     let (base, len) = guest.region(0);
     let (old, other) = (file(1, 4), file(2, 16));
-    let live = MMap {
-        len: 4 * PAGE,
-        ..page(4)
-    };
+    let live = MMap { len: 4 * PAGE, ..page(4) };
     assert_eq!(backend.map(live, &old), 0);
-    let pages = |first: u64, count: u64| MMap {
-        len: count * PAGE,
-        ..page(first)
-    };
+    let pages = |first: u64, count: u64| MMap { len: count * PAGE, ..page(first) };
     let directory = File::open("/").unwrap();
-    let null = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .unwrap();
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
     for (payload, file, errno) in [
         (pages(4, 4), &other, libc::EEXIST),
         (pages(3, 2), &other, libc::EEXIST),
         (pages(7, 1), &other, libc::EEXIST),
         (pages(0, 12), &other, libc::EEXIST),
-        (
-            MMap {
-                shmid: 1,
-                ..pages(0, 1)
-            },
-            &other,
-            libc::ENOENT,
-        ),
-        (
-            MMap {
-                shmid: 255,
-                ..pages(0, 1)
-            },
-            &other,
-            libc::ENOENT,
-        ),
+        (MMap { shmid: 1, ..pages(0, 1) }, &other, libc::ENOENT),
+        (MMap { shmid: 255, ..pages(0, 1) }, &other, libc::ENOENT),
         (MMap { len: 0, ..page(0) }, &other, libc::EINVAL),
-        (
-            MMap {
-                shm_offset: 8,
-                ..page(0)
-            },
-            &other,
-            libc::EINVAL,
-        ),
-        (
-            MMap {
-                fd_offset: 8,
-                ..page(0)
-            },
-            &other,
-            libc::EINVAL,
-        ),
+        (MMap { shm_offset: 8, ..page(0) }, &other, libc::EINVAL),
+        (MMap { fd_offset: 8, ..page(0) }, &other, libc::EINVAL),
         (MMap { flags: 2, ..page(0) }, &other, libc::EINVAL),
         (pages(len / PAGE, 1), &other, libc::ERANGE),
-        (
-            MMap {
-                len: u64::MAX,
-                ..page(1)
-            },
-            &other,
-            libc::ERANGE,
-        ),
-        (
-            MMap {
-                fd_offset: !0xfff,
-                ..page(0)
-            },
-            &other,
-            libc::EOVERFLOW,
-        ),
+        (MMap { len: u64::MAX, ..page(1) }, &other, libc::ERANGE),
+        (MMap { fd_offset: !0xfff, ..page(0) }, &other, libc::EOVERFLOW),
         (pages(0, 1), &directory, libc::EINVAL),
         (pages(0, 1), &null, libc::EINVAL),
     ] {
@@ -339,20 +258,13 @@ fn two_hundred_and_fifty_six_regions_work() {
     for (id, &(base, len)) in (0..).zip(&regions) {
         assert_eq!((base % (2 * MIB), len), (0, PAGE * (1 + id)), "{id}");
         let others = regions.iter().filter(|&&other| other != (base, len));
-        assert!(
-            others
-                .into_iter()
-                .all(|other| other.0 + other.1 <= base || base + len <= other.0)
-        );
+        assert!(others.into_iter().all(|other| other.0 + other.1 <= base || base + len <= other.0));
     }
     for id in [256, 0x1_0000, u32::MAX] {
         assert_eq!(guest.region(id), (u64::MAX, u64::MAX), "{id}");
     }
     for id in [0, 1, 254, 255] {
-        let last = MMap {
-            shmid: id,
-            ..page(id.into())
-        };
+        let last = MMap { shmid: id, ..page(id.into()) };
         assert_eq!(backend.map(last, &file(id.into(), 1)), 0);
     }
     for id in [0, 1, 254, 255] {

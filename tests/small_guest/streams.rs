@@ -76,11 +76,8 @@ fn input_is_a_pipe_that_ends_before_the_guest() {
         return;
     }
     let kernel = guest::kernel();
-    let mut hotslot = guest::command(kernel.path())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut hotslot =
+        guest::command(kernel.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut stdin = hotslot.stdin.take().unwrap();
     stdin.write_all(&script()).unwrap();
     drop(stdin);
@@ -96,10 +93,7 @@ fn there_is_no_input() {
     for close in [false, true] {
         let kernel = guest::kernel();
         let mut command = guest::command(kernel.path());
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         if close {
             closed(&mut command, 0);
         }
@@ -126,9 +120,7 @@ fn nobody_reads_the_output() {
         input.as_file().write_all(&script()).unwrap();
         let kernel = guest::kernel();
         let mut command = guest::command(kernel.path());
-        command
-            .stdin(File::open(input.path()).unwrap())
-            .stderr(Stdio::null());
+        command.stdin(File::open(input.path()).unwrap()).stderr(Stdio::null());
         match case {
             "reader gone" => {
                 let (_, writer) = std::io::pipe().unwrap();

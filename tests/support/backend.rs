@@ -1,4 +1,5 @@
-//! A back-end for a running `hotslot`, made of raw bytes: it does what every back-end does, and maps what the test says.
+//! A back-end for a running `hotslot`, made of raw bytes: it does what every back-end does, and maps what the
+//! test says.
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
@@ -113,11 +114,7 @@ impl Backend {
                 }
             }
         });
-        Backend {
-            _dir: dir,
-            socket,
-            connection,
-        }
+        Backend { _dir: dir, socket, connection }
     }
 
     pub fn socket(&self) -> &Path {
@@ -230,11 +227,7 @@ impl Connection {
 
 /// One page of region 0, read-only.
 pub fn page(index: u64) -> MMap {
-    MMap {
-        shm_offset: index * PAGE,
-        len: PAGE,
-        ..MMap::default()
-    }
+    MMap { shm_offset: index * PAGE, len: PAGE, ..MMap::default() }
 }
 
 pub fn writable(payload: MMap) -> MMap {

@@ -1,4 +1,5 @@
-//! A front-end of the `vhost` crate, and the guest behind it: its memory, its driver with one queue, made by hand.
+//! A front-end of the `vhost` crate, and the guest behind it: its memory, its driver with one queue, made by
+//! hand.
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
@@ -65,11 +66,7 @@ impl Driver {
         }
         let ram_file = tempfile::tempfile().unwrap();
         ram_file.set_len(RAM).unwrap();
-        let range = (
-            GuestAddress(0),
-            RAM as usize,
-            Some(FileOffset::new(ram_file.try_clone().unwrap(), 0)),
-        );
+        let range = (GuestAddress(0), RAM as usize, Some(FileOffset::new(ram_file.try_clone().unwrap(), 0)));
         Driver {
             front_end,
             features: features | PROTOCOL_FEATURES,
@@ -116,9 +113,7 @@ impl Driver {
     pub fn reset(&mut self) {
         self.front_end.get_vring_base(0).unwrap();
         self.front_end.reset_device().unwrap();
-        self.ram
-            .write_slice(&[0; 0x6000], GuestAddress(DESCRIPTORS))
-            .unwrap();
+        self.ram.write_slice(&[0; 0x6000], GuestAddress(DESCRIPTORS)).unwrap();
         self.avail = 0;
     }
 
@@ -128,9 +123,7 @@ impl Driver {
         bytes.extend(len.to_le_bytes());
         bytes.extend(flags.to_le_bytes());
         bytes.extend(next.to_le_bytes());
-        self.ram
-            .write_slice(&bytes, GuestAddress(table + 16 * u64::from(index)))
-            .unwrap();
+        self.ram.write_slice(&bytes, GuestAddress(table + 16 * u64::from(index))).unwrap();
     }
 
     pub fn descriptor(&self, index: u16, descriptor: (u64, u32, u16, u16)) {
@@ -144,13 +137,9 @@ impl Driver {
     /// Makes the chain that starts at descriptor `head` available, and notifies.
     pub fn offer(&mut self, head: u16) {
         let slot = u64::from(self.avail % QUEUE_SIZE);
-        self.ram
-            .write_obj(head, GuestAddress(self.avail_ring + 4 + 2 * slot))
-            .unwrap();
+        self.ram.write_obj(head, GuestAddress(self.avail_ring + 4 + 2 * slot)).unwrap();
         self.avail += 1;
-        self.ram
-            .write_obj(self.avail, GuestAddress(self.avail_ring + 2))
-            .unwrap();
+        self.ram.write_obj(self.avail, GuestAddress(self.avail_ring + 2)).unwrap();
         self.kick.write(1).unwrap();
     }
 

@@ -1,4 +1,5 @@
-//! A running `hotslot` with the monitor as its guest, and a virtio driver made of the monitor's reads and writes.
+//! A running `hotslot` with the monitor as its guest, and a virtio driver made of the monitor's reads and
+//! writes.
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
@@ -60,31 +61,20 @@ impl Guest {
             .spawn()
             .unwrap();
         let (stdin, stdout) = (hotslot.stdin.take().unwrap(), hotslot.stdout.take().unwrap());
-        Guest {
-            hotslot,
-            stdin,
-            stdout,
-            _kernel: kernel,
-            log,
-            registers: REGISTERS,
-        }
+        Guest { hotslot, stdin, stdout, _kernel: kernel, log, registers: REGISTERS }
     }
 
-    /// Boots it with one device whose back-end listens on `socket`; `extra` are further keys of the device string.
+    /// Boots it with one device whose back-end listens on `socket`; `extra` are further keys of the device
+    /// string.
     pub fn with_device(socket: &Path, extra: &str) -> Guest {
-        Guest::boot([
-            "--vhost-user".to_string(),
-            format!("{},{extra}", socket.display()),
-        ])
+        Guest::boot(["--vhost-user".to_string(), format!("{},{extra}", socket.display())])
     }
 
     fn ask(&mut self, operation: Operation, width: u8, address: u64, value: u64) -> u64 {
         let mut request = vec![operation as u8, width];
         request.extend(address.to_le_bytes());
         request.extend(value.to_le_bytes());
-        self.stdin
-            .write_all(&request)
-            .unwrap_or_else(|error| self.fail(&error.to_string()));
+        self.stdin.write_all(&request).unwrap_or_else(|error| self.fail(&error.to_string()));
         let mut answer = [0; 8];
         for byte in &mut answer {
             self.wait_for_output();
@@ -96,11 +86,7 @@ impl Guest {
     }
 
     fn wait_for_output(&self) {
-        let mut poll = libc::pollfd {
-            fd: self.stdout.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
+        let mut poll = libc::pollfd { fd: self.stdout.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd, on our stack.
         if unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) } != 1 {
             self.fail("the guest does not answer");
@@ -177,7 +163,8 @@ impl Guest {
         self.ask(Operation::In, 1, port.into(), 0) as u8
     }
 
-    /// Enables or disables interrupts in the processor. None comes either way, unless the test arranges for it.
+    /// Enables or disables interrupts in the processor. None comes either way, unless the test arranges for
+    /// it.
     pub fn set_interrupts(&mut self, enabled: bool) {
         // The old interrupt controller takes none: the serial port would interrupt us through it.
         self.out8(0x21, 0xff);
@@ -200,7 +187,8 @@ impl Guest {
         self.wait()
     }
 
-    /// Ends the machine through the debug-exit port; it must end with this very status. Gives what hotslot printed.
+    /// Ends the machine through the debug-exit port; it must end with this very status. Gives what hotslot
+    /// printed.
     pub fn exit(self) -> String {
         let (status, log) = self.end_with(Operation::Out, 1, DEBUG_EXIT, 42);
         assert_eq!(status.code(), Some(42), "{log}");
@@ -295,8 +283,8 @@ impl Guest {
         assert_eq!(self.try_start_device(), RUNNING, "{}", self.log());
     }
 
-    /// Takes the device, which was reset, to DRIVER_OK, with VIRTIO_F_VERSION_1, feature bit 0 where it is offered, and its
-    /// first queue in RAM from 16 MiB on. Gives the Status that it has then.
+    /// Takes the device, which was reset, to DRIVER_OK, with VIRTIO_F_VERSION_1, feature bit 0 where it is
+    /// offered, and its first queue in RAM from 16 MiB on. Gives the Status that it has then.
     pub fn try_start_device(&mut self) -> u32 {
         self.set_register(register::STATUS, ACKNOWLEDGE);
         self.set_register(register::STATUS, ACKNOWLEDGE | DRIVER);
@@ -327,7 +315,8 @@ impl Guest {
         [base, monitor::available(base), monitor::used(base)]
     }
 
-    /// Hands the device `len` bytes at `buffer` to fill, and waits until it has; gives the number of bytes that it did.
+    /// Hands the device `len` bytes at `buffer` to fill, and waits until it has; gives the number of bytes
+    /// that it did.
     pub fn have_filled(&mut self, buffer: u64, len: u32) -> u32 {
         self.fill(buffer, len).0
     }

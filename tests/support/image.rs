@@ -1,4 +1,5 @@
-//! Kernels for `hotslot -k` that are made in a test: an ELF file of assembled code and data, and page tables for it.
+//! Kernels for `hotslot -k` that are made in a test: an ELF file of assembled code and data, and page tables
+//! for it.
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
@@ -17,11 +18,7 @@ pub struct Segment<'a> {
 
 impl<'a> Segment<'a> {
     pub fn new(address: u64, bytes: &'a [u8]) -> Self {
-        Segment {
-            address,
-            bytes,
-            zeroes: 0,
-        }
+        Segment { address, bytes, zeroes: 0 }
     }
 }
 
@@ -67,8 +64,8 @@ pub fn kernel(elf: &[u8]) -> NamedTempFile {
     kernel
 }
 
-/// Page tables at `at` that map the first `gib` GiB one to one, in pages of 2 MiB (a software KVM has no larger
-/// ones): one PML4, one PDPT, then a page directory for each GiB.
+/// Page tables at `at` that map the first `gib` GiB one to one, in pages of 2 MiB (a software KVM has no
+/// larger ones): one PML4, one PDPT, then a page directory for each GiB.
 pub fn page_tables(at: u64, gib: u64) -> Vec<u8> {
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 1 << 7;

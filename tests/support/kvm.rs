@@ -9,13 +9,11 @@ use std::sync::OnceLock;
 /// Whether the processor can virtualise: then KVM is as the kernel has it, and not one made of software.
 pub fn is_hardware() -> bool {
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap();
-    flags
-        .split_whitespace()
-        .any(|flag| ["vmx", "svm"].contains(&flag))
+    flags.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag))
 }
 
-/// True if the calling test can run. Says once which KVM there is; where there is none, says so for each test, and
-/// REQUIRE_KVM=1 makes that a failure.
+/// True if the calling test can run. Says once which KVM there is; where there is none, says so for each
+/// test, and REQUIRE_KVM=1 makes that a failure.
 #[must_use]
 pub fn is_here() -> bool {
     static KVM: OnceLock<Result<&str, String>> = OnceLock::new();
@@ -25,10 +23,7 @@ pub fn is_here() -> bool {
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
         kvm.map_err(|error| format!("/dev/kvm cannot be opened: {error}"))?;
         let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap();
-        let kind = match flags
-            .split_whitespace()
-            .find(|flag| ["vmx", "svm"].contains(flag))
-        {
+        let kind = match flags.split_whitespace().find(|flag| ["vmx", "svm"].contains(flag)) {
             Some(_) => "with hardware virtualisation",
             None => "without vmx and svm: software",
         };
@@ -37,10 +32,7 @@ pub fn is_here() -> bool {
     });
     let Err(why) = kvm else { return true };
     let test = std::thread::current().name().unwrap_or("a test").to_string();
-    assert!(
-        std::env::var_os("REQUIRE_KVM").is_none_or(|value| value != "1"),
-        "REQUIRE_KVM=1, and {why}"
-    );
+    assert!(std::env::var_os("REQUIRE_KVM").is_none_or(|value| value != "1"), "REQUIRE_KVM=1, and {why}");
     say(format!("SKIPPED: {test}: {why}"));
     false
 }

@@ -1,5 +1,5 @@
-//! The machine that the device is in, and the guest's eyes: memory slots of a real KVM and a processor that runs a
-//! dozen instructions, or, where there is no `/dev/kvm`, a machine that only remembers.
+//! The machine that the device is in, and the guest's eyes: memory slots of a real KVM and a processor that
+//! runs a dozen instructions, or, where there is no `/dev/kvm`, a machine that only remembers.
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
@@ -111,11 +111,7 @@ impl Real {
         }
         (sregs.cs.type_, sregs.cs.selector) = (11, 8);
         processor.set_sregs(&sregs).unwrap();
-        let mut real = Real {
-            slots,
-            processor,
-            ram,
-        };
+        let mut real = Real { slots, processor, ram };
         real.restart();
         // KVM makes a thread for itself when a processor runs for the first time.
         assert_eq!(real.access(BYTE, Some(1)), Some(1));

@@ -1,5 +1,6 @@
-//! A guest of a few dozen instructions that does what the test tells it: it reads and writes its own physical memory
-//! and I/O ports, and answers over the serial port. So a test is the driver, and sees what a guest sees.
+//! A guest of a few dozen instructions that does what the test tells it: it reads and writes its own physical
+//! memory and I/O ports, and answers over the serial port. So a test is the driver, and sees what a guest
+//! sees.
 //!
 //! It runs on any `/dev/kvm`: no SSE, 2 MiB pages. Nothing handles interrupts.
 //!
@@ -29,9 +30,9 @@ pub enum Operation {
     Out = 2,
     In = 3,
     Interrupts = 4,
-    /// One request of a virtio queue whose rings are at the address ([`available`], [`used`]). The value is the new index of
-    /// the available ring, and above its 16 bits the address of QueueNotify. The answer is how long the device took to use
-    /// it, in ticks of the time-stamp counter.
+    /// One request of a virtio queue whose rings are at the address ([`available`], [`used`]). The value is
+    /// the new index of the available ring, and above its 16 bits the address of QueueNotify. The answer is
+    /// how long the device took to use it, in ticks of the time-stamp counter.
     Request = 5,
 }
 
@@ -67,7 +68,8 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.mov(cr3, rax)?;
     a.mov(rsp, LOAD)?; // grows down, into RAM that nobody needs any more
 
-    // "Interrupt me when there is input": only then hotslot gives the port any. Interrupts stay off in the processor.
+    // "Interrupt me when there is input": only then hotslot gives the port any. Interrupts stay off in the
+    // processor.
     a.mov(edx, INTERRUPT_ENABLE)?;
     a.mov(eax, 1)?;
     a.out(dx, al)?;

@@ -21,8 +21,9 @@ pub fn ranges() -> (usize, usize) {
     (maps.lines().count(), most.trim().parse().unwrap())
 }
 
-/// The lines of a process's maps (its number, or `self`) that are mappings of files in memory, or reservations. Not among them are reservations
-/// of one page, which guard the stacks of threads, and what the allocator has in reserve behind its heaps.
+/// The lines of a process's maps (its number, or `self`) that are mappings of files in memory, or
+/// reservations. Not among them are reservations of one page, which guard the stacks of threads, and what the
+/// allocator has in reserve behind its heaps.
 pub fn areas(process: &str) -> Vec<String> {
     const HEAP: u64 = 64 << 20;
     let maps = BufReader::new(File::open(format!("/proc/{process}/maps")).unwrap());

@@ -1,5 +1,5 @@
-//! The program `hotslot-backend`, as a process: started, watched, ended. Every wait has a deadline: the one for the program ends
-//! it, and so whatever waits for it.
+//! The program `hotslot-backend`, as a process: started, watched, ended. Every wait has a deadline: the one
+//! for the program ends it, and so whatever waits for it.
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
@@ -60,9 +60,7 @@ impl Backend {
     /// Starts a device of it on the file `memory.img`, and waits until it listens.
     pub fn start(device: &str, dir: &TempDir, args: &str) -> Self {
         let mut command = command(device, dir);
-        command
-            .args(["--file", "memory.img"])
-            .args(args.split_whitespace());
+        command.args(["--file", "memory.img"]).args(args.split_whitespace());
         Backend::spawn(command, dir)
     }
 
@@ -85,12 +83,7 @@ impl Backend {
                 let _ = watched.lock().unwrap().kill();
             }
         });
-        let backend = Backend {
-            child,
-            socket,
-            stderr,
-            _alive,
-        };
+        let backend = Backend { child, socket, stderr, _alive };
         backend.wait_for("listening on ");
         backend
     }

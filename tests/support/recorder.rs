@@ -1,4 +1,5 @@
-//! A machine that remembers what its guest can see. Whose module this is names the types of `hotslot::memory`.
+//! A machine that remembers what its guest can see. Whose module this is names the types of
+//! `hotslot::memory`.
 
 #![allow(dead_code)] // Not every test program uses all of it.
 
@@ -59,8 +60,7 @@ impl GuestMapper for Guest {
         };
         live.slots.insert(slot, guest.start());
         let host = host as usize;
-        live.mappings
-            .insert(guest.start(), Mapping { guest, host, access });
+        live.mappings.insert(guest.start(), Mapping { guest, host, access });
         Ok(SlotId(slot))
     }
 
@@ -82,10 +82,7 @@ impl GuestMapper for Guest {
 impl Guest {
     /// The guest of a machine that shows it what is mapped.
     pub fn of(machine: Arc<dyn GuestMapper>) -> Guest {
-        Guest {
-            machine: Some(machine),
-            ..Guest::default()
-        }
+        Guest { machine: Some(machine), ..Guest::default() }
     }
 
     /// After a failed assertion, too: what is mapped is then taken away all the same.
@@ -121,10 +118,7 @@ impl Guest {
     /// The guest writes a byte; false where it cannot.
     pub fn write(&self, address: u64, byte: u8) -> bool {
         let live = self.lock();
-        let Some(mapping) = live
-            .at(address)
-            .filter(|mapping| mapping.access == Access::ReadWrite)
-        else {
+        let Some(mapping) = live.at(address).filter(|mapping| mapping.access == Access::ReadWrite) else {
             return false;
         };
         let (local, remote) = (vector((&raw const byte) as usize), mapping.host_vector(address));
@@ -140,8 +134,5 @@ impl Mapping {
 }
 
 fn vector(address: usize) -> libc::iovec {
-    libc::iovec {
-        iov_base: address as *mut libc::c_void,
-        iov_len: 1,
-    }
+    libc::iovec { iov_base: address as *mut libc::c_void, iov_len: 1 }
 }

@@ -40,12 +40,7 @@ impl Torture {
     /// One that does these things, and ends with its front-end. It is patient: tests run on busy machines.
     pub fn doing(steps: &[&str]) -> Torture {
         let steps = steps.iter().flat_map(|step| ["--do", step]);
-        Torture::start(
-            &["--once", "--patience", "30"]
-                .into_iter()
-                .chain(steps)
-                .collect::<Vec<_>>(),
-        )
+        Torture::start(&["--once", "--patience", "30"].into_iter().chain(steps).collect::<Vec<_>>())
     }
 
     pub fn socket(&self) -> PathBuf {

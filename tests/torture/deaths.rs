@@ -29,7 +29,8 @@ enum Phase {
     Reset,
 }
 
-/// Kills back-ends at these moments, one device each, all in one machine, which has another device that works.
+/// Kills back-ends at these moments, one device each, all in one machine, which has another device that
+/// works.
 fn survives(deaths: &[(Vec<String>, Phase)]) {
     if !kvm::is_here() {
         return;
@@ -40,10 +41,7 @@ fn survives(deaths: &[(Vec<String>, Phase)]) {
     for (index, (steps, _)) in deaths.iter().enumerate() {
         let steps: Vec<_> = steps.iter().map(String::as_str).collect();
         let torture = Torture::doing(&steps);
-        options.extend([
-            "--vhost-user".to_string(),
-            torture.device(&format!("dying{index}")),
-        ]);
+        options.extend(["--vhost-user".to_string(), torture.device(&format!("dying{index}"))]);
         dying.push(torture);
     }
     let mut guest = Guest::boot(options);
@@ -62,13 +60,11 @@ fn survives(deaths: &[(Vec<String>, Phase)]) {
                 assert!(sees_pattern || seen == HOLE, "{steps:?}: {seen:#x}");
                 let expected = *sees == Sees::Either || (*sees == Sees::Pattern) == sees_pattern;
                 assert!(expected, "{steps:?}: {seen:#x}");
-                // What is there stays. A request that was on its way may come true after the guest was told of the death.
+                // What is there stays. A request that was on its way may come true after the guest was told
+                // of the death.
                 let later = guest.read64(base + 0x1008);
                 let came_late = *sees == Sees::Either && later == pattern(0x1008);
-                assert!(
-                    later == seen || came_late,
-                    "{steps:?}: {seen:#x}, then {later:#x}"
-                );
+                assert!(later == seen || came_late, "{steps:?}: {seen:#x}, then {later:#x}");
             }
             Phase::Reset => {
                 assert_eq!(status, RUNNING, "{steps:?}\n{}", guest.log());
@@ -84,11 +80,7 @@ fn survives(deaths: &[(Vec<String>, Phase)]) {
         assert_eq!(guest.read64(base), HOLE, "{steps:?}");
         guest.try_start_device();
         guest.wait_for_needs_reset();
-        assert!(
-            guest.log().contains(&format!("dying{}", device - 1)),
-            "{}",
-            guest.log()
-        );
+        assert!(guest.log().contains(&format!("dying{}", device - 1)), "{}", guest.log());
         works(&mut guest);
     }
     guest.exit();
@@ -110,11 +102,8 @@ fn works(guest: &mut Guest) {
 }
 
 fn at_each_moment(messages: &[&str], phase: impl Fn(&str, &str) -> Phase) -> Vec<(Vec<String>, Phase)> {
-    let each = messages
-        .iter()
-        .flat_map(|message| MOMENTS.map(|moment| (message, moment)));
-    each.map(|(message, moment)| (vec![format!("die@{message}:{moment}")], phase(message, moment)))
-        .collect()
+    let each = messages.iter().flat_map(|message| MOMENTS.map(|moment| (message, moment)));
+    each.map(|(message, moment)| (vec![format!("die@{message}:{moment}")], phase(message, moment))).collect()
 }
 
 #[test]
@@ -146,11 +135,7 @@ fn at_each_message_of_the_set_up() {
             let device = torture.device("gizmo").replace("type=rng", "type=blk");
             let (status, log) = Guest::boot(["--vhost-user", &device]).wait();
             assert_eq!(status.code(), Some(2), "{message}:{moment}\n{log}");
-            for word in [
-                "error: device gizmo",
-                torture.socket().to_str().unwrap(),
-                "hung up",
-            ] {
+            for word in ["error: device gizmo", torture.socket().to_str().unwrap(), "hung up"] {
                 assert!(log.contains(word), "{message}:{moment}: no '{word}' in:\n{log}");
             }
             killed(&mut torture);
@@ -161,22 +146,13 @@ fn at_each_message_of_the_set_up() {
 #[test]
 fn after_the_set_up() {
     // SHM-76
-    survives(&[(
-        vec!["die@SET_BACKEND_REQ_FD:after".to_string()],
-        Phase::Start(Sees::Hole),
-    )]);
+    survives(&[(vec!["die@SET_BACKEND_REQ_FD:after".to_string()], Phase::Start(Sees::Hole))]);
 }
 
 #[test]
 fn at_each_message_of_a_start_before_its_rings() {
     // SHM-64, SHM-66, SHM-76
-    let messages = [
-        "RESET_DEVICE",
-        "SET_STATUS",
-        "SET_FEATURES",
-        "SET_MEM_TABLE",
-        "SET_VRING_NUM",
-    ];
+    let messages = ["RESET_DEVICE", "SET_STATUS", "SET_FEATURES", "SET_MEM_TABLE", "SET_VRING_NUM"];
     survives(&at_each_moment(&messages, |_, _| Phase::Start(Sees::Hole)));
 }
 
@@ -221,19 +197,14 @@ fn during_a_mapping() {
         (&["flood=forever", "die@UNMAP#1000:half"], Sees::Pattern),
         (&["stall", "die@SET_STATUS#2:after"], Sees::Pattern),
     ];
-    let deaths = deaths.map(|(steps, sees)| {
-        (
-            steps.iter().map(|step| step.to_string()).collect(),
-            Phase::Start(sees),
-        )
-    });
+    let deaths =
+        deaths.map(|(steps, sees)| (steps.iter().map(|step| step.to_string()).collect(), Phase::Start(sees)));
     survives(&deaths);
 }
 
 #[test]
 fn at_each_message_of_a_reset() {
-    // SHM-64, SHM-69, SHM-76
-    // The first RESET_DEVICE, and the first two SET_STATUS, were those of the start.
+    // SHM-64, SHM-69, SHM-76 The first RESET_DEVICE, and the first two SET_STATUS, were those of the start.
     let messages = ["GET_VRING_BASE", "RESET_DEVICE#2", "SET_STATUS#3"];
     survives(&at_each_moment(&messages, |_, _| Phase::Reset));
 }
@@ -257,11 +228,7 @@ fn from_outside_while_the_guest_uses_its_memory() {
         for round in rounds {
             let offset = round % WORDS * 8;
             let address = base + offset;
-            let expected = if round < WORDS {
-                pattern(offset)
-            } else {
-                round - WORDS
-            };
+            let expected = if round < WORDS { pattern(offset) } else { round - WORDS };
             assert_eq!(guest.read64(address), expected, "{offset:#x}");
             guest.write64(address, round);
             assert_eq!(guest.read64(address), round);

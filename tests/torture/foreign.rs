@@ -43,14 +43,7 @@ fn refuse(errno: i32) -> io::Result<u64> {
 
 impl VhostUserFrontendReqHandlerMut for Regions {
     fn shmem_map(&mut self, request: &VhostUserMMap, file: &dyn AsRawFd) -> io::Result<u64> {
-        let VhostUserMMap {
-            shmid,
-            fd_offset,
-            shm_offset,
-            len,
-            flags,
-            ..
-        } = *request;
+        let VhostUserMMap { shmid, fd_offset, shm_offset, len, flags, .. } = *request;
         let size = self.sizes[usize::from(shmid)];
         let beyond = shm_offset + len > size || size == 0;
         let overlaps = self
@@ -110,7 +103,8 @@ impl VhostUserFrontendReqHandlerMut for Regions {
     }
 }
 
-/// Runs a back-end that does these things against such a front-end. Gives its exit status and what it printed.
+/// Runs a back-end that does these things against such a front-end. Gives its exit status and what it
+/// printed.
 fn run(steps: &[&str], breaks: Breaks, until: &str) -> (Option<i32>, String) {
     let steps = steps.iter().flat_map(|step| ["--do", step]);
     let options = ["--once", "--patience", "2"].into_iter().chain(steps);
@@ -130,11 +124,7 @@ fn run(steps: &[&str], breaks: Breaks, until: &str) -> (Option<i32>, String) {
     frontend.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
     assert_eq!(frontend.get_queue_num().unwrap(), 1);
     let config = frontend.get_shmem_config().unwrap();
-    let regions = Regions {
-        sizes: { config.memory_sizes }.to_vec(),
-        breaks,
-        live: Vec::new(),
-    };
+    let regions = Regions { sizes: { config.memory_sizes }.to_vec(), breaks, live: Vec::new() };
     let mut handler = FrontendReqHandler::new(Arc::new(Mutex::new(regions))).unwrap();
     handler.set_reply_ack_flag(true);
     frontend.set_backend_request_fd(&handler.get_tx_raw_fd()).unwrap();
@@ -183,26 +173,17 @@ fn run(steps: &[&str], breaks: Breaks, until: &str) -> (Option<i32>, String) {
 #[test]
 fn a_front_end_that_knows_the_rules_does_as_specified() {
     let (status, output) = run(&["everything"], Breaks::Nothing, "so far: ");
-    // The crate by itself does not answer a request whose fields it finds invalid, nor a MAP without a descriptor, after
-    // which it has lost its place.
-    let wrong: Vec<_> = output
-        .lines()
-        .filter(|line| line.contains("NOT as specified: "))
-        .collect();
+    // The crate by itself does not answer a request whose fields it finds invalid, nor a MAP without a
+    // descriptor, after which it has lost its place.
+    let wrong: Vec<_> = output.lines().filter(|line| line.contains("NOT as specified: ")).collect();
     for line in &wrong {
-        assert!(
-            line.contains("NOT as specified: no answer within 2 s"),
-            "{output}"
-        );
+        assert!(line.contains("NOT as specified: no answer within 2 s"), "{output}");
     }
     assert!(output.matches(": as specified").count() >= 28, "{output}");
     assert_eq!(status, Some(i32::from(!wrong.is_empty())), "{output}");
     let (status, output) = run(&["overlap", "flood=1000"], Breaks::Nothing, "flood: ");
     assert_eq!(status, Some(0), "{output}");
-    assert!(
-        output.contains("1000 pairs of MAP and UNMAP answered"),
-        "{output}"
-    );
+    assert!(output.contains("1000 pairs of MAP and UNMAP answered"), "{output}");
     assert!(output.contains("0 requests refused"), "{output}");
 }
 

@@ -16,10 +16,7 @@ fn refused(step: &str, words: &[&str]) {
     }
     let (status, output) = torture.wait();
     assert_eq!(status.code(), Some(0), "{step}: {output}");
-    assert!(
-        output.contains("then the front-end closed the connection"),
-        "{step}: {output}"
-    );
+    assert!(output.contains("then the front-end closed the connection"), "{step}: {output}");
 }
 
 #[test]
@@ -28,20 +25,12 @@ fn wrong_answers_in_the_set_up_are_refused() {
     if !kvm::is_here() {
         return;
     }
-    for message in [
-        "GET_FEATURES",
-        "GET_PROTOCOL_FEATURES",
-        "GET_QUEUE_NUM",
-        "GET_SHMEM_CONFIG",
-    ] {
+    for message in ["GET_FEATURES", "GET_PROTOCOL_FEATURES", "GET_QUEUE_NUM", "GET_SHMEM_CONFIG"] {
         for wrong in ["short", "long", "id", "fd", "error", "request", "version"] {
             refused(&format!("answer={wrong}@{message}"), &[message]);
         }
     }
-    refused(
-        "answer=error@SET_BACKEND_REQ_FD",
-        &["SET_BACKEND_REQ_FD", "refused", "0x1"],
-    );
+    refused("answer=error@SET_BACKEND_REQ_FD", &["SET_BACKEND_REQ_FD", "refused", "0x1"]);
 }
 
 #[test]
@@ -50,16 +39,9 @@ fn silence_in_the_set_up_is_not_waited_for_forever() {
     if !kvm::is_here() {
         return;
     }
-    let cases = [
-        "silence@GET_FEATURES",
-        "answer=half@GET_SHMEM_CONFIG",
-        "mute@SET_OWNER",
-    ];
+    let cases = ["silence@GET_FEATURES", "answer=half@GET_SHMEM_CONFIG", "mute@SET_OWNER"];
     std::thread::scope(|scope| {
-        for (step, message) in cases
-            .into_iter()
-            .zip(["GET_FEATURES", "GET_SHMEM_CONFIG", "GET_FEATURES"])
-        {
+        for (step, message) in cases.into_iter().zip(["GET_FEATURES", "GET_SHMEM_CONFIG", "GET_FEATURES"]) {
             scope.spawn(move || refused(step, &[message, "did not answer within 5000 ms"]));
         }
     });
@@ -72,22 +54,10 @@ fn absurd_configurations_are_refused() {
         return;
     }
     for (step, words) in [
-        (
-            "shmem-config=count",
-            &["2 shared memory regions", "1 have a size"][..],
-        ),
-        (
-            "shmem-config=unaligned",
-            &["region 0", "0x1001", "page size 0x1000"],
-        ),
-        (
-            "shmem-config=overflow",
-            &["region 0", "does not fit", "0x8000000000000000"],
-        ),
-        (
-            "shmem-config=huge",
-            &["region 0", "does not fit", "0x8000000000000000"],
-        ),
+        ("shmem-config=count", &["2 shared memory regions", "1 have a size"][..]),
+        ("shmem-config=unaligned", &["region 0", "0x1001", "page size 0x1000"]),
+        ("shmem-config=overflow", &["region 0", "does not fit", "0x8000000000000000"]),
+        ("shmem-config=huge", &["region 0", "does not fit", "0x8000000000000000"]),
         ("queue-num=0", &["0 queues"]),
     ] {
         refused(step, words);
@@ -109,10 +79,7 @@ fn extreme_configurations_work() {
     assert_eq!(guest.have_filled(0x180_0000, 16), 16);
     guest.exit();
     let (status, output) = all.wait();
-    assert!(
-        status.success() && output.contains("shmem-config: as specified"),
-        "{output}"
-    );
+    assert!(status.success() && output.contains("shmem-config: as specified"), "{output}");
 }
 
 /// What becomes of a device.
@@ -185,12 +152,7 @@ fn survives(cases: &[(&'static str, &str, Fate)]) {
 
 fn works(guest: &mut Guest, device: u64, step: &str) {
     guest.select(device);
-    assert_eq!(
-        guest.register(register::STATUS),
-        RUNNING,
-        "{step}\n{}",
-        guest.log()
-    );
+    assert_eq!(guest.register(register::STATUS), RUNNING, "{step}\n{}", guest.log());
     assert_eq!(guest.have_filled(0x180_0000, 64), 64, "{step}");
     let (base, _) = guest.region(0);
     assert_eq!(guest.read64(base + 8), pattern(8), "{step}");
@@ -204,26 +166,10 @@ fn what_happens_on_the_channel() {
         ("stall=1", "stall: ", Fate::Works),
         ("stall=51", "stall: ", Fate::Works),
         ("version", "version: the front-end closed the channel", Fate::Lost),
-        (
-            "reply-flag",
-            "reply-flag: the front-end closed the channel",
-            Fate::Lost,
-        ),
-        (
-            "oversized",
-            "oversized: the front-end closed the channel",
-            Fate::Lost,
-        ),
-        (
-            "oversized=0xffffffff",
-            "oversized: the front-end closed the channel",
-            Fate::Lost,
-        ),
-        (
-            "oversized=4097",
-            "oversized: the front-end closed the channel",
-            Fate::Lost,
-        ),
+        ("reply-flag", "reply-flag: the front-end closed the channel", Fate::Lost),
+        ("oversized", "oversized: the front-end closed the channel", Fate::Lost),
+        ("oversized=0xffffffff", "oversized: the front-end closed the channel", Fate::Lost),
+        ("oversized=4097", "oversized: the front-end closed the channel", Fate::Lost),
         ("flood=500", "500 pairs of MAP and UNMAP answered", Fate::Works),
         ("flood-unread=10", "took all 10 requests", Fate::Works),
         ("flood-unread=forever", "flood-unread: ", Fate::Lost),
@@ -257,11 +203,7 @@ fn silence_while_the_device_is_reset() {
         return;
     }
     std::thread::scope(|scope| {
-        for step in [
-            "silence@GET_VRING_BASE",
-            "mute@kick",
-            "answer=half@RESET_DEVICE#2",
-        ] {
+        for step in ["silence@GET_VRING_BASE", "mute@kick", "answer=half@RESET_DEVICE#2"] {
             scope.spawn(move || is_reset_in_silence(step));
         }
     });
@@ -296,18 +238,11 @@ fn a_file_that_becomes_shorter() {
     for (device, kept) in devices.iter().zip([0, 0x8000, 0]) {
         guest.select(device.index);
         guest.start_device();
-        device
-            .torture
-            .wait_for("truncate: the file of the pattern, 0x10000 bytes long and mapped, has");
+        device.torture.wait_for("truncate: the file of the pattern, 0x10000 bytes long and mapped, has");
         let (base, _) = guest.region(0);
         for offset in (8..0x10000).step_by(0x1000) {
             let expected = if offset < kept { pattern(offset) } else { 0 };
-            assert_eq!(
-                guest.read64(base + offset),
-                expected,
-                "{}: {offset:#x}",
-                device.step
-            );
+            assert_eq!(guest.read64(base + offset), expected, "{}: {offset:#x}", device.step);
         }
         assert_eq!(guest.register(register::STATUS), RUNNING);
         works(&mut guest, 0, device.step);

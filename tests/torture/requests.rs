@@ -11,20 +11,15 @@ pub const fn pattern(offset: u64) -> u64 {
 
 #[test]
 fn every_request_is_carried_out_or_refused_as_specified() {
-    // SHM-25, SHM-26, SHM-27, SHM-29, SHM-30, SHM-31, SHM-32, SHM-33, SHM-34, SHM-35, SHM-36, SHM-37, SHM-39, SHM-41,
-    // SHM-42, SHM-44, SHM-47, SHM-49, SHM-51, SHM-52, SHM-53, SHM-54, SHM-55, SHM-57, SHM-58, SHM-59, SHM-61, SHM-62,
-    // SHM-63, SHM-65
+    // SHM-25, SHM-26, SHM-27, SHM-29, SHM-30, SHM-31, SHM-32, SHM-33, SHM-34, SHM-35, SHM-36, SHM-37, SHM-39,
+    // SHM-41, SHM-42, SHM-44, SHM-47, SHM-49, SHM-51, SHM-52, SHM-53, SHM-54, SHM-55, SHM-57, SHM-58, SHM-59,
+    // SHM-61, SHM-62, SHM-63, SHM-65
     if !kvm::is_here() {
         return;
     }
     let regions = ["--region", "0=4M", "--region", "7=2M"];
-    let mut torture = Torture::start(
-        &[
-            &regions[..],
-            &["--once", "--patience", "30", "--do", "everything"],
-        ]
-        .concat(),
-    );
+    let mut torture =
+        Torture::start(&[&regions[..], &["--once", "--patience", "30", "--do", "everything"]].concat());
     let mut guest = Guest::boot(["--vhost-user", &torture.device("tortured")]);
     guest.start_device();
     torture.wait_for("everything: ");
@@ -47,9 +42,7 @@ fn every_request_is_carried_out_or_refused_as_specified() {
         ("unmap-fd", &["done", "refused"]),
         ("unmap-other-fields", &["done", "done"]),
     ] {
-        let lines = output
-            .lines()
-            .filter(|line| line.starts_with(&format!("{case}: ")));
+        let lines = output.lines().filter(|line| line.starts_with(&format!("{case}: ")));
         let came: Vec<_> = lines
             .filter_map(|line| line.rsplit_once(": "))
             .map(|(_, came)| came.split(',').next().unwrap())
@@ -63,7 +56,8 @@ fn every_request_is_carried_out_or_refused_as_specified() {
     assert!(!output.contains("keeps the descriptor"), "{output}");
 }
 
-/// Runs a back-end with these options, a device with these further keys, and reads the first word of region 0.
+/// Runs a back-end with these options, a device with these further keys, and reads the first word of region
+/// 0.
 fn first_word(options: &[&str], keys: &str, until: &str) -> (u64, String) {
     let mut torture = Torture::start(&[&["--once", "--patience", "30"], options].concat());
     let device = format!("{}{keys}", torture.device("tortured"));

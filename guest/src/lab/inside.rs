@@ -1,7 +1,7 @@
 //! The link's end in the emulated host: runs the command that comes in and sends back what it gives out.
 //!
-//! Called by [`crate::boot`] on PID 1's first thread, which waits for the command and reaps; one thread per direction
-//! and stream does the copying.
+//! Called by [`crate::boot`] on PID 1's first thread, which waits for the command and reaps; one thread per
+//! direction and stream does the copying.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -24,16 +24,16 @@ const PORT_TIME: Duration = Duration::from_secs(30);
 /// How long the outside may take to stop the machine after the exit status, before we switch it off.
 const STOP_TIME: Duration = Duration::from_secs(10);
 
-/// Our side of the port, for the threads that send. A leaf lock: nothing else is taken under it, and what is done
-/// under it is one write.
+/// Our side of the port, for the threads that send. A leaf lock: nothing else is taken under it, and what is
+/// done under it is one write.
 type Sender = Arc<Mutex<File>>;
 
 /// Serves one command over the port called `name`. Returns only when something went wrong: one sentence.
 pub fn serve(name: &str) -> String {
     match run(name) {
         Ok(()) => {
-            // Everything is sent; the outside stops the machine as soon as it has read it. Switching it off here
-            // could cut off what QEMU has not yet passed on.
+            // Everything is sent; the outside stops the machine as soon as it has read it. Switching it off
+            // here could cut off what QEMU has not yet passed on.
             thread::sleep(STOP_TIME);
             "the other end of the link has not stopped this machine".to_owned()
         }
@@ -43,9 +43,8 @@ pub fn serve(name: &str) -> String {
 
 fn run(name: &str) -> Outcome<()> {
     let mut receiver = open_port(name)?;
-    let sender = receiver
-        .try_clone()
-        .map_err(|error| format!("cannot duplicate the port {name}: {error}"))?;
+    let sender =
+        receiver.try_clone().map_err(|error| format!("cannot duplicate the port {name}: {error}"))?;
     let sender = Arc::new(Mutex::new(sender));
     send(&sender, Kind::Hello, b"")?;
     let start = receive_start(&mut receiver)?;
@@ -84,14 +83,8 @@ fn open_port(name: &str) -> Outcome<File> {
             waiting => waiting,
         };
         if Instant::now() > end {
-            let state = if port.is_some() {
-                "is not open at its other end"
-            } else {
-                "does not exist"
-            };
-            return Err(format!(
-                "the virtio-serial port {name} {state}, {PORT_TIME:?} after the start"
-            ));
+            let state = if port.is_some() { "is not open at its other end" } else { "does not exist" };
+            return Err(format!("the virtio-serial port {name} {state}, {PORT_TIME:?} after the start"));
         }
         thread::sleep(Duration::from_millis(1));
     }
@@ -105,20 +98,14 @@ fn find_port(name: &str) -> Outcome<Option<File>> {
         if fs::read_to_string(port.path().join("name")).is_ok_and(|found| found.trim_end() == name) {
             let path = Path::new("/dev").join(port.file_name());
             let open = OpenOptions::new().read(true).write(true).open(&path);
-            return open
-                .map(Some)
-                .map_err(|error| format!("cannot open {}: {error}", path.display()));
+            return open.map(Some).map_err(|error| format!("cannot open {}: {error}", path.display()));
         }
     }
     Ok(None)
 }
 
 fn other_end_is_open(port: &File) -> bool {
-    let mut entry = libc::pollfd {
-        fd: port.as_raw_fd(),
-        events: libc::POLLOUT,
-        revents: 0,
-    };
+    let mut entry = libc::pollfd { fd: port.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     // SAFETY: one entry, ours, which outlives the call; the descriptor is open.
     unsafe { libc::poll(&raw mut entry, 1, 0) };
     entry.revents & libc::POLLHUP == 0
@@ -135,10 +122,7 @@ fn receive_start(receiver: &mut File) -> Outcome<Start> {
 
 /// The caller's directory, and those of the files to send back, exist for the command as they do outside.
 fn make_directories(start: &Start) {
-    let parents = start
-        .outputs
-        .iter()
-        .filter_map(|path| Path::new(OsStr::from_bytes(path)).parent());
+    let parents = start.outputs.iter().filter_map(|path| Path::new(OsStr::from_bytes(path)).parent());
     for directory in parents.chain([Path::new(OsStr::from_bytes(&start.directory))]) {
         if let Err(error) = fs::create_dir_all(directory) {
             eprintln!("init: cannot make {}: {error}", directory.display());
@@ -149,14 +133,13 @@ fn make_directories(start: &Start) {
 /// A running command: its process id, and the threads that copy its output.
 type Running = (u32, Vec<thread::JoinHandle<()>>);
 
-/// Starts the command and the threads around it. The inner error is the command's: what to say, and its status.
+/// Starts the command and the threads around it. The inner error is the command's: what to say, and its
+/// status.
 fn spawn(start: &Start, receiver: File, sender: &Sender) -> Outcome<Result<Running, (String, u8)>> {
     let mut words = start.command.iter().map(|word| OsStr::from_bytes(word));
     let program = words.next().unwrap_or_default();
     let mut process = Command::new(program);
-    process
-        .args(words)
-        .current_dir(OsStr::from_bytes(&start.directory));
+    process.args(words).current_dir(OsStr::from_bytes(&start.directory));
     for pair in &start.environment {
         let middle = pair.iter().position(|byte| *byte == b'=').unwrap_or(pair.len());
         let (name, value) = (&pair[..middle], pair.get(middle + 1..).unwrap_or_default());
@@ -171,10 +154,7 @@ fn spawn(start: &Start, receiver: File, sender: &Sender) -> Outcome<Result<Runni
             Some(ours)
         }
         None => {
-            process
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped());
+            process.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
             None
         }
     };
@@ -190,24 +170,12 @@ fn spawn(start: &Start, receiver: File, sender: &Sender) -> Outcome<Result<Runni
 
     let mut copies = Vec::new();
     if let Some(terminal) = terminal {
-        let copy = terminal
-            .try_clone()
-            .map_err(|error| format!("cannot duplicate the terminal: {error}"))?;
+        let copy = terminal.try_clone().map_err(|error| format!("cannot duplicate the terminal: {error}"))?;
         copies.push(copy_out(terminal, Kind::Output, sender));
         thread::spawn(move || copy_in_terminal(receiver, copy));
     } else {
-        copies.extend(
-            child
-                .stdout
-                .take()
-                .map(|stream| copy_out(stream, Kind::Output, sender)),
-        );
-        copies.extend(
-            child
-                .stderr
-                .take()
-                .map(|stream| copy_out(stream, Kind::Error, sender)),
-        );
+        copies.extend(child.stdout.take().map(|stream| copy_out(stream, Kind::Output, sender)));
+        copies.extend(child.stderr.take().map(|stream| copy_out(stream, Kind::Error, sender)));
         let input = child.stdin.take();
         thread::spawn(move || copy_in_pipe(receiver, input));
     }
@@ -228,17 +196,14 @@ fn copy_out(mut stream: impl Read + Send + 'static, kind: Kind, sender: &Sender)
     })
 }
 
-/// The link's input to the command's pipe. A command that closed its input loses nothing: the rest is read and dropped.
+/// The link's input to the command's pipe. A command that closed its input loses nothing: the rest is read
+/// and dropped.
 fn copy_in_pipe(mut receiver: File, mut pipe: Option<impl Write>) {
     while let Ok(Some((kind, payload))) = link::receive(&mut receiver) {
         if kind != Kind::Input {
             continue;
         }
-        if payload.is_empty()
-            || pipe
-                .as_mut()
-                .is_some_and(|pipe| pipe.write_all(&payload).is_err())
-        {
+        if payload.is_empty() || pipe.as_mut().is_some_and(|pipe| pipe.write_all(&payload).is_err()) {
             pipe = None;
         }
     }
@@ -251,11 +216,7 @@ fn copy_in_terminal(mut receiver: File, mut terminal: File) {
     while let Ok(Some((kind, payload))) = link::receive(&mut receiver) {
         match kind {
             Kind::Input => {
-                let bytes = if payload.is_empty() {
-                    END_OF_INPUT
-                } else {
-                    &payload
-                };
+                let bytes = if payload.is_empty() { END_OF_INPUT } else { &payload };
                 // A terminal whose command is gone refuses it; the exit status is on its way.
                 let _ = terminal.write_all(bytes);
             }
@@ -283,16 +244,9 @@ fn send_back(sender: &Sender, path: &Path) -> Outcome<()> {
         return Ok(());
     }
     if !about.is_file() {
-        return Err(format!(
-            "cannot send back {}: neither a file nor a directory",
-            path.display()
-        ));
+        return Err(format!("cannot send back {}: neither a file nor a directory", path.display()));
     }
-    send(
-        sender,
-        Kind::File,
-        &[&mode, about.len().to_le_bytes().as_slice(), name].concat(),
-    )?;
+    send(sender, Kind::File, &[&mode, about.len().to_le_bytes().as_slice(), name].concat())?;
     let file = File::open(path).map_err(failed)?;
     let mut buffer = vec![0; link::LONGEST];
     let mut offset: u64 = 0;

@@ -1,7 +1,7 @@
 //! The frames of the link: one byte kind, four bytes length (little endian), then that many bytes.
 //!
-//! Both ends are this program, built from one source, so there is no version. They still check what they read: the
-//! console of a broken kernel must not become an allocation of 4 GiB.
+//! Both ends are this program, built from one source, so there is no version. They still check what they
+//! read: the console of a broken kernel must not become an allocation of 4 GiB.
 
 use std::io::{self, Read, Write};
 
@@ -30,7 +30,8 @@ pub enum Kind {
     File,
     /// Inside to outside: a directory: mode (`u32`), then its path.
     Directory,
-    /// Inside to outside: bytes of the file announced last: offset (`u64`), then the bytes. What is not sent is zero.
+    /// Inside to outside: bytes of the file announced last: offset (`u64`), then the bytes. What is not sent
+    /// is zero.
     Data,
     /// Inside to outside: the command's exit status, one byte. The last frame.
     Exit,
@@ -52,10 +53,7 @@ const KINDS: [(Kind, u8); 10] = [
 
 /// Sends one frame, in one write.
 pub fn send(port: &mut impl Write, kind: Kind, payload: &[u8]) -> io::Result<()> {
-    let byte = KINDS
-        .iter()
-        .find(|(one, _)| *one == kind)
-        .map_or(0, |(_, byte)| *byte);
+    let byte = KINDS.iter().find(|(one, _)| *one == kind).map_or(0, |(_, byte)| *byte);
     let length = u32::try_from(payload.len()).map_err(|_| io::Error::other("a frame of more than 4 GiB"))?;
     let mut frame = Vec::with_capacity(HEADER + payload.len());
     frame.push(byte);
@@ -101,7 +99,8 @@ pub struct Start {
 }
 
 impl Start {
-    /// The payload of [`Kind::Start`]: fields, each a letter, its bytes, and a NUL (which none of them can hold).
+    /// The payload of [`Kind::Start`]: fields, each a letter, its bytes, and a NUL (which none of them can
+    /// hold).
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         let mut field = |letter: u8, value: &[u8]| {
@@ -193,19 +192,13 @@ mod tests {
             terminal: Some((24, 80)),
         };
         assert_eq!(Start::from_bytes(&start.to_bytes()), start);
-        let plain = Start {
-            terminal: None,
-            ..start
-        };
+        let plain = Start { terminal: None, ..start };
         assert_eq!(Start::from_bytes(&plain.to_bytes()), plain);
     }
 
     #[test]
     fn a_window_size_arrives_as_it_was_sent() {
-        assert_eq!(
-            window_size_from_bytes(&window_size_to_bytes((50, 300))),
-            Some((50, 300))
-        );
+        assert_eq!(window_size_from_bytes(&window_size_to_bytes((50, 300))), Some((50, 300)));
         assert_eq!(window_size_from_bytes(b"abc"), None);
     }
 }

@@ -6,9 +6,10 @@
 //!              stdin, stdout, stderr   [link]      pipes or a pseudo-terminal
 //! ```
 //!
-//! One virtio-serial port carries everything, in frames ([`link`]): the command and its input one way; its output,
-//! the files it made and its exit status the other. One stream has one order, so that when the status has arrived,
-//! every byte before it has: the outside can stop the machine at once, and nothing is lost in a buffer.
+//! One virtio-serial port carries everything, in frames ([`link`]): the command and its input one way; its
+//! output, the files it made and its exit status the other. One stream has one order, so that when the status
+//! has arrived, every byte before it has: the outside can stop the machine at once, and nothing is lost in a
+//! buffer.
 
 pub mod inside;
 pub mod link;

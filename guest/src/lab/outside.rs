@@ -1,11 +1,12 @@
-//! The link's end on the developer's machine: starts QEMU, passes on what comes from the link, and ends with the
-//! command's exit status. `scripts/lab.sh` replaces itself with it, so that a signal to the script arrives here.
+//! The link's end on the developer's machine: starts QEMU, passes on what comes from the link, and ends with
+//! the command's exit status. `scripts/lab.sh` replaces itself with it, so that a signal to the script
+//! arrives here.
 //!
-//! Nothing is left behind however it ends: the initramfs is put together in a memfd, the link is a socket pair, and
-//! the kernel ends QEMU when this process dies, even by SIGKILL.
+//! Nothing is left behind however it ends: the initramfs is put together in a memfd, the link is a socket
+//! pair, and the kernel ends QEMU when this process dies, even by SIGKILL.
 //!
-//! Threads: the first one starts QEMU, then waits for signals, the time limit and the others' news; one reads the
-//! link, one the kernel's log, one our standard input, and one writes to the link.
+//! Threads: the first one starts QEMU, then waits for signals, the time limit and the others' news; one reads
+//! the link, one the kernel's log, one our standard input, and one writes to the link.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -85,10 +86,7 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
 }
 
 fn parse(arguments: &[OsString]) -> Outcome<Options> {
-    let mut options = Options {
-        memory: "2048".to_owned(),
-        ..Options::default()
-    };
+    let mut options = Options { memory: "2048".to_owned(), ..Options::default() };
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
         let mut value = || {
@@ -166,10 +164,7 @@ fn run(options: Options) -> Outcome<u8> {
         Ending::Signal(number) => die_of(number),
         Ending::Time { up, limit } => {
             if up {
-                eprintln!(
-                    "lab: the command had not ended after {} s (time limit), stopped",
-                    limit.as_secs()
-                );
+                eprintln!("lab: the command had not ended after {} s (time limit), stopped", limit.as_secs());
             } else {
                 eprintln!("lab: not up after {} s (time limit), stopped", limit.as_secs());
                 log.show();
@@ -250,9 +245,7 @@ fn put_together(parts: &[PathBuf]) -> Outcome<File> {
         let length = io::copy(&mut file, &mut whole).map_err(failed)?;
         // An archive begins at a multiple of four.
         let padding = [0; 4];
-        whole
-            .write_all(&padding[..(length.wrapping_neg() % 4) as usize])
-            .map_err(failed)?;
+        whole.write_all(&padding[..(length.wrapping_neg() % 4) as usize]).map_err(failed)?;
     }
     Ok(whole)
 }
@@ -264,17 +257,14 @@ fn socket_pair() -> Outcome<(UnixStream, UnixStream)> {
 /// QEMU with the settings that were found to work, its link and its log on our sockets.
 fn start_qemu(options: &Options, initramfs: &File, link: &UnixStream, log: &UnixStream) -> Outcome<Child> {
     let initramfs_path = format!("/proc/self/fd/{}", initramfs.as_raw_fd());
-    let messages = log
-        .try_clone()
-        .map_err(|error| format!("cannot duplicate a socket: {error}"))?;
-    let messages_too = log
-        .try_clone()
-        .map_err(|error| format!("cannot duplicate a socket: {error}"))?;
+    let messages = log.try_clone().map_err(|error| format!("cannot duplicate a socket: {error}"))?;
+    let messages_too = log.try_clone().map_err(|error| format!("cannot duplicate a socket: {error}"))?;
     let mut qemu = Command::new(&options.qemu);
     qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        // Two processors lost a race in the kernel's code patching (threads) or hung in the nested guest (one thread).
-        // Without XSAVE: the emulated SVM does not tell KVM of a guest's XSETBV. Without fast string instructions: the
-        // kernel then clears and copies pages by eight bytes at a time, which the emulator does six times as fast.
+        // Two processors lost a race in the kernel's code patching (threads) or hung in the nested guest (one
+        // thread). Without XSAVE: the emulated SVM does not tell KVM of a guest's XSETBV. Without fast string
+        // instructions: the kernel then clears and copies pages by eight bytes at a time, which the emulator
+        // does six times as fast.
         .args([
             "-accel",
             "tcg,thread=single",
@@ -291,12 +281,7 @@ fn start_qemu(options: &Options, initramfs: &File, link: &UnixStream, log: &Unix
         .args(["-initrd", &initramfs_path])
         .arg("-append")
         .arg(kernel_command_line(&options.append))
-        .args([
-            "-chardev",
-            &format!("socket,id=log,fd={}", log.as_raw_fd()),
-            "-serial",
-            "chardev:log",
-        ])
+        .args(["-chardev", &format!("socket,id=log,fd={}", log.as_raw_fd()), "-serial", "chardev:log"])
         .args(["-chardev", &format!("socket,id=link,fd={}", link.as_raw_fd())])
         .args(["-device", "virtio-serial-pci,max_ports=2"])
         .args(["-device", "virtserialport,chardev=link,name=lab"]);
@@ -305,23 +290,20 @@ fn start_qemu(options: &Options, initramfs: &File, link: &UnixStream, log: &Unix
         qemu.args(["-icount", "shift=0,sleep=off", "-seed", "1"])
             .args(["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
     }
-    qemu.stdin(Stdio::null())
-        .stdout(OwnedFd::from(messages))
-        .stderr(OwnedFd::from(messages_too));
+    qemu.stdin(Stdio::null()).stdout(OwnedFd::from(messages)).stderr(OwnedFd::from(messages_too));
     // Ctrl-C is for us to handle: QEMU is not in the terminal's process group.
     qemu.process_group(0);
     let inherited = [initramfs.as_raw_fd(), link.as_raw_fd(), log.as_raw_fd()];
     let parent = std::process::id();
     // SAFETY: between fork and exec, `prepare` makes only system calls and allocates nothing.
     unsafe { qemu.pre_exec(move || prepare(inherited, parent)) };
-    qemu.spawn()
-        .map_err(|error| format!("cannot run {}: {error}", options.qemu.display()))
+    qemu.spawn().map_err(|error| format!("cannot run {}: {error}", options.qemu.display()))
 }
 
 /// The emulated host's kernel command line; `append` is the user's.
 fn kernel_command_line(append: &OsStr) -> OsString {
-    // no_timer_check: the check counts ticks in a time that the emulator cannot promise while others use the processor,
-    // and a failed one is a panic.
+    // no_timer_check: the check counts ticks in a time that the emulator cannot promise while others use the
+    // processor, and a failed one is a panic.
     let mut line = OsString::from(
         "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check hotslot.link=lab hotslot.hold_vm ",
     );
@@ -350,9 +332,7 @@ fn prepare(inherited: [RawFd; 3], parent: u32) -> io::Result<()> {
 
 /// The thread that writes to the link: what to run first, then what is put in its queue.
 fn start_writer(link: &UnixStream, start: &Start) -> Outcome<SyncSender<(Kind, Vec<u8>)>> {
-    let mut link = link
-        .try_clone()
-        .map_err(|error| format!("cannot duplicate a socket: {error}"))?;
+    let mut link = link.try_clone().map_err(|error| format!("cannot duplicate a socket: {error}"))?;
     let (queue, frames) = mpsc::sync_channel::<(Kind, Vec<u8>)>(4);
     let start = start.to_bytes();
     thread::spawn(move || {
@@ -431,19 +411,13 @@ fn raw_copy(descriptor: RawFd) -> io::Result<File> {
     // SAFETY: no memory is involved; on success the descriptor is new and nobody else's.
     unsafe {
         let copy = libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, 3);
-        if copy < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(File::from_raw_fd(copy))
-        }
+        if copy < 0 { Err(io::Error::last_os_error()) } else { Ok(File::from_raw_fd(copy)) }
     }
 }
 
 /// One frame of a file that comes back.
 fn take_back(kind: Kind, payload: &[u8], current: &mut Option<(PathBuf, File)>) -> Outcome<()> {
-    let (mode_bytes, rest) = payload
-        .split_first_chunk()
-        .ok_or("the link brought half a file")?;
+    let (mode_bytes, rest) = payload.split_first_chunk().ok_or("the link brought half a file")?;
     let mode = u32::from_le_bytes(*mode_bytes);
     match kind {
         Kind::Directory => {
@@ -458,22 +432,15 @@ fn take_back(kind: Kind, payload: &[u8], current: &mut Option<(PathBuf, File)>) 
             let (size, name) = rest.split_first_chunk().ok_or("the link brought half a file")?;
             let path = PathBuf::from(OsStr::from_bytes(name));
             let failed = |error: io::Error| format!("cannot write {}: {error}", path.display());
-            let file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .open(&path)
-                .map_err(failed)?;
+            let file =
+                OpenOptions::new().write(true).create(true).truncate(true).open(&path).map_err(failed)?;
             file.set_len(u64::from_le_bytes(*size)).map_err(failed)?;
-            file.set_permissions(fs::Permissions::from_mode(mode))
-                .map_err(failed)?;
+            file.set_permissions(fs::Permissions::from_mode(mode)).map_err(failed)?;
             *current = Some((path, file));
             Ok(())
         }
         _ => {
-            let (offset, bytes) = payload
-                .split_first_chunk()
-                .ok_or("the link brought half a file")?;
+            let (offset, bytes) = payload.split_first_chunk().ok_or("the link brought half a file")?;
             let (path, file) = current.as_ref().ok_or("the link brought data of no file")?;
             file.write_all_at(bytes, u64::from_le_bytes(*offset))
                 .map_err(|error| format!("cannot write {}: {error}", path.display()))
@@ -498,14 +465,8 @@ impl Teller {
 struct Signals(libc::sigset_t);
 
 impl Signals {
-    const SET: [libc::c_int; 6] = [
-        libc::SIGINT,
-        libc::SIGTERM,
-        libc::SIGHUP,
-        libc::SIGQUIT,
-        libc::SIGUSR1,
-        libc::SIGWINCH,
-    ];
+    const SET: [libc::c_int; 6] =
+        [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGWINCH];
 
     fn block() -> Signals {
         // SAFETY: a signal set is plain data, ours, initialised by `sigemptyset` before it is used.
@@ -530,7 +491,8 @@ impl Signals {
                 tv_nsec: left.subsec_nanos().into(),
             });
             let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-            // SAFETY: the set and the time are ours and outlive the call; the null pointer asks for no details.
+            // SAFETY: the set and the time are ours and outlive the call; the null pointer asks for no
+            // details.
             let signal = unsafe { libc::sigtimedwait(&raw const self.0, std::ptr::null_mut(), time) };
             if signal > 0 {
                 return Some(signal);
@@ -542,11 +504,11 @@ impl Signals {
     }
 }
 
-/// Ends this process by the signal that asked for it, so that the caller sees the truth: a shell stops its script at
-/// a program that died of Ctrl-C, and not at one that returned 130.
+/// Ends this process by the signal that asked for it, so that the caller sees the truth: a shell stops its
+/// script at a program that died of Ctrl-C, and not at one that returned 130.
 fn die_of(signal: libc::c_int) -> Outcome<u8> {
-    // SAFETY: a signal set is plain data, ours, initialised by `sigemptyset` before it is used; the default action of
-    // each signal that comes here is to end the process.
+    // SAFETY: a signal set is plain data, ours, initialised by `sigemptyset` before it is used; the default
+    // action of each signal that comes here is to end the process.
     unsafe {
         libc::signal(signal, libc::SIG_DFL);
         let mut set: libc::sigset_t = std::mem::zeroed();
@@ -596,10 +558,7 @@ impl Log {
         let reader = thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(length @ 1..) = stream.read(&mut buffer) {
-                if copy
-                    .as_mut()
-                    .is_some_and(|file| file.write_all(&buffer[..length]).is_err())
-                {
+                if copy.as_mut().is_some_and(|file| file.write_all(&buffer[..length]).is_err()) {
                     copy = None;
                 }
                 // A leaf lock: nothing else is taken under it.
@@ -609,10 +568,7 @@ impl Log {
                 kept.drain(..surplus);
             }
         });
-        Ok(Log {
-            lines,
-            reader: Some(reader),
-        })
+        Ok(Log { lines, reader: Some(reader) })
     }
 
     /// Shows its last lines. QEMU has been stopped, so the log has an end.
@@ -685,13 +641,7 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused() {
-        for line in [
-            "--kernel",
-            "--timeout 0",
-            "--timeout x",
-            "--nonsense",
-            "--qemu q --kernel k --",
-        ] {
+        for line in ["--kernel", "--timeout 0", "--timeout x", "--nonsense", "--qemu q --kernel k --"] {
             assert!(parse(&words(line)).is_err(), "{line}");
         }
     }

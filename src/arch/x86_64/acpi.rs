@@ -1,8 +1,9 @@
 //! The ACPI tables: how a kernel learns about processors, interrupts and devices that no bus would show it.
 //!
-//! Hardware-reduced ACPI (ACPI 6.5, section 4.1): no power-management timer, no system control interrupt, no legacy
-//! registers; a sleep control register, a sleep status register and a reset register are all there is. What is not
-//! there is said, because a kernel that looks for a clock chip or a keyboard controller waits for it.
+//! Hardware-reduced ACPI (ACPI 6.5, section 4.1): no power-management timer, no system control interrupt, no
+//! legacy registers; a sleep control register, a sleep status register and a reset register are all there is.
+//! What is not there is said, because a kernel that looks for a clock chip or a keyboard controller waits for
+//! it.
 
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate, Scope, ZERO,
@@ -72,10 +73,7 @@ pub fn tables(base: u64, vcpus: u32, devices: &[VirtioDevice]) -> Result<Vec<u8>
     let mut bytes = tables.bytes;
     bytes[..Rsdp::len()].copy_from_slice(&to_bytes(&Rsdp::new(OEM_ID, xsdt)));
     if bytes.len() as u64 > layout::ACPI_SPACE {
-        return Err(AcpiError::TooLarge {
-            size: bytes.len(),
-            space: layout::ACPI_SPACE,
-        });
+        return Err(AcpiError::TooLarge { size: bytes.len(), space: layout::ACPI_SPACE });
     }
     Ok(bytes)
 }
@@ -134,7 +132,8 @@ fn madt(vcpus: u32) -> impl Aml {
     for id in 0..vcpus.min(layout::MAX_VCPUS) as u8 {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
-    // Its id is only a name, which must not be a processor's where the APIC bus of old is meant; there is none.
+    // Its id is only a name, which must not be a processor's where the APIC bus of old is meant; there is
+    // none.
     madt.add_structure(IoApic::new(0, layout::IOAPIC as u32, 0));
     madt
 }
@@ -170,10 +169,7 @@ fn interrupt(gsi: u32) -> Interrupt {
 
 /// `\_S5`: the sleep type for "off", for both of ACPI's possible registers.
 fn sleep_state_s5() -> impl Aml {
-    Name::new(
-        "_S5_".into(),
-        &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]),
-    )
+    Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
 }
 
 fn serial_port() -> Vec<u8> {
@@ -183,10 +179,7 @@ fn serial_port() -> Vec<u8> {
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0501")),
             &Name::new("_UID".into(), &ZERO),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![&ports, &interrupt(layout::COM1_GSI)]),
-            ),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt(layout::COM1_GSI)])),
         ],
     ))
 }
@@ -213,10 +206,7 @@ fn virtio_device(number: usize, device: &VirtioDevice) -> Vec<u8> {
             &Name::new("_UID".into(), &number),
             // Its accesses to memory are coherent with the processors' caches.
             &Name::new("_CCA".into(), &ONE),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![&registers, &interrupt(device.gsi)]),
-            ),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&registers, &interrupt(device.gsi)])),
         ],
     ))
 }
@@ -280,7 +270,8 @@ mod tests {
     fn the_fadt_says_what_is_not_there() {
         let bytes = tables(BASE, 1, &[]).unwrap();
         let [fadt, ..] = walk(&bytes);
-        // ACPI 6.5, table 5.9: IAPC_BOOT_ARCH at 109, Flags at 112, RESET_REG at 116, SLEEP_CONTROL_REG at 244.
+        // ACPI 6.5, table 5.9: IAPC_BOOT_ARCH at 109, Flags at 112, RESET_REG at 116, SLEEP_CONTROL_REG at
+        // 244.
         assert_eq!(u16::from_le_bytes([fadt[109], fadt[110]]), 0b10_0100);
         let flags = u32_at(fadt, 112);
         assert_ne!(flags & 1 << 20, 0, "hardware-reduced");
@@ -301,10 +292,7 @@ mod tests {
             .collect();
         assert_eq!(apics, [(0, 8, 0, 0, 1), (0, 8, 1, 1, 1), (0, 8, 2, 2, 1)]);
         let ioapic = &madt[68..];
-        assert_eq!(
-            (ioapic[0], ioapic[1], u32_at(ioapic, 4), u32_at(ioapic, 8)),
-            (1, 12, 0xfec0_0000, 0)
-        );
+        assert_eq!((ioapic[0], ioapic[1], u32_at(ioapic, 4), u32_at(ioapic, 8)), (1, 12, 0xfec0_0000, 0));
     }
 
     #[test]
@@ -317,13 +305,9 @@ mod tests {
         assert_eq!(find(b"_S5_"), 1);
         for (name, registers, gsi) in [("V000", 0xd000_0000_u32, 5_u32), ("V001", 0xd000_1000, 6)] {
             assert_eq!(find(name.as_bytes()), 1);
-            // A 32-bit fixed memory descriptor (6.4.3.4), writable; an extended interrupt descriptor (6.4.3.6): consumer, edge.
-            let memory = [
-                &[0x86, 9, 0, 1][..],
-                &registers.to_le_bytes(),
-                &0x1000_u32.to_le_bytes(),
-            ]
-            .concat();
+            // A 32-bit fixed memory descriptor (6.4.3.4), writable; an extended interrupt descriptor
+            // (6.4.3.6): consumer, edge.
+            let memory = [&[0x86, 9, 0, 1][..], &registers.to_le_bytes(), &0x1000_u32.to_le_bytes()].concat();
             let interrupt = [&[0x89, 6, 0, 0b0011, 1][..], &gsi.to_le_bytes()].concat();
             assert_eq!(find(&[memory, interrupt].concat()), 1);
         }

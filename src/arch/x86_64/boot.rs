@@ -1,11 +1,11 @@
 //! Loading a kernel and its initramfs, and the boot parameters that it finds in RSI.
 //!
-//! Documentation/arch/x86/boot.rst in the Linux sources, "64-bit Boot Protocol". Two formats, told apart by their
-//! content: an ELF `vmlinux` is entered at `e_entry`, a `bzImage` 512 bytes after its start. Both are read straight
-//! into guest memory: there is never a copy of them in this process.
+//! Documentation/arch/x86/boot.rst in the Linux sources, "64-bit Boot Protocol". Two formats, told apart by
+//! their content: an ELF `vmlinux` is entered at `e_entry`, a `bzImage` 512 bytes after its start. Both are
+//! read straight into guest memory: there is never a copy of them in this process.
 //!
-//! [`Kernel::open`], [`Initramfs::open`] and [`place`] refuse what can be refused without a machine; [`load`] puts all
-//! in place.
+//! [`Kernel::open`], [`Initramfs::open`] and [`place`] refuse what can be refused without a machine; [`load`]
+//! puts all in place.
 
 use std::fs::File;
 use std::io;
@@ -176,7 +176,8 @@ enum Format {
     BzImage(Box<setup_header>, u64),
 }
 
-/// The bytes of a bzImage before its setup header (the header's fields are in boot.rst, "The Real-Mode Kernel Header").
+/// The bytes of a bzImage before its setup header (the header's fields are in boot.rst, "The Real-Mode Kernel
+/// Header").
 const SETUP_HEADER: u64 = 0x1f1;
 /// Its magic number, "HdrS".
 const HDRS: u32 = u32::from_le_bytes(*b"HdrS");
@@ -198,10 +199,8 @@ impl Kernel {
         let format = if start.starts_with(b"\x7fELF") {
             check_elf(path, &file, len)?
         } else {
-            let header = read_setup_header(path, &file, len)?.ok_or_else(|| BootError::UnknownFormat {
-                path: path.into(),
-                start: start.to_vec(),
-            })?;
+            let header = read_setup_header(path, &file, len)?
+                .ok_or_else(|| BootError::UnknownFormat { path: path.into(), start: start.to_vec() })?;
             let loaded = check_bzimage(path, &header, len)?;
             Format::BzImage(Box::new(header), loaded)
         };
@@ -229,9 +228,9 @@ impl Kernel {
     fn end(&self) -> u64 {
         match &self.format {
             Format::Elf { end } => *end,
-            Format::BzImage(header, loaded) => header
-                .pref_address
-                .saturating_add((*loaded).max(header.init_size.into())),
+            Format::BzImage(header, loaded) => {
+                header.pref_address.saturating_add((*loaded).max(header.init_size.into()))
+            }
         }
     }
 
@@ -316,11 +315,7 @@ pub fn place(
     }
     let (kernel_end, low_end) = (kernel.end(), ram.low_end());
     if kernel_end > low_end {
-        return Err(BootError::KernelTooLarge {
-            path: kernel.path.clone(),
-            end: kernel_end,
-            ram: low_end,
-        });
+        return Err(BootError::KernelTooLarge { path: kernel.path.clone(), end: kernel_end, ram: low_end });
     }
     let limit = low_end.min(kernel.initrd_max().saturating_add(1));
     let initrd = match initramfs {
@@ -330,8 +325,8 @@ pub fn place(
     Ok(Placement { initrd })
 }
 
-/// Puts kernel, initramfs, command line, boot parameters, descriptor table, page tables and reset vector into RAM, as
-/// `placement` says. The ACPI root pointer has to be at [`layout::ACPI`] before the kernel runs.
+/// Puts kernel, initramfs, command line, boot parameters, descriptor table, page tables and reset vector into
+/// RAM, as `placement` says. The ACPI root pointer has to be at [`layout::ACPI`] before the kernel runs.
 pub fn load(
     kernel: &mut Kernel,
     initramfs: Option<&mut Initramfs>,
@@ -342,48 +337,36 @@ pub fn load(
     let (memory, initrd) = (ram.memory(), placement.initrd);
     let (entry, header) = kernel.load(memory)?;
     if let (Some(initramfs), Some((start, len))) = (initramfs, initrd) {
-        memory
-            .read_exact_volatile_from(GuestAddress(start), &mut initramfs.file, len as usize)
-            .map_err(|error| BootError::File {
+        memory.read_exact_volatile_from(GuestAddress(start), &mut initramfs.file, len as usize).map_err(
+            |error| BootError::File {
                 what: "read the initramfs",
                 path: initramfs.path.clone(),
                 source: io::Error::other(error),
-            })?;
+            },
+        )?;
     }
     let write = |what: &'static str, bytes: &[u8], address| {
-        memory
-            .write_slice(bytes, GuestAddress(address))
-            .map_err(|error| BootError::Write(what, error))
+        memory.write_slice(bytes, GuestAddress(address)).map_err(|error| BootError::Write(what, error))
     };
     let cmdline = [cmdline.as_bytes(), &[0]].concat();
     write("command line", &cmdline, layout::CMDLINE)?;
     let params = boot_parameters(header, ram, initrd);
     write("boot parameters", params.as_slice(), layout::BOOT_PARAMS)?;
-    write(
-        "page tables",
-        &le_bytes(&regs::page_tables()),
-        layout::PAGE_TABLES,
-    )?;
+    write("page tables", &le_bytes(&regs::page_tables()), layout::PAGE_TABLES)?;
     write("descriptor table", &le_bytes(&regs::gdt()), layout::GDT)?;
     let reset = regs::reset_vector(layout::ACPI_RESET, acpi::RESET_VALUE);
     write("reset vector", &reset, layout::RESET_VECTOR)?;
-    Ok(EntryPoint {
-        entry,
-        boot_params: layout::BOOT_PARAMS,
-    })
+    Ok(EntryPoint { entry, boot_params: layout::BOOT_PARAMS })
 }
 
 fn le_bytes(entries: &[u64]) -> Vec<u8> {
     entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
 }
 
-/// The "zero page": the kernel's own header with what a boot loader fills in, the memory map, the ACPI root pointer.
+/// The "zero page": the kernel's own header with what a boot loader fills in, the memory map, the ACPI root
+/// pointer.
 fn boot_parameters(header: setup_header, ram: &Ram, initrd: Option<(u64, u64)>) -> boot_params {
-    let mut params = boot_params {
-        hdr: header,
-        acpi_rsdp_addr: layout::ACPI,
-        ..Default::default()
-    };
+    let mut params = boot_params { hdr: header, acpi_rsdp_addr: layout::ACPI, ..Default::default() };
     // An ELF kernel has no header of its own: only what is filled in here.
     params.hdr.header = HDRS;
     params.hdr.boot_flag = 0xaa55;
@@ -395,11 +378,7 @@ fn boot_parameters(header: setup_header, ram: &Ram, initrd: Option<(u64, u64)>) 
     }
     let map = memory_map(ram);
     for (entry, (addr, size, type_)) in params.e820_table.iter_mut().zip(&map) {
-        *entry = boot_e820_entry {
-            addr: *addr,
-            size: *size,
-            r#type: *type_,
-        };
+        *entry = boot_e820_entry { addr: *addr, size: *size, r#type: *type_ };
     }
     params.e820_entries = map.len() as u8;
     params
@@ -412,11 +391,7 @@ const E820_RESERVED: u32 = 2;
 fn memory_map(ram: &Ram) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, layout::LOW_RAM_END, E820_RAM),
-        (
-            layout::LOW_RAM_END,
-            layout::HIGH_RAM - layout::LOW_RAM_END,
-            E820_RESERVED,
-        ),
+        (layout::LOW_RAM_END, layout::HIGH_RAM - layout::LOW_RAM_END, E820_RESERVED),
         (layout::HIGH_RAM, ram.low_end() - layout::HIGH_RAM, E820_RAM),
     ];
     let above = ram.regions()[1..].iter().map(|region| region.guest);
@@ -448,11 +423,7 @@ fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
 
 fn read_error(path: &Path) -> impl Fn(io::Error) -> BootError {
     let path = path.to_path_buf();
-    move |source| BootError::File {
-        what: "read the kernel",
-        path: path.clone(),
-        source,
-    }
+    move |source| BootError::File { what: "read the kernel", path: path.clone(), source }
 }
 
 /// The setup header, if the file has one.
@@ -462,8 +433,7 @@ fn read_setup_header(path: &Path, file: &File, len: u64) -> Result<Option<setup_
     if len < SETUP_HEADER + bytes.len() as u64 {
         return Ok(None);
     }
-    file.read_exact_at(bytes, SETUP_HEADER)
-        .map_err(read_error(path))?;
+    file.read_exact_at(bytes, SETUP_HEADER).map_err(read_error(path))?;
     Ok((header.header == HDRS).then_some(header))
 }
 
@@ -471,26 +441,14 @@ fn read_setup_header(path: &Path, file: &File, len: u64) -> Result<Option<setup_
 fn check_bzimage(path: &Path, header: &setup_header, have: u64) -> Result<u64, BootError> {
     let (version, xloadflags) = (header.version, header.xloadflags);
     if version < VERSION_XLOADFLAGS || xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(BootError::No64BitEntry {
-            path: path.into(),
-            version,
-            xloadflags,
-        });
+        return Err(BootError::No64BitEntry { path: path.into(), version, xloadflags });
     }
-    // In sectors of 512 bytes, 4 of them where it says 0, and one more for the boot sector; then units of 16 bytes.
-    let setup = 512
-        * (1 + u64::from(if header.setup_sects == 0 {
-            4
-        } else {
-            header.setup_sects
-        }));
+    // In sectors of 512 bytes, 4 of them where it says 0, and one more for the boot sector; then units of 16
+    // bytes.
+    let setup = 512 * (1 + u64::from(if header.setup_sects == 0 { 4 } else { header.setup_sects }));
     let want = setup + 16 * u64::from(header.syssize);
     if have < want {
-        return Err(BootError::Truncated {
-            path: path.into(),
-            have,
-            want,
-        });
+        return Err(BootError::Truncated { path: path.into(), have, want });
     }
     let (preferred, least) = (header.pref_address, layout::HIGH_RAM);
     if preferred < least {
@@ -526,15 +484,8 @@ fn check_elf(path: &Path, file: &File, have: u64) -> Result<Format, BootError> {
     const PT_LOAD: u32 = 1;
 
     let path_buf = || path.to_path_buf();
-    let truncated = |want: u64| BootError::Truncated {
-        path: path_buf(),
-        have,
-        want,
-    };
-    let bad = |problem: String| BootError::BadKernel {
-        path: path_buf(),
-        problem,
-    };
+    let truncated = |want: u64| BootError::Truncated { path: path_buf(), have, want };
+    let bad = |problem: String| BootError::BadKernel { path: path_buf(), problem };
     if have < HEADER_LEN as u64 {
         return Err(truncated(HEADER_LEN as u64));
     }
@@ -543,10 +494,7 @@ fn check_elf(path: &Path, file: &File, have: u64) -> Result<Format, BootError> {
     let machine = le(&header, field::MACHINE, 2) as u16;
     if machine != EM_X86_64 || header[field::CLASS] != CLASS_64 || header[field::DATA] != LITTLE_ENDIAN {
         let (class, data) = (header[field::CLASS], header[field::DATA]);
-        return Err(BootError::OtherMachine {
-            path: path_buf(),
-            found: machine_name(machine, class, data),
-        });
+        return Err(BootError::OtherMachine { path: path_buf(), found: machine_name(machine, class, data) });
     }
     if le(&header, field::PHENTSIZE, 2) as usize != SEGMENT_LEN {
         return Err(bad("its program headers have an unknown size".into()));
@@ -572,28 +520,21 @@ fn check_elf(path: &Path, file: &File, have: u64) -> Result<Format, BootError> {
         }
         if start < layout::HIGH_RAM {
             let least = layout::HIGH_RAM;
-            return Err(bad(format!(
-                "a segment wants the physical address {start:#x}, below {least:#x}"
-            )));
+            return Err(bad(format!("a segment wants the physical address {start:#x}, below {least:#x}")));
         }
         let end = start.saturating_add(memsz.max(filesz));
         entry_found |= (start..end).contains(&entry);
         kernel_end = kernel_end.max(end);
     }
     if !entry_found {
-        return Err(bad(format!(
-            "its entry point {entry:#x} is in none of its segments"
-        )));
+        return Err(bad(format!("its entry point {entry:#x} is in none of its segments")));
     }
     Ok(Format::Elf { end: kernel_end })
 }
 
 /// The little-endian number of `len` bytes at `at`; both are constants within the header.
 fn le(bytes: &[u8], at: usize, len: usize) -> u64 {
-    bytes[at..at + len]
-        .iter()
-        .rev()
-        .fold(0, |number, byte| number << 8 | u64::from(*byte))
+    bytes[at..at + len].iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 fn machine_name(machine: u16, class: u8, data: u8) -> String {
@@ -630,11 +571,7 @@ mod tests {
         bytes.resize(16, 0);
         bytes.extend([2, 0, EM_X86_64 as u8, 0, 1, 0, 0, 0]);
         bytes.extend([paddr + 4, 64, 0].iter().flat_map(|field| field.to_le_bytes()));
-        bytes.extend(
-            [0, 0, 64, 56, 1, 0, 0, 0_u16]
-                .iter()
-                .flat_map(|field| field.to_le_bytes()),
-        );
+        bytes.extend([0, 0, 64, 56, 1, 0, 0, 0_u16].iter().flat_map(|field| field.to_le_bytes()));
         assert_eq!(bytes.len(), 64);
         bytes.extend([1, 0, 0, 0, 7, 0, 0, 0]);
         let fields = [120, paddr, paddr, 16, memsz, 4096];
@@ -678,19 +615,14 @@ mod tests {
     ) -> Result<EntryPoint, BootError> {
         let (kernel_file, initramfs_file) = (file(kernel), initramfs.map(file));
         let mut kernel = Kernel::open(kernel_file.path())?;
-        let mut initramfs = initramfs_file
-            .as_ref()
-            .map(|file| Initramfs::open(file.path()))
-            .transpose()?;
+        let mut initramfs = initramfs_file.as_ref().map(|file| Initramfs::open(file.path())).transpose()?;
         let placement = place(&kernel, initramfs.as_ref(), cmdline, ram)?;
         load(&mut kernel, initramfs.as_mut(), cmdline, ram, placement)
     }
 
     fn bytes_at(ram: &Ram, address: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        ram.memory()
-            .read_slice(&mut bytes, GuestAddress(address))
-            .unwrap();
+        ram.memory().read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
     }
 
@@ -706,18 +638,9 @@ mod tests {
         assert_eq!(bytes_at(&ram, 2 * MIB, 16), b"segment contents");
         assert_eq!(bytes_at(&ram, layout::CMDLINE, 6), b"quiet\0");
         let params = params(&ram);
-        assert_eq!(
-            (params.acpi_rsdp_addr, params.hdr.cmd_line_ptr as u64),
-            (layout::ACPI, layout::CMDLINE)
-        );
-        assert_eq!(
-            (params.hdr.ramdisk_image as u64, params.hdr.ramdisk_size as u64),
-            (0, 0)
-        );
-        assert_eq!(
-            bytes_at(&ram, layout::RESET_VECTOR, 6),
-            [0xba, 0x02, 0x06, 0xb0, 1, 0xee]
-        );
+        assert_eq!((params.acpi_rsdp_addr, params.hdr.cmd_line_ptr as u64), (layout::ACPI, layout::CMDLINE));
+        assert_eq!((params.hdr.ramdisk_image as u64, params.hdr.ramdisk_size as u64), (0, 0));
+        assert_eq!(bytes_at(&ram, layout::RESET_VECTOR, 6), [0xba, 0x02, 0x06, 0xb0, 1, 0xee]);
     }
 
     #[test]
@@ -728,11 +651,7 @@ mod tests {
         assert_eq!(bytes_at(&ram, 2 * MIB, 4096), [0x5a; 4096]);
         let header = params(&ram).hdr;
         assert_eq!(
-            (
-                header.version as u64,
-                header.init_size as u64,
-                header.type_of_loader
-            ),
+            (header.version as u64, header.init_size as u64, header.type_of_loader),
             (0x020f, MIB, 0xff)
         );
     }
@@ -744,10 +663,7 @@ mod tests {
             let ram = ram(8 * MIB);
             boot(&kernel, Some(&contents), "", &ram).unwrap();
             let header = params(&ram).hdr;
-            assert_eq!(
-                (header.ramdisk_image as u64, header.ramdisk_size as u64),
-                (start, 5000)
-            );
+            assert_eq!((header.ramdisk_image as u64, header.ramdisk_size as u64), (start, 5000));
             assert_eq!(bytes_at(&ram, start, 5000), contents);
         }
     }
@@ -793,10 +709,7 @@ mod tests {
         );
         let initramfs = vec![0; 3 * MIB as usize + 1];
         let message = error(&bzimage(0), Some(&initramfs), "");
-        assert!(
-            message.contains("has 3145729 bytes, and only 3145728 bytes of RAM are left"),
-            "{message}"
-        );
+        assert!(message.contains("has 3145729 bytes, and only 3145728 bytes of RAM are left"), "{message}");
         // What is loaded counts, whatever the header says of it.
         let mut large = bzimage(0);
         large.resize(1024 + 5 * MIB as usize, 0);
@@ -804,10 +717,7 @@ mod tests {
         // One byte less is just right.
         boot(&bzimage(0), Some(&initramfs[1..]), "", &ram).unwrap();
         let message = error(&bzimage(0), None, &"x".repeat(101));
-        assert_eq!(
-            message,
-            "the kernel command line has 101 bytes, and this kernel takes at most 100"
-        );
+        assert_eq!(message, "the kernel command line has 101 bytes, and this kernel takes at most 100");
         assert!(error(&elf(2 * MIB, 16), None, &"x".repeat(2048)).contains("at most 2047"));
     }
 

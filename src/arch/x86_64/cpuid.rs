@@ -1,16 +1,14 @@
-//! What CPUID answers: what KVM supports, with each processor's identity and the machine's topology filled in.
+//! What CPUID answers: what KVM supports, with each processor's identity and the machine's topology filled
+//! in.
 //!
-//! The topology is one package of N cores with one thread each; a core has its own caches but the last. Intel SDM,
-//! volume 2, CPUID; AMD APM, volume 3, appendix E.
+//! The topology is one package of N cores with one thread each; a core has its own caches but the last. Intel
+//! SDM, volume 2, CPUID; AMD APM, volume 3, appendix E.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 /// "KVMKVMKVM\0\0\0" as EBX, ECX, EDX of the first hypervisor leaf.
-const KVM_SIGNATURE: [u32; 3] = [
-    u32::from_le_bytes(*b"KVMK"),
-    u32::from_le_bytes(*b"VMKV"),
-    u32::from_le_bytes(*b"M\0\0\0"),
-];
+const KVM_SIGNATURE: [u32; 3] =
+    [u32::from_le_bytes(*b"KVMK"), u32::from_le_bytes(*b"VMKV"), u32::from_le_bytes(*b"M\0\0\0")];
 
 /// Leaf 1, ECX: local timers can run by the time stamp counter.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -77,7 +75,8 @@ pub fn of_vcpu(supported: &CpuId, topology: Topology, id: u32) -> CpuId {
     CpuId::from_entries(&entries).unwrap_or_else(|_| supported.clone())
 }
 
-/// The number of bits of a guest physical address. 36, the least that a 64-bit processor has, where it is not said.
+/// The number of bits of a guest physical address. 36, the least that a 64-bit processor has, where it is not
+/// said.
 pub fn physical_address_bits(supported: &CpuId) -> u32 {
     supported
         .as_slice()
@@ -102,14 +101,10 @@ fn patch(entry: &mut kvm_cpuid_entry2, topology: Topology, id: u32) {
             set(&mut entry.ecx, TSC_DEADLINE, tsc_deadline);
             set(&mut entry.edx, HTT, many);
         }
-        // Caches, Intel's and AMD's. EAX: level 7:5, processors that share it - 1 in 25:14, and with Intel cores in
-        // the package - 1 in 31:26. The first two levels are a core's own.
+        // Caches, Intel's and AMD's. EAX: level 7:5, processors that share it - 1 in 25:14, and with Intel
+        // cores in the package - 1 in 31:26. The first two levels are a core's own.
         0x4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
-            let shared_by = if entry.eax >> 5 & 0x7 >= 3 {
-                1 << topology.id_bits()
-            } else {
-                1
-            };
+            let shared_by = if entry.eax >> 5 & 0x7 >= 3 { 1 << topology.id_bits() } else { 1 };
             entry.eax = entry.eax & 0x3fff | (shared_by - 1) << 14;
             if entry.function == 0x4 {
                 entry.eax |= ((1 << topology.id_bits()) - 1_u32).min(63) << 26;
@@ -118,14 +113,15 @@ fn patch(entry: &mut kvm_cpuid_entry2, topology: Topology, id: u32) {
         0x8000_0001 => set(&mut entry.ecx, CMP_LEGACY, many),
         // Sizes. ECX: number of threads - 1 in 7:0, bits of the APIC id 15:12.
         0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | (vcpus - 1).min(255) | topology.id_bits() << 12,
-        // AMD's topology. EAX: APIC id. EBX: core id 7:0, threads per core - 1 in 15:8. ECX: node id and nodes - 1.
+        // AMD's topology. EAX: APIC id. EBX: core id 7:0, threads per core - 1 in 15:8. ECX: node id and
+        // nodes - 1.
         0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (id, id & 0xff, 0),
         _ => {}
     }
 }
 
-/// The levels of leaf 0xb or 0x1f for the processor with APIC id `id`. EAX: bits of the id below the next level. EBX:
-/// processors at this level. ECX: this level's number 7:0 and type 15:8. EDX: the id.
+/// The levels of leaf 0xb or 0x1f for the processor with APIC id `id`. EAX: bits of the id below the next
+/// level. EBX: processors at this level. ECX: this level's number 7:0 and type 15:8. EDX: the id.
 fn levels(leaf: u32, topology: Topology, id: u32) -> [kvm_cpuid_entry2; 3] {
     let level = |index, eax, ebx, type_: u32| kvm_cpuid_entry2 {
         function: leaf,
@@ -183,18 +179,12 @@ mod tests {
     }
 
     fn of(vcpus: u32, id: u32) -> Vec<kvm_cpuid_entry2> {
-        let topology = Topology {
-            vcpus,
-            tsc_deadline: true,
-        };
+        let topology = Topology { vcpus, tsc_deadline: true };
         of_vcpu(&supported(), topology, id).as_slice().to_vec()
     }
 
     fn leaf(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
-        *entries
-            .iter()
-            .find(|entry| entry.function == function && entry.index == index)
-            .unwrap()
+        *entries.iter().find(|entry| entry.function == function && entry.index == index).unwrap()
     }
 
     #[test]
@@ -241,20 +231,11 @@ mod tests {
     #[test]
     fn the_timer_and_the_clock_are_there_as_kvm_has_them() {
         assert_ne!(leaf(&of(1, 0), 0x1, 0).ecx & TSC_DEADLINE, 0);
-        let without = Topology {
-            vcpus: 1,
-            tsc_deadline: false,
-        };
+        let without = Topology { vcpus: 1, tsc_deadline: false };
         let entries = of_vcpu(&supported(), without, 0);
         assert_eq!(leaf(entries.as_slice(), 0x1, 0).ecx & TSC_DEADLINE, 0);
-        assert_eq!(
-            leaf(entries.as_slice(), 0x4000_0000, 0).ebx.to_le_bytes(),
-            *b"KVMK"
-        );
-        assert_ne!(
-            leaf(entries.as_slice(), 0x4000_0001, 0).eax & KVM_FEATURE_CLOCKSOURCE2,
-            0
-        );
+        assert_eq!(leaf(entries.as_slice(), 0x4000_0000, 0).ebx.to_le_bytes(), *b"KVMK");
+        assert_ne!(leaf(entries.as_slice(), 0x4000_0001, 0).eax & KVM_FEATURE_CLOCKSOURCE2, 0);
     }
 
     #[test]

@@ -16,8 +16,8 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// The global descriptor table: 4 descriptors of 8 bytes. Above the real-mode interrupt table and BIOS data (0x500
-/// bytes), which nobody writes here but a kernel may expect to own.
+/// The global descriptor table: 4 descriptors of 8 bytes. Above the real-mode interrupt table and BIOS data
+/// (0x500 bytes), which nobody writes here but a kernel may expect to own.
 pub const GDT: u64 = 0x500;
 /// The boot parameters ("zero page") of Linux' boot protocol: one page.
 pub const BOOT_PARAMS: u64 = 28 * KIB;
@@ -29,12 +29,13 @@ pub const CMDLINE: u64 = 128 * KIB;
 pub const CMDLINE_SPACE: u64 = 64 * KIB;
 /// Where RAM below 1 MiB ends: 1 KiB below 640 KiB, as on a PC with an extended BIOS data area.
 pub const LOW_RAM_END: u64 = 639 * KIB;
-/// The ACPI tables, root pointer first: in the last 128 KiB below 1 MiB, where a BIOS would have put the root pointer.
+/// The ACPI tables, root pointer first: in the last 128 KiB below 1 MiB, where a BIOS would have put the root
+/// pointer.
 pub const ACPI: u64 = 896 * KIB;
 /// The space for them. A table for 254 processors takes 2 KiB, a device 64 bytes.
 pub const ACPI_SPACE: u64 = RESET_VECTOR - ACPI;
-/// Where a processor starts after a reset, and a kernel jumps that wants the BIOS to reset the machine: the last 16
-/// bytes below 1 MiB.
+/// Where a processor starts after a reset, and a kernel jumps that wants the BIOS to reset the machine: the
+/// last 16 bytes below 1 MiB.
 pub const RESET_VECTOR: u64 = MIB - RESET_VECTOR_LEN;
 /// The space there.
 pub const RESET_VECTOR_LEN: u64 = 16;
@@ -54,7 +55,8 @@ pub const IOAPIC: u64 = 0xfec0_0000;
 pub const IOAPIC_INPUTS: u32 = 24;
 /// The local APICs' registers; reset value of the processors' APIC base.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
-/// Four pages that KVM uses itself on Intel processors: below where a BIOS would be mapped (256 KiB below 4 GiB).
+/// Four pages that KVM uses itself on Intel processors: below where a BIOS would be mapped (256 KiB below 4
+/// GiB).
 pub const KVM_PAGES: u64 = HOLE_END - 256 * KIB - KVM_PAGES_LEN;
 /// An identity map and three pages of TSS.
 pub const KVM_PAGES_LEN: u64 = 4 * PAGE_SIZE;
@@ -91,16 +93,12 @@ pub const MAX_VCPUS: u32 = 254;
 
 /// The page with the registers of virtio device `index`, and its interrupt; `None` from [`MAX_DEVICES`] on.
 pub fn virtio_device(index: usize) -> Option<(u64, u32)> {
-    (index < MAX_DEVICES).then(|| {
-        (
-            VIRTIO_REGISTERS + index as u64 * PAGE_SIZE,
-            FIRST_DEVICE_GSI + index as u32,
-        )
-    })
+    (index < MAX_DEVICES)
+        .then(|| (VIRTIO_REGISTERS + index as u64 * PAGE_SIZE, FIRST_DEVICE_GSI + index as u32))
 }
 
-/// Where the windows of shared memory regions can start, for RAM that ends at `ram_end`: the next GiB, and never
-/// below 4 GiB, so that huge pages of every size fit.
+/// Where the windows of shared memory regions can start, for RAM that ends at `ram_end`: the next GiB, and
+/// never below 4 GiB, so that huge pages of every size fit.
 pub fn windows_start(ram_end: u64) -> u64 {
     ram_end.max(HOLE_END).next_multiple_of(GIB)
 }
@@ -112,11 +110,7 @@ impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "guest physical memory:")?;
         for (name, start, len) in MEMORY {
-            let end = if len == 0 {
-                String::new()
-            } else {
-                format!("{:#011x}", start + len)
-            };
+            let end = if len == 0 { String::new() } else { format!("{:#011x}", start + len) };
             writeln!(f, "  {start:#011x}..{end:11}  {name}")?;
         }
         writeln!(f, "I/O ports:")?;
@@ -136,33 +130,17 @@ impl fmt::Display for Layout {
 const MEMORY: [(&str, u64, u64); 13] = [
     ("global descriptor table", GDT, 32),
     ("boot parameters", BOOT_PARAMS, PAGE_SIZE),
-    (
-        "page tables of the first instructions",
-        PAGE_TABLES,
-        6 * PAGE_SIZE,
-    ),
+    ("page tables of the first instructions", PAGE_TABLES, 6 * PAGE_SIZE),
     ("kernel command line", CMDLINE, CMDLINE_SPACE),
     ("ACPI tables", ACPI, ACPI_SPACE),
     ("reset vector", RESET_VECTOR, RESET_VECTOR_LEN),
-    (
-        "RAM, with the kernel and the initramfs",
-        HIGH_RAM,
-        HOLE - HIGH_RAM,
-    ),
-    (
-        "virtio devices' registers, a page each",
-        VIRTIO_REGISTERS,
-        MAX_DEVICES as u64 * PAGE_SIZE,
-    ),
+    ("RAM, with the kernel and the initramfs", HIGH_RAM, HOLE - HIGH_RAM),
+    ("virtio devices' registers, a page each", VIRTIO_REGISTERS, MAX_DEVICES as u64 * PAGE_SIZE),
     ("IOAPIC", IOAPIC, PAGE_SIZE),
     ("local APICs", LOCAL_APIC, PAGE_SIZE),
     ("KVM's own pages", KVM_PAGES, KVM_PAGES_LEN),
     ("RAM beyond 3 GiB, as far as there is", HOLE_END, 0),
-    (
-        "then, from the next GiB on: windows of shared memory regions",
-        HOLE_END,
-        0,
-    ),
+    ("then, from the next GiB on: windows of shared memory regions", HOLE_END, 0),
 ];
 
 const PORTS: [(&str, u16, u16); 6] = [
@@ -213,11 +191,7 @@ mod tests {
         assert_eq!(devices.len(), 19);
         for (number, (address, gsi)) in devices.iter().enumerate() {
             assert!(*gsi != COM1_GSI && *gsi < IOAPIC_INPUTS);
-            assert!(
-                devices[..number]
-                    .iter()
-                    .all(|(other, taken)| other != address && taken != gsi)
-            );
+            assert!(devices[..number].iter().all(|(other, taken)| other != address && taken != gsi));
         }
     }
 

@@ -2,12 +2,13 @@
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
-/// IA32_MTRR_DEF_TYPE, the memory type where no range register says another (Intel SDM, volume 3, section 12.11.2.1).
+/// IA32_MTRR_DEF_TYPE, the memory type where no range register says another (Intel SDM, volume 3, section
+/// 12.11.2.1).
 const MTRR_DEF_TYPE: u32 = 0x2ff;
 /// Its bit that switches the memory type range registers on.
 const MTRR_ENABLE: u64 = 1 << 11;
-/// Its memory type write-back. Without it a kernel takes all memory for uncached: it would map the windows of shared
-/// memory regions so, and write slowly to what is a file in the host's page cache.
+/// Its memory type write-back. Without it a kernel takes all memory for uncached: it would map the windows of
+/// shared memory regions so, and write slowly to what is a file in the host's page cache.
 const MTRR_WRITE_BACK: u64 = 6;
 
 /// IA32_MISC_ENABLE.
@@ -17,11 +18,7 @@ const FAST_STRINGS: u64 = 1 << 0;
 
 /// The registers to set, the same on every processor.
 pub fn initial() -> Msrs {
-    let entry = |index, data| kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    };
+    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     Msrs::from_entries(&[
         entry(MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK),
         entry(MISC_ENABLE, FAST_STRINGS),

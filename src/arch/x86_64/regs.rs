@@ -1,7 +1,8 @@
 //! The first processor's state at the kernel's 64-bit entry point, as data.
 //!
-//! Documentation/arch/x86/boot.rst in the Linux sources, "64-bit Boot Protocol": long mode with an identity map of
-//! kernel, boot parameters and command line; flat segments; interrupts off; RSI at the boot parameters.
+//! Documentation/arch/x86/boot.rst in the Linux sources, "64-bit Boot Protocol": long mode with an identity
+//! map of kernel, boot parameters and command line; flat segments; interrupts off; RSI at the boot
+//! parameters.
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
 
@@ -34,16 +35,11 @@ const PTE_HUGE: u64 = 1 << 7;
 
 /// General registers: at `entry`, with RSI at the boot parameters.
 pub fn general(entry: u64, boot_params: u64) -> kvm_regs {
-    kvm_regs {
-        rip: entry,
-        rsi: boot_params,
-        rflags: RFLAGS_RESERVED,
-        ..Default::default()
-    }
+    kvm_regs { rip: entry, rsi: boot_params, rflags: RFLAGS_RESERVED, ..Default::default() }
 }
 
-/// Long mode with the tables that [`page_tables`] and [`gdt`] make; what it does not concern stays as in `reset`, the
-/// processor's state at reset.
+/// Long mode with the tables that [`page_tables`] and [`gdt`] make; what it does not concern stays as in
+/// `reset`, the processor's state at reset.
 pub fn system(reset: kvm_sregs) -> kvm_sregs {
     let mut sregs = reset;
     sregs.cs = segment(CODE, TYPE_CODE);
@@ -62,11 +58,7 @@ pub fn system(reset: kvm_sregs) -> kvm_sregs {
 
 /// Floating point at its reset defaults, with all exceptions masked.
 pub fn floating_point() -> kvm_fpu {
-    kvm_fpu {
-        fcw: 0x37f,
-        mxcsr: 0x1f80,
-        ..Default::default()
-    }
+    kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }
 }
 
 /// A flat segment of 4 GiB, present, for privilege level 0.
@@ -89,8 +81,8 @@ fn segment(selector: u16, type_: u8) -> kvm_segment {
     }
 }
 
-/// The segment descriptor for the table in memory (Intel SDM, volume 3, section 3.4.5): what the processor would load
-/// if the kernel loaded the selector again.
+/// The segment descriptor for the table in memory (Intel SDM, volume 3, section 3.4.5): what the processor
+/// would load if the kernel loaded the selector again.
 fn descriptor(segment: &kvm_segment) -> u64 {
     // The limit counts pages, because g is set: its highest 20 bits remain.
     let (limit, base) = (u64::from(segment.limit >> 12), u64::from(segment.base as u32));
@@ -107,16 +99,12 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 
 /// The global descriptor table, for [`GDT`]: two empty descriptors, code, data.
 pub fn gdt() -> [u64; 4] {
-    [
-        0,
-        0,
-        descriptor(&segment(CODE, TYPE_CODE)),
-        descriptor(&segment(DATA, TYPE_DATA)),
-    ]
+    [0, 0, descriptor(&segment(CODE, TYPE_CODE)), descriptor(&segment(DATA, TYPE_DATA))]
 }
 
-/// The page tables for [`PAGE_TABLES`], one after the other: the first 4 GiB at their own addresses in pages of 2 MiB
-/// (not every processor has those of 1 GiB). One root, one table of GiBs, four of 2 MiB pages: 6 pages.
+/// The page tables for [`PAGE_TABLES`], one after the other: the first 4 GiB at their own addresses in pages
+/// of 2 MiB (not every processor has those of 1 GiB). One root, one table of GiBs, four of 2 MiB pages: 6
+/// pages.
 pub fn page_tables() -> Vec<u64> {
     const ENTRIES: usize = (PAGE_SIZE / 8) as usize;
     let page = |number: u64| PAGE_TABLES + number * PAGE_SIZE;
@@ -132,9 +120,9 @@ pub fn page_tables() -> Vec<u64> {
     entries
 }
 
-/// Real-mode code for [`super::layout::RESET_VECTOR`] that writes `value` to the reset register at `port`. A kernel that finds
-/// hardware-reduced ACPI and no EFI jumps there for a reboot, whatever the reset register is for: Linux does, unless its
-/// command line says `reboot=acpi`.
+/// Real-mode code for [`super::layout::RESET_VECTOR`] that writes `value` to the reset register at `port`. A
+/// kernel that finds hardware-reduced ACPI and no EFI jumps there for a reboot, whatever the reset register
+/// is for: Linux does, unless its command line says `reboot=acpi`.
 pub fn reset_vector(port: u16, value: u8) -> [u8; RESET_VECTOR_LEN as usize] {
     const HLT: u8 = 0xf4;
     let mut code = [HLT; RESET_VECTOR_LEN as usize];
@@ -176,10 +164,7 @@ mod tests {
 
     #[test]
     fn long_mode_keeps_what_it_does_not_concern() {
-        let reset = kvm_sregs {
-            apic_base: 0xfee0_0900,
-            ..Default::default()
-        };
+        let reset = kvm_sregs { apic_base: 0xfee0_0900, ..Default::default() };
         let sregs = system(reset);
         assert_eq!(sregs.apic_base, 0xfee0_0900);
         assert_eq!((sregs.cs.l, sregs.cs.db, sregs.ds.db), (1, 0, 1));

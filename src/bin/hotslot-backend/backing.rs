@@ -15,8 +15,9 @@ const OPEN_READ: &str = "open for reading";
 const OPEN_WRITE: &str = "open for reading and writing";
 
 const PAGE: u64 = 4096;
-/// Linux refuses a pmem region whose ends are not multiples of 2 MiB ("misaligned, unable to map": the sub-section,
-/// in which the kernel hands out `struct page`s), so a region is rounded up to that unless `--size` names its size.
+/// Linux refuses a pmem region whose ends are not multiples of 2 MiB ("misaligned, unable to map": the
+/// sub-section, in which the kernel hands out `struct page`s), so a region is rounded up to that unless
+/// `--size` names its size.
 const LINUX_UNIT: u64 = 2 << 20;
 
 /// Which file, and how much of it.
@@ -27,8 +28,8 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     file: PathBuf,
 
-    /// Size of the memory (4096, 64K, 16M, 8G), exactly; a shorter or missing file is extended to it, sparsely,
-    /// unless --read-only; of a longer file the guest sees the beginning
+    /// Size of the memory (4096, 64K, 16M, 8G), exactly; a shorter or missing file is extended to it,
+    /// sparsely, unless --read-only; of a longer file the guest sees the beginning
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     size: Option<u64>,
 
@@ -51,11 +52,7 @@ pub enum Error {
     #[error("{path:?} has {len} bytes, more than a region can have")]
     TooLong { path: PathBuf, len: u64 },
     #[error("cannot {what} {path:?}")]
-    File {
-        what: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    File { what: &'static str, path: PathBuf, source: io::Error },
 }
 
 impl Error {
@@ -64,9 +61,9 @@ impl Error {
         match self {
             Error::NoFile { read_only: false, .. } => Some("--size SIZE creates it"),
             Error::Empty { read_only: false, .. } => Some("--size SIZE extends it"),
-            Error::NotRegular {
-                kind: "block device", ..
-            } => Some("serve a disk through a vhost-user block back-end"),
+            Error::NotRegular { kind: "block device", .. } => {
+                Some("serve a disk through a vhost-user block back-end")
+            }
             Error::File { what: OPEN_WRITE, .. } => Some("--read-only needs no write permission"),
             _ => None,
         }
@@ -110,22 +107,13 @@ impl Backing {
             None if file_len == 0 => return Err(Error::Empty { path, read_only }),
             None => file_len
                 .checked_next_multiple_of(LINUX_UNIT)
-                .ok_or(Error::TooLong {
-                    path: path.clone(),
-                    len: file_len,
-                })?,
+                .ok_or(Error::TooLong { path: path.clone(), len: file_len })?,
         };
         if !read_only && args.size.is_some() && file_len < size {
             file.set_len(size).map_err(failed("extend"))?;
             file_len = size;
         }
-        Ok(Backing {
-            file: Arc::new(file),
-            path,
-            size,
-            file_len,
-            read_only,
-        })
+        Ok(Backing { file: Arc::new(file), path, size, file_len, read_only })
     }
 
     /// For messages.
@@ -186,12 +174,11 @@ pub fn open_file(path: &Path, read_only: bool, create: bool) -> Result<File, Err
         }
         Err(_) => true,
     };
-    OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .create(missing)
-        .open(path)
-        .map_err(failed(if read_only { OPEN_READ } else { OPEN_WRITE }))
+    OpenOptions::new().read(true).write(!read_only).create(missing).open(path).map_err(failed(if read_only {
+        OPEN_READ
+    } else {
+        OPEN_WRITE
+    }))
 }
 
 fn kind_if_not_regular(kind: fs::FileType) -> Option<&'static str> {

@@ -1,14 +1,14 @@
 //! A disk whose contents are a file: a VIRTIO block device (id 2) as a vhost-user back-end.
 //!
-//! VIRTIO 1.2, section 5.2. Called by `main`. Data go straight between the file and the guest's memory, by read(2) and
-//! write(2) on the guest's buffers.
+//! VIRTIO 1.2, section 5.2. Called by `main`. Data go straight between the file and the guest's memory, by
+//! read(2) and write(2) on the guest's buffers.
 //!
-//! It maps nothing itself. But a guest may hand it memory that another device's back-end mapped, for O_DIRECT between
-//! a file of a DAX file system and this disk. A front-end that shares those mappings adds them to our memory by
-//! ADD_MEM_REG (protocol feature CONFIGURE_MEM_SLOTS); without, or after a REM_MEM_REG, such a buffer is at an address that
-//! does not exist here, and its request fails. What was shared may end past the end of its file: the system calls
-//! answer EFAULT where a load or store of ours would raise SIGBUS. We touch only the driver's own structures so: rings,
-//! headers and status, which are never in a file.
+//! It maps nothing itself. But a guest may hand it memory that another device's back-end mapped, for O_DIRECT
+//! between a file of a DAX file system and this disk. A front-end that shares those mappings adds them to our
+//! memory by ADD_MEM_REG (protocol feature CONFIGURE_MEM_SLOTS); without, or after a REM_MEM_REG, such a
+//! buffer is at an address that does not exist here, and its request fails. What was shared may end past the
+//! end of its file: the system calls answer EFAULT where a load or store of ours would raise SIGBUS. We touch
+//! only the driver's own structures so: rings, headers and status, which are never in a file.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -59,7 +59,8 @@ const RANGE: usize = 16;
 
 /// Disk whose contents are a regular file (VIRTIO block)
 ///
-/// The guest sees the file as /dev/vdX, in sectors of 512 bytes; what is left at the file's end does not count.
+/// The guest sees the file as /dev/vdX, in sectors of 512 bytes; what is left at the file's end does not
+/// count.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -143,16 +144,8 @@ impl Disk {
             source,
         })?;
         match metadata.len() {
-            len @ ..SECTOR => Err(Error::TooShort {
-                path: path.to_owned(),
-                len,
-            }),
-            len => Ok(Disk {
-                file: Arc::new(file),
-                path: path.to_owned(),
-                sectors: len / SECTOR,
-                read_only,
-            }),
+            len @ ..SECTOR => Err(Error::TooShort { path: path.to_owned(), len }),
+            len => Ok(Disk { file: Arc::new(file), path: path.to_owned(), sectors: len / SECTOR, read_only }),
         }
     }
 
@@ -291,8 +284,7 @@ impl Blk {
         match memory.write_obj(status as u8, status_at) {
             Ok(()) => written + 1,
             Err(e) => {
-                self.requests
-                    .complain(format_args!("the status of a request has no valid place: {e}"));
+                self.requests.complain(format_args!("the status of a request has no valid place: {e}"));
                 0
             }
         }
@@ -314,10 +306,7 @@ impl Blk {
         let kind = u32::from_le_bytes([k0, k1, k2, k3]);
         let sector = u64::from_le_bytes(sector);
 
-        let writes = matches!(
-            kind,
-            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
-        );
+        let writes = matches!(kind, VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES);
         if writes && self.disk.read_only {
             return Err(Failure::ReadOnly);
         }
@@ -415,10 +404,7 @@ impl Blk {
     fn config(&self) -> [u8; size_of::<virtio_blk_config>()] {
         let mut space = [0; size_of::<virtio_blk_config>()];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
-        put(
-            offset_of!(virtio_blk_config, capacity),
-            &self.disk.sectors.to_le_bytes(),
-        );
+        put(offset_of!(virtio_blk_config, capacity), &self.disk.sectors.to_le_bytes());
         for (at, value) in [
             (offset_of!(virtio_blk_config, seg_max), SEG_MAX),
             (offset_of!(virtio_blk_config, blk_size), SECTOR as u32),
@@ -475,8 +461,7 @@ impl VhostUserBackend for Blk {
 
     /// Called at SET_FEATURES, with what the driver accepted.
     fn acked_features(&self, features: u64) {
-        self.driver_flushes
-            .store(features & (1 << VIRTIO_BLK_F_FLUSH) != 0, Ordering::Relaxed);
+        self.driver_flushes.store(features & (1 << VIRTIO_BLK_F_FLUSH) != 0, Ordering::Relaxed);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -493,8 +478,8 @@ impl VhostUserBackend for Blk {
         rest.chain(std::iter::repeat(0)).take(size as usize).collect()
     }
 
-    /// Called when the memory has changed: at SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG. Returns when nothing is being
-    /// done in the memory of before.
+    /// Called when the memory has changed: at SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG. Returns when
+    /// nothing is being done in the memory of before.
     fn update_memory(&self, _memory: Memory) -> io::Result<()> {
         self.requests.wait();
         Ok(())

@@ -1,8 +1,8 @@
 //! hotslot-backend: vhost-user devices that hand files to a front-end, which maps them into its guest.
 //!
-//! Reading order: `pmem` (a device), `backing` (its file), `requests` (its queue), `server` (the socket, one front-end after
-//! another), `fs` (a directory, whose files are mapped as the guest asks), `blk` (a disk, which maps nothing, but reads and
-//! writes what others map), `torture` (one that misbehaves on demand).
+//! Reading order: `pmem` (a device), `backing` (its file), `requests` (its queue), `server` (the socket, one
+//! front-end after another), `fs` (a directory, whose files are mapped as the guest asks), `blk` (a disk,
+//! which maps nothing, but reads and writes what others map), `torture` (one that misbehaves on demand).
 //!
 //! Exit status: 0 after SIGINT, SIGTERM or the end of `--once`, 2 for a command line or a file that cannot be
 //! served, 1 for everything else.
@@ -45,9 +45,7 @@ fn main() -> ExitCode {
         Device::Blk(args) => blk::run(&args).err().map(|e| (e.status(), e.hint(), chain(&e))),
         Device::Pmem(args) => pmem::run(&args).err().map(|e| (e.status(), e.hint(), chain(&e))),
         Device::Fs(args) => fs::run(&args).err().map(|e| (e.status(), e.hint(), chain(&e))),
-        Device::Torture(args) => torture::run(&args)
-            .err()
-            .map(|e| (e.status(), e.hint(), chain(&e))),
+        Device::Torture(args) => torture::run(&args).err().map(|e| (e.status(), e.hint(), chain(&e))),
     };
     let Some((status, hint, sentence)) = failure else {
         return ExitCode::SUCCESS;

@@ -1,11 +1,13 @@
 //! Persistent memory whose contents are a file: a VIRTIO pmem device (id 27) as a vhost-user back-end.
 //!
-//! VIRTIO 1.2, section 5.19, with VIRTIO_PMEM_F_SHMEM_REGION: the memory is shared memory region 0, into which the
-//! front-end maps the file (vhost-user SHMEM_MAP). So loads and stores of the guest reach the file's page cache
-//! without us; what is left to do here is to map it at each start of the device, and to flush. Called by `main`.
+//! VIRTIO 1.2, section 5.19, with VIRTIO_PMEM_F_SHMEM_REGION: the memory is shared memory region 0, into
+//! which the front-end maps the file (vhost-user SHMEM_MAP). So loads and stores of the guest reach the
+//! file's page cache without us; what is left to do here is to map it at each start of the device, and to
+//! flush. Called by `main`.
 //!
-//! The mapping is asked for inside SET_MEM_TABLE, the one message of a start that the `vhost-user-backend` crate
-//! passes on, so that it exists before the driver sees the device run. A front-end drops it at a device reset.
+//! The mapping is asked for inside SET_MEM_TABLE, the one message of a start that the `vhost-user-backend`
+//! crate passes on, so that it exists before the driver sees the device run. A front-end drops it at a device
+//! reset.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,15 +47,15 @@ const END_EVENT: u16 = NUM_QUEUES + 1;
 /// Linux keeps one request per flushing thread in flight; 64 is plenty.
 const QUEUE_SIZE: usize = 1024;
 
-/// How long SET_MEM_TABLE waits for the answer to SHMEM_MAP. A front-end that serves our requests only once it has
-/// the answer to its own gets that answer after this time, and the mapping a moment later.
+/// How long SET_MEM_TABLE waits for the answer to SHMEM_MAP. A front-end that serves our requests only once
+/// it has the answer to its own gets that answer after this time, and the mapping a moment later.
 const MAP_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Persistent memory whose contents are a regular file (VIRTIO pmem)
 ///
-/// The guest sees the file as /dev/pmemN (Linux 6.9 or later) and can mount it with DAX. The memory has the size of
-/// the file, rounded up to 2 MiB because Linux takes no other; what lies past the end of the file reads as zero, and
-/// what is written there is lost.
+/// The guest sees the file as /dev/pmemN (Linux 6.9 or later) and can mount it with DAX. The memory has the
+/// size of the file, rounded up to 2 MiB because Linux takes no other; what lies past the end of the file
+/// reads as zero, and what is written there is lost.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -102,9 +104,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     for note in backing.notes() {
         say(format_args!("{NAME}: note: {note}"));
     }
-    server::serve(NAME, listening, move |memory| {
-        Ok(Pmem::new(backing.clone(), memory))
-    })?;
+    server::serve(NAME, listening, move |memory| Ok(Pmem::new(backing.clone(), memory)))?;
     Ok(())
 }
 
@@ -136,13 +136,12 @@ impl Pmem {
 
     /// Has the front-end map the file into region 0.
     ///
-    /// Where it is mapped already, because SET_MEM_TABLE came again without a reset, the front-end refuses, and all
-    /// is well: it is the same file at the same place. To unmap first would open a hole under a running guest.
+    /// Where it is mapped already, because SET_MEM_TABLE came again without a reset, the front-end refuses,
+    /// and all is well: it is the same file at the same place. To unmap first would open a hole under a
+    /// running guest.
     fn map(&self) {
         let Some(channel) = lock(&self.channel).clone() else {
-            say(format_args!(
-                "{NAME}: cannot map: the front-end gave no back-end channel"
-            ));
+            say(format_args!("{NAME}: cannot map: the front-end gave no back-end channel"));
             return;
         };
         let (done, answered) = mpsc::channel();
@@ -182,21 +181,18 @@ impl Pmem {
         });
         match spawned.map(|_| answered.recv_timeout(MAP_PATIENCE)) {
             Ok(Err(mpsc::RecvTimeoutError::Timeout)) => {
-                say(format_args!(
-                    "{NAME}: no answer to SHMEM_MAP within {MAP_PATIENCE:?}; going on without"
-                ));
+                say(format_args!("{NAME}: no answer to SHMEM_MAP within {MAP_PATIENCE:?}; going on without"));
             }
             Ok(_) => {}
-            Err(e) => say(format_args!(
-                "{NAME}: cannot map: no thread to wait for the answer: {e}"
-            )),
+            Err(e) => say(format_args!("{NAME}: cannot map: no thread to wait for the answer: {e}")),
         }
     }
 
     /// Executes a request. Returns how many bytes of its buffers were written.
     ///
-    /// `struct virtio_pmem_req { le32 type; }`, readable, then `struct virtio_pmem_resp { le32 ret; }`, writable, in
-    /// as many descriptors as the driver likes. Without room for the answer there is none, and nothing is done.
+    /// `struct virtio_pmem_req { le32 type; }`, readable, then `struct virtio_pmem_resp { le32 ret; }`,
+    /// writable, in as many descriptors as the driver likes. Without room for the answer there is none, and
+    /// nothing is done.
     fn answer(&self, request: Request) -> u32 {
         let memory = self.memory.memory();
         let mut answer = match request.clone().writer(&memory) {
@@ -206,39 +202,29 @@ impl Pmem {
                 return 0;
             }
             Err(e) => {
-                self.requests
-                    .complain(format_args!("the answer of a request has no valid place: {e}"));
+                self.requests.complain(format_args!("the answer of a request has no valid place: {e}"));
                 return 0;
             }
         };
-        let ret = match request
-            .reader(&memory)
-            .map(|mut request| request.read_obj::<Le32>())
-        {
+        let ret = match request.reader(&memory).map(|mut request| request.read_obj::<Le32>()) {
             Ok(Ok(kind)) if kind.to_native() == VIRTIO_PMEM_REQ_TYPE_FLUSH => self.flush(),
             Ok(Ok(kind)) => {
-                self.requests.complain(format_args!(
-                    "a request has the unknown type {}",
-                    kind.to_native()
-                ));
+                self.requests.complain(format_args!("a request has the unknown type {}", kind.to_native()));
                 RET_FAILED
             }
             Ok(Err(e)) => {
-                self.requests
-                    .complain(format_args!("a request is too short: {e}"));
+                self.requests.complain(format_args!("a request is too short: {e}"));
                 RET_FAILED
             }
             Err(e) => {
-                self.requests
-                    .complain(format_args!("a request is not in the guest's memory: {e}"));
+                self.requests.complain(format_args!("a request is not in the guest's memory: {e}"));
                 RET_FAILED
             }
         };
         match answer.write_obj(Le32::from(ret)) {
             Ok(()) => size_of::<Le32>() as u32,
             Err(e) => {
-                self.requests
-                    .complain(format_args!("cannot write an answer: {e}"));
+                self.requests.complain(format_args!("cannot write an answer: {e}"));
                 0
             }
         }
@@ -252,8 +238,7 @@ impl Pmem {
         match self.backing.file.sync_data() {
             Ok(()) => RET_OK,
             Err(e) => {
-                self.requests
-                    .complain(format_args!("cannot flush {:?}: {e}", self.backing.path));
+                self.requests.complain(format_args!("cannot flush {:?}: {e}", self.backing.path));
                 RET_FAILED
             }
         }
@@ -316,7 +301,8 @@ impl VhostUserBackend for Pmem {
         Ok(VhostUserShMemConfig::new(1, &[self.backing.size]))
     }
 
-    /// `start` and `size` are zero, and so is all else: where the memory is, only the front-end knows (section 5.19.4).
+    /// `start` and `size` are zero, and so is all else: where the memory is, only the front-end knows
+    /// (section 5.19.4).
     fn get_config(&self, _offset: u32, size: u32) -> Vec<u8> {
         // The crate has limited the size to 4 KiB.
         vec![0; size as usize]

@@ -1,6 +1,8 @@
-//! The requests in a virtqueue, one after another (VIRTIO 1.2, section 2.7), and complaints about those that are wrong.
+//! The requests in a virtqueue, one after another (VIRTIO 1.2, section 2.7), and complaints about those that
+//! are wrong.
 //!
-//! [`Requests`] is for the devices whose requests are answered at once, on the crate's worker thread; the rest is for all.
+//! [`Requests`] is for the devices whose requests are answered at once, on the crate's worker thread; the
+//! rest is for all.
 
 use std::error::Error;
 use std::fmt::Display;
@@ -31,10 +33,7 @@ pub struct Complaints {
 impl Complaints {
     /// `device` is for messages.
     pub fn of(device: &'static str) -> Self {
-        Complaints {
-            device,
-            said: AtomicU32::new(0),
-        }
+        Complaints { device, said: AtomicU32::new(0) }
     }
 
     /// Says it, up to a limit.
@@ -42,9 +41,7 @@ impl Complaints {
         let device = self.device;
         match self.said.fetch_add(1, Ordering::Relaxed) {
             n if n < MAX_COMPLAINTS => say(format_args!("{device}: {what}")),
-            MAX_COMPLAINTS => say(format_args!(
-                "{device}: no more complaints about this front-end's guest"
-            )),
+            MAX_COMPLAINTS => say(format_args!("{device}: no more complaints about this front-end's guest")),
             _ => {}
         }
     }
@@ -53,8 +50,8 @@ impl Complaints {
 /// The requests of a device with one queue.
 pub struct Requests {
     memory: Memory,
-    /// Held while a request is answered, and taken by whoever has to know that it is done. Innermost after it: the
-    /// crate's lock of the queue.
+    /// Held while a request is answered, and taken by whoever has to know that it is done. Innermost after
+    /// it: the crate's lock of the queue.
     answering: Mutex<()>,
     complaints: Complaints,
 }
@@ -62,15 +59,11 @@ pub struct Requests {
 impl Requests {
     /// `device` is for messages.
     pub fn new(device: &'static str, memory: Memory) -> Self {
-        Requests {
-            memory,
-            answering: Mutex::new(()),
-            complaints: Complaints::of(device),
-        }
+        Requests { memory, answering: Mutex::new(()), complaints: Complaints::of(device) }
     }
 
-    /// Has `answer` execute what is in the queue, and waits for nothing more. `answer` returns how many bytes of the
-    /// request's buffers it wrote.
+    /// Has `answer` execute what is in the queue, and waits for nothing more. `answer` returns how many bytes
+    /// of the request's buffers it wrote.
     pub fn answer(&self, vring: &VringMutex, mut answer: impl FnMut(Request) -> u32) {
         if let Err(e) = self.try_answer(vring, &mut answer) {
             self.complain(format_args!("the request queue is broken: {e}"));
@@ -97,14 +90,15 @@ impl Requests {
         }
     }
 
-    /// The next request, unless the queue is stopped or empty. When it is empty, the driver notifies us of the next.
+    /// The next request, unless the queue is stopped or empty. When it is empty, the driver notifies us of
+    /// the next.
     fn next(&self, vring: &VringMutex) -> Result<Option<Request>, QueueError> {
         let mut state = vring.get_mut();
         if !state.is_enabled() || !state.get_queue().ready() {
             return Ok(None);
         }
-        // Twice, because a request may arrive before notifications are on. A third time would find nothing new, and
-        // a guest whose ring lies half outside its memory would keep us here for ever.
+        // Twice, because a request may arrive before notifications are on. A third time would find nothing
+        // new, and a guest whose ring lies half outside its memory would keep us here for ever.
         for _ in 0..2 {
             if let Some(request) = state.get_queue_mut().iter(self.memory.memory())?.next() {
                 return Ok(Some(request));
@@ -116,8 +110,8 @@ impl Requests {
         Err(QueueError::InvalidAvailRingIndex)
     }
 
-    /// Returns when the request that is being answered, if there is one, has its answer. Later ones see the queue and the
-    /// memory as they are now.
+    /// Returns when the request that is being answered, if there is one, has its answer. Later ones see the
+    /// queue and the memory as they are now.
     pub fn wait(&self) {
         drop(lock(&self.answering));
     }
@@ -132,7 +126,8 @@ impl Requests {
 ///
 /// # Errors
 ///
-/// A head that is none, a used ring that is not in the guest's memory, a call descriptor that cannot be written.
+/// A head that is none, a used ring that is not in the guest's memory, a call descriptor that cannot be
+/// written.
 pub fn hand_back(vring: &VringMutex, head: u16, written: u32) -> Result<(), Box<dyn Error>> {
     let mut state = vring.get_mut();
     state.add_used(head, written)?;
@@ -142,8 +137,8 @@ pub fn hand_back(vring: &VringMutex, head: u16, written: u32) -> Result<(), Box<
     Ok(())
 }
 
-/// Why the front-end did not do what was asked of it on the backend channel, as far as the crate tells: it keeps the
-/// value of the answer to itself.
+/// Why the front-end did not do what was asked of it on the backend channel, as far as the crate tells: it
+/// keeps the value of the answer to itself.
 pub fn refusal(error: &io::Error) -> String {
     match error.get_ref().and_then(|e| e.downcast_ref::<ProtocolError>()) {
         Some(ProtocolError::FrontendInternalError) => "the front-end refused".to_owned(),

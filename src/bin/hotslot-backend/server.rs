@@ -1,10 +1,11 @@
 //! The socket of a back-end, and one front-end after another on it.
 //!
-//! vhost-user, "Communication": the back-end listens, a front-end connects, and the end of the connection is the end
-//! of the session. Called by each device's `run`; what a device does is in its own module.
+//! vhost-user, "Communication": the back-end listens, a front-end connects, and the end of the connection is
+//! the end of the session. Called by each device's `run`; what a device does is in its own module.
 //!
-//! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts and waits for each session; the
-//! `vhost-user-backend` crate adds, for each session, one that reads the socket and one that reads the queues.
+//! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts and waits for each
+//! session; the `vhost-user-backend` crate adds, for each session, one that reads the socket and one that
+//! reads the queues.
 
 use hotslot::report::say;
 use std::fmt::Display;
@@ -45,11 +46,12 @@ pub struct Options {
 
 /// What the server asks of a device, besides being one. One value serves one front-end.
 pub trait Device: VhostUserBackend<Bitmap = (), Vring = VringMutex> {
-    /// The number that [`VhostUserBackend::handle_event`] is given when the worker thread is to end: it has to
-    /// return an error then. The crate reserves 0 to the number of queues.
+    /// The number that [`VhostUserBackend::handle_event`] is given when the worker thread is to end: it has
+    /// to return an error then. The crate reserves 0 to the number of queues.
     fn end_event(&self) -> u16;
 
-    /// Whether the front-end asked for anything at all. One that did not was only looking whether someone listens.
+    /// Whether the front-end asked for anything at all. One that did not was only looking whether someone
+    /// listens.
     fn was_asked(&self) -> bool;
 }
 
@@ -91,7 +93,8 @@ impl Error {
     }
 }
 
-/// A listening socket; its file goes when this does. From its making on, SIGINT and SIGTERM end [`serve_with`] only.
+/// A listening socket; its file goes when this does. From its making on, SIGINT and SIGTERM end
+/// [`serve_with`] only.
 pub struct Listening {
     listener: UnixListener,
     once: bool,
@@ -105,17 +108,11 @@ pub struct Listening {
 /// See [`Error`]; nothing is left behind, and nothing but a socket on which nobody listens is removed.
 pub fn listen(options: &Options) -> Result<Listening, Error> {
     let path = &options.socket;
-    let bind_error = |source| Error::Bind {
-        path: path.clone(),
-        source,
-    };
+    let bind_error = |source| Error::Bind { path: path.clone(), source };
 
     let len = path.as_os_str().len();
     if len > SOCKET_PATH_MAX {
-        return Err(Error::PathTooLong {
-            path: path.clone(),
-            len,
-        });
+        return Err(Error::PathTooLong { path: path.clone(), len });
     }
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
@@ -134,18 +131,12 @@ pub fn listen(options: &Options) -> Result<Listening, Error> {
     // Before there is a socket: whoever sees it, or reads that we listen, may send a signal.
     end_event();
     for signal in [libc::SIGINT, libc::SIGTERM] {
-        register_signal_handler(signal, on_signal).map_err(|e| Error::SetUp {
-            what: "the signal handlers",
-            source: e.into(),
-        })?;
+        register_signal_handler(signal, on_signal)
+            .map_err(|e| Error::SetUp { what: "the signal handlers", source: e.into() })?;
     }
     let listener = UnixListener::bind(path).map_err(bind_error)?;
     let file = SocketFile::new(path).map_err(bind_error)?;
-    Ok(Listening {
-        listener,
-        once: options.once,
-        file,
-    })
+    Ok(Listening { listener, once: options.once, file })
 }
 
 /// The name of our socket in the file system.
@@ -156,10 +147,7 @@ struct SocketFile {
 
 impl SocketFile {
     fn new(path: &Path) -> io::Result<Self> {
-        Ok(SocketFile {
-            path: path.to_owned(),
-            id: Self::id(path)?,
-        })
+        Ok(SocketFile { path: path.to_owned(), id: Self::id(path)? })
     }
 
     fn id(path: &Path) -> io::Result<(u64, u64)> {
@@ -208,21 +196,21 @@ where
     D: Device + 'static,
     F: FnMut(Memory) -> Result<D, Error> + Send + 'static,
 {
-    let listener = listening.listener.try_clone().map_err(|source| Error::SetUp {
-        what: "the listening socket",
-        source,
-    })?;
+    let listener = listening
+        .listener
+        .try_clone()
+        .map_err(|source| Error::SetUp { what: "the listening socket", source })?;
     let mut listener = Listener::from(listener);
     serve_with(name, listening, move |_| session(name, &mut listener, &mut make))
 }
 
-/// Calls `session`, which accepts and serves one front-end, again and again, on a thread of its own, until SIGINT or
-/// SIGTERM; with `--once`, until the first front-end that asked for anything has disconnected.
+/// Calls `session`, which accepts and serves one front-end, again and again, on a thread of its own, until
+/// SIGINT or SIGTERM; with `--once`, until the first front-end that asked for anything has disconnected.
 ///
 /// # Errors
 ///
-/// A socket that cannot be accepted from, threads or descriptors that cannot be made; with `--once` also a session
-/// that ended otherwise than by a hang-up.
+/// A socket that cannot be accepted from, threads or descriptors that cannot be made; with `--once` also a
+/// session that ended otherwise than by a hang-up.
 pub fn serve_with<F>(name: &'static str, listening: Listening, mut session: F) -> Result<(), Error>
 where
     F: FnMut(&UnixListener) -> Result<Session, Error> + Send + 'static,
@@ -230,11 +218,7 @@ where
     let set_up = |what| move |source| Error::SetUp { what, source };
     let end = end_event();
 
-    let Listening {
-        listener,
-        once,
-        file: _file,
-    } = listening;
+    let Listening { listener, once, file: _file } = listening;
     let outcome = Arc::new(Mutex::new(None));
     let outcome_of_thread = Arc::clone(&outcome);
     thread::Builder::new()
@@ -263,11 +247,7 @@ where
         }
     }
     // A session in progress ends with the process: its front-end sees a hang-up.
-    outcome
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take()
-        .unwrap_or(Ok(()))
+    outcome.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or(Ok(()))
 }
 
 /// How a session ended.
@@ -290,10 +270,8 @@ fn session<D: Device + 'static>(
 ) -> Result<Session, Error> {
     let memory = Memory::new(GuestMemoryMmap::new());
     let device = Arc::new(make(memory.clone())?);
-    let end_worker = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(|source| Error::SetUp {
-        what: "an eventfd",
-        source,
-    })?;
+    let end_worker = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
+        .map_err(|source| Error::SetUp { what: "an eventfd", source })?;
     let mut daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(&device), memory)
         .map_err(|e| Error::Session(format!("cannot set up a session: {e}")))?;
 
@@ -304,10 +282,7 @@ fn session<D: Device + 'static>(
         {
             // Its drop would wait for a worker that nobody can end.
             std::mem::forget(daemon);
-            return Err(Error::SetUp {
-                what: "the end of a session",
-                source,
-            });
+            return Err(Error::SetUp { what: "the end of a session", source });
         }
     }
 
@@ -316,14 +291,12 @@ fn session<D: Device + 'static>(
     drop(daemon);
 
     match result {
-        Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => Ok(if device.was_asked() {
-            Session::Ended
-        } else {
-            Session::NothingAsked
-        }),
-        Err(DaemonError::HandleRequest(e)) => Ok(Session::Broken(format!(
-            "a request of the front-end cannot be served: {e}"
-        ))),
+        Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => {
+            Ok(if device.was_asked() { Session::Ended } else { Session::NothingAsked })
+        }
+        Err(DaemonError::HandleRequest(e)) => {
+            Ok(Session::Broken(format!("a request of the front-end cannot be served: {e}")))
+        }
         Err(e) => Err(Error::Session(e.to_string())),
     }
 }

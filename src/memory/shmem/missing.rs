@@ -1,8 +1,8 @@
-//! What is missing at the end of a mapping because its file became shorter (SHM-45): found, put out of reach, filled with
-//! zeroes.
+//! What is missing at the end of a mapping because its file became shorter (SHM-45): found, put out of reach,
+//! filled with zeroes.
 //!
-//! `vmm::backends` calls it, on vCPU threads when the guest touched something that is missing, and from the main loop,
-//! which looks for processors that wait for such a page without end.
+//! `vmm::backends` calls it, on vCPU threads when the guest touched something that is missing, and from the
+//! main loop, which looks for processors that wait for such a page without end.
 
 use std::io;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -43,7 +43,8 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// What is missing. It may wait for the disk, or for whoever serves the file: the state is not locked here.
+    /// What is missing. It may wait for the disk, or for whoever serves the file: the state is not locked
+    /// here.
     fn missing(&self) -> Option<Span<'_>> {
         self.window.span(self.offset, self.in_place)?.missing()
     }
@@ -96,19 +97,18 @@ impl Mapping {
 }
 
 impl SharedMemory {
-    /// Reads what the guest sees at `at`, not over the end of a page. False where it sees nothing, or a missing page.
+    /// Reads what the guest sees at `at`, not over the end of a page. False where it sees nothing, or a
+    /// missing page.
     pub fn read(&self, at: u64, data: &mut [u8]) -> bool {
         let window = self.lock().regions.values().find_map(|region| {
             let guest = region.window.guest();
-            (guest.start()..=guest.last())
-                .contains(&at)
-                .then(|| Arc::clone(&region.window))
+            (guest.start()..=guest.last()).contains(&at).then(|| Arc::clone(&region.window))
         });
         window.is_some_and(|window| window.whole().read(at - window.guest().start(), data))
     }
 
-    /// Puts zero pages under what is missing at the end of a mapping, for good, if `at` is a guest address in it. Called
-    /// when the guest touched it.
+    /// Puts zero pages under what is missing at the end of a mapping, for good, if `at` is a guest address in
+    /// it. Called when the guest touched it.
     pub fn fill_missing(&self, at: u64) -> Option<Filled> {
         self.access_at(at)?;
         let _alone = self.look();
@@ -126,9 +126,9 @@ impl SharedMemory {
         })
     }
 
-    /// The guest touched something that is missing, but nobody knows where. Puts zero pages under all that is missing,
-    /// until [`Self::settle`] has seen what was touched. `None` where nothing is missing; else what was filled before,
-    /// and stays so.
+    /// The guest touched something that is missing, but nobody knows where. Puts zero pages under all that is
+    /// missing, until [`Self::settle`] has seen what was touched. `None` where nothing is missing; else what
+    /// was filled before, and stays so.
     pub fn fill_all_for_now(&self) -> Option<Vec<Filled>> {
         let _alone = self.look();
         let (candidates, mut changed) = self.candidates(None, true);
@@ -151,19 +151,16 @@ impl SharedMemory {
         changed.then_some(filled)
     }
 
-    /// What was filled for now and was touched stays so; the rest is the file's again, and shows it when it grows.
-    /// (A write to the rest in the moment between the look and the change is lost, as one beyond a file's end may be.)
+    /// What was filled for now and was touched stays so; the rest is the file's again, and shows it when it
+    /// grows. (A write to the rest in the moment between the look and the change is lost, as one beyond a
+    /// file's end may be.)
     pub fn settle(&self) -> Vec<Filled> {
         let mut state = self.lock();
         let State { regions, filled, .. } = &mut *state;
         let mut list = Vec::new();
         for (&shmid, region) in regions {
             for (&offset, mapping) in &mut region.mappings {
-                let place = Place {
-                    shmid,
-                    window: &region.window,
-                    offset,
-                };
+                let place = Place { shmid, window: &region.window, offset };
                 list.extend(settle(place, mapping, filled));
             }
         }
@@ -175,8 +172,9 @@ impl SharedMemory {
         self.lock().filled
     }
 
-    /// Puts all that is missing out of reach, until the guest touches some of it or [`Self::fill_missing`] looks: such
-    /// an access fails at once instead of waiting for a page that never comes. Nothing else can be noticed of it.
+    /// Puts all that is missing out of reach, until the guest touches some of it or [`Self::fill_missing`]
+    /// looks: such an access fails at once instead of waiting for a page that never comes. Nothing else can
+    /// be noticed of it.
     pub fn guard_missing(&self) {
         let _alone = self.look();
         for candidate in &self.candidates(None, false).0 {
@@ -197,8 +195,8 @@ impl SharedMemory {
         self.looking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All mappings, or the one with guest address `at`. `unguard` puts what is guarded within reach again; whether there
-    /// was any is told.
+    /// All mappings, or the one with guest address `at`. `unguard` puts what is guarded within reach again;
+    /// whether there was any is told.
     fn candidates(&self, at: Option<u64>, unguard: bool) -> (Vec<Candidate>, bool) {
         let (mut candidates, mut unguarded) = (Vec::new(), false);
         for (&shmid, region) in &mut self.lock().regions {
@@ -221,11 +219,7 @@ impl SharedMemory {
                 }
             };
             for (&offset, mapping) in region.mappings.range_mut(offsets) {
-                let place = Place {
-                    shmid,
-                    window,
-                    offset,
-                };
+                let place = Place { shmid, window, offset };
                 unguarded |= unguard && mapping.unguard(place);
                 candidates.push(Candidate {
                     shmid,
@@ -252,11 +246,7 @@ impl SharedMemory {
         if mapping.number != candidate.number || mapping.in_place() != candidate.in_place {
             return None;
         }
-        let place = Place {
-            shmid: candidate.shmid,
-            window: &region.window,
-            offset: candidate.offset,
-        };
+        let place = Place { shmid: candidate.shmid, window: &region.window, offset: candidate.offset };
         let done = action(place, mapping, filled);
         note(place, &done);
         done.ok()
@@ -274,8 +264,7 @@ fn settle(place: Place<'_>, mapping: &mut Mapping, total: &mut FilledTotal) -> O
         touched => touched,
     };
     note(place, &kept);
-    kept.unwrap_or(true)
-        .then(|| mapping.keep_filled(len, place, total))
+    kept.unwrap_or(true).then(|| mapping.keep_filled(len, place, total))
 }
 
 fn note<T>(place: Place<'_>, result: &io::Result<T>) {

@@ -29,11 +29,7 @@ pub(super) fn bench() -> Bench {
     let mut windows = WindowAllocator::new(FIRST, LIMIT);
     let sizes = [(0, 16 * PAGE), (3, 0), (7, 16 * PAGE)];
     let shmem = SharedMemory::new(sizes, &mut windows, mapper, 100).unwrap();
-    Bench {
-        guest,
-        shmem,
-        file: numbered(32),
-    }
+    Bench { guest, shmem, file: numbered(32) }
 }
 
 /// A file whose page n is full of n + 1.
@@ -47,21 +43,11 @@ fn numbered(pages: u8) -> File {
 
 impl Bench {
     pub(super) fn request(&self, shmid: u8, shm_offset: u64, len: u64, file_offset: u64) -> MapRequest<'_> {
-        MapRequest {
-            shmid,
-            shm_offset,
-            len,
-            file: self.file.as_fd(),
-            file_offset,
-            access: Access::ReadOnly,
-        }
+        MapRequest { shmid, shm_offset, len, file: self.file.as_fd(), file_offset, access: Access::ReadOnly }
     }
 
     fn writable(&self) -> MapRequest<'_> {
-        MapRequest {
-            access: Access::ReadWrite,
-            ..self.request(0, 0, PAGE, 0)
-        }
+        MapRequest { access: Access::ReadWrite, ..self.request(0, 0, PAGE, 0) }
     }
 
     fn map(&self, shmid: u8, shm_offset: u64, len: u64) -> Result<(), ShmemError> {
@@ -83,44 +69,24 @@ impl Bench {
 
     /// `request` fails with `errno` and changes nothing.
     fn refused(&self, request: &MapRequest<'_>, errno: i32) {
-        let before = (
-            self.shmem.mappings(),
-            self.sees(0),
-            self.sees(7),
-            vmas(&self.shmem),
-        );
+        let before = (self.shmem.mappings(), self.sees(0), self.sees(7), vmas(&self.shmem));
         let error = self.shmem.map(request).unwrap_err();
         assert_eq!(error.errno(), errno, "{error}");
-        let after = (
-            self.shmem.mappings(),
-            self.sees(0),
-            self.sees(7),
-            vmas(&self.shmem),
-        );
+        let after = (self.shmem.mappings(), self.sees(0), self.sees(7), vmas(&self.shmem));
         assert_eq!(before, after, "{error}");
     }
 
     fn not_unmapped(&self, shmid: u8, offset: u64, len: u64) {
-        let before = (
-            self.shmem.mappings(),
-            self.sees(0),
-            self.sees(7),
-            vmas(&self.shmem),
-        );
+        let before = (self.shmem.mappings(), self.sees(0), self.sees(7), vmas(&self.shmem));
         let error = self.shmem.unmap(shmid, offset, len).unwrap_err();
         assert_eq!(error.errno(), libc::ENOENT, "{error}");
-        let after = (
-            self.shmem.mappings(),
-            self.sees(0),
-            self.sees(7),
-            vmas(&self.shmem),
-        );
+        let after = (self.shmem.mappings(), self.sees(0), self.sees(7), vmas(&self.shmem));
         assert_eq!(before, after, "{error}");
     }
 }
 
-/// What /proc/self/maps says of the windows: first address, last, and the rest of the line. Their neighbours are other
-/// tests' memory, with which the kernel may join what is at the edge.
+/// What /proc/self/maps says of the windows: first address, last, and the rest of the line. Their neighbours
+/// are other tests' memory, with which the kernel may join what is at the edge.
 fn vmas(shmem: &SharedMemory) -> Vec<(u64, u64, String)> {
     let state = shmem.lock();
     let windows = state.regions.values().map(|region| {
@@ -181,10 +147,7 @@ fn a_region_takes_its_size_and_no_byte_more() {
     }
     bench.map(0, size - PAGE, PAGE).unwrap(); // SHM-31
     bench.map(7, 0, size).unwrap();
-    assert_eq!(
-        (bench.sees(0), bench.sees(7)),
-        (vec![(size - PAGE, PAGE)], vec![(0, size)])
-    );
+    assert_eq!((bench.sees(0), bench.sees(7)), (vec![(size - PAGE, PAGE)], vec![(0, size)]));
 }
 
 #[test]
@@ -198,14 +161,8 @@ fn offsets_are_whole_pages_and_stay_where_a_file_can_be() {
     for file_offset in [last_page, 1 << 63, i64::MAX as u64 & !(PAGE - 1)] {
         bench.refused(&bench.request(0, 0, PAGE, file_offset), libc::EOVERFLOW); // SHM-32
     }
-    bench.refused(
-        &bench.request(0, 0, 2 * PAGE, (1 << 63) - 2 * PAGE),
-        libc::EOVERFLOW,
-    );
-    bench
-        .shmem
-        .map(&bench.request(0, 0, PAGE, (1 << 63) - 2 * PAGE))
-        .unwrap();
+    bench.refused(&bench.request(0, 0, 2 * PAGE, (1 << 63) - 2 * PAGE), libc::EOVERFLOW);
+    bench.shmem.map(&bench.request(0, 0, PAGE, (1 << 63) - 2 * PAGE)).unwrap();
 }
 
 #[test]
@@ -228,17 +185,7 @@ fn a_length_that_is_no_whole_page_is_backed_by_one_and_named_as_it_was() {
 fn what_touches_a_live_mapping_is_refused_and_what_only_borders_on_it_is_not() {
     let bench = bench();
     bench.map(0, 4 * PAGE, 4 * PAGE).unwrap();
-    for (first, pages) in [
-        (4, 4),
-        (3, 2),
-        (7, 2),
-        (5, 1),
-        (4, 1),
-        (7, 1),
-        (0, 5),
-        (3, 6),
-        (0, 16),
-    ] {
+    for (first, pages) in [(4, 4), (3, 2), (7, 2), (5, 1), (4, 1), (7, 1), (0, 5), (3, 6), (0, 16)] {
         // SHM-35
         bench.refused(&bench.request(0, first * PAGE, pages * PAGE, 0), libc::EEXIST);
         // SHM-36: another region's offsets are its own.
@@ -254,10 +201,7 @@ fn what_touches_a_live_mapping_is_refused_and_what_only_borders_on_it_is_not() {
 #[test]
 fn the_guest_sees_the_part_of_the_file_that_was_named_as_often_as_it_was() {
     let bench = bench();
-    bench
-        .shmem
-        .map(&bench.request(0, 2 * PAGE, 2 * PAGE, 5 * PAGE))
-        .unwrap(); // SHM-43
+    bench.shmem.map(&bench.request(0, 2 * PAGE, 2 * PAGE, 5 * PAGE)).unwrap(); // SHM-43
     bench.shmem.map(&bench.request(7, 0, PAGE, 5 * PAGE)).unwrap(); // SHM-37
     bench.shmem.map(&bench.request(7, PAGE, PAGE, 5 * PAGE)).unwrap();
     let seen: Vec<_> = (1..5).map(|page| bench.reads(0, page * PAGE)).collect();
@@ -271,10 +215,7 @@ fn a_file_may_be_shorter_than_what_is_mapped_of_it_and_stays_so() {
     let bench = bench();
     let size = bench.file.metadata().unwrap().len();
     bench.shmem.map(&bench.request(0, 0, 16 * PAGE, 1 << 40)).unwrap();
-    bench
-        .shmem
-        .map(&bench.request(7, 0, 16 * PAGE, size - PAGE))
-        .unwrap();
+    bench.shmem.map(&bench.request(7, 0, 16 * PAGE, size - PAGE)).unwrap();
     assert_eq!(bench.file.metadata().unwrap().len(), size);
     assert_eq!((bench.reads(7, 0), bench.reads(7, PAGE)), (Some(32), None));
 }
@@ -323,10 +264,7 @@ fn what_cannot_be_mapped_is_refused_with_its_reason() {
         (path_only.into(), libc::EBADF),
     ];
     for (fd, errno) in unmappable {
-        let request = MapRequest {
-            file: fd.as_fd(),
-            ..bench.request(0, 0, PAGE, 0)
-        };
+        let request = MapRequest { file: fd.as_fd(), ..bench.request(0, 0, PAGE, 0) };
         bench.refused(&request, errno);
     }
     // SHM-41; SHM-39
@@ -339,11 +277,7 @@ fn what_cannot_be_mapped_is_refused_with_its_reason() {
     bench.file.set_len(PAGE).unwrap();
     // SAFETY: the descriptor is open.
     let sealed = unsafe {
-        libc::fcntl(
-            std::os::fd::AsRawFd::as_raw_fd(&bench.file),
-            libc::F_ADD_SEALS,
-            libc::F_SEAL_WRITE,
-        )
+        libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&bench.file), libc::F_ADD_SEALS, libc::F_SEAL_WRITE)
     };
     assert_eq!(sealed, 0);
     bench.refused(&bench.writable(), libc::EPERM);
@@ -356,19 +290,11 @@ fn huge_pages_are_mapped_as_a_whole_or_not_at_all() {
     let guest = Arc::new(Guest::default());
     let mut windows = WindowAllocator::new(FIRST, LIMIT);
     let shmem = SharedMemory::new([(0, 2 * HUGE), (7, PAGE)], &mut windows, guest.clone(), 3).unwrap();
-    let bench = Bench {
-        guest,
-        shmem,
-        file: memfd(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB),
-    };
+    let bench = Bench { guest, shmem, file: memfd(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB) };
     bench.file.set_len(2 * HUGE).unwrap();
-    for (offset, len, file_offset) in [
-        (0, PAGE, 0),
-        (0, HUGE + 1, 0),
-        (PAGE, HUGE, 0),
-        (0, HUGE, PAGE),
-        (0, HUGE - PAGE, 0),
-    ] {
+    for (offset, len, file_offset) in
+        [(0, PAGE, 0), (0, HUGE + 1, 0), (PAGE, HUGE, 0), (0, HUGE, PAGE), (0, HUGE - PAGE, 0)]
+    {
         bench.refused(&bench.request(0, offset, len, file_offset), libc::EINVAL);
     }
     // Most machines have none to give.
@@ -384,11 +310,7 @@ fn the_quota_counts_live_mappings_of_all_regions() {
     let mut windows = WindowAllocator::new(FIRST, LIMIT);
     let sizes = [(0, 16 * PAGE), (7, 16 * PAGE)];
     let shmem = SharedMemory::new(sizes, &mut windows, guest.clone(), 3).unwrap();
-    let bench = Bench {
-        guest,
-        shmem,
-        file: numbered(1),
-    };
+    let bench = Bench { guest, shmem, file: numbered(1) };
     bench.map(0, 0, PAGE).unwrap();
     bench.map(0, PAGE, PAGE).unwrap();
     bench.map(7, 0, PAGE).unwrap();
@@ -420,10 +342,7 @@ fn a_failed_map_does_not_stand_in_the_way_of_the_right_one() {
     bench.refused(&bench.request(0, 0, 17 * PAGE, 0), libc::ERANGE);
     bench.refused(&bench.request(0, 0, PAGE, 1), libc::EINVAL);
     let (pipe, _writer) = std::io::pipe().unwrap();
-    let no_file = MapRequest {
-        file: pipe.as_fd(),
-        ..bench.request(0, 0, 16 * PAGE, 0)
-    };
+    let no_file = MapRequest { file: pipe.as_fd(), ..bench.request(0, 0, 16 * PAGE, 0) };
     bench.refused(&no_file, libc::EINVAL);
     bench.map(0, 0, 16 * PAGE).unwrap();
 }
@@ -451,10 +370,7 @@ fn only_one_whole_live_mapping_is_unmapped() {
     bench.not_unmapped(0, 4 * PAGE, u64::MAX);
     bench.not_unmapped(0, u64::MAX, 4 * PAGE);
     bench.shmem.unmap(0, 4 * PAGE, 4 * PAGE).unwrap(); // SHM-51
-    assert_eq!(
-        (bench.sees(0), bench.sees(7)),
-        (vec![(8 * PAGE, PAGE)], vec![(0, PAGE)])
-    );
+    assert_eq!((bench.sees(0), bench.sees(7)), (vec![(8 * PAGE, PAGE)], vec![(0, PAGE)]));
     assert_eq!(bench.reads(0, 4 * PAGE), None);
     bench.not_unmapped(0, 4 * PAGE, 4 * PAGE); // SHM-52
 }
@@ -465,10 +381,7 @@ fn an_unmapped_range_is_free_for_something_else() {
     let bench = bench();
     bench.map(0, 0, 8 * PAGE).unwrap();
     bench.shmem.unmap(0, 0, 8 * PAGE).unwrap();
-    bench
-        .shmem
-        .map(&bench.request(0, 2 * PAGE, 3 * PAGE, 9 * PAGE))
-        .unwrap();
+    bench.shmem.map(&bench.request(0, 2 * PAGE, 3 * PAGE, 9 * PAGE)).unwrap();
     assert_eq!(bench.sees(0), [(2 * PAGE, 3 * PAGE)]);
     assert_eq!(bench.reads(0, 2 * PAGE), Some(10));
 }
@@ -478,21 +391,14 @@ fn what_is_unmapped_is_reserved_again_and_its_neighbours_are_left_alone() {
     // SHM-52, SHM-55, SHM-78
     let bench = bench();
     for page in [0, 2, 9] {
-        bench
-            .shmem
-            .map(&bench.request(0, page * PAGE, PAGE, page * PAGE))
-            .unwrap();
+        bench.shmem.map(&bench.request(0, page * PAGE, PAGE, page * PAGE)).unwrap();
     }
     // Between two of them, behind the last; with room on either side, on both, or none.
     for (first, pages) in [(1, 1), (3, 6), (3, 2), (5, 2), (7, 2), (10, 6), (12, 2)] {
         let before = (vmas(&bench.shmem), bench.sees(0));
         bench.map(0, first * PAGE, pages * PAGE).unwrap();
         bench.shmem.unmap(0, first * PAGE, pages * PAGE).unwrap();
-        assert_eq!(
-            (vmas(&bench.shmem), bench.sees(0)),
-            before,
-            "{pages} from {first} on"
-        );
+        assert_eq!((vmas(&bench.shmem), bench.sees(0)), before, "{pages} from {first} on");
         let left: Vec<_> = [0, 2, 9].map(|page| bench.reads(0, page * PAGE)).into();
         assert_eq!(left, [Some(1), Some(3), Some(10)], "{pages} from {first} on");
     }
@@ -548,9 +454,7 @@ fn nothing_is_left_when_everything_is_unmapped_or_dropped() {
     }
     let reached = || {
         let places = [0, 7].map(|shmid| bench.region(shmid).start());
-        let places = places
-            .iter()
-            .flat_map(|start| (0..16).map(move |page| start + page * PAGE));
+        let places = places.iter().flat_map(|start| (0..16).map(move |page| start + page * PAGE));
         places.filter(|&at| bench.shmem.access_at(at).is_some()).count()
     };
     assert_eq!((bench.shmem.mappings().len(), reached()), (16, 16));
@@ -579,24 +483,15 @@ fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() 
         bench.file.set_len(file_pages * PAGE).unwrap();
         // Neither what is there nor what is beside it is a reason.
         let last_left = (left > 0).then(|| region.start() + left * PAGE - 1);
-        for other in last_left
-            .into_iter()
-            .chain([region.start() + 8 * PAGE, region.start() - 1])
-        {
+        for other in last_left.into_iter().chain([region.start() + 8 * PAGE, region.start() - 1]) {
             assert_eq!(bench.shmem.fill_missing(other), None, "{other:#x}");
         }
         let len = (8 - left) * PAGE;
-        let filled = Filled {
-            is_first: number == 0,
-            shmid: 0,
-            guest,
-            len,
-        };
+        let filled = Filled { is_first: number == 0, shmid: 0, guest, len };
         let touched = region.start() + left * PAGE;
         assert_eq!(bench.shmem.fill_missing(touched), Some(filled));
-        let expected: Vec<_> = (0..8)
-            .map(|page| Some(if page < left { page as u8 + 3 } else { 0 }))
-            .collect();
+        let expected: Vec<_> =
+            (0..8).map(|page| Some(if page < left { page as u8 + 3 } else { 0 })).collect();
         assert_eq!(pages(&bench), expected, "{file_pages} pages left of the file");
         assert_eq!(bench.shmem.mappings()[0].filled, len);
         assert_eq!(bench.shmem.fill_missing(touched), None);
@@ -642,17 +537,9 @@ fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
     let start = bench.region(7).start();
     let guest = GuestRange::new(start, 8 * PAGE).unwrap();
     let len = 5 * PAGE;
-    let filled = Filled {
-        is_first: true,
-        shmid: 7,
-        guest,
-        len,
-    };
+    let filled = Filled { is_first: true, shmid: 7, guest, len };
     assert_eq!(bench.shmem.settle(), [filled]);
-    assert_eq!(
-        (bench.reads(7, 3 * PAGE), bench.reads(0, 3 * PAGE)),
-        (Some(0), None)
-    );
+    assert_eq!((bench.reads(7, 3 * PAGE), bench.reads(0, 3 * PAGE)), (Some(0), None));
     // What has grown again is within reach, after the next look.
     bench.shmem.guard_missing();
     bench.file.set_len(8 * PAGE).unwrap();
@@ -686,10 +573,7 @@ fn what_goes_missing_while_more_is_filled_for_now_is_filled_too() {
     assert_eq!(bench.shmem.settle(), []);
     assert_eq!(vmas(&bench.shmem), areas);
     bench.file.set_len(8 * PAGE).unwrap();
-    assert_eq!(
-        (bench.reads(0, PAGE), bench.reads(0, 7 * PAGE)),
-        (Some(2), Some(0))
-    );
+    assert_eq!((bench.reads(0, PAGE), bench.reads(0, 7 * PAGE)), (Some(2), Some(0)));
     // What was touched stays.
     bench.file.set_len(6 * PAGE).unwrap();
     assert_eq!(bench.shmem.fill_all_for_now(), Some(vec![]));
@@ -730,10 +614,7 @@ fn a_look_for_missing_pages_is_no_touch() {
     bench.file.set_len(8 * PAGE).unwrap();
     bench.shmem.fill_all_for_now();
     bench.shmem.settle();
-    assert_eq!(
-        (bench.reads(0, 7 * PAGE), bench.reads(7, 7 * PAGE)),
-        (Some(0), Some(0))
-    );
+    assert_eq!((bench.reads(0, 7 * PAGE), bench.reads(7, 7 * PAGE)), (Some(0), Some(0)));
 }
 
 #[test]
@@ -783,19 +664,11 @@ fn layouts_that_cannot_be_are_refused() {
         assert!(matches!(error, LayoutError::NoGuestAddresses { .. }), "{error}");
     }
     // SHM-13, SHM-19, SHM-23
-    let all = layout(
-        (0..=255)
-            .map(|shmid| (shmid, (u64::from(shmid) + 1) * PAGE))
-            .collect(),
-    )
-    .unwrap();
+    let all = layout((0..=255).map(|shmid| (shmid, (u64::from(shmid) + 1) * PAGE)).collect()).unwrap();
     let regions = all.regions();
     assert_eq!(regions.len(), 256);
     for (index, &(shmid, range)) in regions.iter().enumerate() {
-        assert_eq!(
-            (usize::from(shmid), range.len()),
-            (index, (index as u64 + 1) * PAGE)
-        );
+        assert_eq!((usize::from(shmid), range.len()), (index, (index as u64 + 1) * PAGE));
         assert_eq!(range.start() % (2 << 20), 0);
         assert!(range.start() >= FIRST && range.last() < LIMIT);
         assert!(regions[..index].iter().all(|(_, other)| !other.overlaps(&range)));

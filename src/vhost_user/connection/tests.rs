@@ -37,10 +37,7 @@ fn send(socket: &UnixStream, bytes: &[u8], files: &[&File]) {
 }
 
 fn next(connection: &mut Connection) -> Message {
-    connection
-        .try_receive()
-        .unwrap()
-        .expect("a whole message is there")
+    connection.try_receive().unwrap().expect("a whole message is there")
 }
 
 fn inodes(message: &Message) -> Vec<u64> {
@@ -73,17 +70,11 @@ fn messages_that_come_together_are_taken_one_by_one() {
     // SHM-61
     let (mut ours, mut theirs) = pair();
     let sizes = [0, 40, 3, 0, 0, 100, 40];
-    let all: Vec<u8> = (1..)
-        .zip(sizes)
-        .flat_map(|(id, size)| message(id, &vec![id as u8; size]))
-        .collect();
+    let all: Vec<u8> = (1..).zip(sizes).flat_map(|(id, size)| message(id, &vec![id as u8; size])).collect();
     theirs.write_all(&all).unwrap();
     for (id, size) in (1..).zip(sizes) {
         let message = next(&mut ours);
-        assert_eq!(
-            (message.header.request, message.payload),
-            (id, vec![id as u8; size])
-        );
+        assert_eq!((message.header.request, message.payload), (id, vec![id as u8; size]));
     }
     assert!(ours.try_receive().unwrap().is_none());
 }
@@ -169,24 +160,17 @@ fn a_hang_up_is_clean_between_messages_only() {
     drop(theirs);
     next(&mut ours);
     assert!(matches!(ours.try_receive(), Err(ConnectionError::HungUp)));
-    assert!(matches!(
-        ours.receive(Deadline::after(SOON)),
-        Err(ConnectionError::HungUp)
-    ));
+    assert!(matches!(ours.receive(Deadline::after(SOON)), Err(ConnectionError::HungUp)));
     for cut in [1, 11, 12, 19] {
         let (mut ours, mut theirs) = pair();
         theirs.write_all(&message(1, &[0; 8])[..cut]).unwrap();
         drop(theirs);
         let error = ours.receive(Deadline::after(SOON)).unwrap_err();
-        assert!(
-            matches!(error, ConnectionError::HungUpInside(count) if count == cut),
-            "{error}"
-        );
+        assert!(matches!(error, ConnectionError::HungUpInside(count) if count == cut), "{error}");
     }
     // What we sent is unread when the peer closes: the kernel calls that a reset.
     let (mut ours, theirs) = pair();
-    ours.send(Header::request(1, 0, false), &[], &[], Deadline::after(SOON))
-        .unwrap();
+    ours.send(Header::request(1, 0, false), &[], &[], Deadline::after(SOON)).unwrap();
     drop(theirs);
     assert!(matches!(ours.try_receive(), Err(ConnectionError::HungUp)));
     let sent = ours.send(Header::request(1, 0, false), &[], &[], Deadline::after(SOON));
@@ -236,8 +220,7 @@ fn what_is_sent_is_the_header_the_payload_and_the_descriptors() {
     let (ours, theirs) = pair();
     let (a, inode) = file();
     let (header, payload) = (Header::request(21, 3, true), [7, 8, 9]);
-    ours.send(header, &payload, &[a.as_fd()], Deadline::after(SOON))
-        .unwrap();
+    ours.send(header, &payload, &[a.as_fd()], Deadline::after(SOON)).unwrap();
     let mut buffer = [0; 64];
     let (count, received) = theirs.recv_with_fd(&mut buffer[..]).unwrap();
     assert_eq!(buffer[..count], bytes(21, 0x9, 3, &payload));

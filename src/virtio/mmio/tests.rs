@@ -14,11 +14,8 @@ const BLK_SIZE: u64 = 1 << 6;
 const OFFERED: u64 = VERSION_1 | RING_RESET | RING_PACKED | BLK_SIZE;
 /// The largest sizes; there is no queue 1.
 const SIZES: [u16; 3] = [256, 0, 64];
-const REGIONS: [(u8, u64, u64); 3] = [
-    (0, 0x1_0000_0000, 0x4000_0000),
-    (1, 0xff_8000_0000, 0x20_0000_1000),
-    (255, 0x2_4000_0000, 0x1000),
-];
+const REGIONS: [(u8, u64, u64); 3] =
+    [(0, 0x1_0000_0000, 0x4000_0000), (1, 0xff_8000_0000, 0x20_0000_1000), (255, 0x2_4000_0000, 0x1000)];
 
 #[derive(Clone, Debug, PartialEq)]
 enum Call {
@@ -34,13 +31,7 @@ use Call::*;
 type Setup = (u16, u16, u64, u64, u64);
 
 fn setup(queue: &QueueSetup) -> Setup {
-    (
-        queue.index,
-        queue.size,
-        queue.descriptors,
-        queue.driver_area,
-        queue.device_area,
-    )
+    (queue.index, queue.size, queue.descriptors, queue.driver_area, queue.device_area)
 }
 
 /// What the fake device did, and what it is to do.
@@ -90,11 +81,7 @@ impl Fake {
             Config(..) => {}
         }
         script.calls.push(call);
-        if std::mem::take(&mut script.fail) {
-            Err("the back-end left".into())
-        } else {
-            Ok(())
-        }
+        if std::mem::take(&mut script.fail) { Err("the back-end left".into()) } else { Ok(()) }
     }
 
     fn start_one(&self, script: &mut Script, queue: &Setup, packed: bool) {
@@ -170,18 +157,9 @@ impl Guest {
         script.lock().unwrap().config = (1..=16).collect();
         let page = RegisterPage::new().unwrap();
         let interrupt = Interrupt::new(page.clone()).unwrap();
-        let device = Box::new(Fake {
-            script: script.clone(),
-            features,
-            sizes: sizes.to_vec(),
-        });
+        let device = Box::new(Fake { script: script.clone(), features, sizes: sizes.to_vec() });
         let transport = MmioTransport::new(page.clone(), interrupt.clone(), device)?;
-        Ok(Guest {
-            page,
-            interrupt,
-            transport,
-            script,
-        })
+        Ok(Guest { page, interrupt, transport, script })
     }
 
     fn peek(&self, offset: usize) -> u32 {
@@ -203,10 +181,7 @@ impl Guest {
     }
 
     fn write(&self, register: Register, value: u32) {
-        assert_eq!(
-            self.transport.write(register.offset(), &value.to_le_bytes()),
-            None
-        );
+        assert_eq!(self.transport.write(register.offset(), &value.to_le_bytes()), None);
     }
 
     fn write_pair(&self, low: Register, high: Register, value: u64) {
@@ -308,11 +283,7 @@ fn a_stock_driver_finds_negotiates_and_starts_the_device() {
     assert_eq!(guest.peek(0x100), u32::from_le_bytes([1, 2, 3, 4]));
     for (index, max) in [(0, 256), (1, 0), (2, 64), (3, 0), (0x10000, 0), (u32::MAX, 0)] {
         guest.write(QueueSel, index);
-        assert_eq!(
-            (guest.read(QueueReady), guest.read(QueueSizeMax)),
-            (0, max),
-            "queue {index}"
-        );
+        assert_eq!((guest.read(QueueReady), guest.read(QueueSizeMax)), (0, max), "queue {index}");
     }
     assert!(guest.enable(FIRST));
     assert!(guest.enable(SECOND));
@@ -348,13 +319,7 @@ fn an_unload_as_linux_does_it_is_a_reset_and_queues_that_stay_unready() {
 #[test]
 fn features_that_are_not_offered_or_lack_version_1_leave_features_ok_clear() {
     let guest = Guest::new();
-    for features in [
-        0,
-        BLK_SIZE,
-        OFFERED | 1,
-        OFFERED | 1 << 63,
-        OFFERED | 1 << VIRTIO_F_NOTIFICATION_DATA,
-    ] {
+    for features in [0, BLK_SIZE, OFFERED | 1, OFFERED | 1 << 63, OFFERED | 1 << VIRTIO_F_NOTIFICATION_DATA] {
         assert!(!guest.negotiate(features), "{features:#x}");
         assert_eq!(guest.read(Status), 3);
         guest.add_status(FEATURES_OK | DRIVER_OK);
@@ -385,10 +350,7 @@ fn features_that_are_not_offered_or_lack_version_1_leave_features_ok_clear() {
 fn features_are_kept_as_negotiated() {
     let guest = Guest::new();
     guest.accept(OFFERED);
-    assert!(
-        !guest.negotiate(0),
-        "what was written before DRIVER does not count"
-    );
+    assert!(!guest.negotiate(0), "what was written before DRIVER does not count");
     assert!(guest.negotiate(VERSION_1));
     guest.accept(OFFERED);
     guest.add_status(DRIVER_OK);
@@ -454,10 +416,7 @@ fn a_misconfigured_queue_does_not_become_ready() {
     assert_eq!(guest.read(QueueReady), 0, "no size is cut to 16 bits");
     assert!(guest.enable(good));
     guest.add_status(DRIVER_OK);
-    assert_eq!(
-        guest.calls().last(),
-        Some(&Start(VERSION_1 | RING_RESET, vec![good]))
-    );
+    assert_eq!(guest.calls().last(), Some(&Start(VERSION_1 | RING_RESET, vec![good])));
 }
 
 #[test]
@@ -468,11 +427,7 @@ fn a_queue_that_is_ready_or_comes_before_features_ok_is_not_configured() {
     assert!(guest.negotiate(VERSION_1));
     guest.write(QueueSel, 0);
     guest.write(QueueReady, 1);
-    assert_eq!(
-        guest.read(QueueReady),
-        0,
-        "nothing of what came too early was kept"
-    );
+    assert_eq!(guest.read(QueueReady), 0, "nothing of what came too early was kept");
     assert!(guest.enable(FIRST));
     guest.configure((0, 8, 0x70, 0x80, 0x90));
     guest.write(QueueReady, 1);
@@ -533,11 +488,7 @@ fn a_ring_reset_stops_the_queue_and_it_can_be_enabled_again() {
     assert_eq!(guest.calls(), []);
     guest.write(QueueReset, 1);
     guest.write(QueueReset, 1);
-    assert_eq!(
-        guest.calls(),
-        [Stop(2)],
-        "a queue that is not enabled is left alone"
-    );
+    assert_eq!(guest.calls(), [Stop(2)], "a queue that is not enabled is left alone");
 }
 
 #[test]
@@ -606,32 +557,13 @@ fn a_reset_clears_everything_before_the_write_returns() {
     let seen = during.clone();
     guest.meanwhile(move || *seen.lock().unwrap() = (page.get(Status), page.get(QueueReady)));
     guest.write(Status, 0);
-    assert_eq!(
-        *during.lock().unwrap(),
-        (0x4f, 1),
-        "the device is reset first, then the registers"
-    );
+    assert_eq!(*during.lock().unwrap(), (0x4f, 1), "the device is reset first, then the registers");
     assert_eq!(guest.calls(), [Reset]);
     assert_eq!((guest.read(Status), guest.read(InterruptStatus)), (0, 0));
-    assert_eq!(
-        guest.read(DeviceFeatures),
-        OFFERED as u32,
-        "the selectors are back at 0"
-    );
-    assert_eq!(
-        (
-            guest.read(QueueSizeMax),
-            guest.read(QueueReady),
-            guest.read(QueueReset)
-        ),
-        (256, 0, 0)
-    );
+    assert_eq!(guest.read(DeviceFeatures), OFFERED as u32, "the selectors are back at 0");
+    assert_eq!((guest.read(QueueSizeMax), guest.read(QueueReady), guest.read(QueueReset)), (256, 0, 0));
     assert_eq!(guest.read_pair(SHMBaseLow, SHMBaseHigh), REGIONS[0].1);
-    assert_eq!(
-        guest.peek(0x100),
-        0x0505_0505,
-        "and the configuration is the device's"
-    );
+    assert_eq!(guest.peek(0x100), 0x0505_0505, "and the configuration is the device's");
     assert_eq!(guest.kicks(2), 0);
     guest.write(Status, 3);
     guest.write(DriverFeaturesSel, 1);
@@ -651,11 +583,7 @@ fn a_configuration_change_has_a_new_generation_and_an_interrupt() {
     let generation = guest.read(ConfigGeneration);
     guest.interrupt.config_changed(&[1, 1]);
     assert_ne!(guest.read(ConfigGeneration), generation);
-    assert_eq!(
-        (guest.read(InterruptStatus), guest.interrupts()),
-        (0, 0),
-        "nobody drives the device"
-    );
+    assert_eq!((guest.read(InterruptStatus), guest.interrupts()), (0, 0), "nobody drives the device");
     guest.live(VERSION_1);
     assert_eq!(guest.read(InterruptStatus), VIRTIO_MMIO_INT_VRING);
     for acknowledgement in [2, 3] {
@@ -698,14 +626,7 @@ fn the_configuration_space_takes_writes_of_any_width_once_features_are_ok() {
     write(5, &[1, 2, 3]);
     write(8, &[9; 8]);
     assert_ne!(guest.read(ConfigGeneration), generation);
-    assert_eq!(
-        guest.calls(),
-        [
-            Config(1, vec![0xbb]),
-            Config(5, vec![1, 2, 3]),
-            Config(8, vec![9; 8])
-        ]
-    );
+    assert_eq!(guest.calls(), [Config(1, vec![0xbb]), Config(5, vec![1, 2, 3]), Config(8, vec![9; 8])]);
     let mut shown = [0; 17];
     guest.transport.read(0x100, &mut shown);
     assert_eq!(shown, [1, 0xbb, 3, 4, 5, 1, 2, 3, 9, 9, 9, 9, 9, 9, 9, 9, 0]);
@@ -736,17 +657,11 @@ fn needs_reset_from_another_thread_is_told_once_to_a_live_driver() {
     let guest = Guest::new();
     guest.live(VERSION_1);
     let interrupt = guest.interrupt.clone();
-    thread::spawn(move || (0..3).for_each(|_| interrupt.needs_reset()))
-        .join()
-        .unwrap();
+    thread::spawn(move || (0..3).for_each(|_| interrupt.needs_reset())).join().unwrap();
     assert_eq!(guest.read(Status), 15 | DEVICE_NEEDS_RESET);
     assert_eq!((guest.read(InterruptStatus), guest.interrupts()), (3, 1));
     guest.write(Status, 15);
-    assert_eq!(
-        guest.read(Status),
-        15 | DEVICE_NEEDS_RESET,
-        "the driver cannot clear it"
-    );
+    assert_eq!(guest.read(Status), 15 | DEVICE_NEEDS_RESET, "the driver cannot clear it");
     guest.write(InterruptACK, 3);
     assert_eq!(guest.read(InterruptStatus), 1);
     guest.live(VERSION_1);
@@ -797,11 +712,7 @@ fn a_device_that_fails_needs_a_reset_and_says_so() {
     assert_eq!((guest.read(InterruptStatus), guest.interrupts()), (3, 1));
     guest.calls();
     guest.write(QueueReset, 1);
-    assert_eq!(
-        guest.calls(),
-        [],
-        "a device that did not start is not asked to stop"
-    );
+    assert_eq!(guest.calls(), [], "a device that did not start is not asked to stop");
 
     guest.live(VERSION_1 | RING_RESET);
     guest.write(QueueSel, 0);
@@ -869,10 +780,7 @@ fn notifications_and_acknowledgements_do_not_wait_for_a_slow_device() {
 fn the_doorbells() {
     let guest = Guest::new();
     let doorbells = guest.transport.doorbells();
-    let places: Vec<_> = doorbells
-        .iter()
-        .map(|doorbell| (doorbell.offset, doorbell.value))
-        .collect();
+    let places: Vec<_> = doorbells.iter().map(|doorbell| (doorbell.offset, doorbell.value)).collect();
     assert_eq!(places, [(0x50, 0), (0x50, 1), (0x50, 2), (0x64, 1)]);
 }
 
@@ -881,12 +789,7 @@ fn other_widths_read_only_registers_and_gaps_change_nothing() {
     let guest = Guest::new();
     guest.live(VERSION_1);
     guest.write(QueueSel, 0);
-    let snapshot = || {
-        (0..0x140)
-            .step_by(4)
-            .map(|offset| guest.peek(offset))
-            .collect::<Vec<_>>()
-    };
+    let snapshot = || (0..0x140).step_by(4).map(|offset| guest.peek(offset)).collect::<Vec<_>>();
     let before = snapshot();
     for register in [
         MagicValue,
@@ -949,24 +852,7 @@ impl Random {
 fn whatever_the_guest_writes_nothing_panics_and_the_registers_stay_true() {
     let guest = Guest::new();
     let mut random = Random(0x243f_6a88_85a3_08d3);
-    let values = [
-        0,
-        1,
-        2,
-        3,
-        4,
-        8,
-        11,
-        15,
-        16,
-        64,
-        128,
-        255,
-        256,
-        0x1000,
-        0x8000_0000,
-        u32::MAX,
-    ];
+    let values = [0, 1, 2, 3, 4, 8, 11, 15, 16, 64, 128, 255, 256, 0x1000, 0x8000_0000, u32::MAX];
     let (mut starts, mut queue_starts, mut queue_stops) = (0, 0, 0);
     for step in 0..40_000 {
         match random.next() % 16 {
@@ -974,18 +860,12 @@ fn whatever_the_guest_writes_nothing_panics_and_the_registers_stay_true() {
             0..3 => {
                 let data = random.next().to_le_bytes();
                 let width = random.next() as usize % 8 + 1;
-                guest
-                    .transport
-                    .write(random.next() % (BLOCK_SIZE as u64 + 16), &data[..width]);
+                guest.transport.write(random.next() % (BLOCK_SIZE as u64 + 16), &data[..width]);
             }
             // Registers, with values that mean something somewhere.
             3..10 => {
                 let register = random.pick(&Register::ALL);
-                let value = if random.next() % 4 == 0 {
-                    random.next() as u32
-                } else {
-                    random.pick(&values)
-                };
+                let value = if random.next() % 4 == 0 { random.next() as u32 } else { random.pick(&values) };
                 guest.write(register, value);
             }
             10 => guest.fail_next(),
@@ -1006,10 +886,7 @@ fn whatever_the_guest_writes_nothing_panics_and_the_registers_stay_true() {
         }
         let status = guest.read(Status);
         let driver_bits = status & !(DEVICE_NEEDS_RESET | FAILED);
-        assert!(
-            [0, 1, 3, 11, 15].contains(&driver_bits),
-            "step {step}: Status {status:#x}"
-        );
+        assert!([0, 1, 3, 11, 15].contains(&driver_bits), "step {step}: Status {status:#x}");
         let interrupts = guest.read(InterruptStatus);
         assert_eq!(interrupts & !3, 0);
         assert_eq!(interrupts & 1 != 0, status & DRIVER_OK != 0, "step {step}");
@@ -1026,10 +903,7 @@ fn whatever_the_guest_writes_nothing_panics_and_the_registers_stay_true() {
             }
         }
     }
-    assert!(
-        starts > 100 && queue_starts > 100 && queue_stops > 100,
-        "{starts} {queue_starts} {queue_stops}"
-    );
+    assert!(starts > 100 && queue_starts > 100 && queue_stops > 100, "{starts} {queue_starts} {queue_stops}");
 }
 
 /// A device that panics (it must not) leaves registers that still answer.

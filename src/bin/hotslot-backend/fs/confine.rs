@@ -1,10 +1,11 @@
 //! The directory, and how the threads that serve it are kept inside.
 //!
-//! The file system of [`super::passthrough`] never resolves a path: it opens one name at a time, in a directory that it
-//! holds, and follows no link. This is the fence around it, for what that may have missed. Landlock (Linux 5.19 and
-//! later) judges each file that is opened, by where it is, and each change of a directory; as root the threads are also
-//! in a chroot and keep only the capabilities that a file system needs. Called by [`super`] on the thread that serves,
-//! whose children inherit it. The main thread stays as it was: it waits for a signal and removes the socket.
+//! The file system of [`super::passthrough`] never resolves a path: it opens one name at a time, in a
+//! directory that it holds, and follows no link. This is the fence around it, for what that may have missed.
+//! Landlock (Linux 5.19 and later) judges each file that is opened, by where it is, and each change of a
+//! directory; as root the threads are also in a chroot and keep only the capabilities that a file system
+//! needs. Called by [`super`] on the thread that serves, whose children inherit it. The main thread stays as
+//! it was: it waits for a signal and removes the socket.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -34,7 +35,8 @@ const PROC_SELF_FD: &CStr = c"/proc/self/fd";
 pub struct Root {
     /// Opened with O_PATH.
     pub dir: File,
-    /// `/proc/self/fd`, which is also the working directory: what an O_PATH descriptor refers to is reached as its number in there.
+    /// `/proc/self/fd`, which is also the working directory: what an O_PATH descriptor refers to is reached
+    /// as its number in there.
     pub proc: File,
     /// Whether files are created with the user of the guest who creates them, or else with ours.
     pub acts_as_guest: bool,
@@ -62,10 +64,7 @@ pub fn open(dir: &Path) -> io::Result<File> {
 /// As many descriptors as the process may have: each file that the guest knows is one.
 pub fn raise_descriptor_limit() {
     let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        ..limit
-    };
+    let raised = Rlimit { current: limit.maximum, ..limit };
     // With fewer the guest is told ENFILE sooner.
     let _ = rustix::process::setrlimit(Resource::Nofile, raised);
 }
@@ -74,18 +73,17 @@ pub fn raise_descriptor_limit() {
 ///
 /// # Errors
 ///
-/// There is no /proc, or a step that this system offers was refused. What it does not offer is in [`Root::note`].
+/// There is no /proc, or a step that this system offers was refused. What it does not offer is in
+/// [`Root::note`].
 pub fn confine(dir: &File, read_only: bool) -> io::Result<Root> {
-    let proc: File = rustix::fs::open(
-        PROC_SELF_FD,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?
-    .into();
+    let proc: File =
+        rustix::fs::open(PROC_SELF_FD, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?
+            .into();
     let dir = dir.try_clone()?;
     let has = rustix::thread::capabilities(None)?.effective;
 
-    // A root, a working directory and a umask of our own. This flag shares no descriptors anew, which is what is unsafe about others.
+    // A root, a working directory and a umask of our own. This flag shares no descriptors anew, which is what
+    // is unsafe about others.
     #[expect(deprecated)]
     rustix::thread::unshare(UnshareFlags::FS)?;
     // The guest's umask counts.
@@ -103,22 +101,13 @@ pub fn confine(dir: &File, read_only: bool) -> io::Result<Root> {
     let kept = has & KEPT;
     rustix::thread::set_capabilities(
         None,
-        CapabilitySets {
-            effective: kept,
-            permitted: kept,
-            inheritable: CapabilitySet::empty(),
-        },
+        CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() },
     )?;
     rustix::thread::set_no_new_privs(true)?;
     let note = restrict(&dir, read_only).err().map(|why| {
         format!("Landlock cannot guard the directory on this kernel ({why}): only our own checks do")
     });
-    Ok(Root {
-        dir,
-        proc,
-        acts_as_guest,
-        note,
-    })
+    Ok(Root { dir, proc, acts_as_guest, note })
 }
 
 /// Landlock: files of the directory, and no others.

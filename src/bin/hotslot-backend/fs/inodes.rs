@@ -1,8 +1,9 @@
 //! The files that the guest knows, by node id, and those that it has open, by handle.
 //!
-//! FUSE: a reply that names a file counts as a lookup of it, and FUSE_FORGET takes lookups back; until the last one the
-//! node id stands for the same file, whatever its name is by then. So each is held with an O_PATH descriptor, which
-//! also keeps its inode number from being used again. Called by [`super::passthrough`].
+//! FUSE: a reply that names a file counts as a lookup of it, and FUSE_FORGET takes lookups back; until the
+//! last one the node id stands for the same file, whatever its name is by then. So each is held with an
+//! O_PATH descriptor, which also keeps its inode number from being used again. Called by
+//! [`super::passthrough`].
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
@@ -18,7 +19,8 @@ pub const ROOT: u64 = 1;
 /// A file that the guest knows.
 pub struct Inode {
     pub node: u64,
-    /// Opened with O_PATH: it can neither be read nor written, and opening it did nothing to a device or FIFO.
+    /// Opened with O_PATH: it can neither be read nor written, and opening it did nothing to a device or
+    /// FIFO.
     pub path: File,
     /// `S_IFMT` of its mode.
     pub kind: u32,
@@ -42,11 +44,7 @@ impl Inodes {
     ///
     /// Its attributes cannot be read.
     pub fn new(root: &File) -> io::Result<Self> {
-        let inodes = Inodes(Mutex::new(Known {
-            by_node: HashMap::new(),
-            by_id: HashMap::new(),
-            next: ROOT,
-        }));
+        let inodes = Inodes(Mutex::new(Known { by_node: HashMap::new(), by_id: HashMap::new(), next: ROOT }));
         inodes.insert(root.try_clone()?)?;
         Ok(inodes)
     }
@@ -78,12 +76,7 @@ impl Inodes {
         }
         let node = known.next;
         known.next += 1;
-        let inode = Inode {
-            node,
-            path,
-            kind: metadata.mode() & libc::S_IFMT,
-            id,
-        };
+        let inode = Inode { node, path, kind: metadata.mode() & libc::S_IFMT, id };
         known.by_node.insert(node, (Arc::new(inode), 1));
         known.by_id.insert(id, node);
         Ok((node, metadata))
@@ -133,11 +126,7 @@ impl Opens {
     pub fn insert(&self, node: u64, file: File) -> u64 {
         let inner = &mut *lock(&self.0);
         inner.last += 1;
-        let open = Open {
-            node,
-            file,
-            position: Mutex::new(()),
-        };
+        let open = Open { node, file, position: Mutex::new(()) };
         inner.by_handle.insert(inner.last, Arc::new(open));
         inner.last
     }
@@ -164,12 +153,7 @@ impl Opens {
     /// All that are open of a file.
     pub fn of(&self, node: u64) -> Vec<Arc<Open>> {
         let inner = lock(&self.0);
-        inner
-            .by_handle
-            .values()
-            .filter(|open| open.node == node)
-            .cloned()
-            .collect()
+        inner.by_handle.values().filter(|open| open.node == node).cloned().collect()
     }
 
     /// Closes all.

@@ -1,12 +1,14 @@
 //! A directory of the host in the guest: a VIRTIO file system device (id 26) as a vhost-user back-end.
 //!
-//! VIRTIO 1.2, section 5.11. Requests are FUSE; with a window (shared memory region 0) the guest's DAX maps files
-//! straight out of the host's page cache (vhost-user SHMEM_MAP), and reads and writes them there without us. Called by `main`.
+//! VIRTIO 1.2, section 5.11. Requests are FUSE; with a window (shared memory region 0) the guest's DAX maps
+//! files straight out of the host's page cache (vhost-user SHMEM_MAP), and reads and writes them there
+//! without us. Called by `main`.
 //!
-//! Reading order: `requests` (bytes to bytes), `passthrough` (what each does), `inodes` (what the guest knows and has
-//! open), `dax` (the window), `confine` (the fence), `queue` (where the bytes are).
+//! Reading order: `requests` (bytes to bytes), `passthrough` (what each does), `inodes` (what the guest knows
+//! and has open), `dax` (the window), `confine` (the fence), `queue` (where the bytes are).
 //!
-//! Each queue has a thread of its own: one that waits for a disk, or for the front-end's answer to SHMEM_MAP, keeps no other waiting.
+//! Each queue has a thread of its own: one that waits for a disk, or for the front-end's answer to SHMEM_MAP,
+//! keeps no other waiting.
 
 mod confine;
 mod dax;
@@ -40,7 +42,8 @@ use hotslot::report::say;
 
 const NAME: &str = "fs";
 
-/// `struct virtio_fs_config { u8 tag[36]; le32 num_request_queues; le32 notify_buf_size; }`; the last is there with VIRTIO_FS_F_NOTIFICATION.
+/// `struct virtio_fs_config { u8 tag[36]; le32 num_request_queues; le32 notify_buf_size; }`; the last is
+/// there with VIRTIO_FS_F_NOTIFICATION.
 const TAG_LEN: usize = 36;
 /// Queue 0 is for what must not wait behind requests; the request queues follow.
 const HIGH_PRIORITY_QUEUES: u16 = 1;
@@ -52,11 +55,12 @@ const LINUX_UNIT: u64 = 2 << 20;
 
 /// A directory of this machine in the guest (virtio-fs), mapped into it with DAX
 ///
-/// The guest mounts it with `mount -t virtiofs -o dax=always TAG /mnt`; files are then read and written in this machine's
-/// page cache, through a window into which parts of them are mapped. Without `-o dax` they are sent back and forth.
+/// The guest mounts it with `mount -t virtiofs -o dax=always TAG /mnt`; files are then read and written in
+/// this machine's page cache, through a window into which parts of them are mapped. Without `-o dax` they are
+/// sent back and forth.
 ///
-/// As root, what a user of the guest creates belongs to that user. Otherwise all is done as the user who started this,
-/// and the guest's root is that user here. Nothing outside the directory can be reached.
+/// As root, what a user of the guest creates belongs to that user. Otherwise all is done as the user who
+/// started this, and the guest's root is that user here. Nothing outside the directory can be reached.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -70,7 +74,8 @@ pub struct Args {
     #[arg(long, value_name = "TAG", default_value = "share", value_parser = parse_tag)]
     tag: Tag,
 
-    /// Size of the DAX window, a multiple of 2M; 0 for none, and then no DAX. It costs the guest 1/64 of that in memory
+    /// Size of the DAX window, a multiple of 2M; 0 for none, and then no DAX. It costs the guest 1/64 of that
+    /// in memory
     #[arg(long, value_name = "SIZE", default_value = "8G", value_parser = parse_window)]
     window: u64,
 
@@ -82,7 +87,8 @@ pub struct Args {
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     cache: Cache,
 
-    /// Request queues, each served by a thread of its own; the front-end has to offer the guest one queue more
+    /// Request queues, each served by a thread of its own; the front-end has to offer the guest one queue
+    /// more
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_REQUEST_QUEUES))]
     queues: u16,
 }
@@ -100,11 +106,7 @@ fn parse_tag(text: &str) -> Result<Tag, String> {
 }
 
 fn parse_window(text: &str) -> Result<u64, String> {
-    let size = if text == "0" {
-        0
-    } else {
-        parse_size(text).map_err(|e| e.to_string())?
-    };
+    let size = if text == "0" { 0 } else { parse_size(text).map_err(|e| e.to_string())? };
     if size % LINUX_UNIT != 0 {
         return Err("it is not a multiple of 2M".to_owned());
     }
@@ -144,10 +146,8 @@ impl Error {
 ///
 /// See [`Error`]: all but confinement, sessions and descriptors is found out before it listens.
 pub fn run(args: &Args) -> Result<(), Error> {
-    let dir = confine::open(&args.dir).map_err(|source| Error::Directory {
-        path: args.dir.clone(),
-        source,
-    })?;
+    let dir =
+        confine::open(&args.dir).map_err(|source| Error::Directory { path: args.dir.clone(), source })?;
     confine::raise_descriptor_limit();
     let listening = server::listen(&args.server)?;
     let access = if args.read_only { "read-only" } else { "read-write" };
@@ -157,10 +157,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     };
     let text = String::from_utf8_lossy(&args.tag.0);
     let tag = text.trim_end_matches('\0');
-    say(format_args!(
-        "{NAME}: {listening}: {:?} as {tag:?}, {access}, {window}",
-        args.dir
-    ));
+    say(format_args!("{NAME}: {listening}: {:?} as {tag:?}, {access}, {window}", args.dir));
 
     let settings = Settings {
         tag: args.tag.clone(),
@@ -175,20 +172,15 @@ pub fn run(args: &Args) -> Result<(), Error> {
             Some(root) => Arc::clone(root),
             None => Arc::clone(root.insert(confine(&dir, settings.read_only)?)),
         };
-        Fs::new(&settings, root).map_err(|source| server::Error::SetUp {
-            what: "the directory",
-            source,
-        })
+        Fs::new(&settings, root).map_err(|source| server::Error::SetUp { what: "the directory", source })
     })?;
     Ok(())
 }
 
 /// Once, on the thread that serves.
 fn confine(dir: &File, read_only: bool) -> Result<Arc<Root>, server::Error> {
-    let root = confine::confine(dir, read_only).map_err(|source| server::Error::SetUp {
-        what: "the confinement to the directory",
-        source,
-    })?;
+    let root = confine::confine(dir, read_only)
+        .map_err(|source| server::Error::SetUp { what: "the confinement to the directory", source })?;
     if let Some(note) = &root.note {
         say(format_args!("{NAME}: note: {note}"));
     }
@@ -213,8 +205,8 @@ struct Fs {
     window: Option<Arc<Window>>,
     /// The guest's memory for fuse-backend-rs, from the first SET_MEM_TABLE on. Held only to copy the handle.
     memory_for_fuse: Mutex<Option<queue::Memory>>,
-    /// One for each queue. Held by its thread while it answers requests, and taken by whoever has to know that it is
-    /// done; the outermost lock.
+    /// One for each queue. Held by its thread while it answers requests, and taken by whoever has to know
+    /// that it is done; the outermost lock.
     answering: Vec<Mutex<()>>,
     was_asked: AtomicBool,
     complaints: Arc<Complaints>,
@@ -233,9 +225,7 @@ impl Fs {
             requester: Requester::new(directory, window.clone(), Arc::clone(&complaints)),
             window,
             memory_for_fuse: Mutex::new(None),
-            answering: (0..HIGH_PRIORITY_QUEUES + settings.queues)
-                .map(|_| Mutex::new(()))
-                .collect(),
+            answering: (0..HIGH_PRIORITY_QUEUES + settings.queues).map(|_| Mutex::new(())).collect(),
             was_asked: AtomicBool::new(false),
             complaints,
         })
@@ -255,8 +245,7 @@ impl Fs {
             let written = self.requester.answer(request, &memory);
             // The requests behind it may have come with the same kick.
             if let Err(e) = hand_back(vring, head, written) {
-                self.complaints
-                    .say(format_args!("request {head} cannot be handed back: {e}"));
+                self.complaints.say(format_args!("request {head} cannot be handed back: {e}"));
             }
         }
     }
@@ -355,8 +344,8 @@ impl VhostUserBackend for Fs {
         // The crate has told the queues.
     }
 
-    /// Called by a queue's thread for a kick, and at the end of the session. An error ends the thread, which knows
-    /// its queue as number 0.
+    /// Called by a queue's thread for a kick, and at the end of the session. An error ends the thread, which
+    /// knows its queue as number 0.
     fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], thread: usize) -> io::Result<()> {
         match (event, vrings.first(), self.answering.get(thread)) {
             (0, Some(vring), Some(answering)) => {

@@ -1,15 +1,16 @@
 //! The file system: each operation of the guest, done on the directory of the host.
 //!
-//! FUSE 7.31 (Linux' `include/uapi/linux/fuse.h`), decoded by fuse-backend-rs, whose [`FileSystem`] this implements;
-//! what it does not decode comes from [`super::requests`]. Called on several threads at a time.
+//! FUSE 7.31 (Linux' `include/uapi/linux/fuse.h`), decoded by fuse-backend-rs, whose [`FileSystem`] this
+//! implements; what it does not decode comes from [`super::requests`]. Called on several threads at a time.
 //!
-//! A file is reached from a directory that is held, by one name that is no path and no link that is followed. It is then held
-//! itself, with an O_PATH descriptor, and what cannot be done with that is done with its number in `/proc/self/fd`:
-//! never with a name, which may mean another file by then. Only regular files and directories are opened.
+//! A file is reached from a directory that is held, by one name that is no path and no link that is followed.
+//! It is then held itself, with an O_PATH descriptor, and what cannot be done with that is done with its
+//! number in `/proc/self/fd`: never with a name, which may mean another file by then. Only regular files and
+//! directories are opened.
 //!
-//! Who may do what is checked by the guest's kernel, which knows the modes and owners of the files, and its users' groups. The
-//! host's checks us: an ordinary user, who can do what that user can, or root; then files are created as the guest's user,
-//! whose they are.
+//! Who may do what is checked by the guest's kernel, which knows the modes and owners of the files, and its
+//! users' groups. The host's checks us: an ordinary user, who can do what that user can, or root; then files
+//! are created as the guest's user, whose they are.
 
 use std::ffi::CStr;
 use std::fs::{File, Metadata};
@@ -50,16 +51,14 @@ const NAMES: u32 = 32 << 10;
 /// The most that one request copies; the guest asks again for the rest.
 const MAX_COPY: u64 = 1 << 30;
 
-/// What of the flags of an open is passed on. Not O_DIRECT, which would make demands on the guest's buffers, nor
-/// O_PATH, O_TMPFILE and O_CREAT, which would make something else of it.
+/// What of the flags of an open is passed on. Not O_DIRECT, which would make demands on the guest's buffers,
+/// nor O_PATH, O_TMPFILE and O_CREAT, which would make something else of it.
 ///
-/// Nor O_APPEND: without DAX the guest's kernel writes back what a program stored through a mapping, at its offset and by any handle
-/// that can write; with O_APPEND the host would ignore that offset and add the data to the end. A write says by itself whether it
-/// appends. So a file of the host that may only be appended to (`chattr +a`) is not opened for writing.
-const OPEN_FLAGS: OFlags = OFlags::RWMODE
-    .union(OFlags::TRUNC)
-    .union(OFlags::SYNC)
-    .union(OFlags::DSYNC);
+/// Nor O_APPEND: without DAX the guest's kernel writes back what a program stored through a mapping, at its
+/// offset and by any handle that can write; with O_APPEND the host would ignore that offset and add the data
+/// to the end. A write says by itself whether it appends. So a file of the host that may only be appended to
+/// (`chattr +a`) is not opened for writing.
+const OPEN_FLAGS: OFlags = OFlags::RWMODE.union(OFlags::TRUNC).union(OFlags::SYNC).union(OFlags::DSYNC);
 
 /// How long the guest may believe what it was told.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -145,8 +144,8 @@ impl Directory {
         Ok(rustix::fs::openat(&self.root.proc, number(file), flags, Mode::empty())?.into())
     }
 
-    /// Opens a regular file for writing, or finds it open for that: it may have become read-only since, as the files
-    /// that git creates are from the beginning.
+    /// Opens a regular file for writing, or finds it open for that: it may have become read-only since, as
+    /// the files that git creates are from the beginning.
     fn open_for_writing(&self, inode: &Inode) -> io::Result<File> {
         if inode.kind != libc::S_IFREG {
             return error(libc::EINVAL);
@@ -164,9 +163,10 @@ impl Directory {
 
     /// Opens a regular file to be mapped. The second value says whether that is for writing.
     ///
-    /// Linux maps for reading first and asks for the same range again when it writes, which would open a hole under those who
-    /// read. So whatever can be written is mapped for that at once. Other back-ends, to which a front-end may have to hand the
-    /// mapping, need that anyway. Except programs that nobody has open for writing: to run them the host wants no writer.
+    /// Linux maps for reading first and asks for the same range again when it writes, which would open a hole
+    /// under those who read. So whatever can be written is mapped for that at once. Other back-ends, to which
+    /// a front-end may have to hand the mapping, need that anyway. Except programs that nobody has open for
+    /// writing: to run them the host wants no writer.
     fn open_for_mapping(&self, inode: &Inode, writes: bool) -> io::Result<(File, bool)> {
         let is_program = inode.path.metadata()?.mode() & 0o111 != 0;
         let is_written = || {
@@ -278,7 +278,8 @@ impl Directory {
         u32::try_from(copied).map_err(io::Error::other)
     }
 
-    /// Reads a directory from `offset` on, until `add` returns 0. What follows an error is left for the next time.
+    /// Reads a directory from `offset` on, until `add` returns 0. What follows an error is left for the next
+    /// time.
     fn read_directory(
         &self,
         node: u64,
@@ -440,9 +441,7 @@ impl FileSystem for Directory {
     }
 
     fn symlink(&self, context: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.create_node(context, parent, name, |dir, name| {
-            rustix::fs::symlinkat(target, dir, name)
-        })
+        self.create_node(context, parent, name, |dir, name| rustix::fs::symlinkat(target, dir, name))
     }
 
     fn mknod(
@@ -608,26 +607,18 @@ impl FileSystem for Directory {
         let mut data = vec![0; size];
         source.read_exact(&mut data)?;
         let end = ReadWriteFlags::APPEND;
-        Ok(rustix::io::pwritev2(
-            &open.file,
-            &[IoSlice::new(&data)],
-            offset,
-            end,
-        )?)
+        Ok(rustix::io::pwritev2(&open.file, &[IoSlice::new(&data)], offset, end)?)
     }
 
-    /// Nothing is kept back that a close could write. The guest's kernel takes this as a yes, and does not ask again.
+    /// Nothing is kept back that a close could write. The guest's kernel takes this as a yes, and does not
+    /// ask again.
     fn flush(&self, _: &Context, _: u64, _: u64, _: u64) -> io::Result<()> {
         error(libc::ENOSYS)
     }
 
     fn fsync(&self, _: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
         let open = self.opens.get(node, handle)?;
-        if data_only {
-            open.file.sync_data()
-        } else {
-            open.file.sync_all()
-        }
+        if data_only { open.file.sync_data() } else { open.file.sync_all() }
     }
 
     fn fallocate(
@@ -670,9 +661,7 @@ impl FileSystem for Directory {
         let path = number(&inode.path);
         if size == 0 {
             let len = rustix::fs::getxattr_query(path, name)?;
-            return Ok(GetxattrReply::Count(
-                u32::try_from(len).map_err(io::Error::other)?,
-            ));
+            return Ok(GetxattrReply::Count(u32::try_from(len).map_err(io::Error::other)?));
         }
         let mut value = vec![0; size.min(XATTR_MAX) as usize];
         let len = rustix::fs::getxattr(path, name, &mut value[..])?;
@@ -771,12 +760,7 @@ impl FileSystem for Directory {
             self.check_writable()?;
         }
         let (file, writable) = self.open_for_mapping(&inode, writes)?;
-        let mapping = Mapping {
-            node,
-            file_offset,
-            len,
-            writable,
-        };
+        let mapping = Mapping { node, file_offset, len, writable };
         window.map(offset, mapping, &file)
     }
 
@@ -788,9 +772,7 @@ impl FileSystem for Directory {
         _: &mut dyn FsCacheReqHandler,
     ) -> io::Result<()> {
         let window = self.window.as_ref().ok_or_else(|| from_raw(libc::ENOSYS))?;
-        ranges
-            .iter()
-            .try_for_each(|range| window.remove(range.moffset, range.len))
+        ranges.iter().try_for_each(|range| window.remove(range.moffset, range.len))
     }
 
     fn lseek(&self, _: &Context, node: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
@@ -811,7 +793,8 @@ struct ActingAs;
 
 impl Drop for ActingAs {
     fn drop(&mut self) {
-        // Our real user is what it was, so both are allowed, and bring the capabilities back; if not, the thread has fewer rights than it should.
+        // Our real user is what it was, so both are allowed, and bring the capabilities back; if not, the
+        // thread has fewer rights than it should.
         let _ = rustix::thread::set_thread_res_uid(None, Uid::ROOT, None);
         let _ = rustix::thread::set_thread_res_gid(None, Gid::ROOT, None);
     }
@@ -841,8 +824,7 @@ impl Drop for WithoutSetid {
 /// Of this thread, and where it is permitted.
 fn set_capability(capability: CapabilitySet, on: bool) -> rustix::io::Result<()> {
     let mut sets = rustix::thread::capabilities(None)?;
-    sets.effective
-        .set(capability, on && sets.permitted.contains(capability));
+    sets.effective.set(capability, on && sets.permitted.contains(capability));
     rustix::thread::set_capabilities(None, sets)
 }
 

@@ -1,8 +1,9 @@
 //! Requests out of the virtqueues of `vhost-user-backend`, in the terms of fuse-backend-rs.
 //!
-//! fuse-backend-rs takes a request as a descriptor chain of an older virtio-queue, in the memory of an older vm-memory.
-//! So the guest's memory is mapped a second time, by the same descriptors, and the older queue takes the next chain
-//! from where the newer one is; the newer one does all the rest. No byte is copied. Called by [`super`].
+//! fuse-backend-rs takes a request as a descriptor chain of an older virtio-queue, in the memory of an older
+//! vm-memory. So the guest's memory is mapped a second time, by the same descriptors, and the older queue
+//! takes the next chain from where the newer one is; the newer one does all the rest. No byte is copied.
+//! Called by [`super`].
 
 use std::io;
 use std::sync::Arc;
@@ -25,19 +26,16 @@ pub type Chain = DescriptorChain<Memory>;
 pub fn map(memory: &vm_memory::GuestMemoryMmap) -> io::Result<Memory> {
     let mut ranges = Vec::new();
     for region in memory.iter() {
-        let file = region
-            .file_offset()
-            .ok_or_else(|| io::Error::other("a region without a file"))?;
+        let file = region.file_offset().ok_or_else(|| io::Error::other("a region without a file"))?;
         let len = usize::try_from(region.len()).map_err(io::Error::other)?;
         let file = FileOffset::from_arc(Arc::clone(file.arc()), file.start());
         ranges.push((GuestAddress(region.start_addr().raw_value()), len, Some(file)));
     }
-    GuestMemoryMmap::from_ranges_with_files(ranges)
-        .map(Arc::new)
-        .map_err(io::Error::other)
+    GuestMemoryMmap::from_ranges_with_files(ranges).map(Arc::new).map_err(io::Error::other)
 }
 
-/// The next request, unless the queue is stopped or empty. When it is empty, the driver notifies us of the next.
+/// The next request, unless the queue is stopped or empty. When it is empty, the driver notifies us of the
+/// next.
 ///
 /// # Errors
 ///
@@ -47,8 +45,8 @@ pub fn next(vring: &VringMutex, memory: &Memory) -> Result<Option<Chain>, Box<dy
     if !state.is_enabled() || !state.get_queue().ready() {
         return Ok(None);
     }
-    // Twice, because a request may arrive before notifications are on. A third time would find nothing new, and a guest
-    // whose ring lies half outside its memory would keep us here for ever.
+    // Twice, because a request may arrive before notifications are on. A third time would find nothing new,
+    // and a guest whose ring lies half outside its memory would keep us here for ever.
     for _ in 0..2 {
         let queue = state.get_queue_mut();
         let mut older = Queue::try_from(QueueState {
@@ -79,9 +77,7 @@ pub fn read_start(chain: Chain, memory: &Memory, bytes: &mut [u8]) -> usize {
     let mut done = 0;
     for buffer in chain.readable() {
         let wanted = (bytes.len() - done).min(buffer.len() as usize);
-        let read = memory
-            .read(&mut bytes[done..done + wanted], buffer.addr())
-            .unwrap_or(0);
+        let read = memory.read(&mut bytes[done..done + wanted], buffer.addr()).unwrap_or(0);
         done += read;
         if read < wanted || done == bytes.len() {
             break;
@@ -90,7 +86,8 @@ pub fn read_start(chain: Chain, memory: &Memory, bytes: &mut [u8]) -> usize {
     done
 }
 
-/// Writes the first bytes of an answer, or none: says whether it has room for them that is in the guest's memory.
+/// Writes the first bytes of an answer, or none: says whether it has room for them that is in the guest's
+/// memory.
 pub fn write_start(chain: Chain, memory: &Memory, bytes: &[u8]) -> bool {
     let mut parts = Vec::new();
     let mut rest = bytes;
@@ -105,8 +102,5 @@ pub fn write_start(chain: Chain, memory: &Memory, bytes: &[u8]) -> bool {
             break;
         }
     }
-    rest.is_empty()
-        && parts
-            .iter()
-            .all(|&(address, part)| memory.write_slice(part, address).is_ok())
+    rest.is_empty() && parts.iter().all(|&(address, part)| memory.write_slice(part, address).is_ok())
 }

@@ -1,8 +1,9 @@
 //! From the bytes of a request to the bytes of its answer.
 //!
-//! fuse-backend-rs decodes FUSE and calls [`super::passthrough`]; here is what it does not decode (FUSE_TMPFILE, FUSE_SYNCFS,
-//! FUSE_COPY_FILE_RANGE, and FUSE_STATFS, whose answer only it could build), FUSE_DESTROY, whose answer it leaves without a
-//! length, the limits on what it is given, and an answer where it has none. Called by [`super`] on the threads that answer requests.
+//! fuse-backend-rs decodes FUSE and calls [`super::passthrough`]; here is what it does not decode
+//! (FUSE_TMPFILE, FUSE_SYNCFS, FUSE_COPY_FILE_RANGE, and FUSE_STATFS, whose answer only it could build),
+//! FUSE_DESTROY, whose answer it leaves without a length, the limits on what it is given, and an answer where
+//! it has none. Called by [`super`] on the threads that answer requests.
 
 use std::fmt::Display;
 use std::io::{self, Read, Write};
@@ -42,12 +43,7 @@ pub struct Requester {
 impl Requester {
     pub fn new(directory: Directory, window: Option<Arc<Window>>, complaints: Arc<Complaints>) -> Self {
         let directory = Arc::new(directory);
-        Requester {
-            server: Server::new(Arc::clone(&directory)),
-            directory,
-            window,
-            complaints,
-        }
+        Requester { server: Server::new(Arc::clone(&directory)), directory, window, complaints }
     }
 
     /// The front-end has reset the device: nothing is open, known or mapped.
@@ -67,21 +63,14 @@ impl Requester {
     }
 
     fn try_answer(&self, chain: &Chain, memory: &Memory) -> Result<u32, Refused> {
-        let unreachable = |e| Refused {
-            error: libc::EFAULT,
-            why: format!("a request is not in the guest's memory: {e}"),
-        };
-        let senseless = |why| Refused {
-            error: libc::EINVAL,
-            why,
-        };
+        let unreachable =
+            |e| Refused { error: libc::EFAULT, why: format!("a request is not in the guest's memory: {e}") };
+        let senseless = |why| Refused { error: libc::EINVAL, why };
         let request = Reader::from_descriptor_chain(&**memory, chain.clone()).map_err(unreachable)?;
         let mut answer = VirtioFsWriter::new(&**memory, chain.clone()).map_err(unreachable)?;
         let len = request.available_bytes();
         if len > MAX_REQUEST {
-            return Err(senseless(format!(
-                "a request has {len} bytes, more than {MAX_REQUEST}"
-            )));
+            return Err(senseless(format!("a request has {len} bytes, more than {MAX_REQUEST}")));
         }
         let header: InHeader = request
             .clone()
@@ -111,29 +100,24 @@ impl Requester {
 
     /// Answers a request with an error, and says why. Returns how many bytes were written.
     ///
-    /// Of the request and its answer, this needs no more than can be reached. Without a header an answer would do harm: Linux
-    /// before 7.1 finds zeros in its place. It takes the error for 0, which is success, and the length of what follows for 0 - 16;
-    /// that is how much it then tells a program that it has read.
+    /// Of the request and its answer, this needs no more than can be reached. Without a header an answer
+    /// would do harm: Linux before 7.1 finds zeros in its place. It takes the error for 0, which is success,
+    /// and the length of what follows for 0 - 16; that is how much it then tells a program that it has read.
     fn refuse(&self, chain: Chain, memory: &Memory, refused: &Refused) -> u32 {
         let mut header = InHeader::default();
         let reached = queue::read_start(chain.clone(), memory, header.as_mut_slice());
-        // A field of which a part is missing is 0. Linux knows an answer by its buffer: from 7.1 on it compares `unique` too, and
-        // makes EIO of an answer that has another, which is an error all the same.
+        // A field of which a part is missing is 0. Linux knows an answer by its buffer: from 7.1 on it
+        // compares `unique` too, and makes EIO of an answer that has another, which is an error all the same.
         header.as_mut_slice()[reached / 8 * 8..].fill(0);
         let silent = wants_no_answer(&header);
-        let answer = OutHeader {
-            len: size_of::<OutHeader>() as u32,
-            error: -refused.error,
-            unique: header.unique,
-        };
+        let answer =
+            OutHeader { len: size_of::<OutHeader>() as u32, error: -refused.error, unique: header.unique };
         let answered = !silent && queue::write_start(chain, memory, answer.as_slice());
         let why = &refused.why;
         if answered || silent {
             self.complaints.say(why);
         } else {
-            self.complaints.say(format_args!(
-                "{why}; it gets no answer: there is no place for one"
-            ));
+            self.complaints.say(format_args!("{why}; it gets no answer: there is no place for one"));
         }
         if answered { answer.len } else { 0 }
     }
@@ -193,11 +177,7 @@ impl Requester {
     fn tmpfile(&self, header: &InHeader, args: CreateIn) -> io::Result<Vec<u8>> {
         let context = Context::from(header);
         let (entry, handle, options, _) = self.directory.temporary(&context, header.nodeid, args)?;
-        let open = OpenOut {
-            fh: handle.unwrap_or_default(),
-            open_flags: options.bits(),
-            passthrough: 0,
-        };
+        let open = OpenOut { fh: handle.unwrap_or_default(), open_flags: options.bits(), passthrough: 0 };
         Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
     }
 }
@@ -210,8 +190,8 @@ struct Refused {
     why: String,
 }
 
-/// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING for those who have one of these. It would be given a
-/// descriptor's number, without the file that it is of: [`Directory`] has both, and the window.
+/// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING for those who have one of these. It would
+/// be given a descriptor's number, without the file that it is of: [`Directory`] has both, and the window.
 struct HasWindow;
 
 impl FsCacheReqHandler for HasWindow {
@@ -231,24 +211,19 @@ fn reply(answer: &mut VirtioFsWriter, header: &InHeader, result: io::Result<Vec<
         Err(e) => (-e.raw_os_error().unwrap_or(libc::EIO), Vec::new()),
     };
     let len = size_of::<OutHeader>() + body.len();
-    let header = OutHeader {
-        len: u32::try_from(len).map_err(io::Error::other)?,
-        error,
-        unique: header.unique,
-    };
+    let header =
+        OutHeader { len: u32::try_from(len).map_err(io::Error::other)?, error, unique: header.unique };
     answer.write_all(&[header.as_slice(), &body].concat())?;
     Ok(len)
 }
 
-/// In an answer to FUSE_INIT: mappings begin at pages. fuse-backend-rs leaves it zero, which means at any byte.
+/// In an answer to FUSE_INIT: mappings begin at pages. fuse-backend-rs leaves it zero, which means at any
+/// byte.
 fn set_map_alignment(answer: &mut VirtioFsWriter, written: usize) -> io::Result<()> {
     let at = size_of::<OutHeader>() + offset_of!(InitOut, map_alignment);
     if written >= at + size_of::<u16>() {
         let alignment = PAGE.trailing_zeros() as u16;
-        answer
-            .split_at(at)
-            .map_err(io::Error::other)?
-            .write_obj(alignment)?;
+        answer.split_at(at).map_err(io::Error::other)?.write_obj(alignment)?;
     }
     Ok(())
 }

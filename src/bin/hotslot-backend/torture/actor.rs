@@ -37,18 +37,14 @@ pub fn run(orders: &Receiver<Order>, shared: &Arc<Shared>, read_write: bool) {
             (Job::Channel(wire, agreed), _) => {
                 channel = Some(Channel::new(wire, agreed, Arc::clone(shared)));
             }
-            (_, None) => shared
-                .report
-                .line("there is no backend channel that could be used"),
+            (_, None) => shared.report.line("there is no backend channel that could be used"),
             (job, Some(open)) => {
                 let result = match job {
                     Job::Do(what) => act(what, open),
                     _ => open.map_pattern(read_write),
                 };
                 if let Err(gone) = result {
-                    shared.report.line(format_args!(
-                        "nothing more is asked on this backend channel: {gone}"
-                    ));
+                    shared.report.line(format_args!("nothing more is asked on this backend channel: {gone}"));
                     channel = None;
                 }
             }
@@ -68,9 +64,7 @@ fn act(what: What, channel: &mut Channel) -> Result<(), Gone> {
             });
             let report = &channel.shared.report;
             let all = CASES.len();
-            report.line(format_args!(
-                "everything: {tried} of {all} cases tried; so far: {report}"
-            ));
+            report.line(format_args!("everything: {tried} of {all} cases tried; so far: {report}"));
             result
         }
         What::Case(case) => try_case(case, channel),

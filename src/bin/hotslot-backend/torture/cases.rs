@@ -1,5 +1,6 @@
-//! Requests on the backend channel that a front-end has to carry out or refuse, one case each. All leave the channel
-//! usable, as far as the specification says; those with which a front-end may see it otherwise come last.
+//! Requests on the backend channel that a front-end has to carry out or refuse, one case each. All leave the
+//! channel usable, as far as the specification says; those with which a front-end may see it otherwise come
+//! last.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
@@ -48,34 +49,19 @@ pub const CASES: &[Case] = &[
         name: "map-read-write",
         about: "MAP and UNMAP of a page, read-write",
         duty: MAPS,
-        run: |t| {
-            t.maps_and_unmaps(MMap {
-                flags: MMap::READ_WRITE,
-                ..t.page(0)
-            })
-        },
+        run: |t| t.maps_and_unmaps(MMap { flags: MMap::READ_WRITE, ..t.page(0) }),
     },
     Case {
         name: "map-last-page",
         about: "MAP that ends where the region ends",
         duty: MAPS,
-        run: |t| {
-            t.maps_and_unmaps(MMap {
-                shm_offset: t.size - PAGE,
-                ..t.page(0)
-            })
-        },
+        run: |t| t.maps_and_unmaps(MMap { shm_offset: t.size - PAGE, ..t.page(0) }),
     },
     Case {
         name: "map-fd-offset",
         about: "MAP of the second page of a file",
         duty: MAPS,
-        run: |t| {
-            t.maps_and_unmaps(MMap {
-                fd_offset: PAGE,
-                ..t.page(0)
-            })
-        },
+        run: |t| t.maps_and_unmaps(MMap { fd_offset: PAGE, ..t.page(0) }),
     },
     Case {
         name: "map-read-only-fd",
@@ -92,9 +78,7 @@ pub const CASES: &[Case] = &[
         duty: MAPS,
         run: |t| {
             let file = files::file(2, 3 * PAGE)?;
-            [1, 0, 2]
-                .into_iter()
-                .try_for_each(|page| t.must_map(t.page(page), file.as_fd()))
+            [1, 0, 2].into_iter().try_for_each(|page| t.must_map(t.page(page), file.as_fd()))
         },
     },
     Case {
@@ -103,9 +87,7 @@ pub const CASES: &[Case] = &[
         duty: MAPS,
         run: |t| {
             let file = files::file(2, PAGE)?;
-            [0, 2]
-                .into_iter()
-                .try_for_each(|page| t.must_map(t.page(page), file.as_fd()))
+            [0, 2].into_iter().try_for_each(|page| t.must_map(t.page(page), file.as_fd()))
         },
     },
     Case {
@@ -114,23 +96,15 @@ pub const CASES: &[Case] = &[
         duty: "keeps regions apart (VIRTIO 2.10: each shmid is a region of its own)",
         run: |t| {
             let file = files::file(2, PAGE)?;
-            let other = t
-                .channel
-                .shared
-                .device
-                .regions
-                .iter()
-                .find(|(shmid, size)| *shmid != 0 && *size >= 4 * PAGE);
+            let other =
+                t.channel.shared.device.regions.iter().find(|(shmid, size)| *shmid != 0 && *size >= 4 * PAGE);
             let Some(&(shmid, _)) = other else {
                 {
                     t.skip("there is only one region: --region gives more");
                     return Ok(());
                 }
             };
-            let offset = MMap {
-                shm_offset: 3 * PAGE,
-                ..t.page(0)
-            };
+            let offset = MMap { shm_offset: 3 * PAGE, ..t.page(0) };
             t.must_refuse_map(offset, &[file.as_fd()])?;
             t.must_map(MMap { shmid, ..offset }, file.as_fd())?;
             t.must_unmap(MMap { shmid, ..offset })
@@ -147,33 +121,20 @@ pub const CASES: &[Case] = &[
         about: "MAP at an offset in the region that is no multiple of the page size",
         duty: MMAP_CANNOT,
         run: |t| {
-            t.each_refused(&[1, 0x800, PAGE - 1].map(|by| MMap {
-                shm_offset: t.start + by,
-                ..t.page(0)
-            }))
+            t.each_refused(&[1, 0x800, PAGE - 1].map(|by| MMap { shm_offset: t.start + by, ..t.page(0) }))
         },
     },
     Case {
         name: "unaligned-fd-offset",
         about: "MAP from an offset in the file that is no multiple of the page size",
         duty: MMAP_CANNOT,
-        run: |t| {
-            t.each_refused(&[1, 0x800, PAGE - 1].map(|fd_offset| MMap {
-                fd_offset,
-                ..t.page(0)
-            }))
-        },
+        run: |t| t.each_refused(&[1, 0x800, PAGE - 1].map(|fd_offset| MMap { fd_offset, ..t.page(0) })),
     },
     Case {
         name: "unaligned-len",
         about: "MAP of a length that is no multiple of the page size, and UNMAP of it",
         duty: UNSAID,
-        run: |t| {
-            t.may_map(MMap {
-                len: PAGE + 0x10,
-                ..t.page(0)
-            })
-        },
+        run: |t| t.may_map(MMap { len: PAGE + 0x10, ..t.page(0) }),
     },
     Case {
         name: "zero-len",
@@ -194,11 +155,7 @@ pub const CASES: &[Case] = &[
                 (1 << 62, PAGE),
                 (0, size + PAGE),
             ];
-            t.each_refused(&ranges.map(|(shm_offset, len)| MMap {
-                shm_offset,
-                len,
-                ..t.page(0)
-            }))
+            t.each_refused(&ranges.map(|(shm_offset, len)| MMap { shm_offset, len, ..t.page(0) }))
         },
     },
     Case {
@@ -207,18 +164,9 @@ pub const CASES: &[Case] = &[
         duty: IN_REGION,
         run: |t| {
             let last = !(PAGE - 1);
-            let ranges = [
-                (last, PAGE),
-                (last, 2 * PAGE),
-                (t.start, last),
-                (PAGE, u64::MAX),
-                (last, u64::MAX),
-            ];
-            t.each_refused(&ranges.map(|(shm_offset, len)| MMap {
-                shm_offset,
-                len,
-                ..t.page(0)
-            }))
+            let ranges =
+                [(last, PAGE), (last, 2 * PAGE), (t.start, last), (PAGE, u64::MAX), (last, u64::MAX)];
+            t.each_refused(&ranges.map(|(shm_offset, len)| MMap { shm_offset, len, ..t.page(0) }))
         },
     },
     Case {
@@ -227,10 +175,9 @@ pub const CASES: &[Case] = &[
         duty: MMAP_CANNOT,
         run: |t| {
             let last = !(PAGE - 1);
-            t.each_refused(&[last, 1 << 63, (1 << 63) - PAGE].map(|fd_offset| MMap {
-                fd_offset,
-                ..t.pages(0, 2)
-            }))
+            t.each_refused(
+                &[last, 1 << 63, (1 << 63) - PAGE].map(|fd_offset| MMap { fd_offset, ..t.pages(0, 2) }),
+            )
         },
     },
     Case {
@@ -239,9 +186,7 @@ pub const CASES: &[Case] = &[
         duty: "refuses an id that GET_SHMEM_CONFIG did not announce (vhost-user, BACKEND_SHMEM_MAP)",
         run: |t| {
             let shared = &t.channel.shared;
-            let unknown: Vec<_> = (0..=255)
-                .filter(|shmid| shared.region_size(*shmid) == 0)
-                .collect();
+            let unknown: Vec<_> = (0..=255).filter(|shmid| shared.region_size(*shmid) == 0).collect();
             let (Some(&first), Some(&last)) = (unknown.first(), unknown.last()) else {
                 t.skip("there are all 256");
                 return Ok(());
@@ -257,22 +202,13 @@ pub const CASES: &[Case] = &[
         name: "unknown-flags",
         about: "MAPs with flags that mean nothing",
         duty: UNSAID,
-        run: |t| {
-            [2, 3, 1 << 63]
-                .into_iter()
-                .try_for_each(|flags| t.may_map(MMap { flags, ..t.page(0) }))
-        },
+        run: |t| [2, 3, 1 << 63].into_iter().try_for_each(|flags| t.may_map(MMap { flags, ..t.page(0) })),
     },
     Case {
         name: "padding",
         about: "MAP with padding that is not zero",
         duty: UNSAID,
-        run: |t| {
-            t.may_map(MMap {
-                padding: [0xff; 7],
-                ..t.page(0)
-            })
-        },
+        run: |t| t.may_map(MMap { padding: [0xff; 7], ..t.page(0) }),
     },
     Case {
         name: "past-end-of-file",
@@ -299,16 +235,8 @@ pub const CASES: &[Case] = &[
         about: "MAPs over the pattern",
         duty: NO_OVERLAP,
         run: |t| {
-            let whole = MMap {
-                shm_offset: 0,
-                len: t.start,
-                ..t.page(0)
-            };
-            let last = MMap {
-                shm_offset: t.start - PAGE,
-                len: 2 * PAGE,
-                ..t.page(0)
-            };
+            let whole = MMap { shm_offset: 0, len: t.start, ..t.page(0) };
+            let last = MMap { shm_offset: t.start - PAGE, len: 2 * PAGE, ..t.page(0) };
             t.each_refused(&[whole, MMap { len: PAGE, ..whole }, last])
         },
     },
@@ -350,13 +278,7 @@ pub const CASES: &[Case] = &[
         duty: MMAP_CANNOT,
         run: |t| {
             let fd = files::read_only(&files::file(2, PAGE)?)?;
-            t.must_refuse_map(
-                MMap {
-                    flags: MMap::READ_WRITE,
-                    ..t.page(0)
-                },
-                &[fd.as_fd()],
-            )
+            t.must_refuse_map(MMap { flags: MMap::READ_WRITE, ..t.page(0) }, &[fd.as_fd()])
         },
     },
     Case {
@@ -391,11 +313,7 @@ pub const CASES: &[Case] = &[
         run: |t| {
             let range = t.pages(1, 3);
             let (shm_offset, len) = (range.shm_offset + 1, range.len - 1);
-            t.unmaps_refused(&[
-                MMap { shm_offset, ..range },
-                MMap { len, ..range },
-                MMap { len: 0, ..range },
-            ])
+            t.unmaps_refused(&[MMap { shm_offset, ..range }, MMap { len, ..range }, MMap { len: 0, ..range }])
         },
     },
     Case {
@@ -404,16 +322,7 @@ pub const CASES: &[Case] = &[
         duty: ENTIRE,
         run: |t| {
             let last = !(PAGE - 1);
-            t.unmaps_refused(&[
-                MMap {
-                    len: last,
-                    ..t.page(1)
-                },
-                MMap {
-                    shm_offset: last,
-                    ..t.pages(0, 2)
-                },
-            ])
+            t.unmaps_refused(&[MMap { len: last, ..t.page(1) }, MMap { shm_offset: last, ..t.pages(0, 2) }])
         },
     },
     Case {
@@ -421,12 +330,7 @@ pub const CASES: &[Case] = &[
         about: "UNMAP of a mapping's range in another region",
         duty: ENTIRE,
         run: |t| {
-            let others: Vec<_> = (1..=255)
-                .map(|shmid| MMap {
-                    shmid,
-                    ..t.pages(1, 3)
-                })
-                .collect();
+            let others: Vec<_> = (1..=255).map(|shmid| MMap { shmid, ..t.pages(1, 3) }).collect();
             t.unmaps_refused(&[others[0], others[6], others[254]])
         },
     },
@@ -451,14 +355,7 @@ pub const CASES: &[Case] = &[
         duty: UNSAID,
         run: |t| {
             t.must_map(t.page(0), files::file(2, PAGE)?.as_fd())?;
-            t.unmap(
-                MMap {
-                    fd_offset: PAGE,
-                    flags: MMap::READ_WRITE,
-                    ..t.page(0)
-                },
-                &[],
-            )?;
+            t.unmap(MMap { fd_offset: PAGE, flags: MMap::READ_WRITE, ..t.page(0) }, &[])?;
             t.unsaid();
             Ok(())
         },
@@ -497,11 +394,9 @@ pub const CASES: &[Case] = &[
                 send(t, UNMAP, &[])?;
             }
             for _ in 0..32 {
-                for (id, expected) in [
-                    (MAP, Outcome::Done),
-                    (UNMAP, Outcome::Done),
-                    (UNMAP, Outcome::Refused),
-                ] {
+                for (id, expected) in
+                    [(MAP, Outcome::Done), (UNMAP, Outcome::Done), (UNMAP, Outcome::Refused)]
+                {
                     let (outcome, _) = t.channel.answer(id)?;
                     t.must("answer in order", outcome, expected);
                 }
@@ -627,10 +522,7 @@ pub const CASES: &[Case] = &[
 
 /// Whether the other end of a pipe is closed within a second.
 fn hangs_up(pipe: BorrowedFd<'_>) -> bool {
-    let second = Timespec {
-        tv_sec: 1,
-        tv_nsec: 0,
-    };
+    let second = Timespec { tv_sec: 1, tv_nsec: 0 };
     poll(&mut [PollFd::new(&pipe, PollFlags::IN)], Some(&second)).is_ok_and(|ready| ready == 1)
 }
 
@@ -671,28 +563,15 @@ pub fn try_case(case: &Case, channel: &mut Channel) -> Result<(), Gone> {
     if !channel.agreed.reply_ack {
         return none("REPLY_ACK was not negotiated, so the front-end tells nothing");
     }
-    let mut trial = Trial {
-        name: case.name,
-        channel,
-        start,
-        size,
-        wrong: Vec::new(),
-        unsaid: false,
-        skipped: None,
-    };
+    let mut trial =
+        Trial { name: case.name, channel, start, size, wrong: Vec::new(), unsaid: false, skipped: None };
     let result = (case.run)(&mut trial);
     // A request that got no answer may be the only one.
     let goes_on = match &result {
         Ok(()) | Err(Gone::Silent(_)) => trial.still_works(),
         Err(_) => Ok(()),
     };
-    let Trial {
-        wrong,
-        unsaid,
-        skipped,
-        channel,
-        ..
-    } = trial;
+    let Trial { wrong, unsaid, skipped, channel, .. } = trial;
     let framing = case.duty == FRAMING;
     let verdict = match (result.as_ref().and(goes_on.as_ref()), wrong.first()) {
         _ if run.is_none() || channel.shared.run() != run => {
@@ -716,11 +595,7 @@ pub fn try_case(case: &Case, channel: &mut Channel) -> Result<(), Gone> {
 
 impl Trial<'_> {
     fn pages(&self, page: u64, pages: u64) -> MMap {
-        MMap {
-            shm_offset: self.start + page * PAGE,
-            len: pages * PAGE,
-            ..MMap::default()
-        }
+        MMap { shm_offset: self.start + page * PAGE, len: pages * PAGE, ..MMap::default() }
     }
 
     fn page(&self, page: u64) -> MMap {
@@ -728,10 +603,7 @@ impl Trial<'_> {
     }
 
     fn line(&self, line: impl std::fmt::Display) {
-        self.channel
-            .shared
-            .report
-            .line(format_args!("{}: {line}", self.name));
+        self.channel.shared.report.line(format_args!("{}: {line}", self.name));
     }
 
     fn wrong(&mut self, what: String) {
@@ -801,9 +673,7 @@ impl Trial<'_> {
     /// MAPs of a good file that all have to be refused.
     fn each_refused(&mut self, requests: &[MMap]) -> Result<(), Gone> {
         let file = files::file(2, 4 * PAGE)?;
-        requests
-            .iter()
-            .try_for_each(|request| self.must_refuse_map(*request, &[file.as_fd()]))
+        requests.iter().try_for_each(|request| self.must_refuse_map(*request, &[file.as_fd()]))
     }
 
     /// A MAP of a one-page file, and its UNMAP where it succeeds: that has to succeed, too.

@@ -84,16 +84,7 @@ pub struct Channel {
 impl Channel {
     pub fn new(wire: Arc<Wire>, agreed: Agreed, shared: Arc<Shared>) -> Self {
         let resets = shared.resets();
-        Channel {
-            wire,
-            agreed,
-            shared,
-            live: Vec::new(),
-            resets,
-            maps: 0,
-            unmaps: 0,
-            pattern: None,
-        }
+        Channel { wire, agreed, shared, live: Vec::new(), resets, maps: 0, unmaps: 0, pattern: None }
     }
 
     /// The pattern's place: the beginning of region 0. Empty where that is too small.
@@ -114,11 +105,7 @@ impl Channel {
             return Ok(());
         }
         let file = files::file(files::PATTERN, len)?;
-        let request = MMap {
-            len,
-            flags: if read_write { MMap::READ_WRITE } else { 0 },
-            ..MMap::default()
-        };
+        let request = MMap { len, flags: if read_write { MMap::READ_WRITE } else { 0 }, ..MMap::default() };
         let outcome = self.map("pattern", &request, &[file.as_fd()])?;
         if outcome != Outcome::Refused {
             self.pattern = Some(file);
@@ -127,11 +114,7 @@ impl Channel {
     }
 
     fn pattern_range(&self) -> Live {
-        Live {
-            shmid: 0,
-            shm_offset: 0,
-            len: self.pattern_len(),
-        }
+        Live { shmid: 0, shm_offset: 0, len: self.pattern_len() }
     }
 
     /// MAP, with a line that says what came of it.
@@ -150,12 +133,7 @@ impl Channel {
     pub fn unmap(&mut self, why: &str, request: &MMap, fds: &[BorrowedFd<'_>]) -> Result<Outcome, Gone> {
         let result = self.quiet_unmap(request, fds);
         let with = if fds.is_empty() { "" } else { ", with a descriptor" };
-        let MMap {
-            shmid,
-            shm_offset,
-            len,
-            ..
-        } = request;
+        let MMap { shmid, shm_offset, len, .. } = request;
         let what = format_args!("UNMAP shmid {shmid}, shm_offset {shm_offset:#x}, len {len:#x}{with}");
         self.say(why, what, &result);
         result.map(|(outcome, _)| outcome)
@@ -188,11 +166,7 @@ impl Channel {
 
     /// Remembers what is mapped, or no longer.
     pub fn note(&mut self, mapped: bool, request: &MMap) {
-        let range = Live {
-            shmid: request.shmid,
-            shm_offset: request.shm_offset,
-            len: request.len,
-        };
+        let range = Live { shmid: request.shmid, shm_offset: request.shm_offset, len: request.len };
         match mapped {
             true => self.live.push(range),
             false => self.live.retain(|live| *live != range),
@@ -208,12 +182,8 @@ impl Channel {
                 self.live.push(pattern);
                 continue;
             }
-            let request = MMap {
-                shmid: range.shmid,
-                shm_offset: range.shm_offset,
-                len: range.len,
-                ..MMap::default()
-            };
+            let request =
+                MMap { shmid: range.shmid, shm_offset: range.shm_offset, len: range.len, ..MMap::default() };
             self.quiet_unmap(&request, &[])?;
         }
         Ok(())
@@ -236,22 +206,14 @@ impl Channel {
         Ok(result)
     }
 
-    /// Sends a MAP or an UNMAP, and does what is to be done before, in the middle and after. Says the how manieth it is.
+    /// Sends a MAP or an UNMAP, and does what is to be done before, in the middle and after. Says the how
+    /// manieth it is.
     pub fn send_own(&mut self, id: u32, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u32, Gone> {
-        let count = if id == MAP {
-            &mut self.maps
-        } else {
-            &mut self.unmaps
-        };
+        let count = if id == MAP { &mut self.maps } else { &mut self.unmaps };
         *count += 1;
         let nth = *count;
         self.moment(id, nth, Moment::Before)?;
-        if self
-            .shared
-            .ends(Event::Own(id), nth, Moment::Half)
-            .next()
-            .is_some()
-        {
+        if self.shared.ends(Event::Own(id), nth, Moment::Half).next().is_some() {
             self.send(&bytes[..bytes.len() / 2], fds)?;
             self.moment(id, nth, Moment::Half)?;
         }
@@ -310,18 +272,8 @@ struct Shown<'a>(&'a MMap);
 
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let MMap {
-            shmid,
-            fd_offset,
-            shm_offset,
-            len,
-            flags,
-            ..
-        } = self.0;
-        write!(
-            f,
-            "shmid {shmid}, shm_offset {shm_offset:#x}, len {len:#x} at file offset {fd_offset:#x}, "
-        )?;
+        let MMap { shmid, fd_offset, shm_offset, len, flags, .. } = self.0;
+        write!(f, "shmid {shmid}, shm_offset {shm_offset:#x}, len {len:#x} at file offset {fd_offset:#x}, ")?;
         match *flags {
             0 => f.write_str("read-only"),
             wire::MMap::READ_WRITE => f.write_str("read-write"),

@@ -1,4 +1,5 @@
-//! What is handed to the front-end: files whose contents tell their place, and descriptors that cannot be mapped.
+//! What is handed to the front-end: files whose contents tell their place, and descriptors that cannot be
+//! mapped.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,9 +18,7 @@ pub const PATTERN: u64 = 1;
 /// A file in memory whose little-endian 64-bit words are `seed << 32 | offset in the file`.
 pub fn file(seed: u64, len: u64) -> io::Result<File> {
     let mut file = File::from(memfd_create("pattern", MemfdFlags::CLOEXEC)?);
-    let words = (0..len)
-        .step_by(8)
-        .flat_map(|offset| (seed << 32 | offset).to_le_bytes());
+    let words = (0..len).step_by(8).flat_map(|offset| (seed << 32 | offset).to_le_bytes());
     file.write_all(&words.collect::<Vec<_>>())?;
     Ok(file)
 }
@@ -40,11 +39,7 @@ pub fn socket() -> io::Result<OwnedFd> {
 }
 
 pub fn directory() -> io::Result<OwnedFd> {
-    Ok(open(
-        "/",
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?)
+    Ok(open("/", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// A device without memory.

@@ -1,8 +1,10 @@
-//! A back-end that misbehaves on demand, to test front-ends with: any front-end, for all it knows is the protocol.
+//! A back-end that misbehaves on demand, to test front-ends with: any front-end, for all it knows is the
+//! protocol.
 //!
-//! Reading order: `plan` (what can be done, and when), `session` (the main socket), `cases` (requests that have a verdict),
-//! `streams` (what may end the channel), `channel` and `actor` (how requests are made), `rings` (the device itself), `wire`
-//! (bytes), `files` (what is mapped), `report` (what is printed), `shared` (between the two threads).
+//! Reading order: `plan` (what can be done, and when), `session` (the main socket), `cases` (requests that
+//! have a verdict), `streams` (what may end the channel), `channel` and `actor` (how requests are made),
+//! `rings` (the device itself), `wire` (bytes), `files` (what is mapped), `report` (what is printed),
+//! `shared` (between the two threads).
 
 mod actor;
 mod cases;
@@ -34,10 +36,11 @@ const VERSION_1: u64 = 1 << 32;
 
 /// A back-end that misbehaves on demand, to test any front-end with
 ///
-/// Without --do it is a well-behaved entropy device with shared memory: it maps a pattern (64-bit little-endian words,
-/// 2^32 plus their offset) at the beginning of region 0 when it is started, fills what its queue is given with random bytes, and
-/// forgets everything at a reset. Each --do makes it do something else at some time. It prints, on stdout, what it did
-/// and what came back, and a verdict where the specification is clear.
+/// Without --do it is a well-behaved entropy device with shared memory: it maps a pattern (64-bit
+/// little-endian words, 2^32 plus their offset) at the beginning of region 0 when it is started, fills what
+/// its queue is given with random bytes, and forgets everything at a reset. Each --do makes it do something
+/// else at some time. It prints, on stdout, what it did and what came back, and a verdict where the
+/// specification is clear.
 #[derive(clap::Args)]
 #[command(after_long_help = after_help())]
 pub struct Args {
@@ -61,8 +64,8 @@ pub struct Args {
     #[arg(long, value_name = "MASK", default_value_t = 0, value_parser = parse_mask)]
     features: u64,
 
-    /// Protocol feature bits to offer instead of MQ, REPLY_ACK, BACKEND_REQ, CONFIG, BACKEND_SEND_FD, RESET_DEVICE, STATUS
-    /// and SHMEM
+    /// Protocol feature bits to offer instead of MQ, REPLY_ACK, BACKEND_REQ, CONFIG, BACKEND_SEND_FD,
+    /// RESET_DEVICE, STATUS and SHMEM
     #[arg(long, value_name = "MASK", value_parser = parse_mask)]
     protocol_features: Option<u64>,
 
@@ -109,12 +112,8 @@ Examples:
 The exit status is 1 if a verdict was `NOT as specified`, 2 for a wrong command line; --once ends with the first front-end.";
 
 fn parse_region(text: &str) -> Result<(u8, u64), String> {
-    let (id, size) = text
-        .split_once('=')
-        .ok_or("expected ID=SIZE, as in 0=4M".to_owned())?;
-    let id = id
-        .parse()
-        .map_err(|_| format!("`{id}` is no id: give 0 to 255"))?;
+    let (id, size) = text.split_once('=').ok_or("expected ID=SIZE, as in 0=4M".to_owned())?;
+    let id = id.parse().map_err(|_| format!("`{id}` is no id: give 0 to 255"))?;
     let size = crate::backing::parse_size(size).map_err(|error| error.to_string())?;
     if size == 0 {
         return Err("a region of size 0 is none".to_owned());
@@ -128,10 +127,7 @@ fn parse_mask(text: &str) -> Result<u64, String> {
 }
 
 fn parse_seconds(text: &str) -> Result<f32, String> {
-    let seconds = text
-        .parse()
-        .ok()
-        .filter(|seconds| (0.001..=3600.0).contains(seconds));
+    let seconds = text.parse().ok().filter(|seconds| (0.001..=3600.0).contains(seconds));
     seconds.ok_or_else(|| format!("`{text}` is no number of seconds from 0.001 to 3600"))
 }
 
@@ -220,10 +216,8 @@ fn session(
     steps: &Arc<Vec<Step>>,
     report: &Arc<Report>,
 ) -> Result<server::Session, server::Error> {
-    let (socket, _) = listener.accept().map_err(|source| server::Error::SetUp {
-        what: "a connection",
-        source,
-    })?;
+    let (socket, _) =
+        listener.accept().map_err(|source| server::Error::SetUp { what: "a connection", source })?;
     Ok(match session::serve(socket, device, steps, report) {
         Ended::NothingAsked => server::Session::NothingAsked,
         Ended::HungUp => server::Session::Ended,
@@ -237,9 +231,7 @@ fn session(
 fn after_help() -> String {
     let entry =
         |name: &str, about: &str, duty: &str| format!("  {name}\n      {about}\n      Correct: {duty}.\n");
-    let requests = cases::CASES
-        .iter()
-        .map(|case| entry(case.name, case.about, case.duty));
+    let requests = cases::CASES.iter().map(|case| entry(case.name, case.about, case.duty));
     let others = OTHERS.iter().map(|(name, about, duty)| entry(name, about, duty));
     let messages: Vec<_> = wire::frontend_request_names().collect();
     format!(

@@ -1,6 +1,7 @@
 //! What to do wrong, and when: the values of `--do`, `WHAT[=ARG][@WHEN]`.
 //!
-//! Pure data: `session` does what concerns the main socket and the whole process, `channel` and `streams` the rest.
+//! Pure data: `session` does what concerns the main socket and the whole process, `channel` and `streams` the
+//! rest.
 
 use std::fmt;
 use std::str::FromStr;
@@ -163,11 +164,7 @@ pub enum Moment {
 }
 
 impl When {
-    const START: When = When {
-        event: Event::Start,
-        nth: Some(1),
-        moment: Moment::After,
-    };
+    const START: When = When { event: Event::Start, nth: Some(1), moment: Moment::After };
 
     /// Whether it is now.
     pub fn is(&self, event: Event, nth: u32, moment: Moment) -> bool {
@@ -204,22 +201,14 @@ pub enum PlanError {
     #[error("there is nothing called `{0}` to do: --help names all")]
     What(String),
     #[error("`{what}` does not take `{arg}`: give {expected}")]
-    Arg {
-        what: String,
-        arg: String,
-        expected: &'static str,
-    },
+    Arg { what: String, arg: String, expected: &'static str },
     #[error(
         "`{0}` is no time: give start, kick, reset, a message as in SET_MEM_TABLE, or MAP or UNMAP; with #N or #all for \
          the how manieth, and :before, :half, :sent or :after"
     )]
     When(String),
     #[error("`{what}` cannot be done {when}: {why}")]
-    Combination {
-        what: String,
-        when: String,
-        why: &'static str,
-    },
+    Combination { what: String, when: String, why: &'static str },
 }
 
 impl FromStr for Step {
@@ -232,13 +221,8 @@ impl FromStr for Step {
         };
         let what = parse_what(what_text)?;
         let when = when_text.map_or(Ok(When::START), parse_when)?;
-        let combination = |why| {
-            Err(PlanError::Combination {
-                what: what_text.to_owned(),
-                when: when.to_string(),
-                why,
-            })
-        };
+        let combination =
+            |why| Err(PlanError::Combination { what: what_text.to_owned(), when: when.to_string(), why });
         match what {
             What::ShmemConfig(_) | What::QueueNum(_) if when_text.is_some() => {
                 combination("it is an answer, and has its time")
@@ -262,11 +246,7 @@ fn parse_what(text: &str) -> Result<What, PlanError> {
         None => (text, None),
     };
     let wrong = |expected| {
-        move || PlanError::Arg {
-            what: name.to_owned(),
-            arg: arg.unwrap_or_default().to_owned(),
-            expected,
-        }
+        move || PlanError::Arg { what: name.to_owned(), arg: arg.unwrap_or_default().to_owned(), expected }
     };
     let number = |default: Option<u64>, expected| match arg {
         None => default.ok_or_else(wrong(expected)),
@@ -289,9 +269,7 @@ fn parse_what(text: &str) -> Result<What, PlanError> {
             let expected = "a payload size, 41 to 4294967295";
             let bytes = number(Some(0x1000_0000), expected)?;
             let bytes = u32::try_from(bytes).ok().filter(|bytes| *bytes > 40);
-            return Ok(What::Stream(Stream::Oversized(
-                bytes.ok_or_else(wrong(expected))?,
-            )));
+            return Ok(What::Stream(Stream::Oversized(bytes.ok_or_else(wrong(expected))?)));
         }
         "flood" => return Ok(What::Stream(Stream::Flood(endless(10_000)?))),
         "flood-unread" => return Ok(What::Stream(Stream::FloodUnread(endless(100_000)?))),
@@ -362,10 +340,7 @@ fn parse_when(text: &str) -> Result<When, PlanError> {
     };
     let (name, nth) = match rest.split_once('#') {
         Some((name, "all")) => (name, None),
-        Some((name, nth)) => (
-            name,
-            Some(nth.parse().ok().filter(|nth| *nth > 0).ok_or_else(wrong)?),
-        ),
+        Some((name, nth)) => (name, Some(nth.parse().ok().filter(|nth| *nth > 0).ok_or_else(wrong)?)),
         None => (rest, Some(1)),
     };
     let event = match name {
@@ -390,13 +365,10 @@ fn parse_when(text: &str) -> Result<When, PlanError> {
     Ok(When { event, nth, moment })
 }
 
-/// What `--help` says of everything that is not a case: what to write, what it does, and what a correct front-end does.
+/// What `--help` says of everything that is not a case: what to write, what it does, and what a correct
+/// front-end does.
 pub const OTHERS: &[(&str, &str, &str)] = &[
-    (
-        "everything",
-        "all cases of this list, one by one",
-        "what is correct for each of them",
-    ),
+    ("everything", "all cases of this list, one by one", "what is correct for each of them"),
     (
         "stall[=BYTES]",
         "so many bytes (20) of a MAP, which has 52, then nothing any more",
@@ -432,11 +404,7 @@ pub const OTHERS: &[(&str, &str, &str)] = &[
         "cuts the file of the pattern, mapped, to nothing, to half, or page by page",
         "survives the guest's accesses to what is missing: they raise SIGBUS in whoever touches the mapping",
     ),
-    (
-        "die",
-        "SIGKILL to this process",
-        "survives it, and tells the guest (VIRTIO, 2.1: DEVICE_NEEDS_RESET)",
-    ),
+    ("die", "SIGKILL to this process", "survives it, and tells the guest (VIRTIO, 2.1: DEVICE_NEEDS_RESET)"),
     ("hang-up", "closes both sockets", "as with die"),
     (
         "close-channel",
@@ -482,12 +450,7 @@ mod tests {
             ("die", Event::Start, Some(1), Moment::After),
             ("die@kick#3", Event::Kick, Some(3), Moment::After),
             ("die@SET_MEM_TABLE", Event::Frontend(5), Some(1), Moment::Before),
-            (
-                "die@VHOST_USER_SET_STATUS#2:after",
-                Event::Frontend(39),
-                Some(2),
-                Moment::After,
-            ),
+            ("die@VHOST_USER_SET_STATUS#2:after", Event::Frontend(39), Some(2), Moment::After),
             ("die@GET_FEATURES:half", Event::Frontend(1), Some(1), Moment::Half),
             ("die@MAP#4:half", Event::Own(9), Some(4), Moment::Half),
             ("die@BACKEND_SHMEM_UNMAP", Event::Own(10), Some(1), Moment::Sent),

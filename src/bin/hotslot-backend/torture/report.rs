@@ -44,9 +44,7 @@ impl Report {
             }
             Verdict::Wrong(what) => {
                 count(&self.wrong);
-                self.line(format_args!(
-                    "{case}: NOT as specified: {what}; a correct front-end: {duty}"
-                ));
+                self.line(format_args!("{case}: NOT as specified: {what}; a correct front-end: {duty}"));
             }
             Verdict::None(why) => self.line(format_args!("{case}: no verdict: {why}")),
         }
@@ -62,10 +60,7 @@ impl Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [fine, open, wrong] =
             [&self.as_specified, &self.left_open, &self.wrong].map(|count| count.load(Ordering::Relaxed));
-        write!(
-            f,
-            "{fine} as specified, {open} left open by the specification, {wrong} NOT as specified"
-        )
+        write!(f, "{fine} as specified, {open} left open by the specification, {wrong} NOT as specified")
     }
 }
 

@@ -1,6 +1,7 @@
 //! The device's queues: an entropy device (VIRTIO 5.4), which fills what it is given with random bytes.
 //!
-//! vhost-user, "Starting and stopping rings" and "Multiple queue support". Called by `session`, on its thread.
+//! vhost-user, "Starting and stopping rings" and "Multiple queue support". Called by `session`, on its
+//! thread.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -59,14 +60,7 @@ pub enum RingError {
 
 impl Rings {
     pub fn new(count: u16) -> Result<Self, RingError> {
-        let ring = || {
-            Ok(Ring {
-                queue: Queue::new(MAX_SIZE)?,
-                kick: None,
-                call: None,
-                enabled: false,
-            })
-        };
+        let ring = || Ok(Ring { queue: Queue::new(MAX_SIZE)?, kick: None, call: None, enabled: false });
         Ok(Rings {
             rings: (0..count).map(|_| ring()).collect::<Result<_, RingError>>()?,
             memory: None,
@@ -100,7 +94,8 @@ impl Rings {
         rings.filter_map(|(index, ring)| Some((index, ring.kick.as_ref()?.as_fd())))
     }
 
-    /// SET_MEM_TABLE: u32 count, u32 padding; each u64 guest address, size, user address, offset in its descriptor.
+    /// SET_MEM_TABLE: u32 count, u32 padding; each u64 guest address, size, user address, offset in its
+    /// descriptor.
     pub fn set_memory(&mut self, message: &mut Message) -> Result<(), RingError> {
         let count = message.word(0) as usize;
         if message.fds.len() != count || message.payload.len() != 8 + 32 * count {
@@ -132,9 +127,7 @@ impl Rings {
 
     /// SET_VRING_BASE.
     pub fn set_base(&mut self, message: &Message) -> Result<(), RingError> {
-        self.ring(message.word(0))?
-            .queue
-            .set_next_avail(message.word(4) as u16);
+        self.ring(message.word(0))?.queue.set_next_avail(message.word(4) as u16);
         Ok(())
     }
 
@@ -150,10 +143,7 @@ impl Rings {
 
     fn guest_address(&self, user: u64) -> Result<GuestAddress, RingError> {
         let offset_in = |area: &Area| user.checked_sub(area.user).filter(|offset| *offset < area.len);
-        let mut addresses = self
-            .areas
-            .iter()
-            .filter_map(|area| area.guest.checked_add(offset_in(area)?));
+        let mut addresses = self.areas.iter().filter_map(|area| area.guest.checked_add(offset_in(area)?));
         addresses.next().map(GuestAddress).ok_or(RingError::Address(user))
     }
 
@@ -171,9 +161,7 @@ impl Rings {
         let ring = self.ring(index)?;
         ring.kick = fd.map(File::from);
         if let Some(memory) = memory {
-            let used = ring
-                .queue
-                .used_idx(&memory, std::sync::atomic::Ordering::Acquire)?;
+            let used = ring.queue.used_idx(&memory, std::sync::atomic::Ordering::Acquire)?;
             ring.queue.set_next_used(used.0);
         }
         ring.queue.set_ready(true);

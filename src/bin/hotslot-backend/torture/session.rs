@@ -1,7 +1,7 @@
 //! One front-end, from its connection to its end: the main socket (vhost-user, "Front-end message types").
 //!
-//! Each message is understood, what is to be done before its answer is done, it is answered, and what is to be done
-//! after that is done. Without a plan it is a well-behaved entropy device with shared memory.
+//! Each message is understood, what is to be done before its answer is done, it is answered, and what is to
+//! be done after that is done. Without a plan it is a well-behaved entropy device with shared memory.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -22,8 +22,8 @@ use super::rings::{RingError, Rings};
 use super::shared::{Device, Shared};
 use super::wire::{self, Message, Name, Wire, WireError, flags, message, protocol, quads, words};
 
-/// How long an answer waits for what is to be done before it. A front-end may serve the backend channel only once it has
-/// the answer to its own message.
+/// How long an answer waits for what is to be done before it. A front-end may serve the backend channel only
+/// once it has the answer to its own message.
 const BEFORE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a front-end may take to make room for an answer.
@@ -118,9 +118,7 @@ impl Session<'_> {
     fn wait(&self) -> rustix::io::Result<Ready> {
         let kicks: Vec<_> = self.rings.kicks().collect();
         let fds = kicks.iter().map(|(_, fd)| *fd).chain([self.main.as_fd()]);
-        let mut polled: Vec<_> = fds
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
-            .collect();
+        let mut polled: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         loop {
             match poll(&mut polled, None) {
                 Err(rustix::io::Errno::INTR) => {}
@@ -205,7 +203,8 @@ impl Session<'_> {
             wire::GET_SHMEM_CONFIG => return Some(self.shmem_config()),
             wire::GET_STATUS => return Some(quads([self.status])),
             wire::GET_CONFIG => {
-                // u32 offset, size, flags, and as much of the configuration space: this device has none of its own.
+                // u32 offset, size, flags, and as much of the configuration space: this device has none of
+                // its own.
                 let mut payload = message.payload.clone();
                 payload.iter_mut().skip(12).for_each(|byte| *byte = 0);
                 return Some(payload);
@@ -234,8 +233,7 @@ impl Session<'_> {
     fn obey(&mut self, request: u32, message: &mut Message) -> Result<(), RingError> {
         match request {
             wire::SET_FEATURES => {
-                self.rings
-                    .set_enable_counts(message.quad(0) & wire::F_PROTOCOL_FEATURES != 0);
+                self.rings.set_enable_counts(message.quad(0) & wire::F_PROTOCOL_FEATURES != 0);
                 Ok(())
             }
             wire::SET_PROTOCOL_FEATURES => {
@@ -259,10 +257,7 @@ impl Session<'_> {
             wire::SET_VRING_ADDR => self.rings.set_addresses(message),
             wire::SET_VRING_CALL => self.rings.set_call(message),
             wire::SET_VRING_KICK => self.rings.set_kick(message).and_then(|()| self.rings.complete()),
-            wire::SET_VRING_ENABLE => self
-                .rings
-                .set_enabled(message)
-                .and_then(|()| self.rings.complete()),
+            wire::SET_VRING_ENABLE => self.rings.set_enabled(message).and_then(|()| self.rings.complete()),
             wire::RESET_DEVICE => {
                 self.reset();
                 Ok(())
@@ -293,9 +288,7 @@ impl Session<'_> {
         let (count, regions) = match absurd {
             None => (regions.len() as u32, regions.clone()),
             Some(absurd) => {
-                self.did_wrong(format!(
-                    "shmem-config: answered GET_SHMEM_CONFIG absurdly ({absurd:?})"
-                ));
+                self.did_wrong(format!("shmem-config: answered GET_SHMEM_CONFIG absurdly ({absurd:?})"));
                 absurd.answer(regions)
             }
         };
@@ -310,9 +303,7 @@ impl Session<'_> {
         });
         if let (Some(when), Event::Frontend(id)) = (planned, event) {
             let name = Name(id);
-            self.say(format_args!(
-                "nothing is done {when}: the front-end asked for no answer to {name}"
-            ));
+            self.say(format_args!("nothing is done {when}: the front-end asked for no answer to {name}"));
         }
     }
 
@@ -323,9 +314,7 @@ impl Session<'_> {
             What::Answer(wrong) => Some(wrong),
             _ => None,
         });
-        let silent = self.find_at(event, nth, |step| {
-            matches!(step.what, What::Silence).then_some(())
-        });
+        let silent = self.find_at(event, nth, |step| matches!(step.what, What::Silence).then_some(()));
         let reply = flags::VERSION_1 | flags::REPLY;
         if self.muted || silent.is_some() {
             self.did_wrong(format!("silence: did not answer {}", Name(id)));

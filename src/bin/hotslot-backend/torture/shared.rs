@@ -131,13 +131,11 @@ impl Shared {
                     let _ = kill_process(getpid(), Signal::KILL);
                 }
                 End::HangUp => {
-                    self.report
-                        .line(format_args!("hang-up: closed both sockets {when}"));
+                    self.report.line(format_args!("hang-up: closed both sockets {when}"));
                     self.finish();
                 }
                 End::CloseChannel => {
-                    self.report
-                        .line(format_args!("close-channel: closed the backend channel {when}"));
+                    self.report.line(format_args!("close-channel: closed the backend channel {when}"));
                     self.close_channel();
                 }
             }

@@ -1,4 +1,5 @@
-//! What happens on the backend channel and may end it: messages that are none, and more of them than anybody asked for.
+//! What happens on the backend channel and may end it: messages that are none, and more of them than anybody
+//! asked for.
 
 use std::os::fd::AsFd;
 use std::thread;
@@ -17,11 +18,7 @@ const PAGE_BY_PAGE: Duration = Duration::from_millis(5);
 
 /// Does it, and says what came of it.
 pub fn run(stream: Stream, channel: &mut Channel) -> Result<(), Gone> {
-    let good = MMap {
-        shm_offset: channel.pattern_len(),
-        len: PAGE,
-        ..MMap::default()
-    };
+    let good = MMap { shm_offset: channel.pattern_len(), len: PAGE, ..MMap::default() };
     let asks = flags::VERSION_1 | flags::NEED_REPLY;
     match stream {
         Stream::Stall(count) => {
@@ -29,9 +26,10 @@ pub fn run(stream: Stream, channel: &mut Channel) -> Result<(), Gone> {
             let file = files::file(2, PAGE)?;
             channel.send(&bytes[..count], &[file.as_fd()])?;
             let size = bytes.len();
-            channel.shared.report.line(format_args!(
-                "stall: {count} of the {size} bytes of a MAP, and nothing any more"
-            ));
+            channel
+                .shared
+                .report
+                .line(format_args!("stall: {count} of the {size} bytes of a MAP, and nothing any more"));
             observe(channel, "stall")
         }
         Stream::Version => {
@@ -112,11 +110,7 @@ fn flood(channel: &mut Channel, good: MMap, pairs: Option<u64>) -> Result<(), Go
 
 fn flood_unread(channel: &mut Channel, count: Option<u64>) -> Result<(), Gone> {
     let count = count.unwrap_or(u64::MAX);
-    let request = message(
-        UNMAP,
-        flags::VERSION_1 | flags::NEED_REPLY,
-        &MMap::default().bytes(),
-    );
+    let request = message(UNMAP, flags::VERSION_1 | flags::NEED_REPLY, &MMap::default().bytes());
     let mut sent = 0;
     let mut result = Ok(());
     while sent < count && result.is_ok() && !channel.shared.is_over() {
@@ -125,16 +119,14 @@ fn flood_unread(channel: &mut Channel, count: Option<u64>) -> Result<(), Gone> {
     }
     let report = &channel.shared.report;
     match &result {
-        Ok(()) => report.line(format_args!(
-            "flood-unread: the front-end took all {sent} requests"
-        )),
+        Ok(()) => report.line(format_args!("flood-unread: the front-end took all {sent} requests")),
         Err(Gone::Silent(patience)) => report.line(format_args!(
             "flood-unread: the front-end took {sent} requests, then no more for {} s",
             patience.as_secs_f32()
         )),
-        Err(gone) => report.line(format_args!(
-            "flood-unread: the front-end took {sent} requests; then: {gone}"
-        )),
+        Err(gone) => {
+            report.line(format_args!("flood-unread: the front-end took {sent} requests; then: {gone}"))
+        }
     }
     if let Err(Gone::Closed) = result {
         return result;

@@ -1,7 +1,8 @@
-//! vhost-user as bytes on a socket (vhost-user, "Communication", "Message Specification"), in the machine's byte order.
+//! vhost-user as bytes on a socket (vhost-user, "Communication", "Message Specification"), in the machine's
+//! byte order.
 //!
-//! Made by hand, because a crate that keeps the rules cannot break them. Sending sends whatever it is given; receiving
-//! takes messages apart without judging them. `session` and `channel` use it.
+//! Made by hand, because a crate that keeps the rules cannot break them. Sending sends whatever it is given;
+//! receiving takes messages apart without judging them. `session` and `channel` use it.
 
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -240,8 +241,8 @@ impl Wire {
         Wire(socket)
     }
 
-    /// Sends bytes in one sendmsg(2), with descriptors; waits for room no longer than `patience`. Says how many bytes
-    /// the socket took.
+    /// Sends bytes in one sendmsg(2), with descriptors; waits for room no longer than `patience`. Says how
+    /// many bytes the socket took.
     pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>], patience: Duration) -> Result<(), WireError> {
         self.0.set_write_timeout(Some(patience))?;
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -256,15 +257,14 @@ impl Wire {
                 sent => break sent?,
             }
         };
-        (&self.0)
-            .write_all(&bytes[sent..])
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::WouldBlock => WireError::Silence(patience),
-                _ => error.into(),
-            })
+        (&self.0).write_all(&bytes[sent..]).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => WireError::Silence(patience),
+            _ => error.into(),
+        })
     }
 
-    /// The next message; waits for it, and then for the rest of it, no longer than `patience`, if any is given.
+    /// The next message; waits for it, and then for the rest of it, no longer than `patience`, if any is
+    /// given.
     pub fn receive(&self, patience: Option<Duration>) -> Result<Message, WireError> {
         let deadline = patience.map(|patience| (Instant::now() + patience, patience));
         let mut header = [0; HEADER_LEN];
@@ -289,12 +289,7 @@ impl Wire {
             }
             count += received.bytes;
         }
-        let mut message = Message {
-            request: 0,
-            flags: 0,
-            payload: header.to_vec(),
-            fds,
-        };
+        let mut message = Message { request: 0, flags: 0, payload: header.to_vec(), fds };
         let size = message.word(8);
         (message.request, message.flags) = (message.word(0), message.word(4));
         if size > MAX_PAYLOAD {
