@@ -68,10 +68,10 @@ impl Bus {
             .and_then(|len| start.checked_add(len))
             .ok_or(BusError::BadRange(start, len))?;
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some((&other, entry)) = ranges.range(..=last).next_back() {
-            if other >= start || start - other < entry.len {
-                return Err(BusError::Overlap(start, len, other));
-            }
+        if let Some((&other, entry)) = ranges.range(..=last).next_back()
+            && (other >= start || start - other < entry.len)
+        {
+            return Err(BusError::Overlap(start, len, other));
         }
         ranges.insert(start, Entry { len, device });
         Ok(())

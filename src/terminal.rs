@@ -57,11 +57,11 @@ impl Drop for RawTerminal {
 /// Restores the terminal if it is raw. Only atomics and one async-signal-safe call: a signal handler may do
 /// it.
 fn restore() {
-    if IS_RAW.swap(false, Ordering::SeqCst) {
-        if let Some(saved) = SAVED.get() {
-            // SAFETY: the struct is a static's, never written again.
-            let _nothing_left_to_do = unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, saved) };
-        }
+    if IS_RAW.swap(false, Ordering::SeqCst)
+        && let Some(saved) = SAVED.get()
+    {
+        // SAFETY: the struct is a static's, never written again.
+        let _nothing_left_to_do = unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, saved) };
     }
 }
 

@@ -166,7 +166,7 @@ fn ask_for_huge_pages(start: *mut u8, len: usize) {
 fn check_size(size: u64, host: u64) -> Result<(), RamError> {
     if size < SMALLEST {
         Err(RamError::TooSmall(size))
-    } else if size % PAGE_SIZE != 0 {
+    } else if !size.is_multiple_of(PAGE_SIZE) {
         Err(RamError::Unaligned(size))
     } else if size > host {
         Err(RamError::MoreThanHost { asked: size, host })

@@ -345,10 +345,10 @@ impl SharedMemory {
         if file_end.is_none() {
             return Err(ShmemError::FileRange { file_offset, len });
         }
-        if let Some((&other, before)) = region.mappings.range(..end).next_back() {
-            if other + before.span_len() > shm_offset {
-                return Err(ShmemError::Overlap { shmid, shm_offset, len, other });
-            }
+        if let Some((&other, before)) = region.mappings.range(..end).next_back()
+            && other + before.span_len() > shm_offset
+        {
+            return Err(ShmemError::Overlap { shmid, shm_offset, len, other });
         }
         if live >= self.quota {
             return Err(ShmemError::Quota(live));

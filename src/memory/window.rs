@@ -41,7 +41,7 @@ impl Window {
     /// Fails with EINVAL where they are not, with ENOMEM where there is no room.
     pub fn reserve(guest: GuestRange) -> io::Result<Window> {
         let len = host_len(guest.len())?;
-        if guest.start() % PAGE_SIZE != 0 || guest.len() % PAGE_SIZE != 0 {
+        if !guest.start().is_multiple_of(PAGE_SIZE) || !guest.len().is_multiple_of(PAGE_SIZE) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         // The reservation starts anywhere: one unit more than needed holds a congruent start.
@@ -68,7 +68,7 @@ impl Window {
 
     /// The `len` bytes at `offset`; `None` where that is empty, not made of whole pages, or not all inside.
     pub fn span(&self, offset: u64, len: u64) -> Option<Span<'_>> {
-        let aligned = offset % PAGE_SIZE == 0 && len % PAGE_SIZE == 0;
+        let aligned = offset.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
         let inside = len > 0 && offset.checked_add(len)? <= self.guest.len();
         (aligned && inside).then_some(Span { window: self, offset, len })
     }

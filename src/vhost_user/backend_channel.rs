@@ -225,10 +225,10 @@ impl BackendChannel {
         })?;
         // After the guest's mapping, and before the answer: the guest hands no page to a device that does not
         // know it.
-        if let (Some(sharing), Some(file)) = (&self.sharing, message.fds.pop()) {
-            if let Some((mapping, host)) = shmem.mapping(request.shmid, request.shm_offset) {
-                sharing.share(&mapping, host, file);
-            }
+        if let (Some(sharing), Some(file)) = (&self.sharing, message.fds.pop())
+            && let Some((mapping, host)) = shmem.mapping(request.shmid, request.shm_offset)
+        {
+            sharing.share(&mapping, host, file);
         }
         Ok(())
     }

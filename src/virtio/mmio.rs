@@ -537,7 +537,7 @@ impl BusDevice for MmioTransport {
         let register = Register::at(offset);
         let written = match (register, <[u8; 4]>::try_from(data)) {
             (Some(register), Ok(value)) => self.write_register(register, u32::from_le_bytes(value)),
-            (None, Ok(_)) if offset % 4 == 0 => Err(Misuse::NoRegister),
+            (None, Ok(_)) if offset.is_multiple_of(4) => Err(Misuse::NoRegister),
             _ => Err(Misuse::Width(data.len())),
         };
         if let Err(misuse) = written {

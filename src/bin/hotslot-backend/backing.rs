@@ -132,7 +132,7 @@ impl Backing {
                 self.size
             ));
         }
-        if self.size % LINUX_UNIT != 0 {
+        if !self.size.is_multiple_of(LINUX_UNIT) {
             notes.push(format!(
                 "Linux refuses memory whose size, here {}, is not a multiple of 2 MiB",
                 self.size

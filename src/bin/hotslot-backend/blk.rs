@@ -152,7 +152,7 @@ impl Disk {
     /// The first byte of a range of the disk.
     fn range(&self, sector: u64, len: u64) -> Result<u64, Failure> {
         let end = sector.checked_add(len.div_ceil(SECTOR));
-        if len % SECTOR != 0 || end.is_none_or(|end| end > self.sectors) {
+        if !len.is_multiple_of(SECTOR) || end.is_none_or(|end| end > self.sectors) {
             return Err(Failure::Range { sector, len });
         }
         Ok(sector * SECTOR)
@@ -352,7 +352,7 @@ impl Blk {
 
     /// Discards or zeroes the ranges that the request's data name.
     fn ranges(&self, memory: &GuestMemoryMmap, mut data: Buffers, kind: u32) -> Result<(), Failure> {
-        if data.len() % RANGE != 0 || data.len() > RANGE * MAX_RANGES as usize {
+        if !data.len().is_multiple_of(RANGE) || data.len() > RANGE * MAX_RANGES as usize {
             return Err(Failure::Short);
         }
         while data.len() > 0 {

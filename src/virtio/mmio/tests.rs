@@ -865,7 +865,8 @@ fn whatever_the_guest_writes_nothing_panics_and_the_registers_stay_true() {
             // Registers, with values that mean something somewhere.
             3..10 => {
                 let register = random.pick(&Register::ALL);
-                let value = if random.next() % 4 == 0 { random.next() as u32 } else { random.pick(&values) };
+                let value =
+                    if random.next().is_multiple_of(4) { random.next() as u32 } else { random.pick(&values) };
                 guest.write(register, value);
             }
             10 => guest.fail_next(),

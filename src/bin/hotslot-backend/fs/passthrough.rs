@@ -14,7 +14,7 @@
 
 use std::ffi::CStr;
 use std::fs::{File, Metadata};
-use std::io::{self, IoSlice, Read};
+use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
