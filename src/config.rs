@@ -1,7 +1,6 @@
-//! What a machine shall be: the configuration as data, and the text formats in which users give it.
+//! A machine's configuration as data, and the text formats in which users give its parts.
 //!
-//! What can be said about a value alone is checked here; whether a machine can be made of them all is for
-//! `vmm::Vmm::build` to find out.
+//! Each value is checked here by itself; `vmm::Vmm::build` checks whether they fit together and this host.
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -10,16 +9,15 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::size;
 use crate::vhost_user::frontend::DeviceSpec;
 use crate::vhost_user::kind::{DeviceKind, UnknownKind};
 use crate::vhost_user::message::protocol_features::SHMEM_BIT;
 
 /// The kernel command line's beginning, unless the user leaves it out.
 ///
-/// - `console=ttyS0`: the serial port is all there is.
-/// - `8250.nr_uarts=1`: the other three that a PC may have are not looked for.
-/// - `panic=-1`: a panic is followed by a reset at once, which ends the VMM with its status.
+/// - `console=ttyS0`: the serial port is the only console.
+/// - `8250.nr_uarts=1`: the kernel does not probe for the other three ports of a PC.
+/// - `panic=-1`: the kernel resets the machine at once when it panics; that ends the VMM.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 8250.nr_uarts=1 panic=-1";
 
 /// A machine's configuration.
@@ -43,23 +41,6 @@ pub struct Config {
     pub connect_timeout: Duration,
     /// Whether there is a debug-exit port.
     pub debug_exit: bool,
-}
-
-impl Config {
-    /// A machine with one processor, 512 MiB, no devices and no serial line: a start for tests.
-    pub fn new(kernel: impl Into<PathBuf>) -> Self {
-        Config {
-            kernel: kernel.into(),
-            initramfs: None,
-            cmdline: DEFAULT_CMDLINE.into(),
-            memory: 512 << 20,
-            cpus: 1,
-            devices: Vec::new(),
-            serial: SerialLine::Off,
-            connect_timeout: Duration::from_secs(5),
-            debug_exit: false,
-        }
-    }
 }
 
 /// Why a text is not what it should be.
@@ -200,9 +181,9 @@ fn parse_shmem_rate(value: &str) -> Result<NonZeroU32, ConfigError> {
 pub enum SerialLine {
     /// stdin and stdout.
     Stdio,
-    /// Nobody: output is dropped.
+    /// Output is dropped, and there is no input.
     Off,
-    /// Output goes to this file, which is made or emptied.
+    /// Output goes to this file, which is created or emptied.
     File(PathBuf),
 }
 
@@ -229,11 +210,6 @@ pub fn parse_duration(text: &str) -> Result<Duration, ConfigError> {
     number.map(unit).ok_or_else(|| {
         bad("time span", text, "it is a whole number of seconds, as in 5s, or of milliseconds, as in 500ms")
     })
-}
-
-/// A size of RAM.
-pub fn parse_memory(text: &str) -> Result<u64, size::SizeError> {
-    size::parse(text)
 }
 
 #[cfg(test)]

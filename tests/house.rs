@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("arch", &["memory"]),
     ("bus", &[]),
-    ("cli", &["config", "vhost_user"]),
-    ("config", &["size", "vhost_user"]),
+    ("cli", &["config", "size", "vhost_user"]),
+    ("config", &["vhost_user"]),
     ("devices", &["bus"]),
     ("exit", &[]),
     ("kvm", &["bus", "memory", "thread"]),

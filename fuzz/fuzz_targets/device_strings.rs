@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use clap::Parser;
 use hotslot::cli::Cli;
-use hotslot::config::{SerialLine, parse_duration, parse_memory};
+use hotslot::config::{SerialLine, parse_duration};
+use hotslot::size;
 use hotslot::vhost_user::frontend::DeviceSpec;
 use libfuzzer_sys::fuzz_target;
 
@@ -74,7 +75,7 @@ fn memory(text: &str) {
         let fits = digits.trim_start_matches('0').len() <= 20;
         fits.then(|| u64::try_from(number * unit).ok()).flatten()
     });
-    assert_eq!(parse_memory(text).ok(), expected.flatten(), "{text:?}");
+    assert_eq!(size::parse(text).ok(), expected.flatten(), "{text:?}");
 }
 
 fn time_span(text: &str) {
