@@ -3,11 +3,6 @@
 use std::fmt;
 use std::process::ExitCode;
 
-/// The exit status of an error of the VMM itself.
-pub const STATUS_ERROR: u8 = 1;
-/// The exit status of a wrong command line, of files that cannot be used, of a host that lacks something.
-pub const STATUS_USAGE: u8 = 2;
-
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {

@@ -34,13 +34,14 @@ use crate::devices::i8042::I8042;
 use crate::devices::power::PowerControl;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::serial::{Output, SerialPort};
-use crate::exit::{Exit, STATUS_ERROR, STATUS_USAGE};
+use crate::exit::Exit;
 use crate::kvm::slots::Slots;
 use crate::kvm::vcpu::{BootRegisters, Machine, Unclaimed, Vcpu, VcpuState};
 use crate::kvm::vm::{Kvm, KvmError, Vm};
 use crate::memory::alloc::WindowAllocator;
 use crate::memory::ram::{Ram, RamError, RamRegion};
 use crate::memory::{Access, GuestMapper};
+use crate::report::{Failure, STATUS_ERROR, STATUS_USAGE};
 
 use backends::{AttachError, Attached, BackendError, MissingPages};
 use main_loop::{Console, ConsoleInput, End, EndWatch, Signals};
@@ -96,30 +97,31 @@ pub enum VmmError {
 }
 
 impl VmmError {
-    /// The exit status for it.
-    pub fn status(&self) -> u8 {
+    /// The error of another module that it is, if it has a status or a hint of its own.
+    fn inner(&self) -> Option<&dyn Failure> {
         match self {
-            VmmError::Boot(_)
-            | VmmError::Ram(_)
-            | VmmError::Backend(_)
-            | VmmError::TooManyVcpus(_)
+            VmmError::Boot(error) => Some(error),
+            VmmError::Ram(error) => Some(error),
+            VmmError::Kvm(error) => Some(error),
+            VmmError::Backend(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+impl Failure for VmmError {
+    fn status(&self) -> u8 {
+        match self {
+            VmmError::TooManyVcpus(_)
             | VmmError::TooManyDevices(_)
             | VmmError::AddressWidth { .. }
             | VmmError::SerialFile(..) => STATUS_USAGE,
-            VmmError::Kvm(error) if error.is_configuration() => STATUS_USAGE,
-            _ => STATUS_ERROR,
+            _ => self.inner().map_or(STATUS_ERROR, Failure::status),
         }
     }
 
-    /// What the user could do about it.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            VmmError::Boot(error) => error.hint(),
-            VmmError::Ram(error) => error.hint(),
-            VmmError::Kvm(error) => error.hint(),
-            VmmError::Backend(error) => error.hint(),
-            _ => None,
-        }
+    fn hint(&self) -> Option<String> {
+        self.inner()?.hint()
     }
 }
 

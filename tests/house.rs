@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 
 /// Each module, and those of ours that it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("arch", &["memory"]),
+    ("arch", &["memory", "report"]),
     ("bus", &[]),
     ("cli", &["config", "size", "vhost_user"]),
     ("config", &["vhost_user"]),
     ("devices", &["bus"]),
     ("exit", &[]),
-    ("kvm", &["bus", "memory", "thread"]),
-    ("memory", &[]),
+    ("kvm", &["bus", "memory", "report", "thread"]),
+    ("memory", &["report"]),
     ("report", &[]),
     ("size", &[]),
     ("terminal", &[]),

@@ -13,6 +13,8 @@ use thiserror::Error;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::report::{Failure, STATUS_ERROR, STATUS_USAGE};
+
 /// Why KVM cannot be used as we need it.
 #[derive(Debug, Error)]
 pub enum KvmError {
@@ -47,9 +49,13 @@ pub enum KvmError {
     Ioctl(String, #[source] io::Error),
 }
 
-impl KvmError {
-    /// What the user could do about it.
-    pub fn hint(&self) -> Option<String> {
+impl Failure for KvmError {
+    /// An ioctl that failed is an error of ours; all else is the host's set-up, or more than this KVM can do.
+    fn status(&self) -> u8 {
+        if matches!(self, KvmError::Ioctl(..)) { STATUS_ERROR } else { STATUS_USAGE }
+    }
+
+    fn hint(&self) -> Option<String> {
         let text = match self {
             KvmError::Missing => {
                 "load the module (`modprobe kvm_intel` or `kvm_amd`), switch virtualisation on in the firmware, or pass \
@@ -62,11 +68,6 @@ impl KvmError {
             _ => return None,
         };
         Some(text.into())
-    }
-
-    /// Whether the fault is with the machine's set-up or the user's wishes, and not with KVM at work.
-    pub fn is_configuration(&self) -> bool {
-        !matches!(self, KvmError::Ioctl(..))
     }
 }
 

@@ -15,6 +15,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::{GuestRange, PAGE_SIZE};
+use crate::report::{Failure, STATUS_USAGE};
 
 /// The least RAM that is accepted: the boot structures (see `arch::layout`) are in the first MiB, and a
 /// kernel starts at the second.
@@ -49,9 +50,12 @@ pub enum RamError {
     },
 }
 
-impl RamError {
-    /// What the user could do about it.
-    pub fn hint(&self) -> Option<String> {
+impl Failure for RamError {
+    fn status(&self) -> u8 {
+        STATUS_USAGE
+    }
+
+    fn hint(&self) -> Option<String> {
         match self {
             RamError::TooSmall(_) => Some("a stock Linux kernel wants 128M or more".into()),
             RamError::Unaligned(size) => {

@@ -15,7 +15,7 @@ use crate::memory::alloc::WindowAllocator;
 use crate::memory::ram::Ram;
 use crate::memory::shmem::{Filled, FilledTotal, LayoutError, SharedMemory};
 use crate::memory::{Access, GuestMapper, GuestRange, PAGE_SIZE};
-use crate::report::MisuseLog;
+use crate::report::{Failure, MisuseLog, STATUS_USAGE};
 use crate::vhost_user::device::VhostUserDevice;
 use crate::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use crate::vhost_user::memory_table::MemoryTable;
@@ -52,9 +52,14 @@ impl BackendError {
     fn new(spec: &DeviceSpec, source: Cause) -> Self {
         BackendError { spec: Box::new(spec.clone()), source: Box::new(source) }
     }
+}
 
-    /// What the user could do about it.
-    pub fn hint(&self) -> Option<String> {
+impl Failure for BackendError {
+    fn status(&self) -> u8 {
+        STATUS_USAGE
+    }
+
+    fn hint(&self) -> Option<String> {
         match &*self.source {
             Cause::Frontend(FrontendError::NobodyListens { .. }) => Some(format!(
                 "start the back-end on {}, or wait longer with --connect-timeout",

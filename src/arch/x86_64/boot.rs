@@ -22,6 +22,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 use super::{acpi, layout, regs};
 use crate::memory::PAGE_SIZE;
 use crate::memory::ram::Ram;
+use crate::report::{Failure, STATUS_USAGE};
 
 /// Why a kernel or an initramfs cannot be booted.
 #[derive(Debug, Error)]
@@ -133,9 +134,12 @@ pub enum BootError {
     Write(&'static str, #[source] vm_memory::GuestMemoryError),
 }
 
-impl BootError {
-    /// What the user could do about it.
-    pub fn hint(&self) -> Option<String> {
+impl Failure for BootError {
+    fn status(&self) -> u8 {
+        STATUS_USAGE
+    }
+
+    fn hint(&self) -> Option<String> {
         let text = match self {
             BootError::UnknownFormat { start, .. } => match start.as_slice() {
                 [0x1f, 0x8b, ..] => "it looks gzip-compressed: unpack it first",
