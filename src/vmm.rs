@@ -23,10 +23,9 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::x86_64::acpi::{self, AcpiError};
-use crate::arch::x86_64::boot::{self, BootError, EntryPoint, Initramfs, Kernel};
+use crate::arch::x86_64::boot::{Boot, BootError};
 use crate::arch::x86_64::cpuid::{self, Topology};
-use crate::arch::x86_64::{layout, msr, regs};
+use crate::arch::x86_64::{acpi, layout, msr, regs};
 use crate::bus::{Bus, BusDevice, BusError};
 use crate::config::{Config, SerialLine};
 use crate::devices::debug_exit::DebugExit;
@@ -65,9 +64,6 @@ pub enum VmmError {
     /// A device.
     #[error(transparent)]
     Attach(AttachError),
-    /// The ACPI tables.
-    #[error(transparent)]
-    Acpi(#[from] AcpiError),
     /// More processors than local APICs can have ids.
     #[error("{0} vCPUs are more than the {most} that a machine can have", most = layout::MAX_VCPUS)]
     TooManyVcpus(u32),
@@ -164,10 +160,8 @@ impl Vmm {
     pub fn build(config: &Config) -> Result<Vmm, VmmError> {
         // What the user gave: can it be done at all?
         check_numbers(config)?;
-        let mut kernel = Kernel::open(&config.kernel)?;
-        let mut initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
-        let ram = Ram::new(config.memory, layout::HOLE, layout::HOLE_END)?;
-        let placement = boot::place(&kernel, initramfs.as_ref(), &config.cmdline, &ram)?;
+        let ram = Ram::new(config.memory, layout::GAP, layout::GAP_END)?;
+        let boot = Boot::plan(&config.kernel, config.initramfs.as_deref(), &config.cmdline, &ram)?;
 
         // The machine, with its memory.
         let kvm = Kvm::open()?;
@@ -203,15 +197,14 @@ impl Vmm {
         let console = attach_serial_port(&machine, &vm, config, stopping)?;
         attach_power(&machine, config)?;
         let devices = backends::attach(backends, &machine, &vm, &*mapper, &ram)?;
-        let virtio_devices: Vec<acpi::VirtioDevice> = devices.iter().map(|device| device.acpi).collect();
 
         // What the kernel finds in memory.
-        let tables = acpi::tables(layout::ACPI, config.cpus, &virtio_devices)?;
+        let tables = acpi::tables(layout::ACPI, config.cpus, devices.len());
         ram.memory().write_slice(&tables, GuestAddress(layout::ACPI)).map_err(|error| {
             VmmError::Os("write the ACPI tables to guest memory", io::Error::other(error))
         })?;
         log::info!("kernel command line: {}", config.cmdline);
-        let entry = boot::load(&mut kernel, initramfs.as_mut(), &config.cmdline, &ram, placement)?;
+        let entry = boot.load(&ram)?;
 
         let topology = Topology { vcpus: config.cpus, tsc_deadline: kvm.has_tsc_deadline() };
         let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
@@ -341,7 +334,7 @@ fn create_vcpus(
     vm: &Vm,
     supported: &CpuId,
     topology: Topology,
-    entry: EntryPoint,
+    entry: u64,
 ) -> Result<Vec<(VcpuFd, VcpuState)>, VmmError> {
     let create = |id| {
         let fd = vm.create_vcpu(id)?;
@@ -350,7 +343,7 @@ fn create_vcpus(
             let reset =
                 reset.map_err(|error| KvmError::Ioctl("read system registers".into(), error.into()))?;
             Some(BootRegisters {
-                regs: regs::general(entry.entry, entry.boot_params),
+                regs: regs::general(entry),
                 sregs: regs::system(reset),
                 fpu: regs::floating_point(),
             })

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::arch::x86_64::acpi;
 use crate::arch::x86_64::layout;
 use crate::bus::BusError;
 use crate::kvm::vcpu::{FaultHandler, Machine};
@@ -136,8 +135,6 @@ pub struct Attached {
     shmem: Arc<SharedMemory>,
     member: Option<Member>,
     _page: Arc<RegisterPage>,
-    /// What its driver has to be told.
-    pub acpi: acpi::VirtioDevice,
 }
 
 /// Why a device could not be attached.
@@ -195,14 +192,7 @@ pub fn attach(
         // SAFETY: `Attached` keeps the page until the machine is gone; it is written through atomics only.
         unsafe { mapper.map(registers, page.host_ptr(), Access::ReadOnly) }
             .map_err(AttachError::Registers)?;
-        attached.push(Attached {
-            name: spec.name,
-            registers,
-            shmem,
-            member,
-            _page: page,
-            acpi: acpi::VirtioDevice { registers: address, gsi },
-        });
+        attached.push(Attached { name: spec.name, registers, shmem, member, _page: page });
     }
     Ok(attached)
 }
