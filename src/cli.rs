@@ -11,8 +11,8 @@ use crate::vhost_user::frontend::DeviceSpec;
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
 ///
-/// The guest's output goes to stdout. Messages of hotslot go to stderr; the last one says how the machine ended.
-/// On a terminal, Ctrl-a x quits and Ctrl-a h lists the other keys.
+/// The guest's output goes to stdout. Messages of hotslot go to stderr; the last one says how the machine
+/// ended. On a terminal, Ctrl-a x quits and Ctrl-a h lists the other keys.
 #[derive(Debug, Parser)]
 #[command(version, name = "hotslot", max_term_width = 110, after_help = STATUSES)]
 pub struct Cli {

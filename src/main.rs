@@ -35,7 +35,7 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn Failure>> {
     };
     let exit = Vmm::build(&config)?.run()?;
     say(format_args!("hotslot: {exit}"));
-    Ok(ExitCode::from(&exit))
+    Ok(ExitCode::from(u8::from(&exit)))
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -82,12 +82,12 @@ extern "C" fn fatal(signal: libc::c_int) {
     unsafe { libc::raise(signal) };
 }
 
-/// What the keys after Ctrl-a do.
+/// The keys after Ctrl-a.
 pub const HELP: &str = "Ctrl-a x: quit    Ctrl-a Ctrl-a: send Ctrl-a    Ctrl-a h: this help";
 
 const ESCAPE: u8 = 0x01;
 
-/// What the user asks of the VMM with the escape key.
+/// A command to the VMM, by a key after Ctrl-a.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// End the machine.
@@ -96,7 +96,7 @@ pub enum Command {
     Help,
 }
 
-/// Finds the escape key in what the user types.
+/// Finds the escape key among typed bytes.
 #[derive(Debug, Default)]
 pub struct EscapeFilter {
     escaped: bool,

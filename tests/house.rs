@@ -10,19 +10,19 @@ use std::path::{Path, PathBuf};
 /// Each module, and those of ours that it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("arch", &["memory", "report"]),
-    ("bus", &[]),
+    ("bus", &["exit"]),
     ("cli", &["config", "size", "vhost_user"]),
     ("config", &["vhost_user"]),
-    ("devices", &["bus"]),
+    ("devices", &["bus", "exit"]),
     ("exit", &[]),
-    ("kvm", &["bus", "memory", "report", "thread"]),
+    ("kvm", &["bus", "exit", "memory", "report", "thread"]),
     ("memory", &["report"]),
     ("report", &[]),
     ("size", &[]),
     ("terminal", &[]),
     ("thread", &[]),
     ("vhost_user", &["memory", "report", "thread", "virtio"]),
-    ("virtio", &["bus", "memory", "report"]),
+    ("virtio", &["bus", "exit", "memory", "report"]),
     (
         "vmm",
         &[

@@ -35,7 +35,8 @@ use super::interrupt::Interrupt;
 use super::queue::{BadQueue, MAX_QUEUE_SIZE, Queue};
 use super::register_page::{CONFIG_MAX, CONFIG_START, Register, RegisterPage};
 use super::status::{self, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
-use crate::bus::{BusDevice, MachineEvent};
+use crate::bus::BusDevice;
+use crate::exit::Exit;
 use crate::report::{MisuseLog, with_causes};
 
 /// MagicValue: "virt".
@@ -526,7 +527,7 @@ impl BusDevice for MmioTransport {
         self.page.read(offset, data);
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent> {
+    fn write(&self, offset: u64, data: &[u8]) -> Option<Exit> {
         if let Some(offset) = offset.checked_sub(CONFIG_START as u64) {
             if let Err(misuse) = self.write_config(offset, data) {
                 self.log

@@ -1,34 +1,37 @@
-//! The part of the story in which devices come in: connect and negotiate, place their windows, attach them.
+//! The set-up's part for virtio devices: connect to their back-ends and negotiate, place their windows,
+//! attach them to the machine.
 
-use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use super::error::failed_to;
+use super::memory_map::{DeviceMemory, show, total_filled};
 use crate::arch::x86_64::layout;
-use crate::bus::BusError;
+use crate::config::Config;
+use crate::kvm::slots::Slots;
 use crate::kvm::vcpu::{FaultHandler, Machine};
-use crate::kvm::vm::{KvmError, Vm};
+use crate::kvm::vm::Vm;
 use crate::memory::alloc::WindowAllocator;
 use crate::memory::ram::Ram;
-use crate::memory::shmem::{Filled, FilledTotal, LayoutError, SharedMemory};
-use crate::memory::{Access, GuestMapper, GuestRange, PAGE_SIZE};
+use crate::memory::shmem::{Filled, LayoutError, SharedMemory};
+use crate::memory::{Access, GuestRange, PAGE_SIZE};
 use crate::report::{Failure, MisuseLog, STATUS_USAGE};
 use crate::vhost_user::device::VhostUserDevice;
 use crate::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use crate::vhost_user::memory_table::MemoryTable;
 use crate::vhost_user::message::MemoryRegion;
-use crate::vhost_user::sharing::{Member, Sharing};
+use crate::vhost_user::sharing::Sharing;
 use crate::virtio::device::DeviceError;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::register_page::RegisterPage;
 
-/// Address space areas (vm.max_map_count) that mappings leave to everything else in this process.
+/// Address space areas (vm.max_map_count) that mappings leave to the rest of this process.
 const SPARE_AREAS: usize = 1024;
 
-/// Why a device cannot be had.
+/// Why a device cannot be attached.
 #[derive(Debug, Error)]
 #[error("device {name} (back-end at {socket})", name = .spec.name, socket = .spec.socket.display())]
 pub struct BackendError {
@@ -36,7 +39,6 @@ pub struct BackendError {
     source: Box<Cause>,
 }
 
-/// What went wrong with it.
 #[derive(Debug, Error)]
 enum Cause {
     #[error(transparent)]
@@ -85,18 +87,16 @@ pub struct Backend {
 
 /// Connects to all back-ends, then places the windows of their shared memory regions.
 pub fn connect(
-    specs: &[DeviceSpec],
-    patience: Duration,
-    windows: &mut WindowAllocator,
-    mapper: &Arc<dyn GuestMapper>,
-    slots: u32,
+    config: &Config,
+    mut windows: WindowAllocator,
+    slots: &Arc<Slots>,
 ) -> Result<Vec<Backend>, BackendError> {
-    let quota = mapping_quota(slots, specs.len());
+    let specs = &config.devices;
+    let quota = mapping_quota(slots.limit(), specs.len());
     let mut backends = Vec::new();
     for (index, spec) in specs.iter().enumerate() {
-        let mut others = specs.iter().enumerate().filter(|(other, _)| *other != index);
-        let sees_others = others.any(|(_, other)| other.share_shmem);
-        let handshake = Frontend::connect(spec, patience, sees_others)
+        let sees_others = specs.iter().enumerate().any(|(other, spec)| other != index && spec.share_shmem);
+        let handshake = Frontend::connect(spec, config.connect_timeout, sees_others)
             .map_err(|error| BackendError::new(spec, error.into()))?;
         if sees_others && handshake.memory_slots.is_none() {
             log::warn!(
@@ -106,7 +106,7 @@ pub fn connect(
             );
         }
         let sizes = (0..=u8::MAX).zip(handshake.region_sizes.iter().copied());
-        let shmem = SharedMemory::new(sizes, windows, Arc::clone(mapper), quota)
+        let shmem = SharedMemory::new(sizes, &mut windows, slots.clone(), quota)
             .map_err(|error| BackendError::new(spec, error.into()))?;
         for (shmid, range) in shmem.regions() {
             log::info!("{}: shared memory region {shmid} is {}", spec.name, show(&range));
@@ -117,41 +117,15 @@ pub fn connect(
 }
 
 /// How many mappings each device may have, so that none takes them from another, or from the VMM itself
-/// (SHM-48): each costs a slot and up to four areas of address space: the file, zeroes in place of its end,
-/// that end set aside (SHM-45), and the hole behind.
+/// (SHM-48). A mapping takes one slot and up to four areas of address space: the file, zeroes in place of its
+/// end, that end at addresses of its own (SHM-45), and the hole behind.
 fn mapping_quota(slots: u32, devices: usize) -> usize {
     // RAM has two slots, each device one for its registers.
     let slots = (slots as usize).saturating_sub(2 + devices);
-    // Linux' default; /proc is there wherever KVM is, but not always in a container.
+    // A container may lack /proc: Linux' default then.
     let areas = std::fs::read_to_string("/proc/sys/vm/max_map_count");
     let areas: usize = areas.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(65530);
     slots.min(areas.saturating_sub(SPARE_AREAS) / 4) / devices.max(1)
-}
-
-/// A device of the machine.
-pub struct Attached {
-    name: String,
-    registers: GuestRange,
-    shmem: Arc<SharedMemory>,
-    member: Option<Member>,
-    _page: Arc<RegisterPage>,
-}
-
-/// Why a device could not be attached.
-#[derive(Debug, Error)]
-pub enum AttachError {
-    /// The back-end.
-    #[error(transparent)]
-    Backend(#[from] BackendError),
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// Two devices at one address: our own mistake.
-    #[error(transparent)]
-    Bus(#[from] BusError),
-    /// The host.
-    #[error("cannot make the registers of a device")]
-    Registers(#[source] io::Error),
 }
 
 /// Attaches the devices: registers, interrupt, doorbells. From here on their backend channels are served.
@@ -159,17 +133,17 @@ pub fn attach(
     backends: Vec<Backend>,
     machine: &Machine,
     vm: &Vm,
-    mapper: &dyn GuestMapper,
     ram: &Ram,
-) -> Result<Vec<Attached>, AttachError> {
+) -> Result<Vec<DeviceMemory>, Box<dyn Failure>> {
+    let registers_failed = failed_to("make the registers of a device");
     let memory = memory_table(ram);
     let sharing = sharing(&backends);
     let mut attached = Vec::new();
     // `Vmm::build` has checked that there are as many places as devices.
     for (backend, (address, gsi)) in backends.into_iter().zip((0..).map_while(layout::virtio_device)) {
         let Backend { spec, handshake, shmem } = backend;
-        let page = RegisterPage::new().map_err(AttachError::Registers)?;
-        let interrupt = Interrupt::new(Arc::clone(&page)).map_err(AttachError::Registers)?;
+        let page = RegisterPage::new().map_err(&registers_failed)?;
+        let interrupt = Interrupt::new(Arc::clone(&page)).map_err(&registers_failed)?;
         vm.register_irqfd(interrupt.call(), gsi)?;
         let member = sharing.as_ref().map(|sharing| sharing.join(&spec.name));
         let device = VhostUserDevice::new(
@@ -181,83 +155,46 @@ pub fn attach(
             member.clone(),
         )
         .map_err(|error| BackendError::new(&spec, Cause::Device(error)))?;
-        let transport = MmioTransport::new(Arc::clone(&page), interrupt, Box::new(device))
-            .map_err(AttachError::Registers)?;
+        let transport =
+            MmioTransport::new(Arc::clone(&page), interrupt, Box::new(device)).map_err(&registers_failed)?;
         for bell in transport.doorbells() {
             vm.register_ioeventfd(bell.event, address + bell.offset, bell.value)?;
         }
-        machine.mmio.insert(address, PAGE_SIZE, transport)?;
-        let registers = GuestRange::new(address, PAGE_SIZE)
-            .ok_or_else(|| AttachError::Registers(io::ErrorKind::InvalidInput.into()))?;
-        // SAFETY: `Attached` keeps the page until the machine is gone; it is written through atomics only.
-        unsafe { mapper.map(registers, page.host_ptr(), Access::ReadOnly) }
-            .map_err(AttachError::Registers)?;
-        attached.push(Attached { name: spec.name, registers, shmem, member, _page: page });
+        machine
+            .mmio
+            .insert(address, PAGE_SIZE, transport)
+            .expect("invariant: `layout` gives each device a page of its own");
+        let registers = GuestRange::new(address, PAGE_SIZE).expect("invariant: below 4 GiB");
+        // SAFETY: the page is mapped until it is dropped; it is written through atomics only.
+        unsafe { vm.slots().map_permanent(registers, page.host_ptr(), Access::ReadOnly, page.clone()) }
+            .map_err(&registers_failed)?;
+        attached.push(DeviceMemory { name: spec.name, registers, shmem, member });
     }
     Ok(attached)
 }
 
-/// What devices see of each other's mappings (SHM-80); `None` where nobody shows any, or nobody can see them.
+/// The devices that see each other's mappings (SHM-80); `None` where none shares any, or none can see them.
 fn sharing(backends: &[Backend]) -> Option<Arc<Sharing>> {
     let owners = backends.iter().filter(|backend| backend.spec.share_shmem).count();
     let can_see = |backend: &Backend| backend.handshake.memory_slots.is_some();
     if owners == 0 || !backends.iter().any(can_see) {
         return None;
     }
-    // Half of what the process may have is for the files of mappings.
+    // Half of the file descriptors that the process may have are for the files of mappings.
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let limit = limit.map_or(usize::MAX, |limit| limit as usize);
     Some(Sharing::new(limit / 2 / owners))
 }
 
-/// RAM as back-ends are told of it.
+/// RAM, in the form for back-ends.
 fn memory_table(ram: &Ram) -> MemoryTable {
-    let region = |region: &crate::memory::ram::RamRegion| MemoryRegion {
+    let regions = ram.regions().iter().map(|region| MemoryRegion {
         guest_addr: region.guest.start(),
         size: region.guest.len(),
         user_addr: region.host as u64,
         mmap_offset: region.file_offset,
-    };
-    MemoryTable::new(Arc::clone(ram.file()), ram.regions().iter().map(region).collect())
-}
-
-impl Attached {
-    /// The device's lines of the guest physical memory map.
-    pub fn memory_map(&self) -> Vec<String> {
-        let mut lines = vec![format!("{}  registers of {}", show(&self.registers), self.name)];
-        let mappings = self.shmem.mappings();
-        for (shmid, region) in self.shmem.regions() {
-            lines.push(format!("{}  {} shared memory region {shmid}", show(&region), self.name));
-            for mapping in mappings.iter().filter(|mapping| mapping.shmid == shmid) {
-                let access = match mapping.access {
-                    Access::ReadOnly => "read-only",
-                    Access::ReadWrite => "read-write",
-                };
-                let filled = match mapping.filled {
-                    0 => String::new(),
-                    bytes => format!(", the last {bytes:#x} bytes are zeroes (the file became shorter)"),
-                };
-                let is_shared = |member: &Member| member.is_shared(mapping.guest.start());
-                let shared = match self.member.as_ref().is_some_and(is_shared) {
-                    true => ", shared",
-                    false => "",
-                };
-                lines.push(format!(
-                    "  {}  mapping, {access}{shared}, file offset {:#x}{filled}",
-                    show(&mapping.guest),
-                    mapping.file_offset
-                ));
-            }
-        }
-        let total = total_filled(&self.shmem);
-        lines.extend(total.map(|total| format!("{}: {total}", self.name)));
-        lines
-    }
-}
-
-/// A range as the memory map shows it.
-pub fn show(range: &GuestRange) -> String {
-    format!("{:#014x}-{:#014x}", range.start(), range.last())
+    });
+    MemoryTable::new(Arc::clone(ram.file()), regions.collect())
 }
 
 /// Puts zeroes under mappings whose file became shorter (SHM-45).
@@ -399,12 +336,4 @@ impl FaultHandler for MissingPages {
             }
         }
     }
-}
-
-/// What was missing of a device's mappings in all; `None` where nothing was.
-fn total_filled(shmem: &SharedMemory) -> Option<String> {
-    let FilledTotal { mappings, bytes } = shmem.filled();
-    (bytes > 0).then(|| {
-        format!("zeroes took the place of {bytes:#x} bytes of {mappings} mappings so far (files that became shorter)")
-    })
 }
