@@ -49,19 +49,22 @@ const VENDOR: u32 = u32::from_le_bytes(*b"hslt");
 const NO_REGION: u64 = u64::MAX;
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
-const RING_PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 const RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
 
-/// Features that need something of the transport which this one does not have; they are not offered (section
-/// 2.2.2).
+/// Features that need something of the transport, or of the machine, which this one does not have; they are not
+/// offered (section 2.2.2).
 ///
-/// - NOTIFICATION_DATA: a kick is an eventfd that KVM signals; what else was written has no way to the
+/// - ACCESS_PLATFORM: there is no IOMMU.
+/// - NOTIFICATION_DATA: a kick is an eventfd that KVM signals; the rest of the written value does not reach the
 ///   back-end.
 /// - NOTIF_CONFIG_DATA, SR_IOV and ADMIN_VQ are for PCI.
-const NOT_OVER_MMIO: u64 = 1 << VIRTIO_F_NOTIFICATION_DATA
+/// - RING_PACKED: only split virtqueues are checked here, and started by `vhost_user::device`.
+const NOT_CARRIED: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM
+    | 1 << VIRTIO_F_NOTIFICATION_DATA
     | 1 << VIRTIO_F_NOTIF_CONFIG_DATA
     | 1 << VIRTIO_F_SR_IOV
-    | 1 << VIRTIO_F_ADMIN_VQ;
+    | 1 << VIRTIO_F_ADMIN_VQ
+    | 1 << VIRTIO_F_RING_PACKED;
 
 /// How often a configuration is shown again because it changed meanwhile; see [`MmioTransport::show_config`].
 const CONFIG_ATTEMPTS: usize = 16;
@@ -169,7 +172,7 @@ impl MmioTransport {
             (0..).zip(device.queue_sizes()).map(|(index, &max)| Queue::new(index, max)).collect();
         let transport = MmioTransport {
             log: MisuseLog::new(device.name()),
-            offered: device.features() & !NOT_OVER_MMIO,
+            offered: device.features() & !NOT_CARRIED,
             kicks: queues.iter().map(|_| event()).collect::<io::Result<_>>()?,
             used_acknowledged: event()?,
             state: Mutex::new(State {
@@ -415,7 +418,7 @@ impl MmioTransport {
         if status & DRIVER_OK != 0 && features & RING_RESET == 0 {
             return Err(Misuse::QueueTooLate);
         }
-        queue.check(features & RING_PACKED != 0)?;
+        queue.check()?;
         queue.ready = true;
         if let (true, Some(kick)) = (running, self.kicks.get(usize::from(queue.index))) {
             let setup = queue.setup(kick);
