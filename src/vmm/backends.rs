@@ -12,8 +12,9 @@ use crate::bus::BusError;
 use crate::kvm::vcpu::{FaultHandler, Machine};
 use crate::kvm::vm::{KvmError, Vm};
 use crate::memory::alloc::WindowAllocator;
+use crate::memory::missing::Filled;
 use crate::memory::ram::Ram;
-use crate::memory::shmem::{Filled, FilledTotal, LayoutError, SharedMemory};
+use crate::memory::shmem::{FilledTotal, LayoutError, SharedMemory};
 use crate::memory::{Access, GuestMapper, GuestRange, PAGE_SIZE};
 use crate::report::MisuseLog;
 use crate::vhost_user::device::VhostUserDevice;
@@ -369,7 +370,7 @@ impl FaultHandler for MissingPages {
         let mut since = self.filled.lock().unwrap_or_else(PoisonError::into_inner);
         let mut any = false;
         for device in &self.devices {
-            if let Some(kept) = device.shmem.fill_all_for_now() {
+            if let Some(kept) = device.shmem.fill_all_temporarily() {
                 device.report(&kept);
                 any = true;
             }
