@@ -39,10 +39,11 @@ use crate::kvm::slots::Slots;
 use crate::kvm::vcpu::{BootRegisters, Machine, Unclaimed, Vcpu, VcpuState};
 use crate::kvm::vm::{Kvm, KvmError, Vm};
 use crate::memory::alloc::WindowAllocator;
+use crate::memory::missing::MissingPages;
 use crate::memory::ram::{Ram, RamError, RamRegion};
 use crate::memory::{Access, GuestMapper};
 
-use backends::{AttachError, Attached, BackendError, MissingPages};
+use backends::{AttachError, Attached, Backend, BackendError};
 use main_loop::{Console, ConsoleInput, End, EndWatch, Signals};
 use stuck::StuckWatch;
 
@@ -188,7 +189,7 @@ impl Vmm {
             kvm.max_slots(),
         )?;
         let stopping = Arc::new(AtomicBool::new(false));
-        let missing_pages = Arc::new(MissingPages::of(&backends));
+        let missing_pages = Arc::new(MissingPages::new(backends.iter().map(Backend::shared_memory)));
         let machine = Arc::new(Machine {
             ports: Bus::default(),
             mmio: Bus::default(),
@@ -257,7 +258,7 @@ impl Vmm {
 
 /// The guest physical memory map, a line each: RAM, and what the devices have of it now.
 fn memory_map(ram: &[RamRegion], devices: &[Attached]) -> Vec<String> {
-    let ram = ram.iter().map(|region| format!("  {}  RAM", backends::show(&region.guest)));
+    let ram = ram.iter().map(|region| format!("  {}  RAM", region.guest));
     let devices = devices.iter().flat_map(Attached::memory_map).map(|line| format!("  {line}"));
     ram.chain(devices).collect()
 }

@@ -4,7 +4,7 @@
 //!   spawn ──▶ apply the state ──▶ KVM_RUN ──▶ an access ──▶ bus ──┬──▶ again
 //!                                    │  ▲                         └──▶ Outcome (power-off, reset, ...)
 //!                                    │  └── a kick: stopping? ──no
-//!                                    ├── EFAULT: FaultHandler mends it? ──no, again and again──▶ Outcome::Crash
+//!                                    ├── EFAULT: MissingPages mends it? ──no, again and again──▶ Outcome::Crash
 //!                                    └── triple fault, internal error, failed entry ──▶ Outcome::Crash
 //! ```
 
@@ -23,6 +23,7 @@ use thiserror::Error;
 use super::stats::FaultCount;
 use super::vm::{KvmError, failed_to};
 use crate::bus::{Bus, MachineEvent};
+use crate::memory::missing::MissingPages;
 use crate::thread;
 
 /// The registers with which the first processor starts. The others wait for the guest's INIT and SIPI.
@@ -45,21 +46,6 @@ pub struct VcpuState {
     pub msrs: Msrs,
     /// `None` for a processor that waits to be started by another.
     pub boot: Option<BootRegisters>,
-}
-
-/// Mends what a guest's access failed at: the host memory behind a slot is gone.
-pub trait FaultHandler: Send + Sync {
-    /// Called by a vCPU thread, outside KVM_RUN, with no lock held, possibly by several at once. `address` is
-    /// the guest physical address where KVM tells it; then only the slot that it is in need be looked at.
-    /// True if something was missing, and is there now.
-    fn mend(&self, address: Option<u64>) -> bool;
-
-    /// The same for a read that KVM passed on: what the guest sees at `address` now goes to `data`, zeroes in
-    /// place of what is missing. False where it sees nothing.
-    fn read(&self, address: u64, data: &mut [u8]) -> bool;
-
-    /// The same for a write that KVM passed on. It is lost; what was missing is there for those after it.
-    fn write(&self, address: u64);
 }
 
 /// How often in a row a processor may fail with EFAULT although nothing is found missing. It is no sign of
@@ -86,7 +72,7 @@ pub struct Machine {
     /// Who answers at memory addresses without memory.
     pub mmio: Bus,
     /// Asked about every EFAULT.
-    pub faults: Arc<dyn FaultHandler>,
+    pub faults: Arc<MissingPages>,
     /// Counts what nobody answered.
     pub unclaimed: Unclaimed,
     /// Set before the processors are kicked for the last time; then none goes back to the guest.

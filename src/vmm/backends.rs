@@ -1,22 +1,20 @@
 //! The part of the story in which devices come in: connect and negotiate, place their windows, attach them.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 
 use crate::arch::x86_64::acpi;
 use crate::arch::x86_64::layout;
 use crate::bus::BusError;
-use crate::kvm::vcpu::{FaultHandler, Machine};
+use crate::kvm::vcpu::Machine;
 use crate::kvm::vm::{KvmError, Vm};
 use crate::memory::alloc::WindowAllocator;
-use crate::memory::missing::Filled;
 use crate::memory::ram::Ram;
-use crate::memory::shmem::{FilledTotal, LayoutError, SharedMemory};
+use crate::memory::shmem::{LayoutError, SharedMemory};
 use crate::memory::{Access, GuestMapper, GuestRange, PAGE_SIZE};
-use crate::report::MisuseLog;
 use crate::vhost_user::device::VhostUserDevice;
 use crate::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use crate::vhost_user::memory_table::MemoryTable;
@@ -80,6 +78,13 @@ pub struct Backend {
     shmem: Arc<SharedMemory>,
 }
 
+impl Backend {
+    /// The device's name, and its shared memory.
+    pub fn shared_memory(&self) -> (String, Arc<SharedMemory>) {
+        (self.spec.name.clone(), Arc::clone(&self.shmem))
+    }
+}
+
 /// Connects to all back-ends, then places the windows of their shared memory regions.
 pub fn connect(
     specs: &[DeviceSpec],
@@ -106,7 +111,7 @@ pub fn connect(
         let shmem = SharedMemory::new(sizes, windows, Arc::clone(mapper), quota)
             .map_err(|error| BackendError::new(spec, error.into()))?;
         for (shmid, range) in shmem.regions() {
-            log::info!("{}: shared memory region {shmid} is {}", spec.name, show(&range));
+            log::info!("{}: shared memory region {shmid} is {}", spec.name, range);
         }
         backends.push(Backend { spec: spec.clone(), handshake, shmem: Arc::new(shmem) });
     }
@@ -230,10 +235,10 @@ fn memory_table(ram: &Ram) -> MemoryTable {
 impl Attached {
     /// The device's lines of the guest physical memory map.
     pub fn memory_map(&self) -> Vec<String> {
-        let mut lines = vec![format!("{}  registers of {}", show(&self.registers), self.name)];
+        let mut lines = vec![format!("{}  registers of {}", self.registers, self.name)];
         let mappings = self.shmem.mappings();
         for (shmid, region) in self.shmem.regions() {
-            lines.push(format!("{}  {} shared memory region {shmid}", show(&region), self.name));
+            lines.push(format!("{}  {} shared memory region {shmid}", region, self.name));
             for mapping in mappings.iter().filter(|mapping| mapping.shmid == shmid) {
                 let access = match mapping.access {
                     Access::ReadOnly => "read-only",
@@ -250,167 +255,14 @@ impl Attached {
                 };
                 lines.push(format!(
                     "  {}  mapping, {access}{shared}, file offset {:#x}{filled}",
-                    show(&mapping.guest),
-                    mapping.file_offset
+                    mapping.guest, mapping.file_offset
                 ));
             }
         }
-        let total = total_filled(&self.shmem);
-        lines.extend(total.map(|total| format!("{}: {total}", self.name)));
+        let total = self.shmem.filled();
+        if total.bytes > 0 {
+            lines.push(format!("{}: {total}", self.name));
+        }
         lines
     }
-}
-
-/// A range as the memory map shows it.
-pub fn show(range: &GuestRange) -> String {
-    format!("{:#014x}-{:#014x}", range.start(), range.last())
-}
-
-/// Puts zeroes under mappings whose file became shorter (SHM-45).
-pub struct MissingPages {
-    devices: Vec<Shared>,
-    /// When something was first filled for now.
-    ///
-    /// Lock order: before `SharedMemory`'s; held by a vCPU while it looks for what is missing.
-    filled: Mutex<Option<Instant>>,
-}
-
-/// The shared memory of one device.
-struct Shared {
-    name: String,
-    shmem: Arc<SharedMemory>,
-    log: MisuseLog,
-}
-
-/// How long a vCPU has, after something was filled for it, to touch what it wanted.
-const SETTLE: Duration = Duration::from_millis(500);
-
-/// How often an access is looked at again because what it found there changed meanwhile.
-const ATTEMPTS: usize = 8;
-
-impl MissingPages {
-    /// Looks in these devices' shared memory.
-    pub fn of(backends: &[Backend]) -> Self {
-        MissingPages {
-            devices: backends
-                .iter()
-                .map(|backend| Shared {
-                    name: backend.spec.name.clone(),
-                    shmem: Arc::clone(&backend.shmem),
-                    log: MisuseLog::new(&backend.spec.name),
-                })
-                .collect(),
-            filled: Mutex::new(None),
-        }
-    }
-
-    /// Whether any of the devices may ever have a mapping.
-    pub fn are_possible(&self) -> bool {
-        self.devices.iter().any(|device| !device.shmem.regions().is_empty())
-    }
-
-    /// Whether any of the devices has a mapping now.
-    pub fn are_to_watch(&self) -> bool {
-        self.devices.iter().any(|device| device.shmem.has_mappings())
-    }
-
-    /// Keeps what the guest really needed of what was filled, some time after that. Does nothing before, or
-    /// while something is being filled: the vCPU would find it missing again.
-    pub fn settle(&self) {
-        let Ok(mut filled) = self.filled.try_lock() else {
-            return;
-        };
-        if filled.is_some_and(|when| when.elapsed() >= SETTLE) {
-            *filled = None;
-            for device in &self.devices {
-                device.report(&device.shmem.settle());
-            }
-        }
-    }
-
-    /// Makes accesses to missing pages fail instead of wait.
-    pub fn guard(&self) {
-        self.devices.iter().for_each(|device| device.shmem.guard_missing());
-    }
-
-    /// Logs, for each device that it happened to, what was missing in all.
-    pub fn log_total(&self) {
-        for device in &self.devices {
-            if let Some(total) = total_filled(&device.shmem) {
-                log::info!("{}: {total}", device.name);
-            }
-        }
-    }
-}
-
-impl Shared {
-    /// Once for a mapping, however many of its pages are found missing one after the other.
-    fn report<'a>(&self, filled: impl IntoIterator<Item = &'a Filled>) {
-        for filled in filled.into_iter().filter(|filled| filled.is_first) {
-            self.log.warn(format_args!(
-                "the file under the mapping {} of region {} became shorter: its last {:#x} bytes, or more of them later, \
-                 read as zeroes from now on",
-                show(&filled.guest),
-                filled.shmid,
-                filled.len
-            ));
-        }
-    }
-}
-
-impl FaultHandler for MissingPages {
-    fn mend(&self, address: Option<u64>) -> bool {
-        if let Some(address) = address {
-            return self.devices.iter().any(|device| {
-                let filled = device.shmem.fill_missing(address);
-                device.report(&filled);
-                filled.is_some()
-            });
-        }
-        let mut since = self.filled.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut any = false;
-        for device in &self.devices {
-            if let Some(kept) = device.shmem.fill_all_temporarily() {
-                device.report(&kept);
-                any = true;
-            }
-        }
-        if any {
-            since.get_or_insert_with(Instant::now);
-        }
-        any
-    }
-
-    fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        for _ in 0..ATTEMPTS {
-            let here = |device: &&Shared| device.shmem.access_at(address).is_some();
-            let Some(device) = self.devices.iter().find(here) else {
-                return false;
-            };
-            if device.shmem.read(address, data) {
-                return true;
-            }
-            device.report(&device.shmem.fill_missing(address));
-        }
-        // It is cut short faster than we can look.
-        data.fill(0);
-        true
-    }
-
-    fn write(&self, address: u64) {
-        for device in &self.devices {
-            // To what is read-only, every write comes here.
-            if device.shmem.access_at(address) == Some(Access::ReadWrite) {
-                device.report(&device.shmem.fill_missing(address));
-            }
-        }
-    }
-}
-
-/// What was missing of a device's mappings in all; `None` where nothing was.
-fn total_filled(shmem: &SharedMemory) -> Option<String> {
-    let FilledTotal { mappings, bytes } = shmem.filled();
-    (bytes > 0).then(|| {
-        format!("zeroes took the place of {bytes:#x} bytes of {mappings} mappings so far (files that became shorter)")
-    })
 }
