@@ -81,6 +81,19 @@ impl OwnedPages {
         Ok(())
     }
 
+    /// Puts `file`, from `file_offset` on, in place of the whole range.
+    pub fn replace_with_file(
+        &self,
+        file: BorrowedFd<'_>,
+        file_offset: u64,
+        protection: ProtFlags,
+    ) -> io::Result<()> {
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: the range is ours, and stays mapped.
+        unsafe { mm::mmap(self.address, self.len, protection, flags, file, file_offset) }?;
+        Ok(())
+    }
+
     /// Moves other pages into the range, in place of as many at `offset`. An error leaves the range as it was, and
     /// unmaps the others.
     pub fn replace_with(&self, offset: usize, mut pages: OwnedPages) -> io::Result<()> {

@@ -165,7 +165,7 @@ impl Guest {
     fn peek(&self, offset: usize) -> u32 {
         assert!(offset + 4 <= BLOCK_SIZE);
         // SAFETY: inside the page that `self` keeps alive, into which nobody has a reference.
-        unsafe { self.page.host_ptr().add(offset).cast::<u32>().read_volatile() }
+        unsafe { self.page.host_ptr().wrapping_add(offset).cast::<u32>().read_volatile() }
     }
 
     fn read(&self, register: Register) -> u32 {
