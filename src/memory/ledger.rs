@@ -51,8 +51,8 @@ impl<T> Ledger<T> {
         Ledger { sizes, mappings: BTreeMap::new(), quota, made: 0, gate_open: true }
     }
 
-    /// Whether `len` bytes of a file, from `file_offset` on, may be mapped at `key`. Gives the length of the whole
-    /// pages that back them.
+    /// Whether `len` bytes of a file, from `file_offset` on, may be mapped at `key`. Gives the length of the
+    /// whole pages that back them.
     pub fn admit(&self, key: Key, len: u64, file_offset: u64) -> Result<u64, ShmemError> {
         let (shmid, shm_offset) = key;
         if !self.gate_open {

@@ -1,8 +1,9 @@
-//! Zeroes in place of what is missing because the file under a mapping became shorter (SHM-45): for all devices of
-//! a machine, with what is logged about it.
+//! Zeroes in place of what is missing because the file under a mapping became shorter (SHM-45): for all
+//! devices of a machine, with what is logged about it.
 //!
-//! vCPU threads call it where the guest accessed something that is missing; so does the main loop (`vmm::stuck`),
-//! which looks for processors that wait for such a page without end. `fill` does it for one device.
+//! vCPU threads call it where the guest accessed something that is missing; so does the main loop
+//! (`vmm::stuck`), which looks for processors that wait for such a page without end. `fill` does it for one
+//! device.
 
 mod fill;
 
@@ -52,9 +53,9 @@ impl MissingPages {
         self.devices.iter().any(|device| device.shmem.has_mappings())
     }
 
-    /// KVM_RUN failed with EFAULT: the host memory behind an access of the guest is gone. Puts zeroes in place of
-    /// what is missing: at guest physical address `address`, where KVM gives it, else everywhere. True if
-    /// something was missing, and is there now.
+    /// KVM_RUN failed with EFAULT: the host memory behind an access of the guest is gone. Puts zeroes in
+    /// place of what is missing: at guest physical address `address`, where KVM gives it, else everywhere.
+    /// True if something was missing, and is there now.
     ///
     /// Called by a vCPU thread, outside KVM_RUN, with no lock held, possibly by several at once; so are
     /// [`Self::read`] and [`Self::write`].
@@ -104,8 +105,8 @@ impl MissingPages {
         }
     }
 
-    /// Keeps what the guest accessed of what was filled temporarily, once [`SETTLE`] has passed since. Does nothing
-    /// before, or while something is being filled: the vCPU would find it missing again.
+    /// Keeps what the guest accessed of what was filled temporarily, once [`SETTLE`] has passed since. Does
+    /// nothing before, or while something is being filled: the vCPU would find it missing again.
     pub fn settle(&self) {
         let Ok(mut filled) = self.filled.try_lock() else {
             return;

@@ -49,6 +49,11 @@ impl GuestRange {
         self.start + (self.len - 1)
     }
 
+    /// Whether an address is in it.
+    pub fn contains(&self, at: u64) -> bool {
+        self.start <= at && at <= self.last()
+    }
+
     /// Whether the two share an address.
     pub fn overlaps(&self, other: &GuestRange) -> bool {
         self.start <= other.last() && other.start <= self.last()

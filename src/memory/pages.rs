@@ -1,8 +1,9 @@
-//! Ranges of host addresses that a value owns: mapped, exchanged in part, and unmapped when the value is dropped.
+//! Ranges of host addresses that a value owns: mapped, exchanged in part, and unmapped when the value is
+//! dropped.
 //!
-//! The system calls on such addresses are all here, each behind a check that it stays inside the range. Nothing here
-//! dereferences them. `memory::window` makes the windows of shared memory regions of them, `virtio::register_page`
-//! the page of a device's registers.
+//! The system calls on such addresses are all here, each behind a check that it stays inside the range.
+//! Nothing here dereferences them. `memory::window` makes the windows of shared memory regions of them,
+//! `virtio::register_page` the page of a device's registers.
 
 use std::ffi::c_void;
 use std::io;
@@ -22,7 +23,8 @@ pub struct OwnedPages {
     len: usize,
 }
 
-// SAFETY: the range belongs to the value until it is dropped, whatever thread that is on; nothing here dereferences it.
+// SAFETY: the range belongs to the value until it is dropped, whatever thread that is on; nothing here
+// dereferences it.
 unsafe impl Send for OwnedPages {}
 // SAFETY: as above; the system calls on the range may come from several threads at once.
 unsafe impl Sync for OwnedPages {}
@@ -33,7 +35,8 @@ impl OwnedPages {
         Self::anonymous(len, MapFlags::PRIVATE | MapFlags::NORESERVE)
     }
 
-    /// The same for one page that is an area (VMA) of its own: the kernel merges no shared memory with its neighbours.
+    /// The same for one page that is an area (VMA) of its own: the kernel merges no shared memory with its
+    /// neighbours.
     pub fn reserve_vma() -> io::Result<Self> {
         Self::anonymous(PAGE_SIZE as usize, MapFlags::SHARED)
     }
@@ -54,7 +57,8 @@ impl OwnedPages {
     /// Maps once more what a part maps of a file, at addresses that the kernel chooses.
     pub fn duplicate(&self, offset: usize, len: usize) -> io::Result<Self> {
         let from = self.part(offset, len)?;
-        // SAFETY: an old length of 0 leaves the part, which we own, as it is; the result owns the new addresses.
+        // SAFETY: an old length of 0 leaves the part, which we own, as it is; the result owns the new
+        // addresses.
         let address = unsafe { mm::mremap(from, 0, len, MremapFlags::MAYMOVE) }?;
         Ok(OwnedPages { address, len })
     }
@@ -94,11 +98,12 @@ impl OwnedPages {
         Ok(())
     }
 
-    /// Moves other pages into the range, in place of as many at `offset`. An error leaves the range as it was, and
-    /// unmaps the others.
+    /// Moves other pages into the range, in place of as many at `offset`. An error leaves the range as it
+    /// was, and unmaps the others.
     pub fn replace_with(&self, offset: usize, mut pages: OwnedPages) -> io::Result<()> {
         let to = self.part(offset, pages.len)?;
-        // SAFETY: the source belongs to `pages`, the target is in the range that we own; both are `pages.len` long.
+        // SAFETY: the source belongs to `pages`, the target is in the range that we own; both are `pages.len`
+        // long.
         unsafe { mm::mremap_fixed(pages.address, pages.len, pages.len, MremapFlags::MAYMOVE, to) }?;
         pages.len = 0;
         Ok(())
@@ -113,12 +118,13 @@ impl OwnedPages {
         Ok(())
     }
 
-    /// Whether a page of a part is in memory: for the private zero pages of [`Self::replace_with_zeroes`], whether one
-    /// was accessed.
+    /// Whether a page of a part is in memory: for the private zero pages of [`Self::replace_with_zeroes`],
+    /// whether one was accessed.
     pub fn is_any_resident(&self, offset: usize, len: usize) -> io::Result<bool> {
         let at = self.part(offset, len)?;
         let mut pages = vec![0u8; len / PAGE_SIZE as usize];
-        // SAFETY: the part is in the range that we own and is only inspected; `pages` has a byte for each of its pages.
+        // SAFETY: the part is in the range that we own and is only inspected; `pages` has a byte for each of
+        // its pages.
         let result = unsafe { libc::mincore(at, len, pages.as_mut_ptr()) };
         if result != 0 {
             return Err(io::Error::last_os_error());
@@ -126,8 +132,8 @@ impl OwnedPages {
         Ok(pages.iter().any(|page| page & 1 != 0))
     }
 
-    /// Reads what is at `offset`, of any alignment and length, without the SIGBUS that a plain access to a missing page
-    /// raises. False where not all of it is inside, or some of it cannot be read.
+    /// Reads what is at `offset`, of any alignment and length, without the SIGBUS that a plain access to a
+    /// missing page raises. False where not all of it is inside, or some of it cannot be read.
     pub fn read(&self, offset: usize, data: &mut [u8]) -> bool {
         let Ok(from) = self.part(offset, data.len()) else {
             return false;
@@ -135,7 +141,8 @@ impl OwnedPages {
         let process = std::process::id() as libc::pid_t;
         let local = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
         let remote = libc::iovec { iov_base: from, iov_len: data.len() };
-        // SAFETY: `local` is the caller's slice; `remote` is only read, and an address that cannot be read is an error.
+        // SAFETY: `local` is the caller's slice; `remote` is only read, and an address that cannot be read is
+        // an error.
         let count = unsafe { libc::process_vm_readv(process, &local, 1, &remote, 1, 0) };
         count == data.len() as isize
     }
@@ -150,8 +157,8 @@ impl Drop for OwnedPages {
     fn drop(&mut self) {
         if self.len > 0 {
             // SAFETY: the range is ours, and the owner lets go of it. (Whoever let a guest see it promised in
-            // `GuestMapper::map` to have ended that.) munmap fails only for ranges that are not made of pages, or to
-            // cut an area in three at vm.max_map_count; ours are whole.
+            // `GuestMapper::map` to have ended that.) munmap fails only for ranges that are not made of
+            // pages, or to cut an area in three at vm.max_map_count; ours are whole.
             let _cannot_fail = unsafe { mm::munmap(self.address, self.len) };
         }
     }

@@ -141,7 +141,8 @@ impl Ram {
 
 /// Asks for huge pages where the host's administrator lets programs ask (`shmem_enabled` is `advise`).
 fn ask_for_huge_pages(start: *mut u8, len: usize) {
-    // SAFETY: the range is a mapping of the caller's; the advice changes how it is filled and not what is in it.
+    // SAFETY: the range is a mapping of the caller's; the advice changes how it is filled and not what is in
+    // it.
     if let Err(error) = unsafe { madvise(start.cast(), len, Advice::LinuxHugepage) } {
         log::debug!("no huge pages for guest memory: {error}");
     }

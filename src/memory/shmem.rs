@@ -16,9 +16,6 @@ use super::ledger::{self, Key, Ledger};
 use super::window::{ReserveVma, SavedPages, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
 
-/// The number of region ids (shmid is a byte).
-pub const MAX_REGIONS: usize = 256;
-
 /// What a back-end asks to have mapped. Offsets and lengths are in bytes.
 #[derive(Debug)]
 pub struct MapRequest<'a> {
@@ -237,11 +234,16 @@ impl SharedMemory {
         result.map(|()| gone)
     }
 
-    /// What the guest may do at `at`; `None` where nothing is mapped. Waits for no other thread's request.
+    /// What the guest may do at `at`; `None` where nothing is mapped. Waits for no request of the back-end.
     pub fn access_at(&self, at: u64) -> Option<Access> {
+        self.mapping_at(at).map(|(_, access)| access)
+    }
+
+    /// The same, and where the mapping starts.
+    pub(super) fn mapping_at(&self, at: u64) -> Option<(u64, Access)> {
         let index = self.by_guest_address.read().unwrap_or_else(PoisonError::into_inner);
-        let (_, &(last, access)) = index.range(..=at).next_back()?;
-        (at <= last).then_some(access)
+        let (&start, &(last, access)) = index.range(..=at).next_back()?;
+        (at <= last).then_some((start, access))
     }
 
     /// Whether anything is mapped.
@@ -249,12 +251,10 @@ impl SharedMemory {
         !self.lock().ledger.mappings.is_empty()
     }
 
-    /// The region in which a guest address is, and the address's offset there.
+    /// The region and the offset in it that a guest address is at, and the region's window.
     pub(super) fn locate(&self, at: u64) -> Option<(Key, &Window)> {
-        self.windows.iter().find_map(|(&shmid, window)| {
-            let offset = at.checked_sub(window.guest().start())?;
-            (offset < window.guest().len()).then_some(((shmid, offset), window))
-        })
+        let (&shmid, window) = self.windows.iter().find(|(_, window)| window.guest().contains(at))?;
+        Some(((shmid, at - window.guest().start()), window))
     }
 
     /// `len` bytes, whole pages, from an offset of a region on.

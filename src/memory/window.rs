@@ -104,22 +104,22 @@ impl Span<'_> {
         self.check_file(file, file_offset)?;
         // First to where the kernel likes, then moved: an mmap(MAP_FIXED) that fails may already have removed
         // what was there, and another thread's memory could get into its place.
-        let pages = OwnedPages::of_file(file, file_offset, self.len as usize, protection(access))?;
+        let pages = OwnedPages::of_file(file, file_offset, self.len as usize, protection(Some(access)))?;
         self.window.host.replace_with(self.offset as usize, pages)
     }
 
     /// Puts the reservation back in place of whatever is in the span.
     pub fn clear(&self) -> io::Result<()> {
-        self.replace_with_zeroes(ProtFlags::empty())
+        self.replace_with_zeroes(None)
     }
 
     /// Puts zero pages in place of what is mapped in the span.
     pub fn fill(&self, access: Access) -> io::Result<()> {
-        self.replace_with_zeroes(protection(access))
+        self.replace_with_zeroes(Some(access))
     }
 
-    fn replace_with_zeroes(&self, protection: ProtFlags) -> io::Result<()> {
-        self.window.host.replace_with_zeroes(self.offset as usize, self.len as usize, protection)
+    fn replace_with_zeroes(&self, access: Option<Access>) -> io::Result<()> {
+        self.window.host.replace_with_zeroes(self.offset as usize, self.len as usize, protection(access))
     }
 
     /// Puts zero pages in place of the file in the span, and keeps the file's pages for [`Self::put_back`].
@@ -141,13 +141,12 @@ impl Span<'_> {
 
     /// Makes the span inaccessible (`None`), or accessible again.
     pub fn protect(&self, access: Option<Access>) -> io::Result<()> {
-        let protection = access.map_or(ProtFlags::empty(), protection);
-        self.window.host.protect(self.offset as usize, self.len as usize, protection)
+        self.window.host.protect(self.offset as usize, self.len as usize, protection(access))
     }
 
     /// The end of the span that cannot be read, because the file under it became shorter or it was made
-    /// inaccessible; `None` where all can (SHM-45). Pages go missing from the end of a file, so a binary search
-    /// finds the edge.
+    /// inaccessible; `None` where all can (SHM-45). Pages go missing from the end of a file, so a binary
+    /// search finds the edge.
     pub fn missing(&self) -> Option<Self> {
         let pages = self.len / PAGE_SIZE;
         let (mut present, mut missing) = (0, pages);
@@ -221,10 +220,11 @@ impl ReserveVma {
 #[derive(Debug)]
 pub struct SavedPages(OwnedPages);
 
-fn protection(access: Access) -> ProtFlags {
+fn protection(access: Option<Access>) -> ProtFlags {
     match access {
-        Access::ReadOnly => ProtFlags::READ,
-        Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+        None => ProtFlags::empty(),
+        Some(Access::ReadOnly) => ProtFlags::READ,
+        Some(Access::ReadWrite) => ProtFlags::READ | ProtFlags::WRITE,
     }
 }
 

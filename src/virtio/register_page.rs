@@ -175,13 +175,14 @@ impl RegisterPage {
     }
 
     fn frames(&self) -> &[Frame; 2] {
-        // SAFETY: the mapping is as large and as aligned as the type; any bytes are valid atomics. The page owns it
-        // until it is dropped and never replaces it. The guest, which reads the same memory, does not write it.
+        // SAFETY: the mapping is as large and as aligned as the type; any bytes are valid atomics. The page
+        // owns it until it is dropped and never replaces it. The guest, which reads the same memory, does not
+        // write it.
         unsafe { &*self.frames.address().cast() }
     }
 
-    /// Replaces what the guest sees by the frame `index`, all at once: the view stays a mapping of the same size, so
-    /// the promise to the slot holds.
+    /// Replaces what the guest sees by the frame `index`, all at once: the view stays a mapping of the same
+    /// size, so the promise to the slot holds.
     ///
     /// An error (ENOMEM, when the process has as many mappings as it may have) comes before the old mapping
     /// is touched.

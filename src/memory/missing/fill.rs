@@ -1,5 +1,5 @@
-//! What is missing at the end of one device's mappings because their files became shorter (SHM-45): found, made
-//! inaccessible, filled with zeroes. `memory::missing` calls it.
+//! What is missing at the end of one device's mappings because their files became shorter (SHM-45): found,
+//! made inaccessible, filled with zeroes. `memory::missing` calls it.
 //!
 //! ```text
 //!   a mapping:  [ the file's pages | missing: guarded or not | temporary zeroes | permanent zeroes ]
@@ -8,12 +8,16 @@
 //! ```
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::{MutexGuard, PoisonError};
 
 use crate::memory::GuestRange;
 use crate::memory::ledger::Key;
 use crate::memory::shmem::{FilledTotal, Mapping, SharedMemory, State};
 use crate::memory::window::Span;
+
+/// The keys of all mappings.
+const ALL: RangeInclusive<Key> = (0, 0)..=(u8::MAX, u64::MAX);
 
 /// A mapping under whose end there are zeroes now (SHM-45).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,16 +87,14 @@ impl SharedMemory {
     }
 
     /// Puts zero pages under what is missing at the end of a mapping, permanently, if `at` is a guest address
-    /// in it. Called when the guest accessed it.
+    /// there. Called when the guest accessed it.
     pub fn fill_missing(&self, at: u64) -> Option<Filled> {
-        self.access_at(at)?;
+        let (start, _) = self.mapping_at(at)?;
+        let (key, _) = self.locate(start)?;
         let _probing = self.probe();
-        let (candidates, _) = self.candidates(Some(at), true);
+        let (candidates, _) = self.candidates(key..=key, true);
         let candidate = candidates.first()?;
-        let missing = candidate.in_place.missing()?;
-        if !(missing.guest().start()..=missing.guest().last()).contains(&at) {
-            return None;
-        }
+        let missing = candidate.in_place.missing().filter(|missing| missing.guest().contains(at))?;
         self.change(candidate, |mapping, total| {
             missing.fill(mapping.access)?;
             // What is behind it is missing as well: there are zeroes already.
@@ -101,12 +103,12 @@ impl SharedMemory {
         })
     }
 
-    /// The guest accessed something that is missing, and KVM did not say where. Puts zero pages under all that
-    /// is missing, until [`Self::settle`] has seen what was accessed. `None` where nothing is missing; else
-    /// what was temporary until now, and has become permanent.
+    /// The guest accessed something that is missing, and KVM did not say where. Puts zero pages under all
+    /// that is missing, until [`Self::settle`] has seen what was accessed. `None` where nothing is missing;
+    /// else what was temporary until now, and has become permanent.
     pub fn fill_all_temporarily(&self) -> Option<Vec<Filled>> {
         let _probing = self.probe();
-        let (candidates, mut changed) = self.candidates(None, true);
+        let (candidates, mut changed) = self.candidates(ALL, true);
         let mut filled = Vec::new();
         for candidate in &candidates {
             if let Some(missing) = candidate.in_place.missing() {
@@ -146,7 +148,7 @@ impl SharedMemory {
     /// can be noticed of it.
     pub fn guard_missing(&self) {
         let _probing = self.probe();
-        for candidate in &self.candidates(None, false).0 {
+        for candidate in &self.candidates(ALL, false).0 {
             if let Some(missing) = candidate.in_place.missing() {
                 self.change(candidate, |mapping, _| {
                     let len = missing.guest().len();
@@ -168,26 +170,12 @@ impl SharedMemory {
         Some(Place { key, whole: self.span(key, mapping.span_len())? })
     }
 
-    /// All mappings that are not filled from end to end, or the one at guest address `at`. They are probed when
-    /// the state is unlocked again: that may wait for the disk, or for the server of the file. `unguard` makes
-    /// what is guarded accessible again, and whether anything was is in the answer.
-    fn candidates(&self, at: Option<u64>, unguard: bool) -> (Vec<Candidate<'_>>, bool) {
+    /// The mappings of these keys that are not filled from end to end. They are probed when the state is
+    /// unlocked again: that may wait for the disk, or for the server of the file. `unguard` makes what is
+    /// guarded accessible again; the second value says whether anything was.
+    fn candidates(&self, keys: RangeInclusive<Key>, unguard: bool) -> (Vec<Candidate<'_>>, bool) {
         let (mut candidates, mut unguarded) = (Vec::new(), false);
-        let mut state = self.lock();
-        let mappings = match at {
-            None => state.ledger.mappings.range_mut(..),
-            // The last that starts there or before, of this region; whether `at` is in what is missing of it is seen
-            // later.
-            Some(at) => match self.locate(at) {
-                None => return (candidates, false),
-                Some((key, _)) => {
-                    let before = state.ledger.mappings.range((key.0, 0)..=key).next_back();
-                    let key = before.map_or(key, |(&key, _)| key);
-                    state.ledger.mappings.range_mut(key..=key)
-                }
-            },
-        };
-        for (&key, mapping) in mappings {
+        for (&key, mapping) in self.lock().ledger.mappings.range_mut(keys) {
             let Some(place) = self.place(key, mapping) else { continue };
             unguarded |= unguard && mapping.unguard(place);
             if let Some(in_place) = place.whole.first(mapping.in_place()) {

@@ -9,7 +9,7 @@ fn what_was_found_missing_of_a_mapping_is_not_done_to_what_it_became_meanwhile()
     let bench = bench();
     let shmem = &bench.shmem;
     let request = || bench.request(0, 0, PAGES * PAGE, 0);
-    let found = || shmem.candidates(None, true).0.remove(0);
+    let found = || shmem.candidates(ALL, true).0.remove(0);
     let is_changed = |candidate: &Candidate<'_>| shmem.change(candidate, |_, _| Ok(())).is_some();
 
     shmem.map(&request()).unwrap();
