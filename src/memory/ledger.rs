@@ -101,14 +101,15 @@ impl<T> Ledger<T> {
         mapping.ok_or(ShmemError::NoMapping { shmid, shm_offset, len })
     }
 
-    /// What is free around `key`, at which nothing is mapped: offset and length, in bytes.
-    pub fn hole(&self, (shmid, offset): Key) -> (u64, u64) {
+    /// What is free around a place: where that starts, and its length in bytes. It is 0 for a place at the start of
+    /// a region where something is mapped.
+    pub fn hole(&self, (shmid, offset): Key) -> (Key, u64) {
         let before = self.mappings.range((shmid, 0)..(shmid, offset)).next_back();
         let start = before.map_or(0, |(&(_, start), mapping)| start + mapping.span_len());
         let after = self.mappings.range((shmid, offset)..=(shmid, u64::MAX)).next();
         let size = self.sizes.get(&shmid).copied().unwrap_or(0);
         let end = after.map_or(size, |(&(_, start), _)| start);
-        (start, end - start)
+        ((shmid, start), end - start)
     }
 }
 
@@ -132,11 +133,11 @@ mod tests {
     fn a_hole_reaches_from_one_mapping_to_the_next() {
         let mut ledger = ledger();
         for (at, hole) in [(0, (0, 2)), (1, (0, 2)), (4, (4, 5)), (8, (4, 5)), (10, (10, 6)), (15, (10, 6))] {
-            assert_eq!(ledger.hole((0, at * PAGE)), (hole.0 * PAGE, hole.1 * PAGE), "{at}");
+            assert_eq!(ledger.hole((0, at * PAGE)), ((0, hole.0 * PAGE), hole.1 * PAGE), "{at}");
         }
         ledger.mappings.remove(&(0, 2 * PAGE));
-        assert_eq!(ledger.hole((0, 2 * PAGE)), (0, 9 * PAGE));
-        assert_eq!((ledger.hole((7, 0)), ledger.hole((3, 0))), ((0, PAGE), (0, 0)));
+        assert_eq!(ledger.hole((0, 2 * PAGE)), ((0, 0), 9 * PAGE));
+        assert_eq!((ledger.hole((7, 0)), ledger.hole((3, 0))), (((7, 0), PAGE), ((3, 0), 0)));
     }
 
     #[test]

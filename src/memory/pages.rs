@@ -1,9 +1,8 @@
-//! Ranges of host addresses that a value owns: mapped, exchanged in part, and unmapped when the value is
-//! dropped.
+//! Host addresses that a value owns: mapped, replaced in part, and unmapped when the value is dropped.
 //!
-//! The system calls on such addresses are all here, each behind a check that it stays inside the range.
-//! Nothing here dereferences them. `memory::window` makes the windows of shared memory regions of them,
-//! `virtio::register_page` the page of a device's registers.
+//! The system calls on them are all here, each behind a check that it stays inside the range; nothing here
+//! dereferences them. Used for the windows of shared memory regions (`memory::window`) and for the page of a
+//! device's registers (`virtio::register_page`).
 
 use std::ffi::c_void;
 use std::io;
@@ -23,8 +22,7 @@ pub struct OwnedPages {
     len: usize,
 }
 
-// SAFETY: the range belongs to the value until it is dropped, whatever thread that is on; nothing here
-// dereferences it.
+// SAFETY: the range is the value's until it is dropped, on whatever thread; nothing here dereferences it.
 unsafe impl Send for OwnedPages {}
 // SAFETY: as above; the system calls on the range may come from several threads at once.
 unsafe impl Sync for OwnedPages {}
@@ -35,8 +33,7 @@ impl OwnedPages {
         Self::anonymous(len, MapFlags::PRIVATE | MapFlags::NORESERVE)
     }
 
-    /// The same for one page that is an area (VMA) of its own: the kernel merges no shared memory with its
-    /// neighbours.
+    /// The same for one page that is an area (VMA) of its own: shared memory is not merged with its neighbours.
     pub fn reserve_vma() -> io::Result<Self> {
         Self::anonymous(PAGE_SIZE as usize, MapFlags::SHARED)
     }
@@ -57,8 +54,7 @@ impl OwnedPages {
     /// Maps once more what a part maps of a file, at addresses that the kernel chooses.
     pub fn duplicate(&self, offset: usize, len: usize) -> io::Result<Self> {
         let from = self.part(offset, len)?;
-        // SAFETY: an old length of 0 leaves the part, which we own, as it is; the result owns the new
-        // addresses.
+        // SAFETY: an old length of 0 leaves the part, which is ours, as it is; the result owns the new addresses.
         let address = unsafe { mm::mremap(from, 0, len, MremapFlags::MAYMOVE) }?;
         Ok(OwnedPages { address, len })
     }
@@ -85,25 +81,18 @@ impl OwnedPages {
         Ok(())
     }
 
-    /// Puts `file`, from `file_offset` on, in place of the whole range.
-    pub fn replace_with_file(
-        &self,
-        file: BorrowedFd<'_>,
-        file_offset: u64,
-        protection: ProtFlags,
-    ) -> io::Result<()> {
+    /// Puts a file, from `offset` on, in place of the whole range.
+    pub fn replace_with_file(&self, file: BorrowedFd<'_>, offset: u64, access: ProtFlags) -> io::Result<()> {
         let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: the range is ours, and stays mapped.
-        unsafe { mm::mmap(self.address, self.len, protection, flags, file, file_offset) }?;
+        unsafe { mm::mmap(self.address, self.len, access, flags, file, offset) }?;
         Ok(())
     }
 
-    /// Moves other pages into the range, in place of as many at `offset`. An error leaves the range as it
-    /// was, and unmaps the others.
+    /// Moves other pages into the range, in place of as many at `offset`. An error unmaps the others.
     pub fn replace_with(&self, offset: usize, mut pages: OwnedPages) -> io::Result<()> {
         let to = self.part(offset, pages.len)?;
-        // SAFETY: the source belongs to `pages`, the target is in the range that we own; both are `pages.len`
-        // long.
+        // SAFETY: the source is `pages`' own, the target is in our range; both are `pages.len` long.
         unsafe { mm::mremap_fixed(pages.address, pages.len, pages.len, MremapFlags::MAYMOVE, to) }?;
         pages.len = 0;
         Ok(())
@@ -122,9 +111,8 @@ impl OwnedPages {
     /// whether one was accessed.
     pub fn is_any_resident(&self, offset: usize, len: usize) -> io::Result<bool> {
         let at = self.part(offset, len)?;
-        let mut pages = vec![0u8; len / PAGE_SIZE as usize];
-        // SAFETY: the part is in the range that we own and is only inspected; `pages` has a byte for each of
-        // its pages.
+        let mut pages = vec![0u8; len.div_ceil(PAGE_SIZE as usize)];
+        // SAFETY: the part is ours and only inspected; `pages` has a byte for each of its pages.
         let result = unsafe { libc::mincore(at, len, pages.as_mut_ptr()) };
         if result != 0 {
             return Err(io::Error::last_os_error());
@@ -141,8 +129,7 @@ impl OwnedPages {
         let process = std::process::id() as libc::pid_t;
         let local = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
         let remote = libc::iovec { iov_base: from, iov_len: data.len() };
-        // SAFETY: `local` is the caller's slice; `remote` is only read, and an address that cannot be read is
-        // an error.
+        // SAFETY: `local` is the caller's slice; `remote` is only read, and what cannot be read is an error.
         let count = unsafe { libc::process_vm_readv(process, &local, 1, &remote, 1, 0) };
         count == data.len() as isize
     }
@@ -156,9 +143,7 @@ impl OwnedPages {
 impl Drop for OwnedPages {
     fn drop(&mut self) {
         if self.len > 0 {
-            // SAFETY: the range is ours, and the owner lets go of it. (Whoever let a guest see it promised in
-            // `GuestMapper::map` to have ended that.) munmap fails only for ranges that are not made of
-            // pages, or to cut an area in three at vm.max_map_count; ours are whole.
+            // SAFETY: the range is ours until now; the caller of `GuestMapper::map` has ended the guest's view of it.
             let _cannot_fail = unsafe { mm::munmap(self.address, self.len) };
         }
     }

@@ -12,8 +12,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::mm::{Advice, madvise};
 use rustix::system::sysinfo;
 use thiserror::Error;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::{GuestRange, PAGE_SIZE};
 
@@ -91,24 +90,20 @@ impl Ram {
         check_size(size, host_memory())?;
         let os = |what| move |source| RamError::Os { what, size, source };
         let file = Arc::new(sealed_memfd("guest-ram", size).map_err(os("make a memfd"))?);
-        let (mut regions, mut mapped, mut file_offset) = (Vec::new(), Vec::new(), 0);
-        for guest in split(size, gap_start, gap_end) {
-            let mapping = MmapRegionBuilder::new(guest.len() as usize)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), file_offset))
-                .build()
-                .map_err(|error| os("map addresses")(io::Error::other(error)))?;
+        let ranges = split(size, gap_start, gap_end);
+        let places = ranges.iter().zip([0, ranges[0].len()]);
+        let mappings = places.clone().map(|(guest, file_offset)| {
+            let file = FileOffset::from_arc(Arc::clone(&file), file_offset);
+            (GuestAddress(guest.start()), guest.len() as usize, Some(file))
+        });
+        let memory = GuestMemoryMmap::from_ranges_with_files(mappings)
+            .map_err(|error| os("map addresses")(io::Error::other(error)))?;
+        let mappings = places.zip(memory.iter());
+        let regions = mappings.map(|((&guest, file_offset), mapping)| {
             ask_for_huge_pages(mapping.as_ptr(), mapping.size());
-            regions.push(RamRegion { guest, host: mapping.as_ptr(), file_offset });
-            mapped.push(
-                GuestRegionMmap::new(mapping, GuestAddress(guest.start()))
-                    .expect("invariant: a GuestRange does not wrap"),
-            );
-            file_offset += guest.len();
-        }
-        let memory = GuestMemoryMmap::from_regions(mapped)
-            .expect("invariant: one or two regions, disjoint and in order");
+            RamRegion { guest, host: mapping.as_ptr(), file_offset }
+        });
+        let regions = regions.collect();
         Ok(Ram { file, memory, regions })
     }
 
@@ -141,8 +136,7 @@ impl Ram {
 
 /// Asks for huge pages where the host's administrator lets programs ask (`shmem_enabled` is `advise`).
 fn ask_for_huge_pages(start: *mut u8, len: usize) {
-    // SAFETY: the range is a mapping of the caller's; the advice changes how it is filled and not what is in
-    // it.
+    // SAFETY: the range is a mapping of the caller's; the advice does not change what is in it.
     if let Err(error) = unsafe { madvise(start.cast(), len, Advice::LinuxHugepage) } {
         log::debug!("no huge pages for guest memory: {error}");
     }

@@ -152,20 +152,22 @@ impl SharedMemory {
     /// The live mappings, by region and address.
     pub fn mappings(&self) -> Vec<MappingInfo> {
         let state = self.lock();
-        let mappings = state.ledger.mappings.iter();
-        mappings
-            .filter_map(|(&key, mapping)| Some(info(key, mapping, &self.span(key, mapping.span_len())?)))
-            .collect()
+        let infos = state.ledger.mappings.iter().filter_map(|(&key, mapping)| self.info(key, mapping));
+        infos.map(|(info, _)| info).collect()
     }
 
     /// The live mapping that starts at an offset of a region, and its address in this process, which no other
     /// memory of the guest has.
     pub fn mapping(&self, shmid: u8, shm_offset: u64) -> Option<(MappingInfo, u64)> {
         let key = (shmid, shm_offset);
-        let state = self.lock();
-        let mapping = state.ledger.mappings.get(&key)?;
+        self.info(key, self.lock().ledger.mappings.get(&key)?)
+    }
+
+    fn info(&self, key: Key, mapping: &Mapping) -> Option<(MappingInfo, u64)> {
         let span = self.span(key, mapping.span_len())?;
-        Some((info(key, mapping, &span), span.host() as u64))
+        let Mapping { file_offset, access, .. } = *mapping;
+        let (shmid, guest, filled) = (key.0, span.guest(), mapping.kept.filled);
+        Some((MappingInfo { shmid, guest, file_offset, access, filled }, span.host() as u64))
     }
 
     /// Maps a file; the guest sees it when this returns (SHM-60).
@@ -181,7 +183,7 @@ impl SharedMemory {
         // it, after they took the slot away; no Rust reference goes into it, only system calls look there.
         let mapped = unsafe { self.mapper.map(guest, span.host(), access) };
         let slot = mapped.map_err(|error| {
-            release(reserve_vma, &span);
+            release(reserve_vma, Some(span));
             ShmemError::Guest(error)
         })?;
         ledger.insert(key, len, file_offset, access, Placed { slot, filled: 0, guarded: 0, saved: None });
@@ -195,7 +197,8 @@ impl SharedMemory {
         let State { ledger, reserve_vma, .. } = &mut *self.lock();
         self.hide(key, ledger.named(key, len)?)?;
         ledger.mappings.remove(&key);
-        self.release_hole(reserve_vma, shmid, ledger.hole(key));
+        let (hole, len) = ledger.hole(key);
+        release(reserve_vma, self.span(hole, len));
         Ok(())
     }
 
@@ -210,28 +213,28 @@ impl SharedMemory {
     }
 
     /// Takes all mappings away (SHM-69), and tells how many there were. A slot that the machine does not give
-    /// back keeps its mapping; the error is the last such.
+    /// back keeps its mapping; the error is the first such.
     pub fn unmap_all(&self) -> Result<usize, ShmemError> {
         let State { ledger, reserve_vma, .. } = &mut *self.lock();
-        let (mut freed, mut result) = (Vec::new(), Ok(()));
+        let (mut freed, mut first_error) = (Vec::new(), None);
         ledger.mappings.retain(|&key, mapping| match self.hide(key, mapping) {
             Ok(()) => {
                 freed.push(key);
                 false
             }
             Err(error) => {
-                result = Err(error);
+                first_error.get_or_insert(error);
                 true
             }
         });
         let gone = freed.len();
-        // Each hole once: of an empty region all of it, with what an UNMAP had to leave.
+        // Each hole once; of an empty region all of it, with what an UNMAP had to leave.
         freed.extend(self.windows.keys().map(|&shmid| (shmid, 0)));
-        let holes: BTreeSet<_> = freed.iter().map(|&key| (key.0, ledger.hole(key))).collect();
-        for (shmid, hole) in holes {
-            self.release_hole(reserve_vma, shmid, hole);
+        let holes: BTreeSet<_> = freed.into_iter().map(|key| ledger.hole(key)).collect();
+        for (key, len) in holes {
+            release(reserve_vma, self.span(key, len));
         }
-        result.map(|()| gone)
+        first_error.map_or(Ok(gone), Err)
     }
 
     /// What the guest may do at `at`; `None` where nothing is mapped. Waits for no request of the back-end.
@@ -278,13 +281,6 @@ impl SharedMemory {
         }
         Ok(())
     }
-
-    /// All of a hole, not only what was just unmapped: what could not be released earlier is released then.
-    fn release_hole(&self, reserve_vma: &mut ReserveVma, shmid: u8, (offset, len): (u64, u64)) {
-        if let Some(hole) = self.span((shmid, offset), len) {
-            release(reserve_vma, &hole);
-        }
-    }
 }
 
 impl Drop for SharedMemory {
@@ -297,19 +293,10 @@ impl Drop for SharedMemory {
     }
 }
 
-fn info((shmid, _): Key, mapping: &Mapping, span: &Span<'_>) -> MappingInfo {
-    MappingInfo {
-        shmid,
-        guest: span.guest(),
-        file_offset: mapping.file_offset,
-        access: mapping.access,
-        filled: mapping.kept.filled,
-    }
-}
-
-/// Reserves again what the guest no longer sees.
-fn release(reserve_vma: &mut ReserveVma, span: &Span<'_>) {
-    if let Err(error) = reserve_vma.clear(span) {
+/// Reserves again what the guest no longer sees: all of the hole around it, so that what could not be reserved
+/// earlier is reserved then.
+fn release(reserve_vma: &mut ReserveVma, hole: Option<Span<'_>>) {
+    if let Some(Err(error)) = hole.map(|hole| reserve_vma.clear(&hole)) {
         log::warn!("an unmapped file stays in the VMM's address space for now: {error}");
     }
 }
