@@ -28,7 +28,6 @@ use std::sync::Arc;
 use crate::kvm::vcpu::{Machine, VcpuState};
 use crate::kvm::vm::Processor;
 
-use backends::MissingPages;
 use console::Console;
 use exit_once::ExitOnce;
 use memory_map::MemoryMap;
@@ -44,6 +43,5 @@ pub struct Vmm {
     machine: Arc<Machine>,
     console: Console,
     memory_map: MemoryMap,
-    missing_pages: Arc<MissingPages>,
     exit: Arc<ExitOnce>,
 }

@@ -243,7 +243,7 @@ impl Device {
                     self.machine.0.lock().unwrap().windows[usize::from(input.byte()) % REGIONS.len()];
                 self.shmem.fill_missing(window.start().saturating_add(input.offset()));
             }
-            11 => drop(self.shmem.fill_all_for_now()),
+            11 => drop(self.shmem.fill_all_temporarily()),
             12 => drop(self.shmem.settle()),
             13 => self.shmem.guard_missing(),
             14 => self.machine.0.lock().unwrap().fail = true,

@@ -4,7 +4,7 @@
 //!   spawn ──▶ apply the state ──▶ KVM_RUN ──▶ an access ──▶ bus ──┬──▶ again
 //!                                    │  ▲                         └──▶ Exit (power-off, reset, ...)
 //!                                    │  └── interrupted: stopping? ──no
-//!                                    ├── EFAULT: FaultHandler mends it? ──no, again and again──▶ Exit::Crash
+//!                                    ├── EFAULT: MissingPages mends it? ──no, again and again──▶ Exit::Crash
 //!                                    └── triple fault, internal error, failed entry ──▶ Exit::Crash
 //! ```
 
@@ -23,6 +23,7 @@ use super::stats::FaultCount;
 use super::vm::{KvmError, Processor, failed_to};
 use crate::bus::Bus;
 use crate::exit::Exit;
+use crate::memory::missing::MissingPages;
 use crate::thread;
 
 /// The registers with which the first processor starts. The others wait for the guest's INIT and SIPI.
@@ -47,21 +48,6 @@ pub struct VcpuState {
     pub boot: Option<BootRegisters>,
 }
 
-/// Mends what a guest's access failed at: the host memory behind a slot is gone.
-pub trait FaultHandler: Send + Sync {
-    /// Called by a vCPU thread, outside KVM_RUN, with no lock held, possibly by several at once. `address` is
-    /// the guest physical address where KVM tells it; then only the slot that it is in need be looked at.
-    /// True if something was missing, and is there now.
-    fn mend(&self, address: Option<u64>) -> bool;
-
-    /// The same for a read that KVM passed on: what the guest sees at `address` now goes to `data`, zeroes in
-    /// place of what is missing. False where it sees nothing.
-    fn read(&self, address: u64, data: &mut [u8]) -> bool;
-
-    /// The same for a write that KVM passed on. It is lost; what was missing is there for those after it.
-    fn write(&self, address: u64);
-}
-
 /// The most EFAULTs in a row for which nothing is found missing. One such failure proves nothing: another
 /// processor may have repaired the page first, the mapping may be gone, or the file may have grown again. A
 /// back-end that truncates and extends a file all the time causes one with a probability below 1/4 each time.
@@ -84,8 +70,8 @@ pub struct Machine {
     pub ports: Bus,
     /// The devices at memory addresses.
     pub mmio: Bus,
-    /// Asked about every EFAULT.
-    pub faults: Arc<dyn FaultHandler>,
+    /// Asked about every EFAULT, and every access that no device claims.
+    pub missing_pages: Arc<MissingPages>,
     /// Accesses without a device.
     pub unclaimed: UnclaimedCounts,
     /// Set before the processors are interrupted for the last time; then none goes back to the guest.
@@ -94,11 +80,11 @@ pub struct Machine {
 
 impl Machine {
     /// A machine without devices.
-    pub fn new(faults: Arc<dyn FaultHandler>) -> Self {
+    pub fn new(missing_pages: Arc<MissingPages>) -> Self {
         Machine {
             ports: Bus::default(),
             mmio: Bus::default(),
-            faults,
+            missing_pages,
             unclaimed: UnclaimedCounts::default(),
             stopping: Arc::default(),
         }
@@ -212,7 +198,7 @@ impl Runner {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 // A missing page of a mapping causes this exit, too: on a software KVM always, on any KVM
                 // when it must emulate the instruction (SHM-45). Another vCPU may have mended it meanwhile.
-                if !machine.mmio.read(address, data) && !machine.faults.read(address, data) {
+                if !machine.mmio.read(address, data) && !machine.missing_pages.read(address, data) {
                     machine.unclaimed.mmio_reads.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
                 }
@@ -221,7 +207,7 @@ impl Runner {
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 let written = machine.mmio.write(address, data);
                 if written.is_err() {
-                    machine.faults.write(address);
+                    machine.missing_pages.write(address);
                     machine.unclaimed.mmio_writes.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");
                 }
@@ -291,7 +277,7 @@ impl Runner {
     }
 
     fn mend(&mut self, address: Option<u64>) -> Option<Exit> {
-        if self.machine.faults.mend(address) {
+        if self.machine.missing_pages.mend(address) {
             self.unexplained_efaults = 0;
             return None;
         }

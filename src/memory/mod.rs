@@ -4,10 +4,15 @@
 //! `kvm::slots` implements it, tests record with a fake.
 
 pub mod alloc;
+mod error;
+mod ledger;
+pub mod missing;
+pub(crate) mod pages;
 pub mod ram;
 pub mod shmem;
 pub mod window;
 
+use std::fmt;
 use std::io;
 
 /// The page size of everything here: x86-64's smallest page, 4 KiB.
@@ -44,9 +49,21 @@ impl GuestRange {
         self.start + (self.len - 1)
     }
 
+    /// Whether an address is in it.
+    pub fn contains(&self, at: u64) -> bool {
+        self.start <= at && at <= self.last()
+    }
+
     /// Whether the two share an address.
     pub fn overlaps(&self, other: &GuestRange) -> bool {
         self.start <= other.last() && other.start <= self.last()
+    }
+}
+
+/// As the memory map shows it: first and last address.
+impl fmt::Display for GuestRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#014x}-{:#014x}", self.start, self.last())
     }
 }
 

@@ -18,12 +18,11 @@ use crate::memory::GuestRange;
 pub struct QueueSetup<'a> {
     /// The queue's index.
     pub index: u16,
-    /// The number of descriptors: 1 to what the device allows, and a power of two unless VIRTIO_F_RING_PACKED
-    /// was negotiated.
+    /// The number of descriptor table entries: a power of two, at most what the device allows.
     pub size: u16,
-    /// The descriptor area's address (a multiple of 16).
+    /// The descriptor table's address (a multiple of 16).
     pub descriptors: u64,
-    /// The driver area's (available ring's) address (a multiple of 2; of 4 in a packed queue).
+    /// The driver area's (available ring's) address (a multiple of 2).
     pub driver_area: u64,
     /// The device area's (used ring's) address (a multiple of 4).
     pub device_area: u64,

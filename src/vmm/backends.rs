@@ -1,23 +1,22 @@
 //! The set-up's part for virtio devices: connect to their back-ends and negotiate, place their windows,
 //! attach them to the machine.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use thiserror::Error;
 
 use super::error::failed_to;
-use super::memory_map::{DeviceMemory, show, total_filled};
+use super::memory_map::DeviceMemory;
 use crate::arch::x86_64::layout;
 use crate::config::Config;
 use crate::kvm::slots::Slots;
-use crate::kvm::vcpu::{FaultHandler, Machine};
+use crate::kvm::vcpu::Machine;
 use crate::kvm::vm::Vm;
 use crate::memory::alloc::WindowAllocator;
 use crate::memory::ram::Ram;
-use crate::memory::shmem::{Filled, LayoutError, SharedMemory};
+use crate::memory::shmem::{LayoutError, SharedMemory};
 use crate::memory::{Access, GuestRange, PAGE_SIZE};
-use crate::report::{Failure, MisuseLog, STATUS_USAGE};
+use crate::report::{Failure, STATUS_USAGE};
 use crate::vhost_user::device::VhostUserDevice;
 use crate::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use crate::vhost_user::memory_table::MemoryTable;
@@ -85,6 +84,13 @@ pub struct Backend {
     shmem: Arc<SharedMemory>,
 }
 
+impl Backend {
+    /// The device's name, and its shared memory.
+    pub fn shared_memory(&self) -> (String, Arc<SharedMemory>) {
+        (self.spec.name.clone(), Arc::clone(&self.shmem))
+    }
+}
+
 /// Connects to all back-ends, then places the windows of their shared memory regions.
 pub fn connect(
     config: &Config,
@@ -109,7 +115,7 @@ pub fn connect(
         let shmem = SharedMemory::new(sizes, &mut windows, slots.clone(), quota)
             .map_err(|error| BackendError::new(spec, error.into()))?;
         for (shmid, range) in shmem.regions() {
-            log::info!("{}: shared memory region {shmid} is {}", spec.name, show(&range));
+            log::info!("{}: shared memory region {shmid} is {range}", spec.name);
         }
         backends.push(Backend { spec: spec.clone(), handshake, shmem: Arc::new(shmem) });
     }
@@ -195,145 +201,4 @@ fn memory_table(ram: &Ram) -> MemoryTable {
         mmap_offset: region.file_offset,
     });
     MemoryTable::new(Arc::clone(ram.file()), regions.collect())
-}
-
-/// Puts zeroes under mappings whose file became shorter (SHM-45).
-pub struct MissingPages {
-    devices: Vec<Shared>,
-    /// When something was first filled for now.
-    ///
-    /// Lock order: before `SharedMemory`'s; held by a vCPU while it looks for what is missing.
-    filled: Mutex<Option<Instant>>,
-}
-
-/// The shared memory of one device.
-struct Shared {
-    name: String,
-    shmem: Arc<SharedMemory>,
-    log: MisuseLog,
-}
-
-/// How long a vCPU has, after something was filled for it, to touch what it wanted.
-const SETTLE: Duration = Duration::from_millis(500);
-
-/// How often an access is looked at again because what it found there changed meanwhile.
-const ATTEMPTS: usize = 8;
-
-impl MissingPages {
-    /// Looks in these devices' shared memory.
-    pub fn of(backends: &[Backend]) -> Self {
-        MissingPages {
-            devices: backends
-                .iter()
-                .map(|backend| Shared {
-                    name: backend.spec.name.clone(),
-                    shmem: Arc::clone(&backend.shmem),
-                    log: MisuseLog::new(&backend.spec.name),
-                })
-                .collect(),
-            filled: Mutex::new(None),
-        }
-    }
-
-    /// Whether any of the devices may ever have a mapping.
-    pub fn are_possible(&self) -> bool {
-        self.devices.iter().any(|device| !device.shmem.regions().is_empty())
-    }
-
-    /// Whether any of the devices has a mapping now.
-    pub fn are_to_watch(&self) -> bool {
-        self.devices.iter().any(|device| device.shmem.has_mappings())
-    }
-
-    /// Keeps what the guest really needed of what was filled, some time after that. Does nothing before, or
-    /// while something is being filled: the vCPU would find it missing again.
-    pub fn settle(&self) {
-        let Ok(mut filled) = self.filled.try_lock() else {
-            return;
-        };
-        if filled.is_some_and(|when| when.elapsed() >= SETTLE) {
-            *filled = None;
-            for device in &self.devices {
-                device.report(&device.shmem.settle());
-            }
-        }
-    }
-
-    /// Makes accesses to missing pages fail instead of wait.
-    pub fn guard(&self) {
-        self.devices.iter().for_each(|device| device.shmem.guard_missing());
-    }
-
-    /// Logs, for each device that it happened to, what was missing in all.
-    pub fn log_total(&self) {
-        for device in &self.devices {
-            if let Some(total) = total_filled(&device.shmem) {
-                log::info!("{}: {total}", device.name);
-            }
-        }
-    }
-}
-
-impl Shared {
-    /// Once for a mapping, however many of its pages are found missing one after the other.
-    fn report<'a>(&self, filled: impl IntoIterator<Item = &'a Filled>) {
-        for filled in filled.into_iter().filter(|filled| filled.is_first) {
-            self.log.warn(format_args!(
-                "the file under the mapping {} of region {} became shorter: its last {:#x} bytes, or more of them later, \
-                 read as zeroes from now on",
-                show(&filled.guest),
-                filled.shmid,
-                filled.len
-            ));
-        }
-    }
-}
-
-impl FaultHandler for MissingPages {
-    fn mend(&self, address: Option<u64>) -> bool {
-        if let Some(address) = address {
-            return self.devices.iter().any(|device| {
-                let filled = device.shmem.fill_missing(address);
-                device.report(&filled);
-                filled.is_some()
-            });
-        }
-        let mut since = self.filled.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut any = false;
-        for device in &self.devices {
-            if let Some(kept) = device.shmem.fill_all_for_now() {
-                device.report(&kept);
-                any = true;
-            }
-        }
-        if any {
-            since.get_or_insert_with(Instant::now);
-        }
-        any
-    }
-
-    fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        for _ in 0..ATTEMPTS {
-            let here = |device: &&Shared| device.shmem.access_at(address).is_some();
-            let Some(device) = self.devices.iter().find(here) else {
-                return false;
-            };
-            if device.shmem.read(address, data) {
-                return true;
-            }
-            device.report(&device.shmem.fill_missing(address));
-        }
-        // It is cut short faster than we can look.
-        data.fill(0);
-        true
-    }
-
-    fn write(&self, address: u64) {
-        for device in &self.devices {
-            // To what is read-only, every write comes here.
-            if device.shmem.access_at(address) == Some(Access::ReadWrite) {
-                device.report(&device.shmem.fill_missing(address));
-            }
-        }
-    }
 }

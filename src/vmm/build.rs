@@ -7,7 +7,7 @@ use kvm_bindings::CpuId;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Vmm;
-use super::backends::{self, MissingPages};
+use super::backends::{self, Backend};
 use super::console::Console;
 use super::error::{VmmError, eventfd, failed_to};
 use super::exit_once::ExitOnce;
@@ -26,6 +26,7 @@ use crate::kvm::vcpu::{BootRegisters, Machine, VcpuState};
 use crate::kvm::vm::{Kvm, KvmError, Processor, Vm};
 use crate::memory::Access;
 use crate::memory::alloc::WindowAllocator;
+use crate::memory::missing::MissingPages;
 use crate::memory::ram::Ram;
 use crate::report::Failure;
 
@@ -52,8 +53,8 @@ impl Vmm {
         // The back-ends: connect and negotiate with each, then place the windows of their shared memory
         // regions.
         let backends = backends::connect(config, windows(&ram, &supported), vm.slots())?;
-        let missing_pages = Arc::new(MissingPages::of(&backends));
-        let machine = Arc::new(Machine::new(missing_pages.clone()));
+        let missing_pages = MissingPages::new(backends.iter().map(Backend::shared_memory));
+        let machine = Arc::new(Machine::new(Arc::new(missing_pages)));
 
         // The devices.
         let exit = Arc::new(ExitOnce::new()?);
@@ -69,7 +70,7 @@ impl Vmm {
         let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
 
         let ram = ram.regions().iter().map(|region| region.guest).collect();
-        Ok(Vmm { vcpus, machine, console, memory_map: MemoryMap { ram, devices }, missing_pages, exit })
+        Ok(Vmm { vcpus, machine, console, memory_map: MemoryMap { ram, devices }, exit })
     }
 }
 

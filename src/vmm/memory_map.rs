@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::memory::shmem::{FilledTotal, SharedMemory};
+use crate::memory::shmem::SharedMemory;
 use crate::memory::{Access, GuestRange};
 use crate::vhost_user::sharing::Member;
 
@@ -25,7 +25,7 @@ pub(super) struct DeviceMemory {
 
 impl fmt::Display for MemoryMap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ram = self.ram.iter().map(|range| format!("{}  RAM", show(range)));
+        let ram = self.ram.iter().map(|range| format!("{range}  RAM"));
         let devices = self.devices.iter().flat_map(DeviceMemory::lines);
         let lines: Vec<_> = ram.chain(devices).map(|line| format!("  {line}")).collect();
         f.write_str(&lines.join("\n"))
@@ -34,10 +34,10 @@ impl fmt::Display for MemoryMap {
 
 impl DeviceMemory {
     fn lines(&self) -> Vec<String> {
-        let mut lines = vec![format!("{}  registers of {}", show(&self.registers), self.name)];
+        let mut lines = vec![format!("{}  registers of {}", self.registers, self.name)];
         let mappings = self.shmem.mappings();
         for (shmid, region) in self.shmem.regions() {
-            lines.push(format!("{}  {} shared memory region {shmid}", show(&region), self.name));
+            lines.push(format!("{region}  {} shared memory region {shmid}", self.name));
             for mapping in mappings.iter().filter(|mapping| mapping.shmid == shmid) {
                 let access = match mapping.access {
                     Access::ReadOnly => "read-only",
@@ -51,25 +51,14 @@ impl DeviceMemory {
                 let shared = if self.member.as_ref().is_some_and(is_shared) { ", shared" } else { "" };
                 lines.push(format!(
                     "  {}  mapping, {access}{shared}, file offset {:#x}{filled}",
-                    show(&mapping.guest),
-                    mapping.file_offset
+                    mapping.guest, mapping.file_offset
                 ));
             }
         }
-        lines.extend(total_filled(&self.shmem).map(|total| format!("{}: {total}", self.name)));
+        let total = self.shmem.filled();
+        if total.bytes > 0 {
+            lines.push(format!("{}: {total}", self.name));
+        }
         lines
     }
-}
-
-/// A range as the memory map shows it.
-pub(super) fn show(range: &GuestRange) -> String {
-    format!("{:#014x}-{:#014x}", range.start(), range.last())
-}
-
-/// How much of a device's mappings zeroes have replaced so far; `None` if nothing (SHM-45).
-pub(super) fn total_filled(shmem: &SharedMemory) -> Option<String> {
-    let FilledTotal { mappings, bytes } = shmem.filled();
-    (bytes > 0).then(|| {
-        format!("zeroes took the place of {bytes:#x} bytes of {mappings} mappings so far (files that became shorter)")
-    })
 }

@@ -37,14 +37,14 @@ impl Vmm {
         events.add_subscriber(Box::new(self.console));
 
         let vcpus = RunningVcpus::start(self.vcpus, &self.machine, &exit);
-        let result = serve(events, vcpus, StuckWatch::new(Arc::clone(&self.missing_pages)), &exit);
+        let result = serve(events, vcpus, StuckWatch::new(Arc::clone(&self.machine.missing_pages)), &exit);
 
         serial_port.flush();
         let UnclaimedCounts { mmio_reads, mmio_writes, ports } = &self.machine.unclaimed;
         log::info!(
             "no device claimed {mmio_reads:?} memory reads, {mmio_writes:?} memory writes and {ports:?} port accesses"
         );
-        self.missing_pages.log_total();
+        self.machine.missing_pages.log_total();
         result
     }
 }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::backends::MissingPages;
 use crate::kvm::vcpu::Vcpu;
+use crate::memory::missing::MissingPages;
 use crate::thread;
 
 /// Time between two looks at the processors while mappings exist.
