@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::{ArgAction, Parser};
 
+use crate::config::device::{self, DeviceSpec};
 use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, parse_duration, parse_memory};
-use crate::vhost_user::frontend::DeviceSpec;
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
 ///
@@ -40,7 +40,7 @@ pub struct Cli {
     pub cpus: u32,
 
     /// Add a virtio device whose back-end listens on a Unix socket
-    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...", long_help = DEVICE_HELP)]
+    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...", long_help = device::help())]
     pub vhost_user: Vec<DeviceSpec>,
 
     /// The serial port's other end: stdio, off or file=PATH
@@ -75,17 +75,6 @@ pub struct Cli {
     #[arg(long)]
     pub print_layout: bool,
 }
-
-const DEVICE_HELP: &str = "Add a virtio device whose back-end listens on a Unix socket
-
-PATH,type=fs|pmem|blk|rng|vsock|console|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20]\
-[,share-shmem=on][,shmem-rate=N][,name=NAME]. Can be given several times; the guest finds the devices in this order.
-
-share-shmem=on shows what this device's back-end maps to the back-ends of the other devices, so that the guest can use \
-it for their requests (O_DIRECT from a DAX file to a disk).
-
-shmem-rate=N carries out no more than N requests of this device's back-end to map or unmap in a second, evenly spread: each \
-holds up the guest's processors for a moment. Without it there is no limit.";
 
 const STATUSES: &str = "Exit status:
   0 the guest switched itself off       32 it reset itself

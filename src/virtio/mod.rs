@@ -6,6 +6,7 @@
 
 pub mod device;
 pub mod interrupt;
+pub mod kind;
 pub mod mmio;
 mod queue;
 pub mod register_page;

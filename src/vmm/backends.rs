@@ -9,6 +9,7 @@ use thiserror::Error;
 use crate::arch::x86_64::acpi;
 use crate::arch::x86_64::layout;
 use crate::bus::BusError;
+use crate::config::device::DeviceSpec;
 use crate::kvm::vcpu::{FaultHandler, Machine};
 use crate::kvm::vm::{KvmError, Vm};
 use crate::memory::alloc::WindowAllocator;
@@ -16,11 +17,12 @@ use crate::memory::ram::Ram;
 use crate::memory::shmem::{Filled, FilledTotal, LayoutError, SharedMemory};
 use crate::memory::{Access, GuestMapper, GuestRange, PAGE_SIZE};
 use crate::report::MisuseLog;
+use crate::vhost_user::connect::{self, ConnectError};
 use crate::vhost_user::device::VhostUserDevice;
-use crate::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use crate::vhost_user::memory_table::MemoryTable;
-use crate::vhost_user::message::MemoryRegion;
-use crate::vhost_user::sharing::{Member, Sharing};
+use crate::vhost_user::sharing::{Participant, Sharing};
+use crate::vhost_user::wire::frontend::{FrontendError, Handshake};
+use crate::vhost_user::wire::message::MemoryRegion;
 use crate::virtio::device::DeviceError;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::mmio::MmioTransport;
@@ -41,7 +43,7 @@ pub struct BackendError {
 #[derive(Debug, Error)]
 enum Cause {
     #[error(transparent)]
-    Frontend(#[from] FrontendError),
+    Connect(#[from] ConnectError),
     #[error(transparent)]
     Layout(#[from] LayoutError),
     #[error(transparent)]
@@ -56,17 +58,21 @@ impl BackendError {
     /// What the user could do about it.
     pub fn hint(&self) -> Option<String> {
         match &*self.source {
-            Cause::Frontend(FrontendError::NobodyListens { .. }) => Some(format!(
+            Cause::Connect(ConnectError::NobodyListens { .. }) => Some(format!(
                 "start the back-end on {}, or wait longer with --connect-timeout",
                 self.spec.socket.display()
             )),
-            Cause::Frontend(FrontendError::PathTooLong(_)) => {
+            Cause::Connect(ConnectError::PathTooLong(_)) => {
                 Some("a path relative to the working directory may be shorter".to_string())
             }
-            Cause::Frontend(FrontendError::Negotiation(error)) => error.draft_bit().map(|bit| {
-                format!("a back-end built from a draft may mean SHMEM by bit {bit}: try shmem-bit={bit}")
-            }),
-            Cause::Frontend(FrontendError::Queues { .. }) => Some("say how many with queues=N".to_string()),
+            Cause::Connect(ConnectError::Frontend(FrontendError::Negotiation(error))) => {
+                error.draft_bit().map(|bit| {
+                    format!("a back-end built from a draft may mean SHMEM by bit {bit}: try shmem-bit={bit}")
+                })
+            }
+            Cause::Connect(ConnectError::Frontend(FrontendError::Queues { .. })) => {
+                Some("say how many with queues=N".to_string())
+            }
             _ => None,
         }
     }
@@ -92,7 +98,7 @@ pub fn connect(
     for (index, spec) in specs.iter().enumerate() {
         let mut others = specs.iter().enumerate().filter(|(other, _)| *other != index);
         let sees_others = others.any(|(_, other)| other.share_shmem);
-        let handshake = Frontend::connect(spec, patience, sees_others)
+        let handshake = connect::connect(spec, patience, sees_others)
             .map_err(|error| BackendError::new(spec, error.into()))?;
         if sees_others && handshake.memory_slots.is_none() {
             log::warn!(
@@ -129,7 +135,7 @@ pub struct Attached {
     name: String,
     registers: GuestRange,
     shmem: Arc<SharedMemory>,
-    member: Option<Member>,
+    member: Option<Participant>,
     _page: Arc<RegisterPage>,
     /// What its driver has to be told.
     pub acpi: acpi::VirtioDevice,
@@ -242,7 +248,7 @@ impl Attached {
                     0 => String::new(),
                     bytes => format!(", the last {bytes:#x} bytes are zeroes (the file became shorter)"),
                 };
-                let is_shared = |member: &Member| member.is_shared(mapping.guest.start());
+                let is_shared = |member: &Participant| member.is_shared(mapping.guest.start());
                 let shared = match self.member.as_ref().is_some_and(is_shared) {
                     true => ", shared",
                     false => "",
