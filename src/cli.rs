@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use clap::{ArgAction, Parser};
 
+use crate::config::device::{self, DeviceSpec};
 use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, parse_duration};
 use crate::size;
-use crate::vhost_user::frontend::DeviceSpec;
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
 ///
@@ -41,7 +41,7 @@ pub struct Cli {
     pub cpus: u32,
 
     /// Add a virtio device whose back-end listens on a Unix socket
-    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...", long_help = DEVICE_HELP)]
+    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...", long_help = device::help())]
     pub vhost_user: Vec<DeviceSpec>,
 
     /// What the guest's serial port is connected to: stdio, off or file=PATH
@@ -72,17 +72,6 @@ pub struct Cli {
     #[arg(long)]
     pub print_layout: bool,
 }
-
-const DEVICE_HELP: &str = "Add a virtio device whose back-end listens on a Unix socket
-
-PATH,type=fs|pmem|blk|rng|vsock|console|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20]\
-[,share-shmem=on][,shmem-rate=N][,name=NAME]. Can be given several times; the guest finds the devices in this order.
-
-share-shmem=on lets the back-ends of the other devices see what this device's back-end maps, so that the guest can name \
-it in requests to them (O_DIRECT from a DAX file to a disk).
-
-shmem-rate=N carries out at most N requests to map or unmap of this device's back-end in a second, evenly spread: each \
-delays the guest's processors for a moment. Without it there is no limit.";
 
 const STATUSES: &str = "Exit status:
   0 the guest switched itself off       32 it reset itself

@@ -199,7 +199,7 @@ fn impossible_devices() {
         ("a.sock,type=disk", "`disk`"),
         ("a.sock,type=fs,colour=red", "unknown key `colour`"),
         ("a.sock,type=fs,queues=none", "`none`"),
-        ("a.sock,type=fs,reconnect=3", "`reconnect` is not supported yet"),
+        ("a.sock,type=fs,reconnect=3", "unknown key `reconnect`"),
     ] {
         refused(&["-k", "good", "--vhost-user", device], here, &["--vhost-user", part], None);
     }

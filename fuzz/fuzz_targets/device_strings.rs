@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use clap::Parser;
 use hotslot::cli::Cli;
+use hotslot::config::device::DeviceSpec;
 use hotslot::config::{SerialLine, parse_duration};
 use hotslot::size;
-use hotslot::vhost_user::frontend::DeviceSpec;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

@@ -6,6 +6,7 @@
 
 pub mod device;
 pub mod interrupt;
+pub mod kind;
 mod misuse;
 pub mod mmio;
 mod queue;

@@ -9,6 +9,7 @@ use super::error::failed_to;
 use super::memory_map::DeviceMemory;
 use crate::arch::x86_64::layout;
 use crate::config::Config;
+use crate::config::device::DeviceSpec;
 use crate::kvm::slots::Slots;
 use crate::kvm::vcpu::Machine;
 use crate::kvm::vm::Vm;
@@ -17,11 +18,12 @@ use crate::memory::ram::Ram;
 use crate::memory::shmem::{LayoutError, SharedMemory};
 use crate::memory::{Access, GuestRange, PAGE_SIZE};
 use crate::report::{Failure, STATUS_USAGE};
+use crate::vhost_user::connect::{self, ConnectError};
 use crate::vhost_user::device::VhostUserDevice;
-use crate::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use crate::vhost_user::memory_table::MemoryTable;
-use crate::vhost_user::message::MemoryRegion;
 use crate::vhost_user::sharing::Sharing;
+use crate::vhost_user::wire::frontend::{FrontendError, Handshake};
+use crate::vhost_user::wire::message::MemoryRegion;
 use crate::virtio::device::DeviceError;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::mmio::MmioTransport;
@@ -41,7 +43,7 @@ pub struct BackendError {
 #[derive(Debug, Error)]
 enum Cause {
     #[error(transparent)]
-    Frontend(#[from] FrontendError),
+    Connect(#[from] ConnectError),
     #[error(transparent)]
     Layout(#[from] LayoutError),
     #[error(transparent)]
@@ -61,17 +63,21 @@ impl Failure for BackendError {
 
     fn hint(&self) -> Option<String> {
         match &*self.source {
-            Cause::Frontend(FrontendError::NobodyListens { .. }) => Some(format!(
+            Cause::Connect(ConnectError::NobodyListens { .. }) => Some(format!(
                 "start the back-end on {}, or wait longer with --connect-timeout",
                 self.spec.socket.display()
             )),
-            Cause::Frontend(FrontendError::PathTooLong(_)) => {
+            Cause::Connect(ConnectError::PathTooLong(_)) => {
                 Some("a path relative to the working directory may be shorter".to_string())
             }
-            Cause::Frontend(FrontendError::Negotiation(error)) => error.draft_bit().map(|bit| {
-                format!("a back-end built from a draft may mean SHMEM by bit {bit}: try shmem-bit={bit}")
-            }),
-            Cause::Frontend(FrontendError::Queues { .. }) => Some("say how many with queues=N".to_string()),
+            Cause::Connect(ConnectError::Frontend(FrontendError::Negotiation(error))) => {
+                error.draft_bit().map(|bit| {
+                    format!("a back-end built from a draft may mean SHMEM by bit {bit}: try shmem-bit={bit}")
+                })
+            }
+            Cause::Connect(ConnectError::Frontend(FrontendError::Queues { .. })) => {
+                Some("say how many with queues=N".to_string())
+            }
             _ => None,
         }
     }
@@ -102,7 +108,7 @@ pub fn connect(
     let mut backends = Vec::new();
     for (index, spec) in specs.iter().enumerate() {
         let sees_others = specs.iter().enumerate().any(|(other, spec)| other != index && spec.share_shmem);
-        let handshake = Frontend::connect(spec, config.connect_timeout, sees_others)
+        let handshake = connect::connect(spec, config.connect_timeout, sees_others)
             .map_err(|error| BackendError::new(spec, error.into()))?;
         if sees_others && handshake.memory_slots.is_none() {
             log::warn!(

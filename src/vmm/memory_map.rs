@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::memory::shmem::SharedMemory;
 use crate::memory::{Access, GuestRange};
-use crate::vhost_user::sharing::Member;
+use crate::vhost_user::sharing::Participant;
 
 /// The parts of the map. It displays as one line for each.
 pub(super) struct MemoryMap {
@@ -20,7 +20,7 @@ pub(super) struct DeviceMemory {
     pub registers: GuestRange,
     pub shmem: Arc<SharedMemory>,
     /// For whether a mapping is shared with other devices; `None` where none is (SHM-80).
-    pub member: Option<Member>,
+    pub member: Option<Participant>,
 }
 
 impl fmt::Display for MemoryMap {
@@ -47,7 +47,7 @@ impl DeviceMemory {
                     0 => String::new(),
                     bytes => format!(", the last {bytes:#x} bytes are zeroes (the file became shorter)"),
                 };
-                let is_shared = |member: &Member| member.is_shared(mapping.guest.start());
+                let is_shared = |member: &Participant| member.is_shared(mapping.guest.start());
                 let shared = if self.member.as_ref().is_some_and(is_shared) { ", shared" } else { "" };
                 lines.push(format!(
                     "  {}  mapping, {access}{shared}, file offset {:#x}{filled}",
