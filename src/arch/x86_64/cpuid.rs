@@ -56,16 +56,10 @@ pub fn of_vcpu(supported: &CpuId, topology: Topology, id: u32) -> CpuId {
         patch(entry, topology, id);
     }
     if !entries.iter().any(|entry| entry.function == 0x4000_0000) {
-        let leaf = |function, eax, [ebx, ecx, edx]: [u32; 3]| kvm_cpuid_entry2 {
-            function,
-            eax,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        };
-        entries.push(leaf(0x4000_0000, 0x4000_0001, KVM_SIGNATURE));
-        entries.push(leaf(0x4000_0001, KVM_FEATURE_CLOCKSOURCE2, [0; 3]));
+        let features = (0x4000_0001, KVM_FEATURE_CLOCKSOURCE2, [0; 3]);
+        for (function, eax, [ebx, ecx, edx]) in [(0x4000_0000, 0x4000_0001, KVM_SIGNATURE), features] {
+            entries.push(kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() });
+        }
     }
     CpuId::from_entries(&entries).unwrap_or_else(|_| supported.clone())
 }
