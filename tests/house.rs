@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("devices", &["bus"]),
     ("exit", &[]),
     ("kvm", &["bus", "memory", "thread"]),
-    ("memory", &[]),
+    ("memory", &["report"]),
     ("report", &[]),
     ("size", &[]),
     ("terminal", &[]),
