@@ -104,7 +104,7 @@ impl MissingPages {
         }
     }
 
-    /// Makes temporary zeroes that the guest accessed permanent, once [`SETTLE`] has passed, and takes the
+    /// Makes temporary zeroes that the guest accessed permanent, once `SETTLE` has passed, and takes the
     /// others away. Does nothing before, or while a vCPU is filling: that vCPU would find its page missing
     /// again.
     pub fn settle(&self) {

@@ -36,7 +36,7 @@ pub struct Filled {
 struct Candidate<'a> {
     place: Place<'a>,
     number: u64,
-    /// What of it is not filled.
+    /// The part that is not filled.
     in_place: Span<'a>,
 }
 
@@ -48,12 +48,12 @@ struct Place<'a> {
 }
 
 impl Mapping {
-    /// What of it is not filled permanently.
+    /// The length of what is not filled permanently.
     fn file_len(&self) -> u64 {
         self.span_len() - self.kept.filled
     }
 
-    /// What of it is not filled at all.
+    /// The length of what is not filled at all.
     fn in_place(&self) -> u64 {
         self.file_len() - self.kept.saved.as_ref().map_or(0, |(len, _)| *len)
     }
@@ -69,7 +69,7 @@ impl Mapping {
         true
     }
 
-    /// `len` more bytes are zeroes permanently.
+    /// Records `len` more bytes of permanent zeroes.
     fn keep_filled(&mut self, len: u64, place: Place<'_>, total: &mut FilledTotal) -> Filled {
         let is_first = self.kept.filled == 0;
         self.kept.filled += len;
@@ -110,12 +110,12 @@ impl SharedMemory {
     pub fn fill_all_temporarily(&self) -> Option<Vec<Filled>> {
         let mut filled = Vec::new();
         let changed = self.change_missing(ALL, true, |place, missing, mapping, total| {
-            // The temporary zeroes behind what is missing now were enough until now.
+            // More is missing than the temporary zeroes took the place of: settle those first.
             filled.extend(settle(place, mapping, total));
             let len = mapping.file_len() - (missing.guest().start() - place.whole.guest().start());
             let end = place.whole.first(mapping.file_len()).and_then(|file| file.last(len));
-            let saved = end.unwrap_or(missing).fill_and_save(mapping.access)?;
-            mapping.kept.saved = Some((len, saved));
+            let end = end.unwrap_or(missing);
+            mapping.kept.saved = Some((end.guest().len(), end.fill_and_save(mapping.access)?));
             Ok(())
         });
         changed.then_some(filled)
