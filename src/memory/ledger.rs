@@ -1,7 +1,7 @@
 //! The ledger of one device's shared memory regions: what is mapped, and whether something may be mapped next
 //! (SHM-29 to SHM-36, SHM-48, SHM-51, SHM-52, SHM-75). It changes nothing but itself.
 //!
-//! `memory::shmem` asks it first, then does what was asked for, then has it recorded.
+//! `memory::shmem` asks it first, then carries the request out, then records it here.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use super::{Access, PAGE_SIZE};
 /// The name of a mapping: the region's id, and the offset in the region where it starts, in bytes.
 pub(super) type Key = (u8, u64);
 
-/// The regions and mappings of one device. `T` is what its user keeps with each mapping.
+/// The regions and mappings of one device. The ledger's user keeps a `T` with each mapping.
 pub(super) struct Ledger<T> {
     /// In bytes, by region.
     sizes: BTreeMap<u8, u64>,
@@ -101,8 +101,8 @@ impl<T> Ledger<T> {
         mapping.ok_or(ShmemError::NoMapping { shmid, shm_offset, len })
     }
 
-    /// What is free around a place: where that starts, and its length in bytes. It is 0 for a place at the start of
-    /// a region where something is mapped.
+    /// What is free around a place: where that starts, and its length in bytes. It is 0 for a place at the
+    /// start of a region where something is mapped.
     pub fn hole(&self, (shmid, offset): Key) -> (Key, u64) {
         let before = self.mappings.range((shmid, 0)..(shmid, offset)).next_back();
         let start = before.map_or(0, |(&(_, start), mapping)| start + mapping.span_len());

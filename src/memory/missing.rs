@@ -1,9 +1,8 @@
 //! Zeroes in place of what is missing because the file under a mapping became shorter (SHM-45): for all
 //! devices of a machine, with what is logged about it.
 //!
-//! vCPU threads call it where the guest accessed something that is missing; so does the main loop
-//! (`vmm::stuck`), which looks for processors that wait for such a page without end. `fill` does it for one
-//! device.
+//! vCPU threads call it when the guest accessed a missing page, and so does the main loop (`vmm::stuck`),
+//! which looks for vCPUs that wait for such a page without end. `fill` does it for one device.
 
 mod fill;
 
@@ -15,10 +14,10 @@ use super::Access;
 use super::shmem::SharedMemory;
 use crate::report::MisuseLog;
 
-/// How long a vCPU has, after something was filled for it, to access what it meant to.
+/// How long a vCPU has to repeat its access after pages were filled for it.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// How often an access is tried again because what it found there changed meanwhile.
+/// How often an access is tried, if the file changes each time.
 const ATTEMPTS: usize = 8;
 
 /// The shared memory of all devices, to be searched for missing pages.
@@ -54,8 +53,8 @@ impl MissingPages {
     }
 
     /// KVM_RUN failed with EFAULT: the host memory behind an access of the guest is gone. Puts zeroes in
-    /// place of what is missing: at guest physical address `address`, where KVM gives it, else everywhere.
-    /// True if something was missing, and is there now.
+    /// place of missing pages: at guest physical address `address` if KVM gave it, else everywhere. True if
+    /// any were missing.
     ///
     /// Called by a vCPU thread, outside KVM_RUN, with no lock held, possibly by several at once; so are
     /// [`Self::read`] and [`Self::write`].
@@ -77,8 +76,8 @@ impl MissingPages {
         any
     }
 
-    /// KVM passed on a read: what the guest sees at `address` now goes to `data`, zeroes in place of what is
-    /// missing. False where it sees nothing.
+    /// KVM passed on a read: puts into `data` what the guest sees at `address` now, zeroes in place of
+    /// missing pages. False where nothing is mapped.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         for _ in 0..ATTEMPTS {
             let here = |device: &&Device| device.shmem.access_at(address).is_some();
@@ -95,18 +94,19 @@ impl MissingPages {
         true
     }
 
-    /// KVM passed on a write. It is lost; what was missing is there for the writes after it.
+    /// KVM passed on a write. It is lost, but the missing page is filled: later writes reach it.
     pub fn write(&self, address: u64) {
         for device in &self.devices {
-            // To what is read-only, every write is passed on.
+            // To a read-only mapping, KVM passes on every write: none of its pages need be missing.
             if device.shmem.access_at(address) == Some(Access::ReadWrite) {
                 device.fill(address);
             }
         }
     }
 
-    /// Keeps what the guest accessed of what was filled temporarily, once [`SETTLE`] has passed since. Does
-    /// nothing before, or while something is being filled: the vCPU would find it missing again.
+    /// Makes temporary zeroes that the guest accessed permanent, once `SETTLE` has passed, and takes the
+    /// others away. Does nothing before, or while a vCPU is filling: that vCPU would find its page missing
+    /// again.
     pub fn settle(&self) {
         let Ok(mut filled) = self.filled.try_lock() else {
             return;
@@ -124,7 +124,7 @@ impl MissingPages {
         self.devices.iter().for_each(|device| device.shmem.guard_missing());
     }
 
-    /// Logs, for each device that it happened to, what was missing in all.
+    /// Logs, for each device whose mappings were filled, how much was missing in all.
     pub fn log_total(&self) {
         for device in &self.devices {
             let total = device.shmem.filled();
@@ -136,7 +136,7 @@ impl MissingPages {
 }
 
 impl Device {
-    /// Puts zeroes in place of what is missing at a guest address. False where nothing is.
+    /// Fills what is missing at a guest address. False where nothing is.
     fn fill(&self, address: u64) -> bool {
         let filled = self.shmem.fill_missing(address);
         self.report(filled.as_slice());

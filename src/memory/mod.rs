@@ -1,7 +1,7 @@
 //! Guest physical memory: RAM, the windows of shared memory regions, and what is mapped inside them.
 //!
-//! Nothing here knows KVM. What puts host memory in front of the guest is the trait [`GuestMapper`]:
-//! `kvm::slots` implements it, tests record with a fake.
+//! Nothing here knows KVM. The trait [`GuestMapper`] shows host memory to the guest: `kvm::slots` implements
+//! it, tests have a fake that records.
 
 pub mod alloc;
 mod error;
@@ -88,17 +88,17 @@ pub struct SlotId(pub u32);
 pub trait GuestMapper: Send + Sync {
     /// Lets the guest see the memory at `host` as the addresses `guest`.
     ///
-    /// Fails with ENOSPC when no slot is left, EEXIST when something is there already, and with what KVM says
-    /// otherwise; nothing is changed then.
+    /// Fails with ENOSPC when no slot is left, EEXIST when a mapping is there already, else with KVM's errno;
+    /// nothing is changed then.
     ///
     /// # Safety
     ///
     /// `guest.len()` bytes from `host` on must stay an address range of the caller's (mapped or reserved)
-    /// until `unmap` has succeeded or the machine is gone, and nobody may hold a Rust reference into them:
-    /// the guest reads and, with [`Access::ReadWrite`], writes them at any time.
+    /// until `unmap` has succeeded or the machine is gone, and no Rust reference may go into them: the guest
+    /// reads and, with [`Access::ReadWrite`], writes them at any time.
     unsafe fn map(&self, guest: GuestRange, host: *mut u8, access: Access) -> io::Result<SlotId>;
 
-    /// Takes a mapping away. Fails with ENOENT for a slot that is not live; with what KVM says otherwise, and
-    /// then the mapping stays.
+    /// Takes a mapping away. Fails with ENOENT for a slot that is not live, else with KVM's errno; the
+    /// mapping stays then.
     fn unmap(&self, slot: SlotId) -> io::Result<()>;
 }

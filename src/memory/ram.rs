@@ -1,8 +1,8 @@
 //! Guest RAM: one sealed memfd, seen by the guest below and above the gap that ends at 4 GiB.
 //!
 //! The memory is always shareable, because every device is another process. It is sealed against growing and
-//! shrinking, so that no peer who gets the file can take pages away under us. Called by the set-up in `vmm`;
-//! `vhost_user` sends the regions and the file to back-ends.
+//! shrinking, so that no back-end can take pages of it away. Called by the set-up in `vmm`; `vhost_user`
+//! sends the regions and the file to back-ends.
 
 use std::fs::File;
 use std::io;
@@ -57,7 +57,7 @@ impl Failure for RamError {
     }
 }
 
-/// One piece of RAM, as KVM slots and vhost-user memory tables want it.
+/// One piece of RAM, for a KVM slot and for vhost-user's memory table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamRegion {
     /// Where the guest sees it.
@@ -83,13 +83,8 @@ fn split(size: u64, gap_start: u64, gap_end: u64) -> Vec<GuestRange> {
 }
 
 impl Ram {
-    /// Makes `size` bytes of RAM that leave the addresses from `gap_start` to `gap_end` free. Nothing is
-    /// touched yet, so nothing is resident.
-    ///
-    /// # Errors
-    ///
-    /// Sizes that are too small, no multiple of the page size, or more than the host's memory and swap; and
-    /// what the host's kernel refuses.
+    /// Makes `size` bytes of RAM that leave the addresses from `gap_start` to `gap_end` free. No page is
+    /// accessed yet, so none is resident.
     pub fn new(size: u64, gap_start: u64, gap_end: u64) -> Result<Ram, RamError> {
         check_size(size, host_memory())?;
         let os = |what| move |source| RamError::Os { what, size, source };
@@ -111,7 +106,7 @@ impl Ram {
         Ok(Ram { file, memory, regions })
     }
 
-    /// Access to RAM by guest physical address, for loading and for reading what a guest names.
+    /// Access to RAM by guest physical address, to load the kernel and its tables.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }

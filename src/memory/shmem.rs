@@ -1,6 +1,6 @@
-//! The shared memory regions of one device (VIRTIO section 2.10), and what its back-end mapped into them:
-//! what is done about a request that the ledger allows (SHM-25 to SHM-56, as far as they do not depend on the
-//! wire format), and undone where a step fails.
+//! The shared memory regions of one device (VIRTIO section 2.10), and what its back-end mapped into them
+//! (SHM-25 to SHM-56, as far as they do not depend on the wire format). A request that the ledger allows is
+//! carried out here; if a step fails, those before it are undone.
 //!
 //! `vhost_user` maps and unmaps; its device closes the gate and unmaps everything at a reset; the set-up and
 //! the transport ask where regions are; `memory::missing` looks after mappings whose file became shorter.
@@ -16,7 +16,7 @@ use super::ledger::{self, Key, Ledger};
 use super::window::{ReserveVma, SavedPages, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
 
-/// What a back-end asks to have mapped. Offsets and lengths are in bytes.
+/// A back-end's request to map a file. Offsets and lengths are in bytes.
 #[derive(Debug)]
 pub struct MapRequest<'a> {
     /// The region's id.
@@ -75,11 +75,11 @@ pub struct SharedMemory {
     /// Lock order: taken under the device's channel lock or the transport's, or alone; `GuestMapper`'s own
     /// lock comes after it. Never held while a peer is waited for.
     pub(super) state: Mutex<State>,
-    /// Held by `memory::missing` from a look for missing pages until what it found is changed. Probing reads
-    /// pages: without this lock our read would look like the guest's access to a page that another thread has
-    /// temporarily filled meanwhile (SHM-45).
+    /// Held by `memory::missing` while it probes for missing pages and changes what it found. Probing reads
+    /// pages: without this lock our read of a page that another thread has filled temporarily would look like
+    /// the guest's (SHM-45).
     ///
-    /// Lock order: before `state`. A file's pages may be waited for under it, by threads that probe only.
+    /// Lock order: before `state`. Its holder may wait for the disk, or for the server of a file.
     pub(super) probe_lock: Mutex<()>,
     /// The live mappings once more, by first guest address: last address, and what the guest may do there.
     /// For the guest's accesses that exit; most of them are to holes, and must not wait for a back-end that
@@ -101,11 +101,11 @@ pub(super) type Mapping = ledger::Mapping<Placed>;
 /// How a mapping was made, and what `memory::missing` did to its end. Lengths are in bytes.
 pub(super) struct Placed {
     slot: SlotId,
-    /// So much of its end is zeroes permanently.
+    /// The length of the permanent zeroes at its end.
     pub filled: u64,
-    /// So much of what is still the file's, at the end of that, is inaccessible.
+    /// The length of the inaccessible end of what is neither permanent nor temporary zeroes.
     pub guarded: u64,
-    /// So much, ahead of what is filled permanently, is zeroes temporarily; and what was there.
+    /// The length of the temporary zeroes, ahead of the permanent ones; and the file's pages that were there.
     pub saved: Option<(u64, SavedPages)>,
 }
 
@@ -212,8 +212,8 @@ impl SharedMemory {
         self.lock().ledger.gate_open = true;
     }
 
-    /// Takes all mappings away (SHM-69), and tells how many there were. A slot that the machine does not give
-    /// back keeps its mapping; the error is the first such.
+    /// Takes all mappings away (SHM-69), and gives their number. Where [`GuestMapper::unmap`] fails the
+    /// mapping stays; the first such error is returned, after the others have gone.
     pub fn unmap_all(&self) -> Result<usize, ShmemError> {
         let State { ledger, reserve_vma, .. } = &mut *self.lock();
         let (mut freed, mut first_error) = (Vec::new(), None);
@@ -286,15 +286,15 @@ impl SharedMemory {
 impl Drop for SharedMemory {
     fn drop(&mut self) {
         if let Err(error) = self.unmap_all() {
-            // The windows must then outlive us: the guest can still reach them.
+            // The guest can still reach the windows: never unmap them.
             log::error!("shared memory stays in the guest: {error}");
             std::mem::forget(std::mem::take(&mut self.windows));
         }
     }
 }
 
-/// Reserves again what the guest no longer sees: all of the hole around it, so that what could not be reserved
-/// earlier is reserved then.
+/// Reserves again what the guest no longer sees: all of the hole around it, so that what could not be
+/// reserved earlier is reserved then.
 fn release(reserve_vma: &mut ReserveVma, hole: Option<Span<'_>>) {
     if let Some(Err(error)) = hole.map(|hole| reserve_vma.clear(&hole)) {
         log::warn!("an unmapped file stays in the VMM's address space for now: {error}");

@@ -8,14 +8,15 @@
 //!
 //! `memory::shmem` and `memory::missing` are the only callers.
 
+use std::ffi::c_void;
 use std::io;
 use std::os::fd::BorrowedFd;
 
 use rustix::fs::FileType;
 use rustix::io::Errno;
-use rustix::mm::ProtFlags;
+use rustix::mm::{self, MapFlags, MprotectFlags, MremapFlags};
 
-use super::pages::OwnedPages;
+use super::pages::{OwnedPages, protection};
 use super::{Access, GuestRange, PAGE_SIZE};
 
 /// Host and guest addresses of a window agree modulo this (1 GiB, x86-64's largest page), so that huge pages
@@ -86,6 +87,11 @@ impl Span<'_> {
         self.window.host.address().wrapping_add(self.offset as usize)
     }
 
+    /// The same and its length, for system calls.
+    fn pages(&self) -> (*mut c_void, usize) {
+        (self.host().cast(), self.len as usize)
+    }
+
     /// The first `len` bytes of the span; `None` where there are fewer, or `len` is 0 or not whole pages.
     pub fn first(&self, len: u64) -> Option<Self> {
         (len <= self.len).then(|| self.window.span(self.offset, len))?
@@ -98,14 +104,22 @@ impl Span<'_> {
 
     /// Maps `file` from `file_offset` on into the span, shared, in place of the reservation.
     ///
-    /// The file's size does not matter (SHM-44). Fails with EINVAL for what is not a regular file or for part
-    /// of a huge page, and with what mmap(2) says; the reservation stays then.
+    /// The file's size does not matter (SHM-44). Fails with EINVAL for anything but a regular file and for
+    /// part of a huge page, else with the errno of mmap(2); the reservation stays then.
     pub fn place(&self, file: BorrowedFd<'_>, file_offset: u64, access: Access) -> io::Result<()> {
         self.check_file(file, file_offset)?;
-        // First to where the kernel likes, then moved: an mmap(MAP_FIXED) that fails may already have removed
-        // what was there, and another thread's memory could get into its place.
-        let pages = OwnedPages::of_file(file, file_offset, self.len as usize, protection(Some(access)))?;
-        self.window.host.replace_with(self.offset as usize, pages)
+        // Mapped elsewhere first, then moved: an mmap(MAP_FIXED) that fails may already have removed the
+        // reservation, and another thread's memory could take its place.
+        self.replace_with(OwnedPages::of_file(file, file_offset, self.len as usize, access)?)
+    }
+
+    /// Moves pages, as many, into the span. An error unmaps them.
+    fn replace_with(&self, mut pages: OwnedPages) -> io::Result<()> {
+        let (at, len) = self.pages();
+        // SAFETY: the source is the value's own; the target lies in the window's own range.
+        unsafe { mm::mremap_fixed(pages.address, pages.len, len, MremapFlags::MAYMOVE, at) }?;
+        pages.len = 0;
+        Ok(())
     }
 
     /// Puts the reservation back in place of whatever is in the span.
@@ -119,29 +133,49 @@ impl Span<'_> {
     }
 
     fn replace_with_zeroes(&self, access: Option<Access>) -> io::Result<()> {
-        self.window.host.replace_with_zeroes(self.offset as usize, self.len as usize, protection(access))
+        let (at, len) = self.pages();
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: the span lies in the window's own range, and stays mapped.
+        unsafe { mm::mmap_anonymous(at, len, protection(access), flags) }?;
+        Ok(())
     }
 
     /// Puts zero pages in place of the file in the span, and keeps the file's pages for [`Self::put_back`].
     pub fn fill_and_save(&self, access: Access) -> io::Result<SavedPages> {
-        let saved = self.window.host.duplicate(self.offset as usize, self.len as usize)?;
+        let (at, len) = self.pages();
+        // SAFETY: an old length of 0 makes a second mapping of the file, which the result owns; the first
+        // stays.
+        let address = unsafe { mm::mremap(at, 0, len, MremapFlags::MAYMOVE) }?;
+        let saved = SavedPages(OwnedPages { address, len });
         self.fill(access)?;
-        Ok(SavedPages(saved))
+        Ok(saved)
     }
 
     /// Puts back what was saved of this very span.
     pub fn put_back(&self, saved: SavedPages) -> io::Result<()> {
-        self.window.host.replace_with(self.offset as usize, saved.0)
+        self.replace_with(saved.0)
     }
 
-    /// Whether anybody accessed a page in the span since [`Self::fill_and_save`] filled it.
+    /// Whether a page in the span was accessed since [`Self::fill_and_save`] filled it.
     pub fn is_touched(&self) -> io::Result<bool> {
-        self.window.host.is_any_resident(self.offset as usize, self.len as usize)
+        let (at, len) = self.pages();
+        let mut pages = vec![0u8; (self.len / PAGE_SIZE) as usize];
+        // SAFETY: the span lies in the window's own range, and is only inspected; `pages` has a byte for each
+        // page.
+        let result = unsafe { libc::mincore(at, len, pages.as_mut_ptr()) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(pages.iter().any(|page| page & 1 != 0))
     }
 
     /// Makes the span inaccessible (`None`), or accessible again.
     pub fn protect(&self, access: Option<Access>) -> io::Result<()> {
-        self.window.host.protect(self.offset as usize, self.len as usize, protection(access))
+        let (at, len) = self.pages();
+        let protection = MprotectFlags::from_bits_retain(protection(access).bits());
+        // SAFETY: the span lies in the window's own range, and no Rust reference goes into it.
+        unsafe { mm::mprotect(at, len, protection) }?;
+        Ok(())
     }
 
     /// The end of the span that cannot be read, because the file under it became shorter or it was made
@@ -171,11 +205,20 @@ impl Span<'_> {
     /// Reads what is at `offset`, without the SIGBUS that a plain access to a missing page would raise. False
     /// where not all of it is in the span, or some of it cannot be read.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> bool {
-        let inside = offset.checked_add(data.len() as u64).is_some_and(|end| end <= self.len);
-        inside && self.window.host.read((self.offset + offset) as usize, data)
+        let len = data.len();
+        if offset.checked_add(len as u64).is_none_or(|end| end > self.len) {
+            return false;
+        }
+        let process = std::process::id() as libc::pid_t;
+        let local = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: len };
+        let remote = libc::iovec { iov_base: self.host().wrapping_add(offset as usize).cast(), iov_len: len };
+        // SAFETY: `local` is the caller's slice; `remote` is only read, and a bad address is an error, not a
+        // fault.
+        let count = unsafe { libc::process_vm_readv(process, &local, 1, &remote, 1, 0) };
+        count == len as isize
     }
 
-    /// Refuses what mmap(2) would take but the guest must not get.
+    /// Refuses files that mmap(2) would take but the guest must not get.
     fn check_file(&self, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
         let stat = rustix::fs::fstat(file)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -183,7 +226,7 @@ impl Span<'_> {
         }
         let fs = rustix::fs::fstatfs(file)?;
         if fs.f_type == HUGETLBFS_MAGIC {
-            // mmap(2) rounds a huge page file's length up to whole huge pages: past the span, if we let it.
+            // mmap(2) rounds the length up to whole huge pages: it would go past the span.
             let page = u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)?;
             if [self.offset, self.len, file_offset].iter().any(|n| n % page != 0) {
                 return Err(Errno::INVAL.into());
@@ -219,14 +262,6 @@ impl ReserveVma {
 /// The part of a file that was under a span, mapped at addresses of its own.
 #[derive(Debug)]
 pub struct SavedPages(OwnedPages);
-
-fn protection(access: Option<Access>) -> ProtFlags {
-    match access {
-        None => ProtFlags::empty(),
-        Some(Access::ReadOnly) => ProtFlags::READ,
-        Some(Access::ReadWrite) => ProtFlags::READ | ProtFlags::WRITE,
-    }
-}
 
 #[cfg(test)]
 mod tests {

@@ -19,8 +19,8 @@
 //! Config       device-specific             device told                                 Config, ConfigGeneration
 //! ```
 //!
-//! What a driver must not do is answered as the specification says: FEATURES_OK that stays clear, QueueReady
-//! that reads 0. Where it says nothing the write changes nothing, except the log, which says so (`Misuse`).
+//! A wrong write is answered as the specification says: FEATURES_OK stays clear, QueueReady reads 0. Where
+//! the specification is silent the write changes nothing. Both are logged (`Misuse`).
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -43,7 +43,7 @@ use crate::report::{MisuseLog, with_causes};
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 /// Version: not the legacy interface.
 const VERSION: u32 = 2;
-/// VendorID: anything; this one says who wrote the device's registers.
+/// VendorID: any value is fine; this is ours.
 const VENDOR: u32 = u32::from_le_bytes(*b"hslt");
 
 /// What SHMLen and SHMBase read where there is no region (table 4.1, and SHM-21).
@@ -114,8 +114,8 @@ struct State {
 impl MmioTransport {
     /// Puts `device`, which has a share of `interrupt`, behind the registers on `page`.
     ///
-    /// Fails with InvalidInput for a device that does not keep to [`VirtioDevice`]'s limits, and with what
-    /// `eventfd` fails with.
+    /// Fails with InvalidInput for a device beyond [`VirtioDevice`]'s limits, else with the errno of
+    /// eventfd(2).
     pub fn new(
         page: Arc<RegisterPage>,
         interrupt: Arc<Interrupt>,
@@ -163,8 +163,8 @@ impl MmioTransport {
     /// [`BusDevice::write`] does the same when KVM does not.
     ///
     /// One for each queue signals the queue's kick. One more swallows the acknowledgement of a used buffer,
-    /// which has nothing to clear (see [`super::interrupt`]). Nobody reads that eventfd's counter: KVM adds
-    /// to it without ever waiting, and leaves it at its maximum if it gets there.
+    /// which has nothing to clear (see [`super::interrupt`]). That eventfd's counter is never read: KVM adds
+    /// to it without waiting, and leaves it at its maximum if it gets there.
     pub fn doorbells(&self) -> Vec<Doorbell<'_>> {
         let kicks = (0..).zip(&self.kicks).map(|(index, event)| Doorbell {
             offset: Register::QueueNotify.offset(),
@@ -251,7 +251,7 @@ impl MmioTransport {
     fn check_features(&self, state: &State) -> Result<(), Misuse> {
         let State { features: accepted, features_beyond: beyond, .. } = *state;
         if self.status() & DEVICE_NEEDS_RESET != 0 {
-            // The driver's probe fails now, instead of waiting for a queue that nobody serves.
+            // The driver's probe fails now, instead of waiting later for a queue that is not served.
             return Err(Misuse::Broken);
         }
         if accepted & !self.offered != 0 || beyond {
@@ -509,16 +509,13 @@ impl State {
     }
 }
 
-/// What the transport relies on, and what is wrong with a device that does not keep to it.
+/// The limits of [`VirtioDevice`] that the transport relies on; an error says which one `device` exceeds.
 fn check_device(device: &dyn VirtioDevice) -> Result<(), String> {
     let (queues, config) = (device.queue_sizes(), device.config().len());
     if device.features() & VERSION_1 == 0 {
         return Err(
             "does not offer VIRTIO_F_VERSION_1, without which there is no virtio-mmio version 2".into()
         );
-    }
-    if queues.len() > usize::from(u16::MAX) + 1 {
-        return Err(format!("has {} queues; there can be 65536", queues.len()));
     }
     if let Some(size) = queues.iter().find(|size| **size > MAX_QUEUE_SIZE) {
         return Err(format!("has a queue of size {size}; the largest is {MAX_QUEUE_SIZE}"));

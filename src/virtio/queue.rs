@@ -60,7 +60,7 @@ impl Queue {
         Ok(())
     }
 
-    /// What the device has to know of a queue that is ready.
+    /// A queue that is ready, for the device.
     pub(super) fn setup<'a>(&self, kick: &'a EventFd) -> QueueSetup<'a> {
         QueueSetup {
             index: self.index,

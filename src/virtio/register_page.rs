@@ -1,22 +1,20 @@
 //! The register block of a virtio-mmio device as a page of memory (VIRTIO 1.3, section 4.2.2).
 //!
 //! The guest sees the page at [`RegisterPage::host_ptr`] through a read-only slot: its reads are plain memory
-//! reads and never exit. So the page must hold at every instant what a read has to return. The handlers of
-//! the guest's writes (`super::mmio`) and the device's own events (`super::interrupt`) rewrite it; nobody
-//! else touches it.
+//! reads and never exit. So the page must hold at every instant what a read must return. Only the handlers of
+//! the guest's writes (`super::mmio`) and the device's own events (`super::interrupt`) rewrite it.
 //!
 //! # Why there are two frames
 //!
-//! ConfigGeneration promises that a driver which reads the same value before and after it read the
-//! configuration space saw one state of it. With reads that do not exit, no order of plain stores can keep
-//! that promise: a driver that reads everything between two of our stores sees half of a change, and one
-//! generation at both ends, wherever the bumps are. (With a bump before the bytes and another one after them,
-//! a guest that did nothing but look saw about 200 torn states in 17 million changes.)
+//! ConfigGeneration promises: a driver that reads the same value before and after the configuration space saw
+//! one state of it. With reads that do not exit, no order of plain stores keeps that promise. A driver that
+//! reads everything between two of our stores sees half of a change and one generation, wherever it is
+//! incremented. (With an increment before the bytes and one after them, a guest that only read saw about 200
+//! torn states in 17 million changes.)
 //!
-//! So a changed configuration is written, with its new generation, into a second frame, and that frame is
-//! then put in the place of the first by one `mmap`. KVM follows the address, not the frame: while the
-//! mapping is replaced, it makes every vCPU let go of the old frame before one can get at the new. All reads
-//! of one generation are reads of one frame.
+//! So a changed configuration is written, with its new generation, into a second frame, and one `mmap` then
+//! puts that frame in place of the first. KVM follows the address: while the mapping is replaced, no vCPU can
+//! access the new frame before all have lost the old one. All reads of one generation are reads of one frame.
 //!
 //! ```text
 //!    guest page ──slot──▶ host_ptr() ──┬──▶ frame 0   ◀── front: every store goes here too
@@ -30,11 +28,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::warn;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::ProtFlags;
 use virtio_bindings::virtio_mmio::*;
 
-use crate::memory::PAGE_SIZE;
 use crate::memory::pages::OwnedPages;
+use crate::memory::{Access, PAGE_SIZE};
 
 /// The size of the register block: control registers, then the configuration space, 4 KiB together.
 pub const BLOCK_SIZE: usize = PAGE_SIZE as usize;
@@ -121,7 +118,7 @@ type Frame = [AtomicU32; BLOCK_SIZE / WORD];
 
 /// The page, its two frames, and which of them the guest sees.
 ///
-/// Whoever puts [`Self::host_ptr`] into a slot keeps the page alive for as long as the slot is.
+/// The caller that puts [`Self::host_ptr`] into a slot keeps the page alive as long as the slot.
 pub struct RegisterPage {
     /// Both frames, mapped for us, readable and writable.
     frames: OwnedPages,
@@ -137,13 +134,12 @@ pub struct RegisterPage {
 }
 
 impl RegisterPage {
-    /// A page of zeroes: no device is behind it yet (a driver that sees MagicValue 0 goes away).
+    /// A page of zeroes: no device is behind it yet (a driver that reads MagicValue 0 ignores it).
     pub fn new() -> io::Result<Arc<RegisterPage>> {
         let file = memfd_create("hotslot-registers", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, size_of::<[Frame; 2]>() as u64)?;
-        let writable = ProtFlags::READ | ProtFlags::WRITE;
-        let frames = OwnedPages::of_file(file.as_fd(), 0, size_of::<[Frame; 2]>(), writable)?;
-        let view = OwnedPages::of_file(file.as_fd(), 0, BLOCK_SIZE, ProtFlags::READ)?;
+        let frames = OwnedPages::of_file(file.as_fd(), 0, size_of::<[Frame; 2]>(), Access::ReadWrite)?;
+        let view = OwnedPages::of_file(file.as_fd(), 0, BLOCK_SIZE, Access::ReadOnly)?;
         Ok(Arc::new(RegisterPage { frames, view, file, front: Mutex::new(0) }))
     }
 
@@ -168,7 +164,7 @@ impl RegisterPage {
         self.lock().get(register)
     }
 
-    /// Access to all registers, while nobody else rewrites one.
+    /// Access to all registers; other threads wait.
     pub(super) fn lock(&self) -> Registers<'_> {
         let front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
         Registers { page: self, front }
@@ -187,7 +183,7 @@ impl RegisterPage {
     /// An error (ENOMEM, when the process has as many mappings as it may have) comes before the old mapping
     /// is touched.
     fn show(&self, index: usize) -> io::Result<()> {
-        self.view.replace_with_file(self.file.as_fd(), (index * BLOCK_SIZE) as u64, ProtFlags::READ)
+        self.view.replace_with_file(self.file.as_fd(), (index * BLOCK_SIZE) as u64, Access::ReadOnly)
     }
 }
 
@@ -244,8 +240,8 @@ impl Registers<'_> {
         match self.page.show(back) {
             Ok(()) => *self.front = back,
             Err(error) => {
-                // Second best: a driver that began before the change, or ends after it, still sees the
-                // generation move.
+                // Second best: only a driver that reads everything during the change misses the new
+                // generation.
                 warn!("a changed configuration is shown word by word: {error}");
                 bump_generation(self.frame());
                 store_config(self.frame(), &new);

@@ -9,7 +9,7 @@
 
 use std::io;
 use std::ops::RangeInclusive;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use crate::memory::GuestRange;
 use crate::memory::ledger::Key;
@@ -19,7 +19,7 @@ use crate::memory::window::Span;
 /// The keys of all mappings.
 const ALL: RangeInclusive<Key> = (0, 0)..=(u8::MAX, u64::MAX);
 
-/// A mapping under whose end there are zeroes now (SHM-45).
+/// A mapping whose end is zeroes now (SHM-45).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Filled {
     /// Whether it is the first time for this mapping.
@@ -36,7 +36,7 @@ pub struct Filled {
 struct Candidate<'a> {
     place: Place<'a>,
     number: u64,
-    /// What of it is not filled.
+    /// The part that is not filled.
     in_place: Span<'a>,
 }
 
@@ -48,12 +48,12 @@ struct Place<'a> {
 }
 
 impl Mapping {
-    /// What of it is not filled permanently.
+    /// The length of what is not filled permanently.
     fn file_len(&self) -> u64 {
         self.span_len() - self.kept.filled
     }
 
-    /// What of it is not filled at all.
+    /// The length of what is not filled at all.
     fn in_place(&self) -> u64 {
         self.file_len() - self.kept.saved.as_ref().map_or(0, |(len, _)| *len)
     }
@@ -69,7 +69,7 @@ impl Mapping {
         true
     }
 
-    /// `len` more bytes are zeroes permanently.
+    /// Records `len` more bytes of permanent zeroes.
     fn keep_filled(&mut self, len: u64, place: Place<'_>, total: &mut FilledTotal) -> Filled {
         let is_first = self.kept.filled == 0;
         self.kept.filled += len;
@@ -80,8 +80,8 @@ impl Mapping {
 }
 
 impl SharedMemory {
-    /// Reads what the guest sees at `at`, not over the end of a page. False where it sees nothing, or a
-    /// missing page.
+    /// Reads what the guest sees at `at`, not over the end of a page. False where nothing is mapped, or a
+    /// page is missing.
     pub fn read(&self, at: u64, data: &mut [u8]) -> bool {
         self.locate(at).is_some_and(|((_, offset), window)| window.whole().read(offset, data))
     }
@@ -91,79 +91,80 @@ impl SharedMemory {
     pub fn fill_missing(&self, at: u64) -> Option<Filled> {
         let (start, _) = self.mapping_at(at)?;
         let (key, _) = self.locate(start)?;
-        let _probing = self.probe();
-        let (candidates, _) = self.candidates(key..=key, true);
-        let candidate = candidates.first()?;
-        let missing = candidate.in_place.missing().filter(|missing| missing.guest().contains(at))?;
-        self.change(candidate, |mapping, total| {
-            missing.fill(mapping.access)?;
-            // What is behind it is missing as well: there are zeroes already.
-            let behind = mapping.kept.saved.take().map_or(0, |(len, _)| len);
-            Ok(mapping.keep_filled(missing.guest().len() + behind, candidate.place, total))
-        })
+        let mut filled = None;
+        self.change_missing(key..=key, true, |place, missing, mapping, total| {
+            if missing.guest().contains(at) {
+                missing.fill(mapping.access)?;
+                // The temporary zeroes behind it stand for missing pages, too: they become permanent with it.
+                let behind = mapping.kept.saved.take().map_or(0, |(len, _)| len);
+                filled = Some(mapping.keep_filled(missing.guest().len() + behind, place, total));
+            }
+            Ok(())
+        });
+        filled
     }
 
-    /// The guest accessed something that is missing, and KVM did not say where. Puts zero pages under all
-    /// that is missing, until [`Self::settle`] has seen what was accessed. `None` where nothing is missing;
-    /// else what was temporary until now, and has become permanent.
+    /// The guest accessed a missing page, and KVM did not say where. Puts zero pages under all that is
+    /// missing, until [`Self::settle`] has seen which were accessed. `None` where nothing is missing; else
+    /// the mappings whose earlier temporary zeroes have become permanent.
     pub fn fill_all_temporarily(&self) -> Option<Vec<Filled>> {
-        let _probing = self.probe();
-        let (candidates, mut changed) = self.candidates(ALL, true);
         let mut filled = Vec::new();
-        for candidate in &candidates {
-            if let Some(missing) = candidate.in_place.missing() {
-                let done = self.change(candidate, |mapping, total| {
-                    // More of what was filled temporarily.
-                    filled.extend(settle(candidate.place, mapping, total));
-                    let file = candidate.place.whole.first(mapping.file_len());
-                    let end =
-                        file.and_then(|file| file.last(file.guest().last() - missing.guest().start() + 1));
-                    let end = end.unwrap_or(missing);
-                    let saved = end.fill_and_save(mapping.access)?;
-                    mapping.kept.saved = Some((end.guest().len(), saved));
-                    Ok(())
-                });
-                changed |= done.is_some();
-            }
-        }
+        let changed = self.change_missing(ALL, true, |place, missing, mapping, total| {
+            // More is missing than the temporary zeroes took the place of: settle those first.
+            filled.extend(settle(place, mapping, total));
+            let len = mapping.file_len() - (missing.guest().start() - place.whole.guest().start());
+            let end = place.whole.first(mapping.file_len()).and_then(|file| file.last(len));
+            let end = end.unwrap_or(missing);
+            mapping.kept.saved = Some((end.guest().len(), end.fill_and_save(mapping.access)?));
+            Ok(())
+        });
         changed.then_some(filled)
     }
 
-    /// What was filled temporarily and accessed becomes permanent; the rest is the file's again, and shows it
-    /// when it grows. (A write to the rest between the check and the change is lost, as one beyond a file's
-    /// end may be.)
+    /// Temporary zeroes that were accessed become permanent; where the others were, the file shows again when
+    /// it grows. (A write to them between the check and the change is lost, as one beyond a file's end may
+    /// be.)
     pub fn settle(&self) -> Vec<Filled> {
         let State { ledger, filled, .. } = &mut *self.lock();
         let mappings = ledger.mappings.iter_mut();
         mappings.filter_map(|(&key, mapping)| settle(self.place(key, mapping)?, mapping, filled)).collect()
     }
 
-    /// What the guest found missing so far.
+    /// How much the guest found missing so far.
     pub fn filled(&self) -> FilledTotal {
         self.lock().filled
     }
 
-    /// Makes all that is missing inaccessible, until the guest accesses some of it or [`Self::fill_missing`]
-    /// probes: such an access then fails at once instead of waiting for a page that never comes. Nothing else
-    /// can be noticed of it.
+    /// Makes all that is missing inaccessible, until a fill probes it: the guest's access then fails at once
+    /// instead of waiting for a page that never comes. It has no other effect.
     pub fn guard_missing(&self) {
-        let _probing = self.probe();
-        for candidate in &self.candidates(ALL, false).0 {
-            if let Some(missing) = candidate.in_place.missing() {
-                self.change(candidate, |mapping, _| {
-                    let len = missing.guest().len();
-                    if len > mapping.kept.guarded {
-                        missing.protect(None)?;
-                        mapping.kept.guarded = len;
-                    }
-                    Ok(())
-                });
+        self.change_missing(ALL, false, |_, missing, mapping, _| {
+            let len = missing.guest().len();
+            if len > mapping.kept.guarded {
+                missing.protect(None)?;
+                mapping.kept.guarded = len;
             }
-        }
+            Ok(())
+        });
     }
 
-    fn probe(&self) -> MutexGuard<'_, ()> {
-        self.probe_lock.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Probes the mappings of these keys, and changes those at whose end something is missing. `unguard` as
+    /// for [`Self::candidates`]. Whether anything was changed.
+    fn change_missing(
+        &self,
+        keys: RangeInclusive<Key>,
+        unguard: bool,
+        mut action: impl FnMut(Place<'_>, Span<'_>, &mut Mapping, &mut FilledTotal) -> io::Result<()>,
+    ) -> bool {
+        let _probing = self.probe_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let (candidates, mut changed) = self.candidates(keys, unguard);
+        for candidate in &candidates {
+            if let Some(missing) = candidate.in_place.missing() {
+                let place = candidate.place;
+                changed |= self.change(candidate, |mapping, total| action(place, missing, mapping, total));
+            }
+        }
+        changed
     }
 
     fn place(&self, key: Key, mapping: &Mapping) -> Option<Place<'_>> {
@@ -185,24 +186,24 @@ impl SharedMemory {
         (candidates, unguarded)
     }
 
-    /// Changes a mapping, if what it has of its file is still what it was when it became a candidate.
-    fn change<T>(
+    /// Changes a mapping, unless it was replaced or filled since it became a candidate.
+    fn change(
         &self,
         candidate: &Candidate<'_>,
-        action: impl FnOnce(&mut Mapping, &mut FilledTotal) -> io::Result<T>,
-    ) -> Option<T> {
+        action: impl FnOnce(&mut Mapping, &mut FilledTotal) -> io::Result<()>,
+    ) -> bool {
         let State { ledger, filled, .. } = &mut *self.lock();
-        let mapping = ledger.mappings.get_mut(&candidate.place.key)?;
-        if mapping.number != candidate.number || mapping.in_place() != candidate.in_place.guest().len() {
-            return None;
+        let Candidate { place, number, in_place } = candidate;
+        match ledger.mappings.get_mut(&place.key) {
+            Some(mapping) if mapping.number == *number && mapping.in_place() == in_place.guest().len() => {
+                note(*place, &action(mapping, filled))
+            }
+            _ => false,
         }
-        let done = action(mapping, filled);
-        note(candidate.place, &done);
-        done.ok()
     }
 }
 
-/// Ends what was filled temporarily: accessed or not? Gives what has become permanent.
+/// Makes temporary zeroes permanent if one of them was accessed, else puts the file's pages back.
 fn settle(place: Place<'_>, mapping: &mut Mapping, total: &mut FilledTotal) -> Option<Filled> {
     mapping.unguard(place);
     let (len, saved) = mapping.kept.saved.take()?;
@@ -215,11 +216,13 @@ fn settle(place: Place<'_>, mapping: &mut Mapping, total: &mut FilledTotal) -> O
     kept.unwrap_or(true).then(|| mapping.keep_filled(len, place, total))
 }
 
-fn note<T>(place: Place<'_>, result: &io::Result<T>) {
+/// Logs an error. Whether there was none.
+fn note<T>(place: Place<'_>, result: &io::Result<T>) -> bool {
     if let Err(error) = result {
         let (shmid, offset) = place.key;
         log::error!("what is missing of the mapping at {offset:#x} of region {shmid} stays so: {error}");
     }
+    result.is_ok()
 }
 
 #[cfg(test)]

@@ -456,7 +456,7 @@ fn queue_ready_0_stops_one_queue() {
     assert_eq!(guest.calls(), [Stop(0)]);
 }
 
-/// SHM-74: a queue's reset is not the device's, which is what removes mappings.
+/// SHM-74: only a reset of the device removes mappings, not one of a queue.
 #[test]
 fn a_ring_reset_stops_the_queue_and_it_can_be_enabled_again() {
     let guest = Guest::new();
@@ -851,7 +851,7 @@ fn whatever_the_guest_writes_nothing_panics_and_the_registers_stay_true() {
     let (mut starts, mut queue_starts, mut queue_stops) = (0, 0, 0);
     for step in 0..40_000 {
         match random.next() % 16 {
-            // Nonsense of any width at any place.
+            // Random bytes of any width at any place.
             0..3 => {
                 let data = random.next().to_le_bytes();
                 let width = random.next() as usize % 8 + 1;
@@ -867,7 +867,7 @@ fn whatever_the_guest_writes_nothing_panics_and_the_registers_stay_true() {
             10 => guest.fail_next(),
             11 => guest.interrupt.needs_reset(),
             12 => guest.interrupt.config_changed(&random.next().to_le_bytes()),
-            // The way in, so that the nonsense also meets a device that runs.
+            // A regular start, so that random writes also reach a running device.
             13 => {
                 let optional = random.next() & RING_RESET;
                 if guest.negotiate(VERSION_1 | optional) {

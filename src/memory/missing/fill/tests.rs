@@ -3,14 +3,14 @@ use crate::memory::PAGE_SIZE as PAGE;
 use crate::memory::shmem::tests::{Bench, bench};
 
 #[test]
-fn what_was_found_missing_of_a_mapping_is_not_done_to_what_it_became_meanwhile() {
-    // SHM-45: who looks for what is missing has not locked the mappings, and the back-end goes on.
+fn a_mapping_that_was_replaced_or_filled_since_it_was_probed_is_not_changed() {
+    // SHM-45: mappings are not locked while they are probed, and the back-end maps and unmaps meanwhile.
     const PAGES: u64 = 8;
     let bench = bench();
     let shmem = &bench.shmem;
     let request = || bench.request(0, 0, PAGES * PAGE, 0);
     let found = || shmem.candidates(ALL, true).0.remove(0);
-    let is_changed = |candidate: &Candidate<'_>| shmem.change(candidate, |_, _| Ok(())).is_some();
+    let is_changed = |candidate: &Candidate<'_>| shmem.change(candidate, |_, _| Ok(()));
 
     shmem.map(&request()).unwrap();
     let candidate = found();
@@ -21,7 +21,7 @@ fn what_was_found_missing_of_a_mapping_is_not_done_to_what_it_became_meanwhile()
     shmem.map(&request()).unwrap();
     assert!(!is_changed(&candidate));
 
-    // The same, with zeroes at its end: for good, or for now.
+    // The same, with zeroes at its end: permanent, or temporary.
     let candidate = found();
     bench.file.set_len(7 * PAGE).unwrap();
     let last_page = shmem.region(0).unwrap().start() + 7 * PAGE;
@@ -47,7 +47,7 @@ fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() 
     assert_eq!(bench.shmem.fill_missing(region.start() + 7 * PAGE), None);
     for (number, (file_pages, left)) in [(8, 6), (7, 5), (3, 1), (2, 0)].into_iter().enumerate() {
         bench.file.set_len(file_pages * PAGE).unwrap();
-        // Neither what is there nor what is beside it is a reason.
+        // Addresses of present pages and beside the mapping fill nothing.
         let last_left = (left > 0).then(|| region.start() + left * PAGE - 1);
         for other in last_left.into_iter().chain([region.start() + 8 * PAGE, region.start() - 1]) {
             assert_eq!(bench.shmem.fill_missing(other), None, "{other:#x}");
@@ -70,7 +70,7 @@ fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() 
 }
 
 #[test]
-fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
+fn without_an_address_only_mappings_that_were_accessed_keep_their_zeroes() {
     // SHM-44, SHM-45
     let bench = bench();
     for shmid in [0, 7] {
@@ -86,7 +86,7 @@ fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
         }
         assert_eq!(bench.reads(0, 2 * PAGE), Some(3));
         assert_eq!(bench.reads(7, 3 * PAGE), None);
-        // Nobody touches it: the file shows again when it grows.
+        // The zeroes are not accessed: the file shows again when it grows.
         assert_eq!(bench.shmem.fill_all_temporarily(), Some(vec![]));
         assert_eq!(bench.shmem.fill_all_temporarily(), None);
         assert_eq!(bench.shmem.settle(), []);
@@ -106,14 +106,14 @@ fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
     let filled = Filled { is_first: true, shmid: 7, guest, len };
     assert_eq!(bench.shmem.settle(), [filled]);
     assert_eq!((bench.reads(7, 3 * PAGE), bench.reads(0, 3 * PAGE)), (Some(0), None));
-    // What has grown again is within reach, after the next look.
+    // Guarded pages that the file has again are accessible after the next fill.
     bench.shmem.guard_missing();
     bench.file.set_len(8 * PAGE).unwrap();
     assert_eq!(bench.reads(0, 3 * PAGE), None);
     assert_eq!(bench.shmem.fill_all_temporarily(), Some(vec![]));
     assert_eq!(bench.shmem.settle(), []);
     assert_eq!(bench.reads(0, 3 * PAGE), Some(0));
-    // Whatever state they are in, they can go.
+    // In every state they can be unmapped.
     bench.file.set_len(0).unwrap();
     assert_eq!(bench.shmem.fill_all_temporarily(), Some(vec![]));
     assert_eq!(bench.shmem.unmap_all().unwrap(), 2);
@@ -123,8 +123,8 @@ fn where_nobody_knows_what_was_touched_only_that_becomes_zeroes() {
 }
 
 #[test]
-fn what_goes_missing_while_more_is_filled_for_now_is_filled_too() {
-    // SHM-45: or who touches it tries for ever.
+fn what_goes_missing_ahead_of_temporary_zeroes_is_filled_too() {
+    // SHM-45: else a vCPU that accesses it tries again without end.
     let bench = bench();
     bench.shmem.map(&bench.request(0, 0, 8 * PAGE, 0)).unwrap();
     let (region, areas) = (bench.region(0), bench.vmas());
@@ -135,19 +135,19 @@ fn what_goes_missing_while_more_is_filled_for_now_is_filled_too() {
         assert_eq!(bench.shmem.fill_all_temporarily(), None);
         assert_eq!(bench.vmas().len(), areas.len() + 1, "zeroes are one piece");
     }
-    // Untouched, all of it is the file's again.
+    // Not accessed: the file shows again everywhere.
     assert_eq!(bench.shmem.settle(), []);
     assert_eq!(bench.vmas(), areas);
     bench.file.set_len(8 * PAGE).unwrap();
     assert_eq!((bench.reads(0, PAGE), bench.reads(0, 7 * PAGE)), (Some(2), Some(0)));
-    // What was touched stays.
+    // Accessed zeroes stay.
     bench.file.set_len(6 * PAGE).unwrap();
     assert_eq!(bench.shmem.fill_all_temporarily(), Some(vec![]));
     assert_eq!(bench.reads(0, 7 * PAGE), Some(0));
     bench.file.set_len(5 * PAGE).unwrap();
     let kept = bench.shmem.fill_all_temporarily().unwrap();
     assert_eq!(kept.iter().map(|kept| kept.len).collect::<Vec<_>>(), [2 * PAGE]);
-    // Also when it is known what was touched.
+    // Also when the address is known.
     bench.file.set_len(4 * PAGE).unwrap();
     let filled = bench.shmem.fill_missing(region.start() + 4 * PAGE).unwrap();
     assert_eq!((filled.len, filled.is_first), (4 * PAGE, false));
@@ -159,7 +159,7 @@ fn what_goes_missing_while_more_is_filled_for_now_is_filled_too() {
 }
 
 #[test]
-fn a_look_for_missing_pages_is_no_touch() {
+fn probing_for_missing_pages_is_not_taken_for_an_access() {
     // SHM-44, SHM-45
     let bench = bench();
     for shmid in [0, 7] {
@@ -184,7 +184,7 @@ fn a_look_for_missing_pages_is_no_touch() {
 }
 
 #[test]
-fn a_read_that_came_too_late_gives_what_is_there_now() {
+fn a_read_that_kvm_passed_on_gives_what_is_there_now() {
     // SHM-45
     let bench = bench();
     let start = bench.region(0).start();
