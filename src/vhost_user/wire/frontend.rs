@@ -13,8 +13,8 @@ use thiserror::Error;
 
 use super::connection::{Connection, ConnectionError, Deadline};
 use super::message::{
-    self, ConfigHeader, F_PROTOCOL_FEATURES, FrontendRequest, Header, Layout, MemoryRegion, Padding,
-    ShmemConfig, SingleRegion, VringAddr, VringState, protocol_features as protocol,
+    self, ConfigHeader, F_PROTOCOL_FEATURES, FrontendRequest, Header, Layout, MemoryRegion, ShmemConfig,
+    SingleRegion, VringAddr, VringState, protocol_features as protocol,
 };
 use super::negotiate::{Agreement, Needs, NegotiationError, Offer, negotiate};
 
@@ -232,7 +232,7 @@ impl Conversation<'_> {
         &region: &MemoryRegion,
         files: &[BorrowedFd<'_>],
     ) -> Result<(), FrontendError> {
-        self.tell(request, &SingleRegion { padding: Padding, region }.encode(), files)?;
+        self.tell(request, &SingleRegion { padding: 0, region }.encode(), files)?;
         if self.agreement.has(protocol::REPLY_ACK) {
             return Ok(());
         }
