@@ -175,7 +175,7 @@ pub fn attach(
         let page = RegisterPage::new().map_err(AttachError::Registers)?;
         let interrupt = Interrupt::new(Arc::clone(&page)).map_err(AttachError::Registers)?;
         vm.register_irqfd(interrupt.call(), gsi)?;
-        let member = sharing.as_ref().map(|sharing| sharing.join(&spec.name));
+        let member = sharing.as_ref().map(|sharing| sharing.join());
         let device = VhostUserDevice::new(
             &spec,
             handshake,
