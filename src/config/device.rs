@@ -2,7 +2,6 @@
 //!
 //! [`KEYS`] has each key once. The parser, the error messages and the help text are made of it.
 
-use std::fmt;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -100,12 +99,11 @@ const KEYS: &[Key] = &[
         help: "shows what this device's back-end maps to the back-ends of the other devices, so that the guest can use \
                it for their requests (O_DIRECT from a DAX file to a disk)",
         set: |spec, text| {
-            let on = match text {
-                "on" => true,
-                "off" => false,
+            match text {
+                "on" => spec.share_shmem = true,
+                "off" => spec.share_shmem = false,
                 _ => return None,
-            };
-            spec.share_shmem = on;
+            }
             Some(())
         },
     },
@@ -148,7 +146,7 @@ pub enum DeviceStringError {
     NoType(PathBuf),
     #[error("`{0}` is not of the form KEY=VALUE")]
     NotAPair(String),
-    #[error("unknown key `{0}`: known are {KnownKeys}")]
+    #[error("unknown key `{0}`: known are {known}", known = names())]
     UnknownKey(String),
     #[error("`{0}` is given twice")]
     Twice(&'static str),
@@ -158,12 +156,8 @@ pub enum DeviceStringError {
     BadValue { key: &'static str, value: String, wanted: &'static str },
 }
 
-struct KnownKeys;
-
-impl fmt::Display for KnownKeys {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&KEYS.iter().map(|key| key.name).collect::<Vec<_>>().join(", "))
-    }
+fn names() -> String {
+    KEYS.iter().map(|key| key.name).collect::<Vec<_>>().join(", ")
 }
 
 impl FromStr for DeviceSpec {

@@ -229,7 +229,7 @@ impl VirtioDevice for VhostUserDevice {
             self.shmem.open_gate();
             to.set_features_and_memory(features, self.memory.regions(), self.memory.file().as_fd())?;
             if let Some(updates) = &self.updates {
-                updates.tell_all(to)?;
+                updates.recipient.tell_all(to)?;
             }
             for ring in &rings {
                 // Also where it fails: a ring that the back-end was told of in part may run, and must be

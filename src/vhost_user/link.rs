@@ -7,13 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::wire::channel::ChannelError;
 use super::wire::connection::ConnectionError;
-use crate::report::with_causes;
+use crate::report::{MisuseLog, with_causes};
 use crate::virtio::interrupt::Interrupt;
 
 /// Shared by the device, its thread ([`super::watch`]) and the threads of [`super::sharing`].
 pub struct Link {
     /// The device's name.
     pub name: String,
+    /// For what its back-end can provoke.
+    pub log: MisuseLog,
     lost: AtomicBool,
     interrupt: Arc<Interrupt>,
     /// The main socket.
@@ -29,8 +31,8 @@ impl Link {
         main: Arc<UnixStream>,
         channel: Option<Arc<UnixStream>>,
     ) -> Arc<Self> {
-        let lost = AtomicBool::new(false);
-        Arc::new(Link { name: name.to_string(), lost, interrupt, main, channel })
+        let (name, log, lost) = (name.to_string(), MisuseLog::new(name), AtomicBool::new(false));
+        Arc::new(Link { name, log, lost, interrupt, main, channel })
     }
 
     /// Whether the back-end is gone, or was cut off.

@@ -48,8 +48,9 @@ impl Handler for ShmemHandler {
         // know it.
         if let Some(sharing) = &self.sharing
             && let Some((mapping, host)) = self.shmem.mapping(shmid, shm_offset)
+            && let Err(error) = sharing.share(&mapping, host, file)
         {
-            sharing.share(&mapping, host, file);
+            self.log.warn(format_args!("{error}"));
         }
         Ok(())
     }

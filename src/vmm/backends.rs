@@ -157,7 +157,7 @@ pub fn attach(
         let page = RegisterPage::new().map_err(&registers_failed)?;
         let interrupt = Interrupt::new(Arc::clone(&page)).map_err(&registers_failed)?;
         vm.register_irqfd(interrupt.call(), gsi)?;
-        let member = sharing.as_ref().map(|sharing| sharing.join(&spec.name));
+        let member = sharing.as_ref().map(|sharing| sharing.join());
         let device = VhostUserDevice::new(
             &spec,
             handshake,

@@ -16,7 +16,6 @@ use super::super::wire::message::MemoryRegion;
 use super::state::{Change, Device, Recipient, State};
 use crate::memory::shmem::MappingInfo;
 use crate::memory::{Access, PAGE_SIZE};
-use crate::report::MisuseLog;
 
 /// How long a recipient may take to answer ADD_MEM_REG or REM_MEM_REG.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -51,29 +50,28 @@ pub struct Sharing {
 #[derive(Default)]
 struct Table {
     state: State,
-    /// How to reach the devices; the indices are those of [`State::devices`].
-    contacts: Vec<Contact>,
+    /// Of the recipients; the indices are those of [`State::devices`].
+    links: Vec<Option<Arc<Link>>>,
 }
 
-struct Contact {
-    log: Arc<MisuseLog>,
-    /// Of a recipient.
-    link: Option<Arc<Link>>,
-}
+/// Why a mapping is not shared: its owner has so many other files open here.
+#[derive(Debug, Error)]
+#[error("{0} of its files are shared, and no more can be kept open: other back-ends do not see this one")]
+pub struct TooManyFiles(usize);
 
 impl Sharing {
-    /// Nothing shared by no device. Each owner may keep `max_files` open files here; what it maps of more is
+    /// Without devices. Each owner may keep `max_files` open files here; what it maps of more is
     /// not shared.
     pub fn new(max_files: usize) -> Arc<Self> {
         Arc::new(Sharing { max_files, table: Mutex::default(), changed: Condvar::new() })
     }
 
     /// Adds a device.
-    pub fn join(self: &Arc<Self>, name: &str) -> Participant {
+    pub fn join(self: &Arc<Self>) -> Participant {
         let mut table = self.lock();
         table.state.devices.push(Device::default());
-        table.contacts.push(Contact { log: Arc::new(MisuseLog::new(name)), link: None });
-        Participant { sharing: Arc::clone(self), id: table.contacts.len() - 1 }
+        table.links.push(None);
+        Participant { sharing: Arc::clone(self), id: table.links.len() - 1 }
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -115,21 +113,20 @@ pub struct Participant {
 
 impl Participant {
     /// The owner made a mapping of `file`, at `host` in this process: others see it when this returns, as far
-    /// as they can. Never fails: a back-end that does not see it answers with an I/O error if the guest uses
-    /// it there, and the log says so.
+    /// as they can. A back-end that does not see it answers with an I/O error if the guest uses it there.
     ///
     /// Called on the owner's channel thread, under its inbox lock, after the mapping was made and before it
     /// is answered.
-    pub fn share(&self, mapping: &MappingInfo, host: u64, file: OwnedFd) {
+    pub fn share(&self, mapping: &MappingInfo, host: u64, file: OwnedFd) -> Result<(), TooManyFiles> {
         let address = mapping.guest.start();
         if !is_for_both(mapping, &file) {
             log::debug!(
                 "the mapping at {address:#x} is not shared: its file cannot be mapped for reading and writing"
             );
-            return;
+            return Ok(());
         }
         let file = File::from(file);
-        let Ok(metadata) = file.metadata() else { return };
+        let Ok(metadata) = file.metadata() else { return Ok(()) };
         let inode = (metadata.dev(), metadata.ino());
         let region = MemoryRegion {
             guest_addr: address,
@@ -139,17 +136,17 @@ impl Participant {
         };
         let max_files = self.sharing.max_files;
         if !self.sharing.lock().state.share(self.id, region, inode, file.into(), max_files) {
-            self.log_of(self.id).warn(format_args!(
-                "{max_files} of its files are shared, and no more can be kept open: other back-ends do not see this one"
-            ));
-            return;
+            return Err(TooManyFiles(max_files));
         }
         self.sharing.changed.notify_all();
         for (recipient, _) in self.wait_until_told(&[address], MAP_TIMEOUT, true) {
-            self.log_of(recipient).warn(format_args!(
-                "the back-end is busy, and learns of another device's mapping at {address:#x} only later"
-            ));
+            if let Some(link) = self.link_of(recipient) {
+                link.log.warn(format_args!(
+                    "the back-end is busy, and learns of another device's mapping at {address:#x} only later"
+                ));
+            }
         }
+        Ok(())
     }
 
     /// The owner's mapping at this guest address is gone: others have let go of it when this returns.
@@ -212,20 +209,22 @@ impl Participant {
     /// Makes it a recipient whose back-end can be told of `room` mappings.
     pub(super) fn see_others(&self, room: usize, link: Arc<Link>) {
         let mut table = self.sharing.lock();
-        table.contacts[self.id].link = Some(link);
+        table.links[self.id] = Some(link);
         table.state.devices[self.id].sees = Some(Recipient::new(room));
     }
 
     /// The recipient is no longer one.
     pub(super) fn see_nothing(&self) {
         let mut table = self.sharing.lock();
-        table.contacts[self.id].link = None;
+        table.links[self.id] = None;
         table.state.devices[self.id].sees = None;
         self.sharing.changed.notify_all();
     }
 
     /// SET_MEM_TABLE has made the recipient's back-end forget whatever it was told: tells it all there is.
-    pub(super) fn tell_all(&self, to: &mut Conversation<'_>) -> Result<(), FrontendError> {
+    /// Called while it is started, on a vCPU's thread that has the main socket; what becomes due meanwhile is
+    /// for the update thread.
+    pub fn tell_all(&self, to: &mut Conversation<'_>) -> Result<(), FrontendError> {
         let due = self.sharing.lock().state.restart(self.id);
         for _ in 0..due {
             self.tell_next(to)?;
@@ -236,15 +235,16 @@ impl Participant {
     /// Tells the recipient the next thing that is due. A recipient that cannot be told, or does not let go,
     /// is given up.
     pub(super) fn tell_next(&self, to: &mut Conversation<'_>) -> Result<(), FrontendError> {
-        let change = self.sharing.lock().state.next_change(self.id);
-        if let Some(change) = &change {
+        let mut table = self.sharing.lock();
+        let (change, link) = (table.state.next_change(self.id), table.links[self.id].clone());
+        drop(table);
+        if let (Some(change), Some(link)) = (&change, link) {
             let told = match change {
                 Change::Add(shared) => to.add_memory(&shared.region, shared.file.as_fd()),
                 Change::Remove(region) => to.remove_memory(region),
                 Change::LeaveOut { address, told } => {
-                    self.log_of(self.id).warn(format_args!(
-                        "the back-end knows {told} mappings of other devices, and cannot be told of more: it does not see \
-                         the one at {address:#x}"
+                    link.log.warn(format_args!(
+                        "the back-end knows {told} mappings of other devices, and cannot be told of more: it does not see                          the one at {address:#x}"
                     ));
                     Ok(())
                 }
@@ -254,16 +254,14 @@ impl Participant {
                 // It is not told of this mapping again before its next start.
                 (Err(error @ FrontendError::Refused { .. }), Change::Add(shared)) => {
                     let address = shared.region.guest_addr;
-                    self.log_of(self.id).warn(format_args!(
+                    link.log.warn(format_args!(
                         "{error}: it does not see another device's mapping at {address:#x}"
                     ));
                     true
                 }
                 (Err(error), _) => {
                     // First cut off, then no longer waited for.
-                    if let Some(link) = self.link_of(self.id) {
-                        link.give_up(error);
-                    }
+                    link.give_up(error);
                     self.forget();
                     return told;
                 }
@@ -292,11 +290,7 @@ impl Participant {
     }
 
     fn link_of(&self, recipient: usize) -> Option<Arc<Link>> {
-        self.sharing.lock().contacts[recipient].link.clone()
-    }
-
-    fn log_of(&self, device: usize) -> Arc<MisuseLog> {
-        Arc::clone(&self.sharing.lock().contacts[device].log)
+        self.sharing.lock().links[recipient].clone()
     }
 }
 

@@ -6,13 +6,14 @@ use std::thread::JoinHandle;
 
 use super::super::link::Link;
 use super::super::wire::connection::Deadline;
-use super::super::wire::frontend::{Conversation, Frontend, FrontendError};
+use super::super::wire::frontend::Frontend;
 use super::participant::{ANSWER_TIMEOUT, Participant};
 use crate::thread;
 
 /// The running thread. Dropping it stops and joins it, and ends both sockets of its back-end.
 pub struct UpdateThread {
-    recipient: Participant,
+    /// What its back-end is among the devices.
+    pub recipient: Participant,
     link: Arc<Link>,
     thread: Option<JoinHandle<()>>,
 }
@@ -30,13 +31,6 @@ impl UpdateThread {
         let (told, its_link) = (recipient.clone(), Arc::clone(&link));
         let thread = thread::spawn(format!("share-{name}"), move || run(&told, &main, &its_link))?;
         Ok(UpdateThread { recipient, link, thread: Some(thread) })
-    }
-
-    /// SET_MEM_TABLE has made the back-end forget whatever it was told: tells it all there is. Called while
-    /// it is started, on a vCPU's thread that has the main socket; what becomes due meanwhile is for the
-    /// update thread.
-    pub fn tell_all(&self, to: &mut Conversation<'_>) -> Result<(), FrontendError> {
-        self.recipient.tell_all(to)
     }
 }
 

@@ -13,10 +13,10 @@ use thiserror::Error;
 
 use super::connection::{Connection, ConnectionError, Deadline};
 use super::message::{
-    self, ConfigHeader, F_PROTOCOL_FEATURES, FrontendRequest, Header, Layout, MemoryRegion, Padding,
-    ShmemConfig, SingleRegion, VringAddr, VringState, protocol_features as protocol,
+    self, ConfigHeader, F_PROTOCOL_FEATURES, FrontendRequest, Header, Layout, MemoryRegion, ShmemConfig,
+    SingleRegion, VringAddr, VringState, protocol_features as protocol,
 };
-use super::negotiate::{Agreement, Needs, NegotiationError, Offer, negotiate};
+use super::negotiate::{Agreement, Needs, NegotiationError, negotiate};
 
 /// How long a back-end may take to answer a request of the set-up.
 const SETUP_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -148,11 +148,11 @@ impl Conversation<'_> {
     fn negotiate(&mut self, needs: &Needs) -> Result<Agreement, FrontendError> {
         self.tell(FrontendRequest::SetOwner, &[], &[])?;
         let features = self.ask(FrontendRequest::GetFeatures, &[])?;
-        let protocol_features = match features & F_PROTOCOL_FEATURES {
+        let offered = match features & F_PROTOCOL_FEATURES {
             0 => 0,
             _ => self.ask(FrontendRequest::GetProtocolFeatures, &[])?,
         };
-        let agreement = negotiate(Offer { features, protocol_features }, needs)?;
+        let agreement = negotiate(features, offered, needs)?;
         if let Some(acked) = agreement.protocol_features {
             // Before the agreement holds: a back-end need not know NEED_REPLY yet.
             self.tell(FrontendRequest::SetProtocolFeatures, &acked.encode(), &[])?;
@@ -232,7 +232,7 @@ impl Conversation<'_> {
         &region: &MemoryRegion,
         files: &[BorrowedFd<'_>],
     ) -> Result<(), FrontendError> {
-        self.tell(request, &SingleRegion { padding: Padding, region }.encode(), files)?;
+        self.tell(request, &SingleRegion { padding: 0, region }.encode(), files)?;
         if self.agreement.has(protocol::REPLY_ACK) {
             return Ok(());
         }

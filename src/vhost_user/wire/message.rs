@@ -54,47 +54,30 @@ macro_rules! integers {
 
 integers! { u8 u32 u64 }
 
-impl<const N: usize> Layout for [u64; N] {
-    const LEN: usize = 8 * N;
+impl<T: Layout + Copy + Default, const N: usize> Layout for [T; N] {
+    const LEN: usize = N * T::LEN;
 
     fn put(&self, bytes: &mut Vec<u8>) {
         self.iter().for_each(|field| field.put(bytes));
     }
 
     fn take(bytes: &mut &[u8]) -> Option<Self> {
-        let mut fields = [0; N];
+        let mut fields = [T::default(); N];
         for field in &mut fields {
-            *field = u64::take(bytes)?;
+            *field = T::take(bytes)?;
         }
         Some(fields)
     }
 }
 
-/// `N` bytes without a meaning: sent as zeroes, ignored when received (SHM-11, SHM-26).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Padding<const N: usize>;
-
-impl<const N: usize> Layout for Padding<N> {
-    const LEN: usize = N;
-
-    fn put(&self, bytes: &mut Vec<u8>) {
-        bytes.extend([0; N]);
-    }
-
-    fn take(bytes: &mut &[u8]) -> Option<Self> {
-        *bytes = bytes.get(N..)?;
-        Some(Padding)
-    }
-}
-
-/// Defines a struct together with its [`Layout`].
-macro_rules! layout {
-    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $vis:vis $field:ident: $type:ty,)* }) => {
+/// Defines structs together with their [`Layout`]. The fields have the specification's names.
+macro_rules! layouts {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* })*) => {$(
         $(#[$doc])*
-        #[allow(missing_docs)] // The fields have the specification's names.
+        #[allow(missing_docs)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub struct $name {
-            $($(#[$field_doc])* $vis $field: $type,)*
+            $(pub $field: $type,)*
         }
 
         impl Layout for $name {
@@ -108,7 +91,39 @@ macro_rules! layout {
                 Some($name { $($field: <$type>::take(bytes)?,)* })
             }
         }
-    };
+    )*};
+}
+
+layouts! {
+    /// A message's header. `request` is its id, also in the reply; `size` is that of the payload, in bytes.
+    Header { request: u32, flags: u32, size: u32 }
+
+    /// The payload of MAP and UNMAP (struct VhostUserMMap, SHM-25). Offsets and the length are in bytes; the
+    /// padding is ignored (SHM-26).
+    MMap { shmid: u8, padding: [u8; 7], fd_offset: u64, shm_offset: u64, len: u64, flags: u64 }
+
+    /// The payload of a GET_SHMEM_CONFIG reply (struct VhostUserShMemConfig, SHM-11). `nregions` is how many
+    /// of the sizes, in bytes, the back-end says are not 0; the index of a size is the region's id.
+    ShmemConfig { nregions: u32, padding: u32, sizes: [u64; 256] }
+
+    /// A range of guest memory, `size` bytes: an entry of SET_MEM_TABLE, or all of a [`SingleRegion`]. It is
+    /// at the guest physical address `guest_addr`, for ring addresses at `user_addr`, and in its file at
+    /// `mmap_offset`.
+    MemoryRegion { guest_addr: u64, size: u64, user_addr: u64, mmap_offset: u64 }
+
+    /// The payload of ADD_MEM_REG and REM_MEM_REG.
+    SingleRegion { padding: u64, region: MemoryRegion }
+
+    /// What SET_VRING_NUM, SET_VRING_BASE and SET_VRING_ENABLE say of a ring, and GET_VRING_BASE's reply.
+    VringState { index: u32, value: u32 }
+
+    /// The payload of SET_VRING_ADDR: where the parts of a ring are, by [`MemoryRegion::user_addr`]; the
+    /// guest physical address `log` is for migration.
+    VringAddr { index: u32, flags: u32, descriptor_table: u64, used_ring: u64, available_ring: u64, log: u64 }
+
+    /// The first part of a GET_CONFIG or SET_CONFIG payload; `size` bytes of the configuration space follow.
+    /// `flags` is 0 for a driver's access.
+    ConfigHeader { offset: u32, size: u32, flags: u32 }
 }
 
 /// The bits of a header's flags.
@@ -117,17 +132,6 @@ mod flags {
     pub const VERSION_MASK: u32 = 0x3;
     pub const REPLY: u32 = 1 << 2;
     pub const NEED_REPLY: u32 = 1 << 3;
-}
-
-layout! {
-    /// A message's header.
-    Header {
-        /// The request's id; a reply has its request's.
-        pub request: u32,
-        flags: u32,
-        /// Bytes of the payload.
-        pub size: u32,
-    }
 }
 
 impl Header {
@@ -226,22 +230,19 @@ ids! {
 }
 
 /// Protocol feature bits (VHOST_USER_PROTOCOL_F_...), as masks. SHMEM has no fixed bit: see SHM-1.
+#[allow(missing_docs)]
 pub mod protocol_features {
     /// GET_QUEUE_NUM.
     pub const MQ: u64 = 1 << 0;
-    /// Requests may ask for an answer.
     pub const REPLY_ACK: u64 = 1 << 3;
     /// The backend channel.
     pub const BACKEND_REQ: u64 = 1 << 5;
-    /// The configuration space is the back-end's.
     pub const CONFIG: u64 = 1 << 9;
     /// Messages on the backend channel may carry file descriptors.
     pub const BACKEND_SEND_FD: u64 = 1 << 10;
-    /// RESET_DEVICE.
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG.
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
-    /// SET_STATUS.
     pub const STATUS: u64 = 1 << 16;
 }
 
@@ -251,96 +252,15 @@ pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VHOST_F_LOG_ALL, one of the virtio feature bits: for migration.
 pub const F_LOG_ALL: u64 = 1 << 26;
 
-layout! {
-    /// The payload of MAP and UNMAP (struct VhostUserMMap, SHM-25). Offsets and the length are in bytes.
-    MMap {
-        pub shmid: u8,
-        pub padding: Padding<7>,
-        pub fd_offset: u64,
-        pub shm_offset: u64,
-        pub len: u64,
-        pub flags: u64,
-    }
-}
-
 impl MMap {
     /// The flag that asks for a mapping which the guest can write to.
     pub const READ_WRITE: u64 = 1 << 0;
 }
 
-layout! {
-    /// The payload of a GET_SHMEM_CONFIG reply (struct VhostUserShMemConfig, SHM-11). `nregions` is how many
-    /// of the sizes, in bytes, the back-end says are not 0; the index of a size is the region's id.
-    ShmemConfig {
-        pub nregions: u32,
-        pub padding: Padding<4>,
-        pub sizes: [u64; 256],
-    }
-}
-
-layout! {
-    /// A range of guest memory, `size` bytes: an entry of SET_MEM_TABLE, or all of a [`SingleRegion`].
-    MemoryRegion {
-        /// Guest physical address.
-        pub guest_addr: u64,
-        pub size: u64,
-        /// Its address where [`VringAddr`] has the rings.
-        pub user_addr: u64,
-        /// Where it starts in its file, in bytes.
-        pub mmap_offset: u64,
-    }
-}
-
-layout! {
-    /// The payload of ADD_MEM_REG and REM_MEM_REG.
-    SingleRegion {
-        pub padding: Padding<8>,
-        pub region: MemoryRegion,
-    }
-}
-
-layout! {
-    /// What SET_VRING_NUM, SET_VRING_BASE and SET_VRING_ENABLE say of a ring, and GET_VRING_BASE's reply.
-    VringState {
-        pub index: u32,
-        pub value: u32,
-    }
-}
-
-layout! {
-    /// The payload of SET_VRING_ADDR. Addresses are in the space of [`MemoryRegion::user_addr`].
-    VringAddr {
-        pub index: u32,
-        pub flags: u32,
-        pub descriptor_table: u64,
-        pub used_ring: u64,
-        pub available_ring: u64,
-        /// A guest physical address, for migration.
-        pub log: u64,
-    }
-}
-
-layout! {
-    /// The first part of a SET_MEM_TABLE payload; `count` times a [`MemoryRegion`] follow.
-    MemoryTableHeader {
-        pub count: u32,
-        pub padding: Padding<4>,
-    }
-}
-
-layout! {
-    /// The first part of a GET_CONFIG or SET_CONFIG payload; `size` bytes of the configuration space follow.
-    /// `flags` is 0 for a driver's access.
-    ConfigHeader {
-        pub offset: u32,
-        pub size: u32,
-        pub flags: u32,
-    }
-}
-
 /// The payload of SET_MEM_TABLE.
 pub fn memory_table(regions: &[MemoryRegion]) -> Vec<u8> {
-    let mut bytes = MemoryTableHeader { count: regions.len() as u32, padding: Padding }.encode();
+    let [count, padding] = [regions.len() as u32, 0];
+    let mut bytes = [count, padding].encode();
     regions.iter().for_each(|region| region.put(&mut bytes));
     bytes
 }
@@ -378,7 +298,8 @@ mod tests {
         for (at, value) in [(8, 1u64), (16, 2), (24, 3), (32, 4)] {
             payload[at..at + 8].copy_from_slice(&value.to_ne_bytes());
         }
-        let expected = MMap { shmid: 0xfe, padding: Padding, fd_offset: 1, shm_offset: 2, len: 3, flags: 4 };
+        let expected =
+            MMap { shmid: 0xfe, padding: [0xee; 7], fd_offset: 1, shm_offset: 2, len: 3, flags: 4 };
         assert_eq!(MMap::decode(&payload), Some(expected)); // SHM-26
         // SHM-25
         assert_eq!(MMap::decode(&payload[..39]), None);

@@ -28,15 +28,6 @@ pub struct Needs {
     pub queues: u16,
 }
 
-/// What a back-end offers.
-#[derive(Clone, Copy, Debug)]
-pub struct Offer {
-    /// The answer to GET_FEATURES.
-    pub features: u64,
-    /// The answer to GET_PROTOCOL_FEATURES; 0 where it must not be asked (SHM-2).
-    pub protocol_features: u64,
-}
-
 /// What was agreed. The default is nothing: that is how a connection starts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Agreement {
@@ -98,9 +89,9 @@ const OURS: u64 = 1 << VIRTIO_F_RING_RESET;
 /// VIRTIO_F_RING_PACKED, are for the transport to leave out.
 const NOT_FOR_THE_DRIVER: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
 
-/// Agrees with a back-end.
-pub fn negotiate(offer: Offer, needs: &Needs) -> Result<Agreement, NegotiationError> {
-    let Offer { features, protocol_features: offered } = offer;
+/// Agrees with a back-end whose answer to GET_FEATURES was `features`, and to GET_PROTOCOL_FEATURES `offered`;
+/// 0 where it must not be asked (SHM-2).
+pub fn negotiate(features: u64, offered: u64, needs: &Needs) -> Result<Agreement, NegotiationError> {
     if features & 1 << VIRTIO_F_VERSION_1 == 0 {
         return Err(NegotiationError::NoVersion1(features));
     }
@@ -163,10 +154,6 @@ mod tests {
         }
     }
 
-    fn agree(features: u64, protocol_features: u64, needs: &Needs) -> Result<Agreement, NegotiationError> {
-        negotiate(Offer { features, protocol_features }, needs)
-    }
-
     #[test]
     fn nothing_is_accepted_that_was_not_offered_nor_shmem_without_its_channel() {
         let with_protocol = VERSION_1 | F_PROTOCOL_FEATURES;
@@ -182,7 +169,7 @@ mod tests {
             (with_protocol, 0, 22, Some(0), false),                    // SHM-3
             (VERSION_1, u64::MAX, 22, None, false),                    // SHM-2
         ] {
-            let agreement = agree(features, offered, &Needs { shmem_bit: bit, ..needs() }).unwrap();
+            let agreement = negotiate(features, offered, &Needs { shmem_bit: bit, ..needs() }).unwrap();
             assert_eq!((agreement.protocol_features, agreement.shmem), (acked, shmem), "{offered:#x}");
             for mask in (0..64).map(|bit| 1 << bit) {
                 assert_eq!(agreement.has(mask), acked.unwrap_or(0) & mask != 0); // SHM-3
@@ -197,16 +184,16 @@ mod tests {
             [(1 << 15, true, true), (1 << 15, false, false), (0, true, false)]
         {
             let needs = Needs { memory_slots, ..needs() };
-            let agreement = agree(VERSION_1 | F_PROTOCOL_FEATURES, offered, &needs).unwrap();
+            let agreement = negotiate(VERSION_1 | F_PROTOCOL_FEATURES, offered, &needs).unwrap();
             assert_eq!(agreement.has(protocol::CONFIGURE_MEM_SLOTS), agreed);
         }
     }
 
     #[test]
     fn the_driver_is_offered_what_the_back_end_can_do() {
-        let agreement = agree(u64::MAX, 0, &needs()).unwrap();
+        let agreement = negotiate(u64::MAX, 0, &needs()).unwrap();
         assert_eq!(agreement.guest_features, !(1 << 26 | 1 << 30));
-        let least = agree(VERSION_1, 0, &needs()).unwrap();
+        let least = negotiate(VERSION_1, 0, &needs()).unwrap();
         assert_eq!(least.guest_features, VERSION_1 | 1 << VIRTIO_F_RING_RESET);
         // RING_RESET is ours, PROTOCOL_FEATURES is between us and the back-end.
         assert_eq!(least.features_for_backend(least.guest_features), VERSION_1);
@@ -226,10 +213,10 @@ mod tests {
             (VERSION_1 | 1, 0, &pmem, "SHMEM"),
             (both, shmem, &blk, "CONFIG"),
         ] {
-            let error = agree(features, offered, needs).unwrap_err().to_string();
+            let error = negotiate(features, offered, needs).unwrap_err().to_string();
             assert!(error.contains(what), "{error}");
         }
-        agree(both | 1, shmem, &pmem).unwrap();
-        agree(both, 1 << 9, &blk).unwrap();
+        negotiate(both | 1, shmem, &pmem).unwrap();
+        negotiate(both, 1 << 9, &blk).unwrap();
     }
 }
