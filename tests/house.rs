@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("arch", &["memory", "report"]),
     ("bus", &["exit"]),
-    ("cli", &["config", "size", "vhost_user"]),
-    ("config", &["vhost_user"]),
+    ("cli", &["config", "size"]),
+    ("config", &["size", "virtio"]),
     ("devices", &["bus", "exit"]),
     ("exit", &[]),
     ("kvm", &["bus", "exit", "memory", "report", "thread"]),
@@ -21,7 +21,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("size", &[]),
     ("terminal", &[]),
     ("thread", &[]),
-    ("vhost_user", &["memory", "report", "thread", "virtio"]),
+    ("vhost_user", &["config", "memory", "report", "thread", "virtio"]),
     ("virtio", &["bus", "exit", "memory", "report"]),
     (
         "vmm",
