@@ -9,20 +9,20 @@ use std::path::{Path, PathBuf};
 
 /// Each module, and those of ours that it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("arch", &["memory"]),
-    ("bus", &[]),
-    ("cli", &["config", "vhost_user"]),
-    ("config", &["size", "vhost_user"]),
-    ("devices", &["bus"]),
+    ("arch", &["memory", "report"]),
+    ("bus", &["exit"]),
+    ("cli", &["config", "size"]),
+    ("config", &["size", "virtio"]),
+    ("devices", &["bus", "exit"]),
     ("exit", &[]),
-    ("kvm", &["bus", "memory", "thread"]),
-    ("memory", &[]),
+    ("kvm", &["bus", "exit", "memory", "report", "thread"]),
+    ("memory", &["report"]),
     ("report", &[]),
     ("size", &[]),
     ("terminal", &[]),
     ("thread", &[]),
-    ("vhost_user", &["memory", "report", "thread", "virtio"]),
-    ("virtio", &["bus", "memory", "report"]),
+    ("vhost_user", &["config", "memory", "report", "thread", "virtio"]),
+    ("virtio", &["bus", "exit", "memory", "report"]),
     (
         "vmm",
         &[

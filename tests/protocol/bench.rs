@@ -15,14 +15,16 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hotslot::config::device::DeviceSpec;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::memory::shmem::SharedMemory;
 use hotslot::memory::{Access, GuestMapper, GuestRange, SlotId};
+use hotslot::vhost_user::connect::{self, ConnectError};
 use hotslot::vhost_user::device::VhostUserDevice;
-use hotslot::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use hotslot::vhost_user::memory_table::MemoryTable;
-use hotslot::vhost_user::message::MemoryRegion;
-use hotslot::vhost_user::sharing::Member;
+use hotslot::vhost_user::sharing::Participant;
+use hotslot::vhost_user::wire::frontend::Handshake;
+use hotslot::vhost_user::wire::message::MemoryRegion;
 use hotslot::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use hotslot::virtio::interrupt::Interrupt;
 use hotslot::virtio::register_page::{Register, RegisterPage};
@@ -124,7 +126,7 @@ pub struct Setup {
     pub windows: WindowAllocator,
     /// Whether others see its mappings, and what it is among them.
     pub shares: bool,
-    pub member: Option<Member>,
+    pub member: Option<Participant>,
     /// How many of its requests are served in a second.
     pub rate: Option<u32>,
     script: Script,
@@ -167,7 +169,7 @@ impl Setup {
     }
 
     /// Connects, and learns what the back-end is.
-    pub fn connect(self) -> (Result<Handshake, FrontendError>, Backend) {
+    pub fn connect(self) -> (Result<Handshake, ConnectError>, Backend) {
         let backend = self.backend();
         let listener = UnixListener::bind(&backend.spec.socket).unwrap();
         let (seen, main, channel, guest) = (
@@ -185,7 +187,7 @@ impl Setup {
             *peer.channel.lock().unwrap() = None;
             *main.lock().unwrap() = None;
         });
-        (Frontend::connect(&backend.spec, PATIENCE, backend.member.is_some()), backend)
+        (connect::connect(&backend.spec, PATIENCE, backend.member.is_some()), backend)
     }
 
     fn backend(&self) -> Backend {
@@ -217,7 +219,7 @@ impl Setup {
     pub fn foreign(self, listen: impl FnOnce(PathBuf)) -> Bench {
         let backend = self.backend();
         listen(backend.spec.socket.clone());
-        let handshake = Frontend::connect(&backend.spec, PATIENCE, backend.member.is_some()).unwrap();
+        let handshake = connect::connect(&backend.spec, PATIENCE, backend.member.is_some()).unwrap();
         backend.device(handshake).unwrap()
     }
 
@@ -300,7 +302,7 @@ pub struct Backend {
     spec: DeviceSpec,
     quota: usize,
     windows: WindowAllocator,
-    member: Option<Member>,
+    member: Option<Participant>,
     seen: Arc<Mutex<Vec<Seen>>>,
     main: Arc<Mutex<Option<Wire>>>,
     channel: Arc<Mutex<Option<Wire>>>,

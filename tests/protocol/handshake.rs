@@ -160,10 +160,13 @@ fn sizes_that_cannot_be_fail_the_set_up() {
     for regions in [
         vec![(0, 1)],
         vec![(0, PAGE), (1, PAGE + 1)],
+        vec![(0, PAGE), (9, PAGE - 1)],
         vec![(0, u64::MAX)],
         vec![(0, 1 << 63)],
         vec![(0, most)],
         vec![(0, most / 2), (1, most / 2)],
+        vec![(0, most - (1 << 32)), (1, PAGE)],
+        vec![(0, !(PAGE - 1)), (1, !(PAGE - 1))],
         vec![(0, 1 << 63), (1, 1 << 63)],
     ] {
         let mut setup = Setup::new();
