@@ -213,7 +213,7 @@ where
 /// session that ended otherwise than by a hang-up.
 pub fn serve_with<F>(name: &'static str, listening: Listening, mut session: F) -> Result<(), Error>
 where
-    F: FnMut(&UnixListener) -> Result<Session, Error> + Send + 'static,
+    F: FnMut(&UnixListener) -> Result<Ended, Error> + Send + 'static,
 {
     let set_up = |what| move |source| Error::SetUp { what, source };
     let end = end_event();
@@ -226,11 +226,11 @@ where
         .spawn(move || {
             let result = loop {
                 match session(&listener) {
-                    Ok(Session::NothingAsked) => {}
-                    Ok(Session::Ended) if once => break Ok(()),
-                    Ok(Session::Ended) => {}
-                    Ok(Session::Broken(why)) if once => break Err(Error::Session(why)),
-                    Ok(Session::Broken(why)) => {
+                    Ok(Ended::NothingAsked) => {}
+                    Ok(Ended::HungUp) if once => break Ok(()),
+                    Ok(Ended::HungUp) => {}
+                    Ok(Ended::Broken(why)) if once => break Err(Error::Session(why)),
+                    Ok(Ended::Broken(why)) => {
                         say(format_args!("{name}: {why}; waiting for the next front-end"))
                     }
                     Err(e) => break Err(e),
@@ -251,12 +251,11 @@ where
 }
 
 /// How a session ended.
-pub enum Session {
-    /// The peer hung up without a request.
+pub enum Ended {
+    /// The front-end hung up without a request.
     NothingAsked,
-    /// The peer hung up.
-    Ended,
-    /// The peer sent what cannot be served.
+    HungUp,
+    /// The front-end sent a request that cannot be served.
     Broken(String),
 }
 
@@ -267,7 +266,7 @@ fn session<D: Device + 'static>(
     name: &'static str,
     listener: &mut Listener,
     make: &mut impl FnMut(Memory) -> Result<D, Error>,
-) -> Result<Session, Error> {
+) -> Result<Ended, Error> {
     let memory = Memory::new(GuestMemoryMmap::new());
     let device = Arc::new(make(memory.clone())?);
     let end_worker = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
@@ -292,10 +291,10 @@ fn session<D: Device + 'static>(
 
     match result {
         Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => {
-            Ok(if device.was_asked() { Session::Ended } else { Session::NothingAsked })
+            Ok(if device.was_asked() { Ended::HungUp } else { Ended::NothingAsked })
         }
         Err(DaemonError::HandleRequest(e)) => {
-            Ok(Session::Broken(format!("a request of the front-end cannot be served: {e}")))
+            Ok(Ended::Broken(format!("a request of the front-end cannot be served: {e}")))
         }
         Err(e) => Err(Error::Session(e.to_string())),
     }
