@@ -25,10 +25,13 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hotslot::size;
+
 use self::plan::{OTHERS, Step};
 use self::report::Report;
 use self::shared::Device;
 use self::wire::{F_PROTOCOL_FEATURES, protocol};
+use crate::error::Error;
 use crate::server::{self, Ended};
 
 const NAME: &str = "torture";
@@ -114,9 +117,9 @@ Examples:
 The exit status is 1 if a verdict was `NOT as specified`, 2 for a wrong command line; --once ends with the first front-end.";
 
 fn parse_region(text: &str) -> Result<(u8, u64), String> {
-    let (id, size) = text.split_once('=').ok_or("expected ID=SIZE, as in 0=4M".to_owned())?;
+    let (id, bytes) = text.split_once('=').ok_or("expected ID=SIZE, as in 0=4M".to_owned())?;
     let id = id.parse().map_err(|_| format!("`{id}` is no id: give 0 to 255"))?;
-    let size = crate::backing::parse_size(size).map_err(|error| error.to_string())?;
+    let size = size::parse(bytes).map_err(|error| error.to_string())?;
     if size == 0 {
         return Err("a region cannot have size 0".to_owned());
     }
@@ -131,37 +134,6 @@ fn parse_mask(text: &str) -> Result<u64, String> {
 fn parse_seconds(text: &str) -> Result<f32, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.001..=3600.0).contains(seconds));
     seconds.ok_or_else(|| format!("`{text}` is no number of seconds from 0.001 to 3600"))
-}
-
-/// Why it ended, unless all went well.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(transparent)]
-    Server(#[from] server::Error),
-    #[error("region {0} is given twice")]
-    RegionTwice(u8),
-    #[error("the front-end did not do as specified, {0} times")]
-    NotAsSpecified(u32),
-}
-
-impl Error {
-    /// The exit status: 2 where another command line would have helped.
-    pub fn status(&self) -> u8 {
-        match self {
-            Error::Server(e) => e.status(),
-            Error::RegionTwice(_) => 2,
-            Error::NotAsSpecified(_) => 1,
-        }
-    }
-
-    /// What the user could do.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Error::Server(e) => e.hint(),
-            Error::RegionTwice(_) => None,
-            Error::NotAsSpecified(_) => Some("each is a line with NOT in it, on stdout"),
-        }
-    }
 }
 
 /// Runs the back-end until it is told to end.
@@ -217,9 +189,8 @@ fn session(
     device: &Device,
     steps: &[Step],
     report: &Arc<Report>,
-) -> Result<Ended, server::Error> {
-    let (socket, _) =
-        listener.accept().map_err(|source| server::Error::SetUp { what: "a connection", source })?;
+) -> Result<Ended, Error> {
+    let (socket, _) = listener.accept().map_err(Error::set_up("a connection"))?;
     Ok(session::serve(socket, device, steps, report))
 }
 
