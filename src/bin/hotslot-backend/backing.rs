@@ -87,7 +87,7 @@ impl Backing {
         let mut notes = Vec::new();
         if self.file_len < self.size && !self.read_only {
             notes.push(format!(
-                "the last {} bytes of the memory lie past the end of the file: what the guest writes there is lost \
+                "the last {} bytes of the memory lie past the end of the file: the guest's writes there are lost \
                  (--size {} extends the file)",
                 self.size - self.file_len,
                 self.size
@@ -121,7 +121,7 @@ pub fn open_file(
     create: bool,
     missing: Option<&'static str>,
 ) -> Result<(File, u64), Error> {
-    // Looked at before it is opened: opening a FIFO waits, and opening a device may do anything.
+    // Not opened yet: an open of a FIFO waits, and an open of a device may have any effect.
     let exists = match fs::metadata(path) {
         Ok(metadata) => match kind_if_not_regular(metadata.file_type()) {
             Some(kind) => return Err(Error::NotRegular { path: path.to_owned(), kind }),

@@ -3,10 +3,10 @@
 //! VIRTIO 1.2, section 5.2. Called by `main`. Data go straight between the file and the guest's memory, by
 //! read(2) and write(2) on the guest's buffers.
 //!
-//! It maps nothing itself. But a guest's buffer may be in memory that another device's back-end mapped:
-//! O_DIRECT between a file of a DAX file system and this disk. A front-end that shares those mappings adds
-//! them to this back-end's memory by ADD_MEM_REG (protocol feature CONFIGURE_MEM_SLOTS). Without that, or
-//! after a REM_MEM_REG, such a buffer is at an address that does not exist here, and its request fails. A
+//! It has no mappings of its own. But a guest's buffer may be in memory that another device's back-end
+//! mapped: O_DIRECT between a file of a DAX file system and this disk. A front-end that shares those mappings
+//! adds them to this back-end's memory by ADD_MEM_REG (protocol feature CONFIGURE_MEM_SLOTS). Without that,
+//! or after a REM_MEM_REG, such a buffer is at an address that does not exist here, and its request fails. A
 //! shared mapping may reach past the end of its file. There read(2) and write(2) fail with EFAULT, but a load
 //! or store would raise SIGBUS. Loads and stores reach only the driver's own structures, which are never in a
 //! file: rings, headers and status.

@@ -4,8 +4,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use hotslot::exit::{STATUS_ERROR, STATUS_USAGE};
-
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the socket path {path:?} has {len} bytes, more than the {max} that fit in a socket address")]
@@ -51,8 +49,8 @@ impl Error {
     /// The exit status: 2 if another command line helps.
     pub fn status(&self) -> u8 {
         match self {
-            Error::SetUp { .. } | Error::Session(_) | Error::NotAsSpecified(_) => STATUS_ERROR,
-            _ => STATUS_USAGE,
+            Error::SetUp { .. } | Error::Session(_) | Error::NotAsSpecified(_) => 1,
+            _ => 2,
         }
     }
 

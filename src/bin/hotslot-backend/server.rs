@@ -161,8 +161,8 @@ where
 ///
 /// # Errors
 ///
-/// A socket that cannot be accepted from, threads or descriptors that cannot be made; with `--once` also a
-/// session that ended otherwise than by a hang-up.
+/// A failed accept, threads or descriptors that cannot be made; with `--once` also a session that ended
+/// otherwise than by a hang-up.
 pub fn serve_with<F>(name: &'static str, listening: Listening, mut session: F) -> Result<(), Error>
 where
     F: FnMut(&UnixListener) -> Result<Ended, Error> + Send + 'static,
@@ -239,9 +239,8 @@ fn session<D: Device>(
     }
 
     let result = daemon.start(listener).and_then(|()| daemon.wait());
+    // The daemon's drop, at the end of this function, waits for its threads.
     let _ = end_worker.write(1);
-    drop(daemon);
-
     match result {
         Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => {
             Ok(if device.was_asked() { Ended::HungUp } else { Ended::NothingAsked })

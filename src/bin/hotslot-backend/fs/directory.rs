@@ -28,7 +28,7 @@ use crate::lock::lock;
 const NAMES: u32 = 32 << 10;
 
 /// The flags of an open that are passed on. Not O_DIRECT, which would make demands on the guest's buffers,
-/// nor O_PATH, O_TMPFILE and O_CREAT, which would make something else of it.
+/// nor O_PATH, O_TMPFILE and O_CREAT, which would make it another operation.
 ///
 /// Nor O_APPEND: without DAX the guest's kernel writes back what a program stored through a mapping, at its
 /// offset and by any handle that can write; with O_APPEND the host would ignore that offset and add the data
@@ -43,7 +43,7 @@ pub enum Cache {
     None,
     /// Names and attributes for a second; data until a file is opened after it changed
     Auto,
-    /// Everything: for a directory that nobody else changes
+    /// Everything: for a directory that only the guest changes
     Always,
 }
 

@@ -16,9 +16,8 @@ use super::wire::{MAP, MMap, UNMAP, flags, message};
 
 const MAPS: &str = "maps it and answers 0 (vhost-user, BACKEND_SHMEM_MAP)";
 const MMAP_CANNOT: &str =
-    "refuses what it cannot mmap (vhost-user, BACKEND_SHMEM_MAP: 0 means that it is mapped; mmap(2))";
-const IN_REGION: &str =
-    "refuses what is not all inside the region (vhost-user, BACKEND_SHMEM_MAP: a valid, free part of it)";
+    "refuses a mapping that mmap(2) cannot make (vhost-user, BACKEND_SHMEM_MAP: 0 means that it is mapped)";
+const IN_REGION: &str = "refuses a range that is not entirely inside the region (vhost-user, BACKEND_SHMEM_MAP: a valid, free part of it)";
 const NO_OVERLAP: &str =
     "refuses a mapping over another, which stays as it was (vhost-user, BACKEND_SHMEM_MAP)";
 const ENTIRE: &str = "refuses all but the whole of one mapping (vhost-user, BACKEND_SHMEM_UNMAP)";
@@ -163,7 +162,7 @@ pub const CASES: &[Case] = &[
         t.must_refuse_map(t.page(0), &[theirs.as_fd()])?;
         drop(theirs);
         if !hangs_up(ours.as_fd()) {
-            t.line("the front-end keeps the descriptor of what it refused");
+            t.line("the front-end keeps the descriptor of the refused MAP");
         }
         Ok(())
     }),
@@ -218,7 +217,7 @@ pub const CASES: &[Case] = &[
         t.unmaps_refused(&[others[0], others[6], others[254]])
     }),
     case("unmap-nothing", "UNMAP where nothing was ever mapped", ENTIRE, |t| t.must_refuse_unmap(t.page(0))),
-    case("unmap-twice", "UNMAP of what was unmapped already", ENTIRE, |t| {
+    case("unmap-twice", "a second UNMAP of the same mapping", ENTIRE, |t| {
         t.maps_and_unmaps(t.page(0))?;
         t.must_refuse_unmap(t.page(0))
     }),
@@ -275,14 +274,14 @@ pub const CASES: &[Case] = &[
     case(
         "many",
         "MAPs of every second page of the region, up to 512, then UNMAPs of them all",
-        "maps each, or refuses it for want of resources (vhost-user, BACKEND_SHMEM_MAP); room that was given back is \
+        "maps each, or refuses it for lack of resources (vhost-user, BACKEND_SHMEM_MAP); room that was given back is \
                there again",
         |t| {
             let file = files::file(2, PAGE)?;
             let places = ((t.size - t.start) / PAGE / 2).min(512);
             let mut mapped = 0;
             while mapped < places
-                && t.channel.quiet_map(&t.page(2 * mapped), &[file.as_fd()])?.0 != Outcome::Refused
+                && t.channel.exchange(MAP, &t.page(2 * mapped), &[file.as_fd()])?.0 != Outcome::Refused
             {
                 mapped += 1;
             }
@@ -298,7 +297,7 @@ pub const CASES: &[Case] = &[
     case(
         "not-negotiated",
         "MAP and UNMAP where the front-end did not accept SHMEM",
-        "refuses what was not negotiated (vhost-user, BACKEND_SHMEM_MAP: when SHMEM has been negotiated)",
+        "refuses requests of a feature that was not negotiated (vhost-user, BACKEND_SHMEM_MAP: when SHMEM has been negotiated)",
         |t| {
             t.each_refused(&[t.page(0)])?;
             t.must_refuse_unmap(t.page(0))
@@ -336,8 +335,8 @@ pub const CASES: &[Case] = &[
                     t.channel.send(&[*byte], &[])?;
                 }
                 let (outcome, _) = t.channel.answer(id)?;
-                let came = t.must("carry out", outcome, Outcome::Done);
-                t.line(format_args!("52 bytes, one by one: {came}"));
+                let done = t.must("carry out", outcome, Outcome::Done);
+                t.line(format_args!("52 bytes, one by one: {done}"));
             }
             Ok(())
         },

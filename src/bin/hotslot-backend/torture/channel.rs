@@ -27,7 +27,10 @@ pub enum Outcome {
     Unanswered,
 }
 
-/// Why the channel cannot be used any more.
+/// An outcome, and the value of the answer.
+pub type Answered = Result<(Outcome, u64), ChannelError>;
+
+/// Why the channel can no longer be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     #[error("no answer within {} s", .0.as_secs_f32())]
@@ -128,7 +131,7 @@ impl Channel {
         request: &MMap,
         fds: &[BorrowedFd<'_>],
     ) -> Result<Outcome, ChannelError> {
-        let result = self.quiet_map(request, fds);
+        let result = self.exchange(MAP, request, fds);
         let with = match fds.len() {
             1 => String::new(),
             0 => ", without a descriptor".to_owned(),
@@ -145,7 +148,7 @@ impl Channel {
         request: &MMap,
         fds: &[BorrowedFd<'_>],
     ) -> Result<Outcome, ChannelError> {
-        let result = self.quiet_unmap(request, fds);
+        let result = self.exchange(UNMAP, request, fds);
         let with = if fds.is_empty() { "" } else { ", with a descriptor" };
         let MMap { shmid, shm_offset, len, .. } = request;
         let what = format_args!("UNMAP shmid {shmid}, shm_offset {shm_offset:#x}, len {len:#x}{with}");
@@ -160,30 +163,16 @@ impl Channel {
         result.map(|(outcome, _)| outcome)
     }
 
-    /// MAP without a line.
-    pub fn quiet_map(
-        &mut self,
-        request: &MMap,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(Outcome, u64), ChannelError> {
-        let result = self.exchange(MAP, request, fds)?;
-        if result.0 != Outcome::Refused {
-            self.note(true, request);
+    /// MAP or UNMAP, without a line.
+    pub fn exchange(&mut self, id: u32, request: &MMap, fds: &[BorrowedFd<'_>]) -> Answered {
+        let bytes = message(id, flags::VERSION_1 | flags::NEED_REPLY, &request.bytes());
+        let nth = self.send_own(id, &bytes, fds)?;
+        let (outcome, value) = self.answer(id)?;
+        self.moment(id, nth, Moment::After)?;
+        if outcome != Outcome::Refused {
+            self.note(id == MAP, request);
         }
-        Ok(result)
-    }
-
-    /// UNMAP without a line.
-    pub fn quiet_unmap(
-        &mut self,
-        request: &MMap,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(Outcome, u64), ChannelError> {
-        let result = self.exchange(UNMAP, request, fds)?;
-        if result.0 != Outcome::Refused {
-            self.note(false, request);
-        }
-        Ok(result)
+        Ok((outcome, value))
     }
 
     /// Records that a range is mapped, or no longer is.
@@ -206,7 +195,7 @@ impl Channel {
             }
             let request =
                 MMap { shmid: range.shmid, shm_offset: range.shm_offset, len: range.len, ..MMap::default() };
-            self.quiet_unmap(&request, &[])?;
+            self.exchange(UNMAP, &request, &[])?;
         }
         Ok(())
     }
@@ -218,19 +207,6 @@ impl Channel {
             self.mappings.clear();
             self.pattern = None;
         }
-    }
-
-    fn exchange(
-        &mut self,
-        id: u32,
-        request: &MMap,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(Outcome, u64), ChannelError> {
-        let bytes = message(id, flags::VERSION_1 | flags::NEED_REPLY, &request.bytes());
-        let nth = self.send_own(id, &bytes, fds)?;
-        let result = self.answer(id)?;
-        self.moment(id, nth, Moment::After)?;
-        Ok(result)
     }
 
     /// Sends a MAP or an UNMAP; ends what is to end before, in the middle of and after it. Returns its number
@@ -262,7 +238,7 @@ impl Channel {
     }
 
     /// The answer to a request that asked for one.
-    pub fn answer(&self, id: u32) -> Result<(Outcome, u64), ChannelError> {
+    pub fn answer(&self, id: u32) -> Answered {
         if !self.negotiated.reply_ack {
             return Ok((Outcome::Unanswered, 0));
         }
@@ -284,12 +260,12 @@ impl Channel {
         }
     }
 
-    fn say(&self, why: &str, what: impl fmt::Display, result: &Result<(Outcome, u64), ChannelError>) {
-        let line = |came: &dyn fmt::Display| self.shared.report.line(format_args!("{why}: {what}: {came}"));
+    fn say(&self, why: &str, what: impl fmt::Display, result: &Answered) {
+        let line = |end: &dyn fmt::Display| self.shared.report.line(format_args!("{why}: {what}: {end}"));
         match result {
             Ok((Outcome::Unanswered, _)) => line(&"sent; no answer, since REPLY_ACK was not negotiated"),
             Ok((_, value)) => line(&Answer(*value)),
-            Err(gone) => line(gone),
+            Err(error) => line(error),
         }
     }
 }

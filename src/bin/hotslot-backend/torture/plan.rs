@@ -146,8 +146,8 @@ pub fn parse_number(text: &str) -> Option<u64> {
     }
 }
 
-/// What `--help` says of everything that is not a case: what to write, what it does, and what a correct
-/// front-end does.
+/// All actions but the cases, for `--help`: how it is written, what it does, and what a correct front-end
+/// does.
 pub const OTHERS: &[(&str, &str, &str)] = &[
     ("everything", "all cases of this list, one by one", "what is correct for each of them"),
     (

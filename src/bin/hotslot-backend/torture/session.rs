@@ -14,6 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::retry_on_intr;
 
 use super::actor::{self, Job, Order};
 use super::answers::{BadConfig, WrongAnswer};
@@ -91,27 +92,27 @@ impl Session<'_> {
     fn run(&mut self) -> Ended {
         let mut asked = false;
         loop {
-            let kicked = match self.wait() {
-                Ok(Ready { main: true, .. }) => match self.main.receive(None) {
-                    Ok(message) => {
-                        asked = true;
-                        match self.handle(message) {
-                            Ok(()) => continue,
-                            Err(WireError::Closed) => return Ended::HungUp,
-                            Err(error) => return Ended::Broken(error.to_string()),
-                        }
-                    }
-                    Err(WireError::Closed) if asked => return Ended::HungUp,
-                    Err(WireError::Closed) => return Ended::NothingAsked,
-                    Err(error) => return Ended::Broken(error.to_string()),
-                },
-                Ok(Ready { kicked, .. }) => kicked,
+            match self.step(&mut asked) {
+                Ok(()) => {}
+                Err(WireError::Closed) if asked => return Ended::HungUp,
+                Err(WireError::Closed) => return Ended::NothingAsked,
                 Err(error) => return Ended::Broken(error.to_string()),
-            };
-            for index in kicked {
-                self.kicked(index);
             }
         }
+    }
+
+    /// Handles one message, or else the kicks that have come.
+    fn step(&mut self, asked: &mut bool) -> Result<(), WireError> {
+        let ready = self.wait()?;
+        if ready.main {
+            let message = self.main.receive(None)?;
+            *asked = true;
+            return self.handle(message);
+        }
+        for index in ready.kicked {
+            self.kicked(index);
+        }
+        Ok(())
     }
 
     /// Waits for a message or a kick.
@@ -119,15 +120,7 @@ impl Session<'_> {
         let kicks: Vec<_> = self.rings.kicks().collect();
         let fds = kicks.iter().map(|(_, fd)| *fd).chain([self.main.as_fd()]);
         let mut polled: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-        loop {
-            match poll(&mut polled, None) {
-                Err(rustix::io::Errno::INTR) => {}
-                result => {
-                    result?;
-                    break;
-                }
-            };
-        }
+        retry_on_intr(|| poll(&mut polled, None))?;
         let ready: Vec<_> = polled.iter().map(|entry| !entry.revents().is_empty()).collect();
         let kicked = kicks.iter().zip(&ready).filter(|(_, ready)| **ready);
         Ok(Ready {
@@ -233,7 +226,7 @@ impl Session<'_> {
     fn obey(&mut self, request: u32, message: &mut Message) -> Result<(), RingError> {
         match request {
             wire::SET_FEATURES => {
-                self.rings.set_enable_counts(message.quad(0) & wire::F_PROTOCOL_FEATURES != 0);
+                self.rings.set_needs_enable(message.quad(0) & wire::F_PROTOCOL_FEATURES != 0);
                 Ok(())
             }
             wire::SET_PROTOCOL_FEATURES => {
@@ -404,7 +397,7 @@ impl Session<'_> {
         self.shared.report.line(line);
     }
 
-    /// The session is over: reports what the front-end made of what was done wrong, and how it ended.
+    /// The session is over: reports how it ended, and how the front-end reacted to wrong answers.
     fn finish(&mut self, ended: &Ended) {
         if let Some(what) = self.done_wrong.take() {
             self.say(format_args!("{what}: then the front-end closed the connection"));

@@ -1,7 +1,7 @@
 //! What the session's two threads share: the device's settings, its state, both sockets, and when they end.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::process::{Signal, getpid, kill_process};
@@ -9,6 +9,7 @@ use rustix::process::{Signal, getpid, kill_process};
 use super::moment::{Event, Moment, When};
 use super::report::Report;
 use super::wire::Wire;
+use crate::lock::lock;
 
 /// What is to end.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -78,7 +79,7 @@ impl Shared {
     }
 
     pub fn set_channel(&self, channel: Arc<Wire>) {
-        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+        *lock(&self.channel) = Some(channel);
     }
 
     /// The device runs.
@@ -154,7 +155,7 @@ impl Shared {
     }
 
     fn close_channel(&self) {
-        if let Some(channel) = &*self.channel.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(channel) = &*lock(&self.channel) {
             channel.hang_up();
         }
     }

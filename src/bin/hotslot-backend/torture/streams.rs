@@ -92,7 +92,7 @@ fn observe(channel: &Channel, name: &str) -> Result<(), ChannelError> {
         Ok(reply) => report.line(format_args!("{name}: {}", Answer(reply.quad(0)))),
         Err(error) => report.line(format_args!("{name}: {}", ChannelError::from(error))),
     }
-    Err(ChannelError::Unusable("what was sent is no message"))
+    Err(ChannelError::Unusable("a malformed message was sent"))
 }
 
 fn flood(channel: &mut Channel, good: MMap, pairs: Option<u64>) -> Result<(), ChannelError> {

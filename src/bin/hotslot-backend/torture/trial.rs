@@ -1,5 +1,5 @@
-//! A case of `cases`, tried on a backend channel: what it needs, its requests and what must come of them, its
-//! verdict.
+//! A case of `cases`, tried on a backend channel: its conditions, its requests with their expected outcomes,
+//! and its verdict.
 //!
 //! Called by `actor`.
 
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::channel::{Channel, ChannelError, Outcome};
 use super::files::{self, PAGE};
 use super::report::Verdict;
-use super::wire::MMap;
+use super::wire::{MAP, MMap, UNMAP};
 
 /// Requests that a front-end must carry out or refuse.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct Case {
 pub const UNSAID: &str = "carries it out or refuses it (vhost-user does not say), and goes on";
 /// The duty of the cases at which the front-end may close the channel.
 pub const FRAMING: &str =
-    "refuses what is no request (vhost-user, Back-end message types), and goes on or closes the channel";
+    "refuses a malformed request (vhost-user, Back-end message types), and goes on or closes the channel";
 
 /// A case while it is tried.
 pub struct Trial<'a> {
@@ -68,7 +68,7 @@ pub fn try_case(case: &Case, channel: &mut Channel) -> Result<(), ChannelError> 
         return none("region 0 is too small for it: --region 0=1M");
     }
     if !channel.negotiated.reply_ack {
-        return none("REPLY_ACK was not negotiated, so the front-end tells nothing");
+        return none("REPLY_ACK was not negotiated, so the front-end does not answer");
     }
     let mut trial = Trial { name: case.name, channel, start, size, wrong: Vec::new(), skipped: None };
     let result = (case.run)(&mut trial);
@@ -120,17 +120,17 @@ impl Trial<'_> {
         self.skipped = Some(why);
     }
 
-    /// Notes it as wrong if this is not what a request must come to. Returns the outcome, for the report.
+    /// Notes as wrong an outcome that is not the expected one. Returns it as a word, for the report.
     pub fn must(&mut self, what: &str, outcome: Outcome, expected: Outcome) -> &'static str {
-        let came = match outcome {
+        let done = match outcome {
             Outcome::Done => "done",
             Outcome::Refused => "refused",
             Outcome::Unanswered => "not answered",
         };
         if outcome != expected {
-            self.wrong(format!("it did not {what}: {came}"));
+            self.wrong(format!("it did not {what}: {done}"));
         }
-        came
+        done
     }
 
     pub fn map(&mut self, request: MMap, fds: &[BorrowedFd<'_>]) -> Result<Outcome, ChannelError> {
@@ -205,9 +205,9 @@ impl Trial<'_> {
         }
         let file = files::file(3, PAGE)?;
         let request = self.page(0);
-        let (mapped, _) = self.channel.quiet_map(&request, &[file.as_fd()])?;
+        let (mapped, _) = self.channel.exchange(MAP, &request, &[file.as_fd()])?;
         let (unmapped, _) = match mapped {
-            Outcome::Done => self.channel.quiet_unmap(&request, &[])?,
+            Outcome::Done => self.channel.exchange(UNMAP, &request, &[])?,
             _ => (Outcome::Refused, 0),
         };
         self.must("map and unmap a page afterwards", unmapped, Outcome::Done);

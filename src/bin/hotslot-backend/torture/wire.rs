@@ -1,8 +1,8 @@
 //! vhost-user as bytes on a socket (vhost-user, "Communication", "Message Specification"), in the machine's
 //! byte order.
 //!
-//! Not by a crate, since those keep the rules that are to be broken here. Any bytes can be sent, and what is
-//! received is not checked. `session` and `channel` use it.
+//! Without a crate, since a crate keeps the rules that are to be broken here. Any bytes can be sent, and
+//! received messages are not checked. `session` and `channel` use it.
 
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
@@ -249,14 +250,10 @@ impl Wire {
         if !fds.is_empty() {
             control.push(SendAncillaryMessage::ScmRights(fds));
         }
-        let sent = loop {
-            match sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => return Err(WireError::Timeout(timeout)),
-                sent => break sent?,
-            }
-        };
-        (&self.0).write_all(&bytes[sent..]).map_err(|error| match error.kind() {
+        let sent =
+            retry_on_intr(|| sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL));
+        let result = sent.map_err(io::Error::from).and_then(|sent| (&self.0).write_all(&bytes[sent..]));
+        result.map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => WireError::Timeout(timeout),
             _ => error.into(),
         })
