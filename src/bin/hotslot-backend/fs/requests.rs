@@ -66,20 +66,20 @@ impl Requester {
     fn try_answer(&self, chain: &Chain, memory: &Memory) -> Result<u32, Refused> {
         let unreachable =
             |e| Refused { error: Errno::FAULT, why: format!("a request is not in the guest's memory: {e}") };
-        let senseless = |why| Refused { error: Errno::INVAL, why };
+        let invalid = |why| Refused { error: Errno::INVAL, why };
         let request = Reader::from_descriptor_chain(&**memory, chain.clone()).map_err(unreachable)?;
         let mut answer = VirtioFsWriter::new(&**memory, chain.clone()).map_err(unreachable)?;
         let len = request.available_bytes();
         if len > MAX_REQUEST {
-            return Err(senseless(format!("a request has {len} bytes, more than {MAX_REQUEST}")));
+            return Err(invalid(format!("a request has {len} bytes, more than {MAX_REQUEST}")));
         }
         let header: InHeader = request
             .clone()
             .read_obj()
-            .map_err(|_| senseless(format!("a request is too short for its header: {len} bytes")))?;
+            .map_err(|_| invalid(format!("a request is too short for its header: {len} bytes")))?;
         let of_request = |what: &str, e: &dyn Display| {
             let InHeader { unique, opcode, .. } = header;
-            senseless(format!("request {unique} with opcode {opcode} {what}: {e}"))
+            invalid(format!("request {unique} with opcode {opcode} {what}: {e}"))
         };
         let no_room = |e: io::Error| of_request("has no room for its answer", &e);
 
