@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 use std::thread;
 
-use crate::{Result, say};
+use crate::message::{Result, say};
 
 /// The test program that boots Linux.
 pub const LINUX: &str = "linux";

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use proc_macro2::{TokenStream, TokenTree};
 use syn::{Attribute, Expr, Item, ItemFn, ItemMod, Lit, Meta};
 
-use crate::Result;
 use crate::assertions::numbers;
+use crate::message::Result;
 use crate::sources::Sources;
 
 /// One test cites one assertion. Ordered as the table shows them.

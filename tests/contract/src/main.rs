@@ -7,6 +7,7 @@
 mod assertions;
 mod cargo;
 mod citations;
+mod message;
 mod sources;
 mod table;
 
@@ -17,10 +18,8 @@ use std::process::ExitCode;
 
 use assertions::Assertion;
 use citations::Citation;
+use message::{Result, say};
 use sources::Sources;
-
-/// A value, or one sentence that says what failed.
-type Result<T> = std::result::Result<T, String>;
 
 /// The contract, from the project's directory.
 const CONTRACT: &str = "src/contract.md";
@@ -35,11 +34,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// A message of this program, under the name of the script that the user started.
-fn say(sentence: &str) {
-    eprintln!("contract.sh: {sentence}");
 }
 
 #[derive(Debug, Default, PartialEq)]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::Result;
+use crate::message::Result;
 
 /// The project's directory.
 pub struct Sources<'a> {
