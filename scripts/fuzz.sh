@@ -51,7 +51,7 @@ main() {
     fi
 
     need cc:gcc c++:g++
-    need_cargo_fuzz
+    need_cargo fuzz "$CARGO_FUZZ_VERSION"
     mkdir -p "$LOGS"
     for target in "${targets[@]}"; do
         if build "$target" && run "$target" "$seconds"; then
@@ -62,15 +62,6 @@ main() {
     done
     echo "$passed passed, $failed failed"
     ((failed == 0))
-}
-
-need_cargo_fuzz() {
-    command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
-    PATH=$TARGET/tools/bin:$PATH
-    command -v cargo-fuzz >/dev/null && return
-    say "installing cargo-fuzz $CARGO_FUZZ_VERSION into $TARGET/tools"
-    cargo install --quiet --locked --version "$CARGO_FUZZ_VERSION" --root "$TARGET/tools" cargo-fuzz </dev/null >&2 ||
-        die "could not install cargo-fuzz"
 }
 
 has_nightly() { rustup toolchain list 2>/dev/null | grep -q '^nightly-'; }

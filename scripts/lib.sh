@@ -69,6 +69,19 @@ linux_tools() {
     [[ $(host_kind) == kvm ]] || (need qemu-system-x86_64:qemu-system-x86) || true
 }
 
+# Makes sure that a cargo subcommand is there: `need_cargo NAME VERSION [OPTION]...`, built into target/tools where it is
+# missing.
+need_cargo() {
+    local name=$1 version=$2
+    shift 2
+    command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
+    [[ :$PATH: == *":$TARGET/tools/bin:"* ]] || PATH=$TARGET/tools/bin:$PATH
+    command -v "cargo-$name" >/dev/null && return
+    say "installing cargo-$name $version into $TARGET/tools"
+    cargo install --quiet --locked --version "$version" --root "$TARGET/tools" "$@" "cargo-$name" </dev/null >&2 ||
+        die "could not install cargo-$name"
+}
+
 is_elf() { [[ $(od -An -tx1 -N 4 "$1" 2>/dev/null) == ' 7f 45 4c 46' ]]; }
 
 # Builds the guest's static PID 1 where its sources are newer, and prints its path.
