@@ -13,10 +13,10 @@
 #   --timeout SECONDS  time limit for all of it (default: 300; with --tty none)
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the lab)
 #   --icount           the clock counts instructions: slower, but repeated runs measure the same. For guests with one
-#                      vCPU: Linux with more has not been seen to come up so
+#                      vCPU: no Linux with more vCPUs came up so
 #   --append WORDS     adds to the emulated host's kernel command line
 #   --log FILE         writes the emulated host's kernel log there
-#   --verbose          says when the emulated host is up
+#   --verbose          prints when the emulated host is up
 #
 # COMMAND is copied in with its shared libraries when it is a path, or a name that busybox does not have. It runs as
 # root, in a directory of the same name as this one, in which there is nothing but what --file brought.
@@ -35,7 +35,7 @@ source "$(dirname "$0")/lib.sh"
 # irqbypass, ccp and kvm come with it.
 BASE_MODULES=(kvm-amd)
 
-# An error of ours must not look like one of COMMAND's.
+# The lab's own errors must differ from COMMAND's exit statuses.
 DIE_STATUS=125
 
 # These choose the guest's kernel; the emulated host's is always the stock one.
@@ -49,7 +49,7 @@ main() {
         --) shift && break ;;
         --tty) terminal=1 options+=(--tty) && shift && continue ;;
         --icount | --verbose) options+=("$1") && shift && continue ;;
-        --file | --exec | --out | --share | --memory | --env | --timeout | --append | --log) (($# > 1)) || die "$1 needs a value (--help says which)" ;;
+        --file | --exec | --out | --share | --memory | --env | --timeout | --append | --log) (($# > 1)) || die "$1 needs a value (--help describes it)" ;;
         *) die "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
         esac
         case $1 in
@@ -66,7 +66,7 @@ main() {
         esac
         shift 2
     done
-    (($#)) || die "there is no COMMAND to run (--help says how)"
+    (($#)) || die "there is no COMMAND to run (--help describes it)"
     need qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio
     [[ -n $limit || -n $terminal ]] || limit=300
     [[ -z $limit ]] || options+=(--timeout "$limit")
@@ -81,7 +81,7 @@ main() {
     else
         path=$(command -v -- "$command") || die "$command: not found, neither here nor in busybox"
     fi
-    # One that is not here may still be there.
+    # A path that does not exist here may exist on the emulated host.
     if [[ -e $path ]]; then
         packed+=(--exec "$path")
     fi
@@ -98,7 +98,7 @@ main() {
         options+=(--backend "$TARGET/release/hotslot-backend")
     fi
     if ((${#packed[@]})); then
-        # Open, and without a name from now on: nothing to clean up, whatever ends us.
+        # Open, and without a name from now on: nothing is left to clean up, however this ends.
         extra=$(mktemp)
         exec 9<>"$extra"
         rm "$extra"

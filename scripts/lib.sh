@@ -3,7 +3,7 @@
 
 # The project's directory, and where downloads and products are kept.
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-# shellcheck disable=SC2034 # used by those who source this
+# shellcheck disable=SC2034 # used by the scripts that source this
 TARGET=$PROJECT/target
 
 # System tools (depmod, mkfs.ext4) are not in every user's PATH.
@@ -61,8 +61,8 @@ host_kind() {
 
 kvm_opens() { (: <>/dev/kvm) 2>/dev/null; }
 
-# What the tests that boot Linux need. Says itself what is missing and cannot be installed; what needs it then fails by
-# itself.
+# Installs what the tests that boot Linux need. `need` reports what is missing and cannot be installed; the tests that
+# need it fail then.
 linux_tools() {
     (need busybox:busybox-static cpio:cpio depmod:kmod mkfs.ext4:e2fsprogs debugfs:e2fsprogs fio:fio \
         qemu-storage-daemon:qemu-system-common) || true

@@ -35,7 +35,7 @@ main() {
     -h | --help) usage && return ;;
     --shell) job=shell && shift ;;
     --share)
-        (($# > 1)) || die "--share needs a directory (--help says more)"
+        (($# > 1)) || die "--share needs a directory (--help describes it)"
         [[ -d $2 ]] || die "$2 is not a directory"
         job=share share=$(realpath "$2")
         shift 2

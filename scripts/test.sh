@@ -37,7 +37,7 @@ main() {
         fuzz_seconds=900
         ;;
     '') ;;
-    *) die "$1: not understood (--help says what is)" ;;
+    *) die "$1: not understood (--help lists what is)" ;;
     esac
     cd "$PROJECT"
     # `need` reports what is missing and cannot be installed; the steps that need it fail then.

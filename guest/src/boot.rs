@@ -14,7 +14,7 @@ use crate::{console, finish, lab, modules, sys};
 /// Where `scripts/image.sh` puts a command: its words, each followed by a NUL.
 const COMMAND: &str = "/etc/hotslot/command";
 
-/// What runs when nobody asked for anything.
+/// The command where neither the kernel's command line nor the image names one.
 const SHELL: &str = "/bin/sh";
 
 /// The kernel's file systems: type, place, options.
@@ -128,8 +128,8 @@ fn hold_vm() -> Outcome<OwnedFd> {
     sys::create_vm(&kvm).map_err(|error| format!("cannot create a machine on /dev/kvm: {error}"))
 }
 
-/// What every command starts with, unless the kernel's command line said otherwise (`NAME=VALUE` there
-/// reaches us).
+/// The environment of every command. The kernel passes each `NAME=VALUE` of its command line to PID 1, and
+/// HOME from there stays.
 fn set_environment() {
     let defaults =
         [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
@@ -141,7 +141,7 @@ fn set_environment() {
     }
 }
 
-/// Says what went wrong, and goes on.
+/// Reports an error; the boot goes on.
 fn complain<T>(outcome: Outcome<T>) -> Option<T> {
     outcome.map_err(|sentence| eprintln!("init: {sentence}")).ok()
 }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use crate::outcome::Outcome;
 use crate::sys;
 
-/// The command's status where it could not be started, as a shell says it.
+/// The command's status where it could not be started, as a shell gives it.
 const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;
 

@@ -1,4 +1,4 @@
-//! The probes of a file system: what its files can do, what is in them, and whether two sides of it see the
+//! The probes of a file system: what its files can do, their contents, and whether two sides of it see the
 //! same.
 //!
 //! Called by [`crate::probe`], in a guest and on the host that shares a directory with it: busybox maps no
@@ -36,7 +36,7 @@ fn open(path: &Path) -> Outcome<File> {
     options.open(path).map_err(failed("open", path))
 }
 
-/// All of a file, shared with whoever else has it.
+/// All of a file, as a shared mapping.
 fn map(file: &File, path: &Path, writable: bool) -> Outcome<Mapping> {
     Mapping::whole(file, path, writable, MapFlags::SHARED)
 }
@@ -63,7 +63,7 @@ const CHECKS: [(&str, Check); 14] = [
     ("sparse", sparse),
 ];
 
-/// Does all that files can do, in a directory. What it makes there stays, but for what it is to remove.
+/// Runs each check in a directory. The files that they make stay, but for those that a check removes.
 pub fn all(directory: &str) -> Outcome<String> {
     for (name, check) in CHECKS {
         check(&Path::new(directory).join(name)).map_err(|sentence| format!("{name}: {sentence}"))?;
@@ -121,7 +121,7 @@ fn rename(path: &Path) -> Outcome<()> {
     expect("the directory", names.as_slice(), &["file".into()])
 }
 
-/// A file without a name can be used by who has it open.
+/// A process can use a file that it has open and that has no name any more.
 fn unlink(path: &Path) -> Outcome<()> {
     let mut file = open(path)?;
     file.write_all(b"still there").map_err(failed("write", path))?;
@@ -326,7 +326,7 @@ fn content(word: u64) -> u64 {
     (mixed ^ mixed >> 32) | 1
 }
 
-/// Fills a file with what is known.
+/// Fills a file with words that depend on their place alone.
 pub fn fill(file: &str, mib: &str) -> Outcome<String> {
     let path = Path::new(file);
     let count = number(mib).ok_or_else(|| format!("{mib} is not a number of MiB"))?;

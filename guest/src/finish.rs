@@ -42,7 +42,7 @@ pub fn obey_signals() {
 extern "C" fn asked(signal: libc::c_int) {
     let how = if signal == libc::SIGTERM { RebootCommand::Restart } else { RebootCommand::PowerOff };
     sync();
-    // A handler has nobody to report an error to; the machine goes on.
+    // On failure the machine goes on: a signal handler cannot report an error.
     let _ = reboot(how);
 }
 

@@ -1,5 +1,5 @@
 //! `probe hammer`: the guest of an endurance test. A thread on each processor reads and writes a device's
-//! shared memory through `/dev/mem`, as [`crate::board`] says, until the back-end says stop. No driver may
+//! shared memory through `/dev/mem`, as [`crate::board`] says, until the back-end sets STOP. No driver may
 //! have the two devices.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -27,8 +27,8 @@ impl Physical {
         self.mapping.atomic_u64(self.first + index * 8)
     }
 
-    // Plain loads and stores, which the processor makes in this order: what KVM has to emulate, where nothing
-    // is mapped, is one access then.
+    // Plain loads and stores, which the processor makes in this order: where nothing is mapped, KVM then
+    // emulates exactly one access.
     fn get(&self, index: usize) -> u64 {
         self.word(index).load(Ordering::Acquire)
     }
@@ -100,7 +100,7 @@ impl Hammer<'_> {
             if self.board.get(STOP) != 0 {
                 break;
             }
-            // A host with a single processor has to get to the back-end, and to hotslot.
+            // On a host with one processor the back-end and hotslot need their turn.
             if accesses % BURST == 0 {
                 std::thread::sleep(REST);
             }

@@ -1,4 +1,4 @@
-//! How each part of this program says that something failed. Uses nothing of ours.
+//! How each part of this program reports an error. Uses nothing of ours.
 
 use std::fmt::Display;
 use std::path::Path;

@@ -1,5 +1,5 @@
 //! What tests run inside the guest to look at the machine from there. Each probe prints what it found, in one
-//! line, and ends with 0; or says on standard error what is wrong, and ends with 1 (2: called wrongly).
+//! line, and ends with 0; or prints on standard error what is wrong, and ends with 1 (2: called wrongly).
 
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
@@ -60,7 +60,7 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
     }
 }
 
-/// Writes and verifies a pattern in every page that the kernel has to give.
+/// Writes and verifies a pattern in every page that is free.
 fn memory() -> Outcome<String> {
     const MIB: usize = 1 << 20;
     const CHUNK: usize = 16 * MIB;

@@ -1,4 +1,4 @@
-//! The link's end in the emulated host: runs the command that comes in and sends back what it gives out.
+//! The link's end in the emulated host: runs the command and sends back its output, its files and its status.
 //!
 //! Called by [`crate::boot`] on PID 1's first thread, which waits for the command and reaps; one thread per
 //! direction and stream does the copying.
@@ -72,7 +72,7 @@ fn run(name: &str) -> Outcome<()> {
         rustix::fs::sync();
     }
     for copy in copies {
-        // A copy that panicked has already said so on the console.
+        // A copy that panicked has already reported it on the console.
         let _ = copy.join();
     }
     for path in &start.outputs {
@@ -159,8 +159,8 @@ fn make_directories(start: &Start) {
 /// A running command: its process id, and the threads that copy its output.
 type Running = (u32, Vec<thread::JoinHandle<()>>);
 
-/// Starts the command and the threads around it. The inner error is the command's: what to say, and its
-/// status.
+/// Starts the command and the threads around it. The inner error is the command's: the sentence to print, and
+/// its status.
 fn spawn(start: &Start, receiver: File, sender: &Sender) -> Outcome<Result<Running, (String, u8)>> {
     let mut words = start.command.iter().map(|word| OsStr::from_bytes(word));
     let program = words.next().unwrap_or_default();
@@ -237,7 +237,7 @@ fn copy_in_pipe(mut receiver: File, mut pipe: Option<impl Write>) {
 
 /// The link's input to the command's terminal, and the window's changes of size.
 fn copy_in_terminal(mut receiver: File, mut terminal: File) {
-    /// Ctrl-D: how a terminal says that the input has ended.
+    /// Ctrl-D: the end of input on a terminal.
     const END_OF_INPUT: &[u8] = b"\x04";
     while let Ok(Some((kind, payload))) = link::receive(&mut receiver) {
         match kind {
@@ -293,7 +293,7 @@ fn send_back(sender: &Sender, path: &Path) -> Outcome<()> {
 }
 
 fn send(sender: &Sender, kind: Kind, payload: &[u8]) -> Outcome<()> {
-    // A thread that panicked inside one write left at worst half a frame; the outside will say so.
+    // A thread that panicked inside one write left at worst half a frame, which the outside reports.
     let mut port = sender.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     link::send(&mut *port, kind, payload).map_err(|error| format!("the link failed: {error}"))
 }

@@ -80,7 +80,7 @@ pub fn parse(arguments: &[OsString]) -> Outcome<Options> {
     }
     let as_path = |bytes| Path::new(OsStr::from_bytes(bytes));
     for share in options.start.shares.iter().map(|share| as_path(share)) {
-        // To write what is read at the same place would empty it first.
+        // The file that is sent back would be emptied here before it is read there: it is one file.
         if let Some(output) = options.start.outputs.iter().find(|output| as_path(output).starts_with(share)) {
             return Err(format!("--out {}: it is shared already", as_path(output).display()));
         }

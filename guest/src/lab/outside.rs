@@ -1,12 +1,12 @@
-//! The link's end on the developer's machine: starts QEMU, passes on what comes from the link, and ends with
+//! The link's end on the developer's machine: starts QEMU, passes on the frames of the link, and ends with
 //! the command's exit status. `scripts/lab.sh` replaces itself with it, so that a signal to the script
 //! arrives here.
 //!
 //! Nothing is left behind however it ends: the initramfs is put together in a memfd, the link is a socket
 //! pair, and the kernel ends QEMU when this process dies, even by SIGKILL.
 //!
-//! Threads: the first one starts QEMU, then waits for signals, the time limit and the others' news; one reads
-//! the link, one the kernel's log, one our standard input, and one writes to the link.
+//! Threads: the first one starts QEMU, then waits for signals, the time limit and the others' messages; one
+//! reads the link, one the kernel's log, one our standard input, and one writes to the link.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -46,8 +46,8 @@ enum News {
     Up,
     /// The command has ended, and everything it gave out has been passed on.
     Ended(u8),
-    /// Nobody reads our standard output any more.
-    NobodyReads,
+    /// The reader of our standard output has closed it.
+    OutputClosed,
     /// The user pressed the escape key.
     Escape,
     /// The lab itself failed: one sentence.
@@ -144,7 +144,7 @@ fn wait(
             Some(libc::SIGUSR1) => {}
             Some(libc::SIGWINCH) => {
                 if let Some(size) = sys::window_size(io::stdout()).filter(|_| options.terminal) {
-                    // A full queue means that nobody looks at the window.
+                    // With a full queue the command is busy: it learns of the next change.
                     let _ = to_link.try_send((Kind::WindowSize, link::window_size_to_bytes(size).to_vec()));
                 }
             }
@@ -159,7 +159,7 @@ fn wait(
                     }
                 }
                 News::Ended(status) => return Ending::Status(status),
-                News::NobodyReads => return Ending::Signal(libc::SIGPIPE),
+                News::OutputClosed => return Ending::Signal(libc::SIGPIPE),
                 News::Escape => return Ending::Signal(libc::SIGHUP),
                 News::Failed(sentence) => return Ending::Failed(sentence),
             }
@@ -171,7 +171,7 @@ fn socket_pair() -> Outcome<(UnixStream, UnixStream)> {
     UnixStream::pair().map_err(|error| format!("cannot create a socket pair: {error}"))
 }
 
-/// The thread that writes to the link: what to run first, then what is put in its queue.
+/// The thread that writes to the link: first the start frame, then each frame of its queue.
 fn start_writer(link: &UnixStream, start: &Start) -> Outcome<SyncSender<(Kind, Vec<u8>)>> {
     let mut link = link.try_clone().map_err(|error| format!("cannot duplicate a socket: {error}"))?;
     let (queue, frames) = mpsc::sync_channel::<(Kind, Vec<u8>)>(4);
@@ -181,7 +181,7 @@ fn start_writer(link: &UnixStream, start: &Start) -> Outcome<SyncSender<(Kind, V
         while let (Ok(()), Ok((kind, payload))) = (&result, frames.recv()) {
             result = link::send(&mut link, kind, &payload);
         }
-        // When the machine is gone, the thread that reads the link says so.
+        // When the machine is gone, the thread that reads the link reports it.
     });
     Ok(queue)
 }
@@ -207,7 +207,7 @@ fn read_input(to_link: &SyncSender<(Kind, Vec<u8>)>, news: &Teller, terminal: bo
 
 /// The link to our standard output, standard error and files, until the exit status or the link's end.
 fn pass_on(mut link: UnixStream, news: &Teller) -> News {
-    // Unbuffered: a prompt without a newline has to be seen.
+    // Unbuffered: a prompt has no newline at its end.
     let (mut output, mut errors) = match (unbuffered(io::stdout()), unbuffered(io::stderr())) {
         (Ok(output), Ok(errors)) => (output, errors),
         (Err(error), _) | (_, Err(error)) => {
@@ -230,8 +230,8 @@ fn pass_on(mut link: UnixStream, news: &Teller) -> News {
                 news.tell(News::Up);
                 Ok(())
             }
-            Kind::Output => output.write_all(&payload).map_err(|_| News::NobodyReads),
-            Kind::Error => errors.write_all(&payload).map_err(|_| News::NobodyReads),
+            Kind::Output => output.write_all(&payload).map_err(|_| News::OutputClosed),
+            Kind::Error => errors.write_all(&payload).map_err(|_| News::OutputClosed),
             Kind::File | Kind::Directory | Kind::Data => {
                 take_back(kind, &payload, &mut file).map_err(News::Failed)
             }

@@ -15,7 +15,7 @@ pub const LINUX: &str = "linux";
 pub enum TestResult {
     Ok,
     Failed,
-    /// It could not run here, and has said why on standard error.
+    /// It could not run here, and printed why on standard error.
     Skipped,
     /// Another program runs it, or a user who asks for it.
     Ignored,
@@ -99,7 +99,7 @@ fn parse_list(text: &str) -> Vec<String> {
     text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect()
 }
 
-/// The results in the harness's output (`--format=pretty`), with the tests that said on standard error that
+/// The results in the harness's output (`--format=pretty`), with the tests that printed on standard error that
 /// they were skipped (`SKIPPED: TEST: why`).
 fn parse_results(out: &str, err: &str) -> HashMap<String, TestResult> {
     let skipped: Vec<&str> = err

@@ -1,4 +1,4 @@
-//! How each part of this program says that something failed. Uses nothing of ours.
+//! How each part of this program reports an error. Uses nothing of ours.
 
 /// A value, or one sentence that says what failed.
 pub type Result<T> = std::result::Result<T, String>;
