@@ -12,7 +12,7 @@ mod program;
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::PathBuf;
 
 use tempfile::TempDir;
@@ -326,6 +326,56 @@ fn a_reset_forgets_the_driver_and_a_new_one_is_served() {
             machine.start();
         }
     }
+}
+
+// ------------------------------------------------------------------------------- who has the file open
+
+#[test]
+fn a_second_back_end_on_the_file_is_refused_unless_both_may_run() {
+    let (dir, other) = (directory(), directory());
+    let path = file(&dir, 2 * MIB);
+    // The lock is on the file, whatever its name.
+    symlink(&path, other.path().join("memory.img")).unwrap();
+    let (writing, reading) = (Some("for writing"), Some("for reading"));
+    for (device, first, second, refused) in [
+        ("blk", "", "", writing),
+        ("pmem", "", "", writing),
+        ("blk", "", "--read-only", writing),
+        ("blk", "", "--shared", writing),
+        ("pmem", "", "--shared --read-only", writing),
+        ("blk", "--read-only", "", reading),
+        ("pmem", "--read-only", "--size 4M", reading),
+        ("blk", "--shared", "", reading),
+        ("blk", "--read-only", "--read-only", None),
+        ("blk", "--shared", "--shared", None),
+        ("pmem", "--shared", "--shared --read-only", None),
+    ] {
+        let _first = Backend::start("blk", &dir, first);
+        match refused {
+            Some(how) => {
+                let arguments = format!("--socket s --file memory.img {second}");
+                let sentence = format!("error: \"memory.img\" is in use: another process has it open {how}");
+                assert_refused(device, &other, &arguments, &sentence);
+            }
+            None => drop(Backend::start(device, &other, second)),
+        }
+        assert_eq!(fs::metadata(&path).unwrap().len(), 2 * MIB, "extended before it was locked");
+    }
+    drop(Backend::start("blk", &other, ""));
+}
+
+/// A lock of another kind, of a process whose number the kernel tells.
+#[test]
+fn a_process_with_a_lock_is_named() {
+    let dir = directory();
+    let (path, _) = disk(&dir);
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    let sentence = format!(
+        "\"memory.img\" is in use: another process (pid {}) has it open for writing\nhint: ",
+        std::process::id()
+    );
+    assert_refused("blk", &dir, "--socket s --file memory.img", &sentence);
 }
 
 #[test]

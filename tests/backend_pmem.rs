@@ -651,6 +651,21 @@ fn once_ends_after_the_first_front_end() {
     assert!(!backend.socket.exists());
 }
 
+/// The guest may still store into the file whose back-end has died, so nobody else may.
+#[test]
+fn the_file_stays_locked_while_a_front_end_has_it() {
+    let dir = directory();
+    file(&dir, 2 * MIB);
+    let backend = Backend::start("pmem", &dir, "");
+    let machine = Machine::connect(&backend);
+    let mapped = machine.map(0);
+    drop((machine, backend));
+    let in_use = "\"memory.img\" is in use: another process has it open for writing";
+    assert_refused("pmem", &dir, "--socket t --file memory.img", in_use);
+    drop(mapped);
+    drop(Backend::start("pmem", &dir, ""));
+}
+
 #[test]
 fn signals_end_it_with_status_zero_and_no_socket() {
     for signal in ["INT", "TERM"] {
@@ -709,10 +724,11 @@ fn a_socket_in_use_is_left_alone_and_a_dead_one_is_taken_over() {
     let dir = directory();
     file(&dir, 2 * MIB);
     let backend = Backend::start("pmem", &dir, "");
+    fs::copy(dir.path().join("memory.img"), dir.path().join("other.img")).unwrap();
     assert_refused(
         "pmem",
         &dir,
-        "--socket s --file memory.img",
+        "--socket s --file other.img",
         "cannot listen on \"s\": another process is listening there",
     );
     Machine::connect(&backend).map(0);

@@ -11,10 +11,9 @@
 //! or store would raise SIGBUS. Loads and stores reach only the driver's own structures, which are never in a
 //! file: rings, headers and status.
 
-use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::mem::offset_of;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -31,10 +30,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use hotslot::report::{say, with_causes};
 
-use crate::backing;
 use crate::complaints::Complaints;
 use crate::device::{self, Device, Memory, Request, Taken};
 use crate::error::{Error, MAKE_DISK};
+use crate::image::{Image, Open};
 use crate::server;
 
 const NAME: &str = "blk";
@@ -67,6 +66,13 @@ pub struct Args {
     /// Let the guest read only; the file needs no write permission
     #[arg(long)]
     read_only: bool,
+
+    /// Let others that are started with --shared or --read-only use the file at the same time. Without it, a
+    /// second back-end on a file that one may write is refused. A guest does not learn what another writes: a
+    /// file system that two guests mount at a time, one of them for writing, is destroyed, unless it is made
+    /// for that
+    #[arg(long)]
+    shared: bool,
 }
 
 /// Runs the back-end until it is told to end.
@@ -75,13 +81,13 @@ pub struct Args {
 ///
 /// See [`Error`]; a wrong command line or file is found before the socket exists.
 pub fn run(args: &Args) -> Result<(), Error> {
-    let disk = Disk::open(&args.file, args.read_only)?;
+    let disk = Disk::open(args)?;
     let listening = server::listen(&args.server)?;
     say(format_args!(
         "{NAME}: {listening}: {:?}, {} sectors, {}",
         args.file,
         disk.sectors,
-        if disk.read_only { "read-only" } else { "read-write" }
+        disk.image.access()
     ));
     server::serve(NAME, listening, move |memory, complaints| {
         Ok(Blk { disk: disk.clone(), memory, complaints, driver_flushes: AtomicBool::new(false) })
@@ -91,20 +97,29 @@ pub fn run(args: &Args) -> Result<(), Error> {
 /// The file, and how much of it is the disk.
 #[derive(Clone)]
 struct Disk {
-    file: Arc<File>,
-    path: PathBuf,
+    image: Arc<Image>,
     sectors: u64,
-    read_only: bool,
+    /// The answer to `GET_ID`: the name of the file, cut to the size of an id.
+    id: [u8; VIRTIO_BLK_ID_BYTES as usize],
 }
 
 impl Disk {
-    fn open(path: &Path, read_only: bool) -> Result<Self, Error> {
-        let (file, len) = backing::open_file(path, read_only, false, Some(MAKE_DISK))?;
-        let path = path.to_owned();
-        match len {
-            ..SECTOR => Err(Error::TooShort { path, len, sector: SECTOR }),
-            _ => Ok(Disk { file: Arc::new(file), path, sectors: len / SECTOR, read_only }),
+    fn open(args: &Args) -> Result<Self, Error> {
+        let image = Image::open(Open {
+            path: &args.file,
+            read_only: args.read_only,
+            shared: args.shared,
+            create: false,
+            missing: Some(MAKE_DISK),
+        })?;
+        let len = image.len;
+        if len < SECTOR {
+            return Err(Error::TooShort { path: image.path, len, sector: SECTOR });
         }
+        let name = args.file.file_name().unwrap_or_default().as_encoded_bytes();
+        let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
+        id.iter_mut().zip(name).for_each(|(to, from)| *to = *from);
+        Ok(Disk { image: Arc::new(image), sectors: len / SECTOR, id })
     }
 
     /// The first byte of a range of the disk.
@@ -114,15 +129,6 @@ impl Disk {
             return Err(Failure::Range { sector, len });
         }
         Ok(sector * SECTOR)
-    }
-
-    /// The answer to `GET_ID`: the name of the file, cut to the size of an id.
-    fn id(&self) -> [u8; VIRTIO_BLK_ID_BYTES as usize] {
-        let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
-        let name = self.path.file_name().unwrap_or_default().as_encoded_bytes();
-        let len = name.len().min(id.len());
-        id[..len].copy_from_slice(&name[..len]);
-        id
     }
 }
 
@@ -221,27 +227,27 @@ impl Blk {
         let sector = u64::from_le_bytes(sector);
 
         let writes = matches!(kind, VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES);
-        if writes && self.disk.read_only {
+        if writes && self.disk.image.read_only {
             return Err(Failure::ReadOnly);
         }
         match kind {
             VIRTIO_BLK_T_IN => {
                 self.seek(sector, writable.len())?;
                 for &(address, len) in &writable.0 {
-                    memory.read_exact_volatile_from(address, &mut self.disk.file.as_ref(), len)?;
+                    memory.read_exact_volatile_from(address, &mut &self.disk.image.file, len)?;
                 }
                 Ok(writable.len() as u32)
             }
             VIRTIO_BLK_T_OUT => {
                 self.seek(sector, readable.len())?;
                 for &(address, len) in &readable.0 {
-                    memory.write_all_volatile_to(address, &mut self.disk.file.as_ref(), len)?;
+                    memory.write_all_volatile_to(address, &mut &self.disk.image.file, len)?;
                 }
                 self.written().map(|()| 0)
             }
             VIRTIO_BLK_T_FLUSH => self.flush().map(|()| 0),
             VIRTIO_BLK_T_GET_ID => {
-                let id = self.disk.id();
+                let id = self.disk.id;
                 let [(address, len), ..] = writable.0[..] else {
                     return Err(Failure::Short);
                 };
@@ -260,7 +266,7 @@ impl Blk {
     /// Sets the file's position, which only this queue's thread uses.
     fn seek(&self, sector: u64, len: usize) -> Result<(), Failure> {
         let start = self.disk.range(sector, len as u64)?;
-        let seek = self.disk.file.as_ref().seek(SeekFrom::Start(start));
+        let seek = (&self.disk.image.file).seek(SeekFrom::Start(start));
         seek.map(drop).map_err(|e| self.file_failure(e))
     }
 
@@ -285,7 +291,7 @@ impl Blk {
             if len == 0 {
                 continue;
             }
-            match rustix::fs::fallocate(&self.disk.file, mode | FallocateFlags::KEEP_SIZE, start, len) {
+            match rustix::fs::fallocate(&self.disk.image.file, mode | FallocateFlags::KEEP_SIZE, start, len) {
                 Ok(()) => {}
                 Err(rustix::io::Errno::OPNOTSUPP) => return Err(Failure::NotOffered),
                 Err(e) => return Err(self.file_failure(e.into())),
@@ -303,15 +309,11 @@ impl Blk {
     }
 
     fn flush(&self) -> Result<(), Failure> {
-        if self.disk.read_only {
-            return Ok(());
-        }
-        self.disk.file.sync_data().map_err(|e| self.file_failure(e))
+        self.disk.image.flush().map_err(|e| self.file_failure(e))
     }
 
     fn file_failure(&self, source: io::Error) -> Failure {
-        let path = self.disk.path.clone();
-        Failure::File { path, source }
+        Failure::File { path: self.disk.image.path.clone(), source }
     }
 
     /// The configuration space, section 5.2.4.
@@ -339,7 +341,7 @@ impl Device for Blk {
     type Request = Request;
 
     fn features(&self) -> u64 {
-        let access = match self.disk.read_only {
+        let access = match self.disk.image.read_only {
             true => 1 << VIRTIO_BLK_F_RO,
             false => (1 << VIRTIO_BLK_F_DISCARD) | (1 << VIRTIO_BLK_F_WRITE_ZEROES),
         };

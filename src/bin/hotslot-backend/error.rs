@@ -19,6 +19,12 @@ pub enum Error {
     NoFile { path: PathBuf, hint: Option<&'static str> },
     #[error("{path:?} is a {kind}; only a regular file can be served")]
     NotRegular { path: PathBuf, kind: &'static str },
+    #[error(
+        "{path:?} is in use: another process{} has it open for {}",
+        pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(),
+        if *.writing { "writing" } else { "reading, or --shared" }
+    )]
+    InUseFile { path: PathBuf, writing: bool, pid: Option<i32> },
     #[error("{path:?} is empty, so the memory would have no size")]
     Empty { path: PathBuf, read_only: bool },
     #[error("--size {size} is not a multiple of the page size, {page}, or is zero")]
@@ -63,6 +69,9 @@ impl Error {
             Error::NotRegular { kind: "block device", .. } => {
                 Some("another vhost-user block back-end can serve it as a disk")
             }
+            Error::InUseFile { .. } => Some(
+                "several may use it if each has --read-only, or each has --shared (--help tells its danger)",
+            ),
             Error::Empty { read_only: false, .. } => Some("--size SIZE extends it"),
             Error::TooShort { .. } => Some(MAKE_DISK),
             Error::NotAsSpecified(_) => Some("each is a line with NOT in it, on stdout"),

@@ -1,6 +1,6 @@
 //! hotslot-backend: vhost-user devices that hand files to a front-end, which maps them into its guest.
 //!
-//! Reading order: `pmem` (a device), `backing` (its file), `device` (what it shares with others, and its
+//! Reading order: `pmem` (a device), `backing` and `image` (its file), `device` (what it shares with others, and its
 //! queues), `server` (the socket, one front-end after another), `channel` (requests to the front-end), `fs`
 //! (a directory, whose files are mapped as the guest asks), `blk` (a disk, which has nothing mapped, but
 //! reads and writes the mappings of others), `torture` (one that misbehaves on demand).
@@ -17,6 +17,7 @@ mod complaints;
 mod device;
 mod error;
 mod fs;
+mod image;
 mod lock;
 mod pmem;
 mod server;
