@@ -14,6 +14,7 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::PathBuf;
+use std::process::Command;
 
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
@@ -22,7 +23,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, GuestAddress};
 
 use driver::*;
-use program::{Backend, assert_refused, directory, file};
+use program::{Backend, FAILS_LATER, FULL, PROGRAM, assert_refused, directory, file, start_after};
 
 const SEG_MAX: u64 = 1 << 2;
 const RO: u64 = 1 << 5;
@@ -326,6 +327,75 @@ fn a_reset_forgets_the_driver_and_a_new_one_is_served() {
             machine.start();
         }
     }
+}
+
+// ------------------------------------------------------------------------------- failures of the file
+
+/// The guest's request fails, the message names the file and the reason, and the back-end goes on: by a limit
+/// of the size of files, which else comes with a deadly signal.
+#[test]
+fn a_write_beyond_the_limit_fails_and_says_why() {
+    let dir = directory();
+    let (path, bytes) = disk(&dir);
+    let mut shell = Command::new("sh");
+    let script = format!("ulimit -f 256; exec {PROGRAM:?} blk --socket s --file memory.img");
+    shell.current_dir(dir.path()).args(["-c", &script]);
+    let backend = Backend::spawn(shell, &dir);
+    let mut machine = Machine::connect(&backend);
+    machine.write(DATA, &[0xab; 512]);
+    assert_eq!(machine.request(T_OUT, 2047, &[(DATA, 512)]), (1, IOERR));
+    backend.wait_for("blk: cannot write \"memory.img\": File too large");
+    assert!(fs::read(&path).unwrap() == bytes);
+    assert_eq!(machine.request(T_OUT, 0, &[(DATA, 512)]), (1, OK));
+    assert_eq!(machine.request(T_FLUSH, 0, &[]), (1, OK));
+}
+
+#[test]
+fn a_full_disk_fails_writes_and_says_so() {
+    let dir = directory();
+    let Some(backend) = start_after(FULL, "blk", &dir, "--file full/memory.img") else {
+        return;
+    };
+    let mut machine = Machine::connect(&backend);
+    machine.write(DATA, &[0xab; 4096]);
+    let mut answers = (0..1024).map(|page| machine.request(T_OUT, page * 8, &[(DATA, 4096)]));
+    assert!(answers.any(|answer| answer == (1, IOERR)));
+    backend.wait_for("blk: cannot write \"full/memory.img\": No space left on device");
+    assert_eq!(machine.request(T_FLUSH, 0, &[]), (1, OK));
+    assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));
+}
+
+/// Also the flushes after the first: the pages that could not be written back count as clean from then on.
+#[test]
+fn a_flush_that_fails_is_an_error_and_so_are_all_after_it() {
+    for features in [VERSION_1 | FLUSH, VERSION_1] {
+        let dir = directory();
+        let Some(backend) = start_after(FAILS_LATER, "blk", &dir, "--file full/disk/memory.img") else {
+            return;
+        };
+        let mut machine = Machine::connect_with(&backend, features);
+        machine.write(DATA, &[0xab; 0x8_0000]);
+        let mut answers = (0..60).map(|i| machine.request(T_OUT, i * 1024, &[(DATA, 0x8_0000)]));
+        let all_written = answers.all(|answer| answer == (1, OK));
+        assert_eq!(all_written, features & FLUSH != 0, "without a flush, each write is durable");
+        for _ in 0..3 {
+            assert_eq!(machine.request(T_FLUSH, 0, &[]), (1, IOERR));
+        }
+        backend.wait_for("blk: cannot flush \"full/disk/memory.img\"");
+        assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_short_fails_reads_and_says_so() {
+    let dir = directory();
+    let (path, _) = disk(&dir);
+    let backend = Backend::start("blk", &dir, "");
+    let mut machine = Machine::connect(&backend);
+    File::options().write(true).open(path).unwrap().set_len(1000).unwrap();
+    assert_eq!(machine.request(T_IN, 1, &[(DATA, 512)]), (1, IOERR));
+    backend.wait_for("blk: \"memory.img\" has become shorter than the disk");
+    assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));
 }
 
 // ------------------------------------------------------------------------------- who has the file open

@@ -31,7 +31,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use driver::*;
-use program::{Backend, DEADLINE, assert_refused, directory, file, wait_until};
+use program::{Backend, DEADLINE, FAILS_LATER, assert_refused, directory, file, start_after, wait_until};
 
 const SHMEM_REGION: u64 = 1 << 0;
 
@@ -437,6 +437,27 @@ fn a_flush_writes_the_mapping_back() {
     } else {
         assert_eq!(dirty(&path), 0);
     }
+}
+
+/// Also the flushes after the first: the pages that could not be written back count as clean from then on.
+#[test]
+fn a_flush_that_fails_is_an_error_and_so_are_all_after_it() {
+    let dir = directory();
+    let Some(backend) = start_after(FAILS_LATER, "pmem", &dir, "--file full/disk/memory.img") else {
+        return;
+    };
+    let mut machine = Machine::connect(&backend);
+    let mapped = machine.map(0).file.unwrap();
+    machine.start_queue();
+    // As the guest would by its stores; no other file descriptor is told of an error of the write-back.
+    assert_eq!(machine.request(0), (4, 0));
+    for block in 0..24 {
+        mapped.write_all_at(&[0xab; MIB as usize], block * MIB).unwrap();
+    }
+    for _ in 0..3 {
+        assert_eq!(machine.request(0), (4, u32::MAX));
+    }
+    backend.wait_for("pmem: cannot flush \"full/disk/memory.img\": ");
 }
 
 fn is_on_tmpfs(path: &Path) -> bool {

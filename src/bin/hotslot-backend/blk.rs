@@ -11,6 +11,7 @@
 //! or store would raise SIGBUS. Loads and stores reach only the driver's own structures, which are never in a
 //! file: rings, headers and status.
 
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::mem::offset_of;
 use std::path::PathBuf;
@@ -26,7 +27,11 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, virtio_blk_config,
 };
 use virtio_queue::Queue;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::volatile_memory::Error as VolatileError;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, Permissions, ReadVolatile,
+    VolatileSlice, WriteVolatile,
+};
 
 use hotslot::report::{say, with_causes};
 
@@ -137,8 +142,8 @@ impl Disk {
 enum Failure {
     #[error("a request has the unknown type {0}")]
     Unsupported(u32),
-    #[error("the file system under the file cannot do it")]
-    NotOffered,
+    #[error("{0:?} cannot discard or zero: its file system or device does not offer it")]
+    NotOffered(PathBuf),
     #[error("{len} bytes from sector {sector} on are not whole sectors of the disk")]
     Range { sector: u64, len: u64 },
     #[error("a request to write, to a disk that is read-only")]
@@ -147,14 +152,16 @@ enum Failure {
     Short,
     #[error("a request's buffers cannot be used")]
     Memory(#[from] GuestMemoryError),
-    #[error("cannot access {path:?}")]
-    File { path: PathBuf, source: io::Error },
+    #[error("{0:?} has become shorter than the disk")]
+    Cut(PathBuf),
+    #[error("cannot {action} {path:?}")]
+    File { action: &'static str, path: PathBuf, source: io::Error },
 }
 
 impl Failure {
     fn status(&self) -> u32 {
         match self {
-            Failure::Unsupported(_) | Failure::NotOffered => VIRTIO_BLK_S_UNSUPP,
+            Failure::Unsupported(_) | Failure::NotOffered(_) => VIRTIO_BLK_S_UNSUPP,
             _ => VIRTIO_BLK_S_IOERR,
         }
     }
@@ -233,16 +240,16 @@ impl Blk {
         match kind {
             VIRTIO_BLK_T_IN => {
                 self.seek(sector, writable.len())?;
-                for &(address, len) in &writable.0 {
-                    memory.read_exact_volatile_from(address, &mut &self.disk.image.file, len)?;
-                }
+                self.transfer(memory, writable, Permissions::Write, "read", |mut file, slice| {
+                    file.read_exact_volatile(slice)
+                })?;
                 Ok(writable.len() as u32)
             }
             VIRTIO_BLK_T_OUT => {
                 self.seek(sector, readable.len())?;
-                for &(address, len) in &readable.0 {
-                    memory.write_all_volatile_to(address, &mut &self.disk.image.file, len)?;
-                }
+                self.transfer(memory, &readable, Permissions::Read, "write", |mut file, slice| {
+                    file.write_all_volatile(slice)
+                })?;
                 self.written().map(|()| 0)
             }
             VIRTIO_BLK_T_FLUSH => self.flush().map(|()| 0),
@@ -267,7 +274,34 @@ impl Blk {
     fn seek(&self, sector: u64, len: usize) -> Result<(), Failure> {
         let start = self.disk.range(sector, len as u64)?;
         let seek = (&self.disk.image.file).seek(SeekFrom::Start(start));
-        seek.map(drop).map_err(|e| self.file_failure(e))
+        seek.map(drop).map_err(|e| self.file_failure("seek in", e))
+    }
+
+    /// Reads or writes all of the buffers' bytes, from the file's position on.
+    fn transfer(
+        &self,
+        memory: &GuestMemoryMmap,
+        buffers: &Buffers,
+        access: Permissions,
+        action: &'static str,
+        move_all: impl Fn(&File, &mut VolatileSlice) -> Result<(), VolatileError>,
+    ) -> Result<(), Failure> {
+        for &(address, len) in &buffers.0 {
+            for slice in memory.get_slices(address, len, access)? {
+                move_all(&self.disk.image.file, &mut slice?).map_err(|e| match e {
+                    // A buffer in a shared mapping, past the end of its file.
+                    VolatileError::IOError(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+                        Failure::Memory(GuestMemoryError::IOError(e))
+                    }
+                    VolatileError::IOError(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                        Failure::Cut(self.disk.image.path.clone())
+                    }
+                    VolatileError::IOError(e) => self.file_failure(action, e),
+                    e => Failure::Memory(e.into()),
+                })?;
+            }
+        }
+        Ok(())
     }
 
     /// Discards or zeroes the ranges in the request's data.
@@ -293,8 +327,10 @@ impl Blk {
             }
             match rustix::fs::fallocate(&self.disk.image.file, mode | FallocateFlags::KEEP_SIZE, start, len) {
                 Ok(()) => {}
-                Err(rustix::io::Errno::OPNOTSUPP) => return Err(Failure::NotOffered),
-                Err(e) => return Err(self.file_failure(e.into())),
+                Err(rustix::io::Errno::OPNOTSUPP) => {
+                    return Err(Failure::NotOffered(self.disk.image.path.clone()));
+                }
+                Err(e) => return Err(self.file_failure("discard or zero in", e.into())),
             }
         }
         Ok(())
@@ -309,11 +345,11 @@ impl Blk {
     }
 
     fn flush(&self) -> Result<(), Failure> {
-        self.disk.image.flush().map_err(|e| self.file_failure(e))
+        self.disk.image.flush().map_err(|e| self.file_failure("flush", e))
     }
 
-    fn file_failure(&self, source: io::Error) -> Failure {
-        Failure::File { path: self.disk.image.path.clone(), source }
+    fn file_failure(&self, action: &'static str, source: io::Error) -> Failure {
+        Failure::File { action, path: self.disk.image.path.clone(), source }
     }
 
     /// The configuration space, section 5.2.4.

@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -38,6 +39,8 @@ pub struct Image {
     /// Bytes, when it was opened.
     pub len: u64,
     pub read_only: bool,
+    /// The error of the first fdatasync(2) that failed.
+    lost: OnceLock<i32>,
 }
 
 impl Image {
@@ -68,16 +71,26 @@ impl Image {
         lock(&file, path, !read_only && !shared, shared)?;
 
         let len = file.metadata().map_err(failed("look at", path, None))?.len();
-        Ok(Image { file, path: path.to_owned(), len, read_only })
+        Ok(Image { file, path: path.to_owned(), len, read_only, lost: OnceLock::new() })
     }
 
     /// Makes what was written durable.
     ///
     /// # Errors
     ///
-    /// That of fdatasync(2).
+    /// That of the first fdatasync(2) that failed, from then on: Linux marks pages clean that it could not
+    /// write back, so that a later fdatasync(2) succeeds without them.
     pub fn flush(&self) -> io::Result<()> {
-        if self.read_only { Ok(()) } else { self.file.sync_data() }
+        if self.read_only {
+            return Ok(());
+        }
+        if let Some(errno) = self.lost.get() {
+            return Err(io::Error::from_raw_os_error(*errno));
+        }
+        self.file.sync_data().inspect_err(|e| {
+            // Set already: another queue's flush failed meanwhile.
+            let _ = self.lost.set(e.raw_os_error().unwrap_or(libc::EIO));
+        })
     }
 
     pub fn access(&self) -> &'static str {
