@@ -23,7 +23,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, GuestAddress};
 
 use driver::*;
-use program::{Backend, FAILS_LATER, FULL, PROGRAM, assert_refused, directory, file, start_after};
+use program::{Backend, FAILS_LATER, FULL, PROGRAM, assert_refused, command, directory, file, start_after};
 
 const SEG_MAX: u64 = 1 << 2;
 const RO: u64 = 1 << 5;
@@ -52,6 +52,9 @@ const SECTOR: u64 = 512;
 
 /// A buffer of a request: address and length.
 type Buffer = (u64, u32);
+
+/// A range to discard or zero: sector, number of sectors, flags.
+type Range = (u64, u32, u32);
 
 struct Machine(Driver);
 
@@ -109,8 +112,7 @@ impl Machine {
         (self.0.await_used(0), self.read(STATUS, 1)[0])
     }
 
-    /// Ranges to discard or zero: sector, number of sectors, flags.
-    fn ranges(&mut self, kind: u32, ranges: &[(u64, u32, u32)]) -> (u32, u8) {
+    fn ranges(&mut self, kind: u32, ranges: &[Range]) -> (u32, u8) {
         let mut bytes = Vec::new();
         for (sector, count, flags) in ranges {
             bytes.extend(sector.to_le_bytes());
@@ -160,6 +162,36 @@ fn what_the_driver_reads_and_writes_is_in_the_file() {
 }
 
 #[test]
+fn the_serial_number_is_the_one_of_the_command_line() {
+    let dir = directory();
+    disk(&dir);
+    for (serial, len) in [("S1", 20), ("a-serial-of-20-bytes", 20), ("a-serial-of-20-bytes", 7)] {
+        let backend = Backend::start("blk", &dir, &format!("--serial {serial}"));
+        let mut machine = Machine::connect(&backend);
+        machine.write(DATA, &[0xee; 32]);
+        // In as many buffers as the driver likes.
+        let data = [(DATA, 3), (DATA + 16, len - 3)];
+        assert_eq!(machine.request(T_GET_ID, 0, &data), (len + 1, OK));
+        let mut expected = serial.as_bytes().to_vec();
+        expected.resize(20, 0);
+        let mut found = machine.read(DATA, 3);
+        found.extend(machine.read(DATA + 16, len as usize - 3));
+        assert_eq!(found, expected[..len as usize]);
+        assert_eq!(machine.read(DATA + 3, 13), [0xee; 13]);
+    }
+    for (serial, sentence) in [
+        ("", "1 to 20 printable ASCII characters"),
+        ("a-serial-of-21-bytes!", "1 to 20 printable ASCII characters"),
+        ("\u{fc}", "1 to 20 printable ASCII characters"),
+    ] {
+        let mut command = command("blk", &dir);
+        let output = command.args(["--file", "memory.img", "--serial", serial]).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && stderr.contains(sentence), "{serial:?}: {stderr}");
+    }
+}
+
+#[test]
 fn sectors_are_discarded_and_zeroed() {
     let dir = directory();
     let (path, bytes) = disk(&dir);
@@ -184,6 +216,54 @@ fn sectors_are_discarded_and_zeroed() {
     assert_eq!(machine.ranges(T_DISCARD, &[(2047, 2, 0)]), (1, IOERR));
 }
 
+/// VIRTIO 1.2, section 5.2.6.2; and of a request with one wrong range, none is executed.
+#[test]
+fn wrong_ranges_change_nothing() {
+    let dir = directory();
+    let (path, bytes) = disk(&dir);
+    let backend = Backend::start("blk", &dir, "");
+    let mut machine = Machine::connect(&backend);
+    const UNMAP: u32 = 1;
+    let good = (0, 8, 0);
+    let many = vec![good; 33];
+    #[rustfmt::skip]
+    let wrong: [(&str, u32, &[Range], u8); 13] = [
+        ("unmap in a discard", T_DISCARD, &[good, (8, 8, UNMAP)], UNSUPP),
+        ("an unknown flag in a discard", T_DISCARD, &[good, (8, 8, 2)], UNSUPP),
+        ("an unknown flag", T_WRITE_ZEROES, &[good, (8, 8, UNMAP | 1 << 31)], UNSUPP),
+        ("the end of the disk", T_DISCARD, &[good, (2048, 1, 0)], IOERR),
+        ("half beyond the end", T_WRITE_ZEROES, &[good, (2047, 2, 0)], IOERR),
+        ("a sum that overflows", T_DISCARD, &[good, (u64::MAX, 2, 0)], IOERR),
+        ("an address that overflows", T_WRITE_ZEROES, &[good, (1 << 55, 2, 0)], IOERR),
+        ("a count that is too large", T_WRITE_ZEROES, &[good, (0, u32::MAX, 0)], IOERR),
+        ("more ranges than told", T_DISCARD, &many, IOERR),
+        ("the same, zeroed", T_WRITE_ZEROES, &many, IOERR),
+        ("none", T_DISCARD, &[], IOERR),
+        ("none to zero", T_WRITE_ZEROES, &[], IOERR),
+        ("none after a good one", T_DISCARD, &[good, (4096, 0, 0)], IOERR),
+    ];
+    for (what, kind, ranges, status) in wrong {
+        assert_eq!(machine.ranges(kind, ranges), (1, status), "{what}");
+        assert!(fs::read(&path).unwrap() == bytes, "{what}");
+    }
+    assert_eq!(machine.ranges(T_DISCARD, &vec![(8, 0, 0); 32]), (1, OK));
+    assert!(fs::read(&path).unwrap() == bytes);
+}
+
+/// A range may have as many sectors as the configuration space says, and no more.
+#[test]
+fn a_range_has_at_most_max_sectors() {
+    let dir = directory();
+    file(&dir, 3 << 30);
+    let backend = Backend::start("blk", &dir, "");
+    let mut machine = Machine::connect(&backend);
+    for kind in [T_DISCARD, T_WRITE_ZEROES] {
+        assert_ne!(machine.ranges(kind, &[(0, 1 << 21, 0)]), (1, IOERR));
+        assert_eq!(machine.ranges(kind, &[(0, (1 << 21) + 1, 0)]), (1, IOERR));
+    }
+    backend.wait_for("2097153 sectors");
+}
+
 #[test]
 fn the_configuration_space_says_what_the_disk_can() {
     let dir = directory();
@@ -204,6 +284,15 @@ fn the_configuration_space_says_what_the_disk_can() {
         let word = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().unwrap());
         assert_eq!((word(0), word(4)), (2048, 0), "capacity");
         assert_eq!((word(12), word(20)), (126, 512), "seg_max and blk_size");
+        let discard = (word(36), word(40), word(44));
+        assert_eq!(
+            discard,
+            (1 << 21, 32, 1),
+            "max_discard_sectors, max_discard_seg, discard_sector_alignment"
+        );
+        let zeroes = (word(48), word(52), space[56]);
+        assert_eq!(zeroes, (1 << 21, 32, 1), "max_write_zeroes_sectors, max_write_zeroes_seg, may_unmap");
+        backend.wait_for("note: the guest does not see the last 100 bytes of \"memory.img\"");
     }
 }
 
@@ -215,6 +304,7 @@ fn a_read_only_disk_is_read_and_never_written() {
     let mut machine = Machine::connect_with(&backend, VERSION_1 | RO | FLUSH);
     assert_eq!(machine.request(T_OUT, 0, &[(DATA, 512)]), (1, IOERR));
     assert_eq!(machine.ranges(T_DISCARD, &[(0, 8, 0)]), (1, IOERR));
+    assert_eq!(machine.ranges(T_WRITE_ZEROES, &[(0, 8, 0)]), (1, IOERR));
     assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));
     assert_eq!(machine.request(T_FLUSH, 0, &[]), (1, OK));
     assert_eq!(machine.read(DATA, 512), bytes[..512]);

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
@@ -55,6 +56,7 @@ const MAX_RANGE: u32 = 1 << 21;
 const HEADER: usize = 16;
 /// `struct virtio_blk_discard_write_zeroes`: sector, number of sectors, flags.
 const RANGE: usize = 16;
+const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// Disk whose contents are a regular file (VIRTIO block)
 ///
@@ -78,6 +80,19 @@ pub struct Args {
     /// for that
     #[arg(long)]
     shared: bool,
+
+    /// Serial number that the guest sees, 1 to 20 printable ASCII characters [default: the beginning of the
+    /// file's name]
+    #[arg(long, value_name = "TEXT", value_parser = serial)]
+    serial: Option<String>,
+}
+
+fn serial(text: &str) -> Result<String, &'static str> {
+    let printable = text.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+    match text.len() {
+        1..=ID_LEN if printable => Ok(text.to_owned()),
+        _ => Err("a serial number has 1 to 20 printable ASCII characters"),
+    }
 }
 
 /// Runs the back-end until it is told to end.
@@ -94,6 +109,13 @@ pub fn run(args: &Args) -> Result<(), Error> {
         disk.sectors,
         disk.image.access()
     ));
+    match disk.image.len % SECTOR {
+        0 => {}
+        rest => say(format_args!(
+            "{NAME}: note: the guest does not see the last {rest} bytes of {:?}, no whole sector",
+            args.file
+        )),
+    }
     server::serve(NAME, listening, move |memory, complaints| {
         Ok(Blk { disk: disk.clone(), memory, complaints, driver_flushes: AtomicBool::new(false) })
     })
@@ -104,8 +126,8 @@ pub fn run(args: &Args) -> Result<(), Error> {
 struct Disk {
     image: Arc<Image>,
     sectors: u64,
-    /// The answer to `GET_ID`: the name of the file, cut to the size of an id.
-    id: [u8; VIRTIO_BLK_ID_BYTES as usize],
+    /// The answer to `GET_ID`.
+    id: [u8; ID_LEN],
 }
 
 impl Disk {
@@ -122,8 +144,9 @@ impl Disk {
             return Err(Error::TooShort { path: image.path, len, sector: SECTOR });
         }
         let name = args.file.file_name().unwrap_or_default().as_encoded_bytes();
-        let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
-        id.iter_mut().zip(name).for_each(|(to, from)| *to = *from);
+        let text = args.serial.as_ref().map_or(name, |serial| serial.as_bytes());
+        let mut id = [0; ID_LEN];
+        id.iter_mut().zip(text).for_each(|(to, from)| *to = *from);
         Ok(Disk { image: Arc::new(image), sectors: len / SECTOR, id })
     }
 
@@ -144,6 +167,12 @@ enum Failure {
     Unsupported(u32),
     #[error("{0:?} cannot discard or zero: its file system or device does not offer it")]
     NotOffered(PathBuf),
+    #[error("a range to discard or zero has the flags {flags:#x}, of which not all are known and allowed")]
+    Flags { flags: u32 },
+    #[error("{bytes} bytes are not 1 to {max} ranges", max = MAX_RANGES)]
+    Ranges { bytes: usize },
+    #[error("a range has {0} sectors, more than {max}", max = MAX_RANGE)]
+    RangeTooLong(u32),
     #[error("{len} bytes from sector {sector} on are not whole sectors of the disk")]
     Range { sector: u64, len: u64 },
     #[error("a request to write, to a disk that is read-only")]
@@ -161,7 +190,7 @@ enum Failure {
 impl Failure {
     fn status(&self) -> u32 {
         match self {
-            Failure::Unsupported(_) | Failure::NotOffered(_) => VIRTIO_BLK_S_UNSUPP,
+            Failure::Unsupported(_) | Failure::NotOffered(_) | Failure::Flags { .. } => VIRTIO_BLK_S_UNSUPP,
             _ => VIRTIO_BLK_S_IOERR,
         }
     }
@@ -203,6 +232,17 @@ impl Buffers {
             at = end;
         }
         Ok(bytes)
+    }
+
+    /// Copies one of the device's, or as much of it as there is room for; returns how much.
+    fn write(&self, memory: &GuestMemoryMmap, bytes: &[u8]) -> Result<usize, GuestMemoryError> {
+        let mut rest = bytes;
+        for &(address, len) in &self.0 {
+            let (here, behind) = rest.split_at(len.min(rest.len()));
+            memory.write_slice(here, address)?;
+            rest = behind;
+        }
+        Ok(bytes.len() - rest.len())
     }
 }
 
@@ -254,13 +294,10 @@ impl Blk {
             }
             VIRTIO_BLK_T_FLUSH => self.flush().map(|()| 0),
             VIRTIO_BLK_T_GET_ID => {
-                let id = self.disk.id;
-                let [(address, len), ..] = writable.0[..] else {
+                if writable.len() == 0 {
                     return Err(Failure::Short);
-                };
-                let len = len.min(id.len());
-                memory.write_slice(&id[..len], address)?;
-                Ok(len as u32)
+                }
+                Ok(writable.write(memory, &self.disk.id)? as u32)
             }
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 self.ranges(memory, readable, kind)?;
@@ -304,33 +341,42 @@ impl Blk {
         Ok(())
     }
 
-    /// Discards or zeroes the ranges in the request's data.
+    /// Discards or zeroes the ranges in the request's data: all of them, or none if one is wrong.
     fn ranges(&self, memory: &GuestMemoryMmap, mut data: Buffers, kind: u32) -> Result<(), Failure> {
-        if !data.len().is_multiple_of(RANGE) || data.len() > RANGE * MAX_RANGES as usize {
-            return Err(Failure::Short);
+        let bytes = data.len();
+        if bytes == 0 || !bytes.is_multiple_of(RANGE) || bytes > RANGE * MAX_RANGES as usize {
+            return Err(Failure::Ranges { bytes });
         }
+        let (action, allowed) = match kind {
+            VIRTIO_BLK_T_DISCARD => ("discard in", 0),
+            _ => ("zero in", VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP),
+        };
+        let mut ranges = Vec::new();
         while data.len() > 0 {
             let (range, rest) = data.split(RANGE);
             data = rest;
             let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = range.read::<RANGE>(memory)?;
-            let sector = u64::from_le_bytes(sector);
-            let len = u64::from(u32::from_le_bytes([n0, n1, n2, n3])) * SECTOR;
-            let unmap = u32::from_le_bytes([f0, f1, f2, f3]) & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
-            let start = self.disk.range(sector, len)?;
-            let mode = if kind == VIRTIO_BLK_T_DISCARD || unmap {
-                FallocateFlags::PUNCH_HOLE
-            } else {
-                FallocateFlags::ZERO_RANGE
-            };
-            if len == 0 {
-                continue;
+            let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+            if flags & !allowed != 0 {
+                return Err(Failure::Flags { flags });
             }
-            match rustix::fs::fallocate(&self.disk.image.file, mode | FallocateFlags::KEEP_SIZE, start, len) {
+            let count = u32::from_le_bytes([n0, n1, n2, n3]);
+            if count > MAX_RANGE {
+                return Err(Failure::RangeTooLong(count));
+            }
+            let len = u64::from(count) * SECTOR;
+            let start = self.disk.range(u64::from_le_bytes(sector), len)?;
+            ranges.push((start, len, kind == VIRTIO_BLK_T_DISCARD || flags != 0));
+        }
+        // fallocate(2) refuses a length of 0.
+        for (start, len, unmap) in ranges.into_iter().filter(|(_, len, _)| *len > 0) {
+            let mode = if unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
+            let mode = mode | FallocateFlags::KEEP_SIZE;
+            let file = &self.disk.image.file;
+            match rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, mode, start, len)) {
                 Ok(()) => {}
-                Err(rustix::io::Errno::OPNOTSUPP) => {
-                    return Err(Failure::NotOffered(self.disk.image.path.clone()));
-                }
-                Err(e) => return Err(self.file_failure("discard or zero in", e.into())),
+                Err(Errno::OPNOTSUPP) => return Err(Failure::NotOffered(self.disk.image.path.clone())),
+                Err(e) => return Err(self.file_failure(action, e.into())),
             }
         }
         Ok(())
