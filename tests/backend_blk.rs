@@ -13,7 +13,7 @@ mod program;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tempfile::TempDir;
@@ -538,6 +538,110 @@ fn a_process_with_a_lock_is_named() {
     assert_refused("blk", &dir, "--socket s --file memory.img", &sentence);
 }
 
+// ------------------------------------------------------------------------------- block devices
+
+/// A loop device, made by root.
+struct Loop(String);
+
+impl Loop {
+    fn new(path: &Path, options: &[&str]) -> Option<Self> {
+        let output = Command::new("losetup").args(options).args(["--find", "--show"]).arg(path).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                Some(Loop(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
+            }
+            output => {
+                eprintln!("SKIPPED: no loop device can be had here: {output:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk() {
+    let (dir, other) = (directory(), directory());
+    let (path, bytes) = disk(&dir);
+    for (options, block) in [(&[][..], 512), (&["--sector-size", "4096"], 4096)] {
+        fs::write(&path, &bytes).unwrap();
+        let Some(device) = Loop::new(&path, options) else {
+            return;
+        };
+        let link = other.path().join("memory.img");
+        let _ = fs::remove_file(&link);
+        symlink(&device.0, link).unwrap();
+        let backend = Backend::start("blk", &other, "");
+        let mut machine = Machine::connect(&backend);
+        let empty = VhostUserConfigFlags::empty();
+        let (_, space) = machine.0.front_end.get_config(0, 60, empty, &[0; 60]).unwrap();
+        let word = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().unwrap());
+        assert_eq!((word(0), word(4)), (2048, 0), "capacity");
+        assert_eq!((word(20), word(44)), (block, block / 512), "blk_size and discard_sector_alignment");
+
+        assert_eq!(machine.request(T_IN, 2040, &[(DATA, 4096)]), (4097, OK));
+        assert_eq!(machine.read(DATA, 4096), bytes[2040 * 512..]);
+        machine.write(DATA, &[0xab; 4096]);
+        assert_eq!(machine.request(T_OUT, 8, &[(DATA, 4096)]), (1, OK));
+        assert_eq!(machine.ranges(T_DISCARD, &[(1024, 512, 0)]), (1, OK));
+        assert_eq!(machine.ranges(T_WRITE_ZEROES, &[(16, 8, 1)]), (1, OK));
+        assert_eq!(machine.request(T_OUT, 2048, &[(DATA, 4096)]), (1, IOERR));
+        assert_eq!(machine.request(T_FLUSH, 0, &[]), (1, OK));
+        let mut expected = bytes.clone();
+        expected[8 * 512..16 * 512].fill(0xab);
+        expected[16 * 512..24 * 512].fill(0);
+        expected[1024 * 512..1536 * 512].fill(0);
+        assert!(fs::read(&path).unwrap() == expected);
+
+        let in_use = "is in use: another process has it open for writing";
+        assert_refused("blk", &other, "--socket t --file memory.img --read-only", in_use);
+        assert_refused("pmem", &other, "--socket t --file memory.img", "a block device; only a regular file");
+        drop((machine, backend));
+
+        let backend = Backend::start("blk", &other, "--read-only");
+        let mut machine = Machine::connect_with(&backend, VERSION_1 | RO | FLUSH);
+        assert_eq!(machine.request(T_IN, 8, &[(DATA, 512)]), (513, OK));
+        assert_eq!(machine.request(T_OUT, 8, &[(DATA, 512)]), (1, IOERR));
+    }
+}
+
+/// Another's claim to a device, for which a lock would be too late: a mounted file system.
+#[test]
+fn a_mounted_block_device_is_refused() {
+    let dir = directory();
+    let path = file(&dir, 4 * MIB);
+    let Some(device) = Loop::new(&path, &[]) else {
+        return;
+    };
+    let mount = format!(
+        "PATH=$PATH:/usr/sbin:/sbin; mkfs.ext4 -q {0} && mkdir m && mount {0} m && echo ready && read end",
+        device.0
+    );
+    let mut mounted = Command::new("unshare")
+        .current_dir(dir.path())
+        .args(["--mount", "sh", "-c", &mount])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut ready = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(mounted.stdout.as_mut().unwrap()), &mut ready)
+        .unwrap();
+    if ready == "ready\n" {
+        let arguments = format!("--socket s --file {}", device.0);
+        assert_refused("blk", &dir, &arguments, "is in use: it is mounted, or a program has claimed it");
+    } else {
+        eprintln!("SKIPPED: {} cannot be mounted here", device.0);
+    }
+    drop(mounted.stdin.take());
+    mounted.wait().unwrap();
+}
+
 #[test]
 fn bad_command_lines_are_refused() {
     let dir = directory();
@@ -545,7 +649,11 @@ fn bad_command_lines_are_refused() {
     fs::write(dir.path().join("short"), [0; 511]).unwrap();
     for (arguments, sentence) in [
         ("--socket s --file missing", "error: there is no file \"missing\"\nhint: truncate"),
-        ("--socket s --file .", "\".\" is a directory; only a regular file"),
+        ("--socket s --file .", "\".\" is a directory; only a regular file or a block device can be served"),
+        (
+            "--socket s --file /dev/zero",
+            "\"/dev/zero\" is a character device; only a regular file or a block",
+        ),
         ("--socket s --file short", "\"short\" has 511 bytes, less than a sector of 512\nhint: truncate"),
         ("--socket memory.img --file memory.img", "there is a file that is not a socket"),
     ] {

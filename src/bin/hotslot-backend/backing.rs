@@ -67,6 +67,7 @@ impl Backing {
             read_only,
             shared: args.shared,
             create: !read_only && args.size.is_some(),
+            block_device: false,
             missing: (!read_only).then_some("--size SIZE creates it"),
         })?;
 

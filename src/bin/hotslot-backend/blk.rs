@@ -1,4 +1,4 @@
-//! A disk whose contents are a file: a VIRTIO block device (id 2) as a vhost-user back-end.
+//! A disk whose contents are a file or a block device: a VIRTIO block device (id 2) as a vhost-user back-end.
 //!
 //! VIRTIO 1.2, section 5.2. Called by `main`. Data go straight between the file and the guest's memory, by
 //! read(2) and write(2) on the guest's buffers.
@@ -44,7 +44,7 @@ use crate::server;
 
 const NAME: &str = "blk";
 
-/// The unit of every address on the disk, and the block size in the configuration space.
+/// The unit of every address on the disk.
 const SECTOR: u64 = 512;
 /// Buffers in a request besides header and status: 128, the smallest queue that drivers use, less two.
 const SEG_MAX: u32 = 126;
@@ -58,15 +58,16 @@ const HEADER: usize = 16;
 const RANGE: usize = 16;
 const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
-/// Disk whose contents are a regular file (VIRTIO block)
+/// Disk whose contents are a regular file or a block device (VIRTIO block)
 ///
 /// The guest sees the file as /dev/vdX, in sectors of 512 bytes; an incomplete sector at its end is left out.
+/// A block device keeps its block size.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     server: server::Options,
 
-    /// Regular file that is the disk
+    /// Regular file or block device that is the disk
     #[arg(long, value_name = "PATH")]
     file: PathBuf,
 
@@ -137,6 +138,7 @@ impl Disk {
             read_only: args.read_only,
             shared: args.shared,
             create: false,
+            block_device: true,
             missing: Some(MAKE_DISK),
         })?;
         let len = image.len;
@@ -403,12 +405,13 @@ impl Blk {
         let mut space = [0; size_of::<virtio_blk_config>()];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
         put(offset_of!(virtio_blk_config, capacity), &self.disk.sectors.to_le_bytes());
+        let block = self.disk.image.block_size;
         for (at, value) in [
             (offset_of!(virtio_blk_config, seg_max), SEG_MAX),
-            (offset_of!(virtio_blk_config, blk_size), SECTOR as u32),
+            (offset_of!(virtio_blk_config, blk_size), block),
             (offset_of!(virtio_blk_config, max_discard_sectors), MAX_RANGE),
             (offset_of!(virtio_blk_config, max_discard_seg), MAX_RANGES),
-            (offset_of!(virtio_blk_config, discard_sector_alignment), 1),
+            (offset_of!(virtio_blk_config, discard_sector_alignment), block / SECTOR as u32),
             (offset_of!(virtio_blk_config, max_write_zeroes_sectors), MAX_RANGE),
             (offset_of!(virtio_blk_config, max_write_zeroes_seg), MAX_RANGES),
         ] {

@@ -1,4 +1,4 @@
-//! The file whose contents a device shows: opened, locked against other processes, and made
+//! The file or block device whose contents a device shows: opened, locked against other processes, and made
 //! durable.
 //!
 //! Opened by `blk` and by `backing` before they listen; flushed by the thread of a queue.
@@ -10,9 +10,9 @@
 //! this open file description: for `pmem`, the front-end's mapping.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -28,16 +28,20 @@ pub struct Open<'a> {
     /// Lock only as a reader does, and let others write.
     pub shared: bool,
     pub create: bool,
+    /// Whether a block device will do, too.
+    pub block_device: bool,
     /// The hint for a file that does not exist.
     pub missing: Option<&'static str>,
 }
 
-/// An open file.
+/// An open file or block device.
 pub struct Image {
     pub file: File,
     pub path: PathBuf,
     /// Bytes, when it was opened.
     pub len: u64,
+    /// The unit of the block device, or 512.
+    pub block_size: u32,
     pub read_only: bool,
     /// The error of the first fdatasync(2) that failed.
     lost: OnceLock<i32>,
@@ -50,7 +54,7 @@ impl Image {
     ///
     /// See [`Error`]; a file may have been created, but no existing one was changed.
     pub fn open(open: Open) -> Result<Self, Error> {
-        let Open { path, read_only, shared, create, missing } = open;
+        let Open { path, read_only, shared, create, block_device, missing } = open;
         // Not opened yet: an open of a FIFO waits, and an open of a device may have any effect.
         let kind = match fs::metadata(path) {
             Ok(metadata) => Some(metadata.file_type()),
@@ -58,20 +62,34 @@ impl Image {
             Err(_) if !create => return Err(Error::NoFile { path: path.to_owned(), hint: missing }),
             Err(_) => None,
         };
-        if let Some(kind) = kind.and_then(kind_if_not_regular) {
-            return Err(Error::NotRegular { path: path.to_owned(), kind });
+        let is_device = kind.is_some_and(|kind| kind.is_block_device());
+        if let Some(kind) = kind.and_then(kind_if_not_regular)
+            && !(block_device && is_device)
+        {
+            let allowed = if block_device { "a regular file or a block device" } else { "a regular file" };
+            return Err(Error::NotRegular { path: path.to_owned(), kind, allowed });
         }
 
         let (action, hint) = match read_only {
             true => ("open for reading", None),
             false => ("open for reading and writing", Some("--read-only needs no write permission")),
         };
-        let file = OpenOptions::new().read(true).write(!read_only).create(kind.is_none()).open(path);
-        let file = file.map_err(failed(action, path, hint))?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(!read_only).create(kind.is_none());
+        if is_device && !read_only && !shared {
+            // A claim to the device, which mount(2) and the like respect, and which fails where one has it.
+            options.custom_flags(libc::O_EXCL);
+        }
+        let file = match options.open(path) {
+            Err(e) if is_device && e.raw_os_error() == Some(libc::EBUSY) => {
+                return Err(Error::Claimed(path.to_owned()));
+            }
+            result => result.map_err(failed(action, path, hint))?,
+        };
         lock(&file, path, !read_only && !shared, shared)?;
 
-        let len = file.metadata().map_err(failed("look at", path, None))?.len();
-        Ok(Image { file, path: path.to_owned(), len, read_only, lost: OnceLock::new() })
+        let (len, block_size) = size(&file, is_device).map_err(failed("look at", path, None))?;
+        Ok(Image { file, path: path.to_owned(), len, block_size, read_only, lost: OnceLock::new() })
     }
 
     /// Makes what was written durable.
@@ -106,6 +124,15 @@ pub fn failed(
 ) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::File { action, path, hint, source }
+}
+
+/// Bytes in all, and in a block.
+fn size(mut file: &File, is_device: bool) -> io::Result<(u64, u32)> {
+    match is_device {
+        // The metadata of a device have no length.
+        true => Ok((file.seek(SeekFrom::End(0))?, rustix::fs::ioctl_blksszget(file)?)),
+        false => Ok((file.metadata()?.len(), 512)),
+    }
 }
 
 /// Locks it for writing, or for reading.
