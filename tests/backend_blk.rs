@@ -5,24 +5,18 @@
 // Clippy's own exception for tests ends at the helpers.
 #![allow(clippy::unwrap_used)]
 
-#[path = "support/driver.rs"]
-mod driver;
-#[path = "support/program.rs"]
-mod program;
-
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
+use hotslot_test_support::driver::*;
+use hotslot_test_support::program::{Backend, assert_refused, directory, file};
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, GuestAddress};
-
-use driver::*;
-use program::{Backend, assert_refused, directory, file};
 
 const SEG_MAX: u64 = 1 << 2;
 const RO: u64 = 1 << 5;

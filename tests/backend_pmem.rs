@@ -7,11 +7,6 @@
 // Clippy's own exception for tests ends at the helpers.
 #![allow(clippy::unwrap_used)]
 
-#[path = "support/driver.rs"]
-mod driver;
-#[path = "support/program.rs"]
-mod program;
-
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
@@ -24,14 +19,13 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
+use hotslot_test_support::driver::*;
+use hotslot_test_support::program::{Backend, DEADLINE, assert_refused, directory, file, wait_until};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
-use driver::*;
-use program::{Backend, DEADLINE, assert_refused, directory, file, wait_until};
 
 const SHMEM_REGION: u64 = 1 << 0;
 

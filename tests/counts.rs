@@ -3,29 +3,22 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-#[path = "protocol/bench.rs"]
-mod bench;
-#[path = "support/process.rs"]
-mod process;
-#[path = "protocol/wire.rs"]
-mod wire;
-
-use bench::*;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::vhost_user::sharing::Sharing;
-use process::*;
-use wire::MMap;
+use hotslot_test_support::bench::*;
+use hotslot_test_support::process::*;
+use hotslot_test_support::wire::MMap;
 
 #[test]
 fn descriptors_mappings_and_threads_are_given_back() {
     // SHM-80, at the end
     let counts = || (descriptors(), areas("self").len());
     // The first device may make what stays, such as a thread's stack in the allocator's hands.
-    drop(Setup::new().start().end());
+    drop(Setup::default().start().end());
     eventually("the back-end's thread ends", || threads() == 2);
     let nothing = counts();
     for _ in 0..3 {
-        let bench = Setup::new().start();
+        let bench = Setup::default().start();
         bench.start().unwrap();
         let file = file_of(1, 1);
         let idle = counts();
@@ -60,7 +53,7 @@ fn descriptors_mappings_and_threads_are_given_back() {
 /// SHM-46, SHM-78, SHM-80: a descriptor for each file that others see, as long as they do.
 fn what_is_shared_is_given_back(counts: &dyn Fn() -> (usize, usize)) {
     let sharing = Sharing::new(64);
-    let (mut owner, mut other) = (Setup::new(), Setup::new());
+    let (mut owner, mut other) = (Setup::default(), Setup::default());
     owner.shares = true;
     owner.member = Some(sharing.join("owner"));
     other.member = Some(sharing.join("other"));

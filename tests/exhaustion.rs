@@ -6,17 +6,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-#[path = "protocol/bench.rs"]
-mod bench;
-#[path = "support/kvm.rs"]
-mod kvm;
-#[path = "support/machine.rs"]
-mod machine;
-#[path = "support/process.rs"]
-mod process;
-#[path = "protocol/wire.rs"]
-mod wire;
-
 use std::fs::File;
 use std::io::{Write, stderr};
 use std::os::fd::AsRawFd;
@@ -24,11 +13,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hotslot::memory::alloc::WindowAllocator;
-
-use bench::*;
-use machine::{Machine, WINDOWS};
-use process::{areas, descriptors, ranges};
-use wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::kvm;
+use hotslot_test_support::machine::{Machine, WINDOWS};
+use hotslot_test_support::process::{areas, descriptors, ranges};
+use hotslot_test_support::wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
 
 const ENOMEM: i64 = -(libc::ENOMEM as i64);
 const ENOSPC: i64 = -(libc::ENOSPC as i64);
@@ -47,7 +36,7 @@ fn say(text: std::fmt::Arguments<'_>) {
 
 /// A device that may have as many mappings as there can be, with a region of so many pages.
 fn unlimited(pages: u64, machine: &Machine) -> Bench {
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.regions = vec![(0, pages * PAGE), (7, REGION)];
     setup.quota = usize::MAX;
     setup.guest = Arc::new(machine.guest());

@@ -5,20 +5,16 @@
 // clippy.toml allows these in tests; it does not know the helpers of a file like this one as such.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-#[path = "support/image.rs"]
-mod image;
-
 use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use hotslot_test_support::image::{self, Segment};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use tempfile::NamedTempFile;
-
-use image::Segment;
 
 /// Where the guests' code is.
 const START: u64 = 2 << 20;

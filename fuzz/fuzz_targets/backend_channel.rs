@@ -33,9 +33,9 @@ use hotslot::memory::{Access, GuestMapper, GuestRange, SlotId};
 use hotslot::vhost_user::backend_channel::BackendChannel;
 use hotslot::vhost_user::connection::Deadline;
 use hotslot::vhost_user::negotiate::{Agreement, Offer, negotiate};
-use hotslot_fuzz::bench::{self, BACKEND_REQ, PAGE, REPLY_ACK, SHMEM};
-use hotslot_fuzz::wire::{self, Leash, MAP, MMap, NEED_REPLY, REPLY, UNMAP, VERSION_1, Wire};
 use hotslot_fuzz::{Input, descriptors, log_to_nobody};
+use hotslot_test_support::bench::{self, BACKEND_REQ, PAGE, REPLY_ACK, SHMEM};
+use hotslot_test_support::wire::{self, Leash, MAP, MMap, NEED_REPLY, REPLY, UNMAP, VERSION_1, Wire};
 use libfuzzer_sys::fuzz_target;
 
 /// Region ids, and their pages.

@@ -19,9 +19,9 @@ use std::sync::mpsc;
 
 use hotslot::report::with_causes;
 use hotslot::virtio::device::{QueueSetup, VirtioDevice};
-use hotslot_fuzz::bench::{self, Answer, Bench, PAGE, Peer, Setup};
-use hotslot_fuzz::wire::{self, MAP, MMap, Message, NEED_REPLY, REPLY, UNMAP, VERSION_1};
 use hotslot_fuzz::{Input, descriptors, log_to_nobody};
+use hotslot_test_support::bench::{self, Answer, Bench, PAGE, Peer, Setup};
+use hotslot_test_support::wire::{self, MAP, MMap, Message, NEED_REPLY, REPLY, UNMAP, VERSION_1};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -34,7 +34,7 @@ fuzz_target!(|data: &[u8]| {
 fn ends_in_time(data: &[u8]) -> bool {
     let before = descriptors();
     let mut input = Input::new(data);
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.kind = input.pick(&["rng", "fs", "pmem", "blk", "200"]);
     offer(&mut setup, &mut input);
     let actions = input.byte() % 8;

@@ -1,13 +1,13 @@
 //! `probe hammer`: the guest of an endurance test. A thread on each processor reads and writes a device's
-//! shared memory through `/dev/mem`, as [`crate::board`] says, until the back-end says stop. No driver may
+//! shared memory through `/dev/mem`, as [`hotslot_guest::board`] says, until the back-end says stop. No driver may
 //! have the two devices.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::Outcome;
-use crate::board::*;
 use crate::probe::{Mapping, PAGE, map_physical, run_on};
+use hotslot_guest::board::*;
 
 /// Device memory, as words.
 struct Physical {

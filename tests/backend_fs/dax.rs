@@ -5,9 +5,10 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 
+use hotslot_test_support::program::Backend;
+
 use crate::fuse::{self, quads, removemapping, setupmapping};
 use crate::machine::{Asked, MAP, MIB, Machine, Place, UNMAP, start};
-use crate::program::Backend;
 
 const UNIT: u64 = 2 * MIB;
 const READ: u64 = 0;

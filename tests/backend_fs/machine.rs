@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
+use hotslot_test_support::program::{self, Backend, DEADLINE, wait_until};
 use tempfile::TempDir;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -16,7 +17,6 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::fuse;
-use crate::program::{self, Backend, DEADLINE, wait_until};
 
 pub const MIB: u64 = 1 << 20;
 
@@ -43,7 +43,7 @@ pub const SECRET: &str = "a secret";
 
 impl Place {
     pub fn new() -> Self {
-        let top = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let top = program::directory();
         fs::create_dir(top.path().join("dir")).unwrap();
         fs::create_dir(top.path().join("outside")).unwrap();
         fs::write(top.path().join("outside/secret"), SECRET).unwrap();

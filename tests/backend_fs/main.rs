@@ -10,8 +10,6 @@ mod dax;
 mod fuse;
 mod hostile;
 mod machine;
-#[path = "../support/program.rs"]
-mod program;
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -19,12 +17,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use hotslot_test_support::built::hotslot_backend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 
 use fuse::{ROOT, name, quads, u32_at, u64_at, words};
 use machine::{MIB, Machine, Place, SHMEM, start, start_as};
-use program::PROGRAM;
 
 /// An ordinary user, when the tests run as root.
 const NOBODY: u32 = 65534;
@@ -137,7 +135,7 @@ fn a_command_line_that_cannot_be_served_is_refused() {
         ("--dir dir --cache some", "invalid value 'some'"),
         ("", "--dir"),
     ] {
-        let output = Command::new(PROGRAM)
+        let output = Command::new(hotslot_backend())
             .current_dir(place.top.path())
             .args(["fs", "--socket", "s"])
             .args(args.split_whitespace())
@@ -555,7 +553,7 @@ fn an_ordinary_user_serves_own_files() {
     let place = Place::new();
     let as_root = rustix::process::geteuid().is_root();
     if as_root {
-        let reachable = Command::new(PROGRAM)
+        let reachable = Command::new(hotslot_backend())
             .arg("--version")
             .current_dir(place.top.path().parent().unwrap())
             .uid(NOBODY)

@@ -5,9 +5,10 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use crate::board::*;
+use hotslot_guest::board::*;
+use hotslot_test_support::wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, Wire, message};
+
 use crate::page::Words;
-use crate::wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, Wire, message};
 
 const PAGE: u64 = 4096;
 /// Each file has two halves, used in turns: so what a guest still reaches of the old one is seen for longer.

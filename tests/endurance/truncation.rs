@@ -4,11 +4,13 @@
 
 use std::time::{Duration, Instant};
 
-use crate::backend::{PAGE, page};
-use crate::board::*;
+use hotslot_guest::board::*;
+use hotslot_test_support::backend::{PAGE, page};
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::MMap;
+
 use crate::page::Words;
-use crate::wire::MMap;
-use crate::{Bench, kvm, say};
+use crate::{Bench, say};
 
 /// Longer than a guest needs for anything here.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -9,27 +9,18 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-#[path = "../protocol/bench.rs"]
-mod bench;
-#[path = "../support/kvm.rs"]
-mod kvm;
-#[path = "../support/machine.rs"]
-mod machine;
 mod model;
 mod operation;
-#[path = "../support/process.rs"]
-mod process;
 mod run;
-#[path = "../protocol/wire.rs"]
-mod wire;
 
 use std::cell::RefCell;
 use std::io::{Write, stderr};
 use std::time::Instant;
 
+use hotslot_test_support::kvm;
+use hotslot_test_support::machine::Machine;
 use proptest::test_runner::{Config, RngAlgorithm, TestRunner};
 
-use machine::Machine;
 use run::Counts;
 
 /// How many operations there are, unless the user says otherwise.

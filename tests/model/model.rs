@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 
 use hotslot::memory::Access;
+use hotslot_test_support::bench::PAGE;
+use hotslot_test_support::wire::MMap;
 
-use crate::bench::PAGE;
 use crate::operation::{FILES, Fds, Place, QUOTA, REGIONS, Target, Twist};
-use crate::wire::MMap;
 
 /// A mapping's name: region and offset.
 pub type Key = (u8, u64);

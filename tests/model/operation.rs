@@ -3,10 +3,9 @@
 //! third live mapping") is looked up when they are carried out, so that a shortened sequence still means
 //! something.
 
+use hotslot_test_support::bench::PAGE;
 use proptest::collection::vec;
 use proptest::prelude::*;
-
-use crate::bench::PAGE;
 
 /// Regions of the device: id, bytes.
 pub const REGIONS: [(u8, u64); 3] = [(0, 16 * PAGE), (7, 48 * PAGE), (255, PAGE)];

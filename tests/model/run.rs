@@ -10,13 +10,13 @@ use std::sync::atomic::Ordering;
 
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::memory::shmem::{Filled, MappingInfo};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::machine::{Machine, WINDOWS};
+use hotslot_test_support::process::{areas, descriptors, threads};
+use hotslot_test_support::wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
 
-use crate::bench::*;
-use crate::machine::{Machine, WINDOWS};
 use crate::model::{Found, Key, Model};
 use crate::operation::*;
-use crate::process::{areas, descriptors, threads};
-use crate::wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
 
 /// How often something happened.
 #[derive(Clone, Copy, Debug, Default)]
@@ -119,7 +119,7 @@ fn store() -> (File, File) {
 }
 
 fn device(machine: &Machine) -> Bench {
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.regions = REGIONS.to_vec();
     setup.quota = QUOTA;
     setup.guest = Arc::new(machine.guest());

@@ -5,14 +5,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hotslot::virtio::device::VirtioDevice;
-
-use crate::bench::*;
-use crate::wire::{Leash, MAP, NEED_REPLY, REPLY, UNMAP, VERSION_1, Wire, message, words};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::wire::{Leash, MAP, NEED_REPLY, REPLY, UNMAP, VERSION_1, Wire, message, words};
 
 #[test]
 fn a_message_may_come_in_any_two_pieces_with_its_descriptor_in_either() {
     // SHM-65
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let file = file_of(1, 1);
     let map = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
@@ -37,7 +36,7 @@ fn a_message_may_come_in_any_two_pieces_with_its_descriptor_in_either() {
 #[test]
 fn a_message_may_come_byte_by_byte() {
     // SHM-65
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let file = file_of(1, 1);
     let map = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
@@ -52,7 +51,7 @@ fn a_message_may_come_byte_by_byte() {
 #[test]
 fn several_messages_in_one_write_keep_their_descriptors() {
     // SHM-61, SHM-65: the last of them has the descriptor, then the others wait for none.
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let file = file_of(1, 1);
     let map = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
@@ -68,7 +67,7 @@ fn several_messages_in_one_write_keep_their_descriptors() {
 #[test]
 fn several_messages_in_one_read_are_all_answered() {
     // SHM-61: nothing more comes that would wake anybody.
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     for count in [2, 3, 4, 5, 9, 100] {
         channel.send(&message(50, VERSION_1 | NEED_REPLY, &[]).repeat(count));
@@ -81,7 +80,7 @@ fn several_messages_in_one_read_are_all_answered() {
 #[test]
 fn what_is_no_message_ends_the_channel_and_fails_the_device_alone() {
     // SHM-64
-    let other = Setup::new().start();
+    let other = Setup::default().start();
     let page = page_at(0).bytes();
     let no_messages = [
         ("version 0", message(MAP, NEED_REPLY, &page)),
@@ -93,7 +92,7 @@ fn what_is_no_message_ends_the_channel_and_fails_the_device_alone() {
         ("as large as can be", words([MAP, VERSION_1 | NEED_REPLY, u32::MAX])),
     ];
     for (what, bytes) in no_messages {
-        let bench = Setup::new().start();
+        let bench = Setup::default().start();
         bench.start().unwrap();
         assert_eq!(bench.map_page(3, 3), 0);
         let (fd, leash) = Leash::new();
@@ -115,7 +114,7 @@ fn what_is_no_message_ends_the_channel_and_fails_the_device_alone() {
 #[test]
 fn a_device_that_fails_hangs_up_on_the_main_socket_too() {
     // SHM-64: nobody could tell its back-end to stop any more.
-    let (bench, main) = Setup::new().start_with_main_socket();
+    let (bench, main) = Setup::default().start_with_main_socket();
     bench.channel().send(&message(MAP, 0, &[]));
     bench.wait_until_failed();
     main.wait_for_end();
@@ -125,7 +124,7 @@ fn a_device_that_fails_hangs_up_on_the_main_socket_too() {
 fn the_end_inside_a_message_fails_the_device_and_between_two_it_does_not() {
     for cut in [1, 11, 12, 51] {
         // SHM-64
-        let bench = Setup::new().start();
+        let bench = Setup::default().start();
         let channel = bench.channel();
         channel.send(&message(UNMAP, VERSION_1, &page_at(0).bytes())[..cut]);
         channel.socket().shutdown(std::net::Shutdown::Write).unwrap();
@@ -133,7 +132,7 @@ fn the_end_inside_a_message_fails_the_device_and_between_two_it_does_not() {
         channel.wait_for_end();
     }
     // A back-end may do without the channel.
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     assert_eq!(bench.map_page(0, 1), 0);
     bench.channel().socket().shutdown(std::net::Shutdown::Both).unwrap();
     // Often enough that the device's thread has noticed meanwhile.
@@ -150,7 +149,7 @@ fn the_end_inside_a_message_fails_the_device_and_between_two_it_does_not() {
 #[test]
 fn what_came_before_the_noise_is_done_and_answered() {
     // SHM-61, SHM-64
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let unmap = message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
     assert_eq!(bench.map_page(0, 1), 0);
@@ -162,8 +161,8 @@ fn what_came_before_the_noise_is_done_and_answered() {
 #[test]
 fn a_peer_that_stalls_inside_a_message_keeps_nobody_waiting() {
     // SHM-66
-    let bench = Setup::new().start();
-    let other = Setup::new().start();
+    let bench = Setup::default().start();
+    let other = Setup::default().start();
     bench.start().unwrap();
     for stop in [1, 12, 30, 51] {
         let channel = bench.channel();
@@ -182,8 +181,8 @@ fn a_peer_that_stalls_inside_a_message_keeps_nobody_waiting() {
 #[test]
 fn a_peer_that_never_reads_its_answers_fails_its_own_device_only() {
     // SHM-66
-    let other = Setup::new().start();
-    let bench = Setup::new().start();
+    let other = Setup::default().start();
+    let bench = Setup::default().start();
     bench.start().unwrap();
     let channel = bench.channel();
     let flood = thread::spawn(move || {
@@ -201,7 +200,7 @@ fn a_peer_that_never_reads_its_answers_fails_its_own_device_only() {
 #[test]
 fn a_flood_of_requests_does_not_keep_a_reset_waiting() {
     // SHM-66, SHM-71
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     bench.start().unwrap();
     assert_eq!(bench.map_page(0, 1), 0);
     let channel = bench.channel();
@@ -218,7 +217,7 @@ fn a_flood_of_requests_does_not_keep_a_reset_waiting() {
 
 /// A device that serves so many requests a second, and a back-end that sent so many at once.
 fn paced(rate: u32, requests: usize) -> (Bench, Wire) {
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.rate = Some(rate);
     let bench = setup.start();
     bench.start().unwrap();
@@ -258,7 +257,7 @@ fn a_reset_waits_for_no_rate() {
 #[test]
 fn the_end_of_a_back_end_waits_for_no_rate_and_what_it_sent_is_served() {
     // SHM-66, SHM-76
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.rate = Some(1);
     let (bench, main) = setup.start_with_main_socket();
     bench.start().unwrap();
@@ -276,7 +275,7 @@ fn the_end_of_a_back_end_waits_for_no_rate_and_what_it_sent_is_served() {
 #[test]
 fn descriptors_that_wait_for_their_message_are_few_and_are_closed() {
     // SHM-27, SHM-48: one byte at a time, each with many.
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let (fd, leash) = Leash::new();
     let inode = |fd: i32| {

@@ -1,9 +1,8 @@
 //! Connecting and negotiating: what is asked, what is agreed, what is taken for an answer.
 
 use hotslot::virtio::device::VirtioDevice;
-
-use crate::bench::*;
-use crate::wire::{REPLY, VERSION_1, message, quads, shmem_config, words};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::wire::{REPLY, VERSION_1, message, quads, shmem_config, words};
 
 /// The bits that SET_PROTOCOL_FEATURES said; `None` where it was not sent.
 fn acked(seen: &[Seen]) -> Option<u64> {
@@ -26,7 +25,7 @@ fn only_what_the_back_end_offers_is_accepted_and_shmem_only_under_its_own_bit() 
         (SHMEM | REPLY_ACK, 22, REPLY_ACK),                     // SHM-4
         (0, 22, 0),                                             // SHM-3
     ] {
-        let mut setup = Setup::new();
+        let mut setup = Setup::default();
         (setup.offer.protocol, setup.shmem_bit) = (offered, shmem_bit);
         let (handshake, backend) = setup.connect();
         let has_shmem = expected & 1 << shmem_bit != 0;
@@ -40,7 +39,7 @@ fn only_what_the_back_end_offers_is_accepted_and_shmem_only_under_its_own_bit() 
 #[test]
 fn a_back_end_without_protocol_features_is_asked_for_none() {
     // SHM-2
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.features = F_VERSION_1;
     let bench = setup.start();
     bench.start().unwrap();
@@ -51,7 +50,7 @@ fn a_back_end_without_protocol_features_is_asked_for_none() {
 
 #[test]
 fn protocol_features_are_set_before_what_depends_on_them() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let ids = bench.ids();
     let at = |id| ids.iter().position(|&other| other == id).unwrap();
     assert!(at(1) < at(15) && at(15) < at(16));
@@ -71,7 +70,7 @@ fn protocol_features_are_set_before_what_depends_on_them() {
 fn the_back_end_has_the_only_copy_of_its_end_of_the_channel() {
     // SHM-8
     use std::os::unix::fs::MetadataExt;
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let inode =
         std::fs::metadata(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(channel.socket())));
@@ -89,7 +88,7 @@ fn the_back_end_has_the_only_copy_of_its_end_of_the_channel() {
 #[test]
 fn a_back_end_that_lacks_all_that_is_optional_works() {
     // SHM-5, SHM-59
-    let bench = Setup::new().without(MQ | REPLY_ACK | SEND_FD | RESET_DEVICE | STATUS).start();
+    let bench = Setup::default().without(MQ | REPLY_ACK | SEND_FD | RESET_DEVICE | STATUS).start();
     bench.start().unwrap();
     let bytes = message(9, 0x9, &page_at(3).bytes());
     let file = file_of(1, 7);
@@ -104,7 +103,7 @@ fn a_back_end_that_lacks_all_that_is_optional_works() {
 #[test]
 fn without_shmem_its_requests_are_refused() {
     // SHM-6
-    let bench = Setup::new().without(SHMEM).start();
+    let bench = Setup::default().without(SHMEM).start();
     eventually("the back-end has its channel", || bench.ids().contains(&21));
     bench.start().unwrap();
     assert_eq!(bench.map_page(0, 1), -i64::from(libc::EOPNOTSUPP));
@@ -119,7 +118,7 @@ fn regions_are_what_the_back_end_says_whatever_their_ids() {
     for regions in [vec![(3, PAGE), (200, 5 * PAGE)], vec![(255, PAGE)], vec![], all] {
         let reply = shmem_config(regions.len() as u32, 0xdead_beef, &regions);
         let bench = {
-            let (handshake, backend) = Setup::new()
+            let (handshake, backend) = Setup::default()
                 .on(44, move |_| Answer::Bytes(message(44, VERSION_1 | REPLY, &reply), None))
                 .connect();
             backend.device(handshake.unwrap()).unwrap()
@@ -132,7 +131,7 @@ fn regions_are_what_the_back_end_says_whatever_their_ids() {
         drop(device);
         if let Some(&(shmid, _)) = regions.last() {
             eventually("the back-end has its channel", || bench.ids().contains(&21));
-            let request = crate::wire::MMap { shmid, ..page_at(0) };
+            let request = hotslot_test_support::wire::MMap { shmid, ..page_at(0) };
             assert_eq!(bench.map(request, &file_of(1, 9)), 0);
             assert_eq!(bench.reads(shmid, 0), Some(9));
         }
@@ -144,7 +143,7 @@ fn a_count_that_does_not_match_fails_the_set_up() {
     // SHM-14
     for nregions in [0, 1, 3, 256, u32::MAX] {
         let reply = shmem_config(nregions, 0, &[(0, PAGE), (9, PAGE)]);
-        let (handshake, backend) = Setup::new()
+        let (handshake, backend) = Setup::default()
             .on(44, move |_| Answer::Bytes(message(44, VERSION_1 | REPLY, &reply), None))
             .connect();
         let error = handshake.unwrap_err().to_string();
@@ -166,7 +165,7 @@ fn sizes_that_cannot_be_fail_the_set_up() {
         vec![(0, most / 2), (1, most / 2)],
         vec![(0, 1 << 63), (1, 1 << 63)],
     ] {
-        let mut setup = Setup::new();
+        let mut setup = Setup::default();
         setup.offer.regions = regions;
         let (handshake, backend) = setup.connect();
         let error = backend.device(handshake.unwrap()).err().unwrap().to_string();
@@ -176,12 +175,12 @@ fn sizes_that_cannot_be_fail_the_set_up() {
 
 #[test]
 fn a_back_end_with_fewer_queues_than_the_device_is_refused() {
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.queues = 1;
     let error = setup.connect().0.unwrap_err().to_string();
     assert!(error.contains("1 queue") && error.contains('2'), "{error}");
     // Without MQ it does not say how many it has.
-    let mut setup = Setup::new().without(MQ);
+    let mut setup = Setup::default().without(MQ);
     setup.offer.queues = 1;
     assert_eq!(setup.connect().0.unwrap().queues, 2);
 }
@@ -206,7 +205,7 @@ fn what_is_no_answer_fails_the_set_up_with_the_requests_name() {
     ];
     for (what, bytes) in wrong {
         let (handshake, _backend) =
-            Setup::new().on(44, move |_| Answer::Bytes(bytes.clone(), None)).connect();
+            Setup::default().on(44, move |_| Answer::Bytes(bytes.clone(), None)).connect();
         let error = handshake.expect_err(what).to_string();
         assert!(error.contains("GET_SHMEM_CONFIG"), "{what}: {error}");
     }
@@ -214,9 +213,9 @@ fn what_is_no_answer_fails_the_set_up_with_the_requests_name() {
     let bytes = message(44, reply, &good);
     let half = bytes[..1000].to_vec();
     let setups = [
-        Setup::new().on(44, move |_| Answer::Bytes(bytes.clone(), Some(memfd(0)))),
-        Setup::new().on(44, |_| Answer::HangUp),
-        Setup::new().on(44, move |peer| {
+        Setup::default().on(44, move |_| Answer::Bytes(bytes.clone(), Some(memfd(0)))),
+        Setup::default().on(44, |_| Answer::HangUp),
+        Setup::default().on(44, move |peer| {
             peer.main.send(&half);
             Answer::HangUp
         }),
@@ -231,7 +230,7 @@ fn what_is_no_answer_fails_the_set_up_with_the_requests_name() {
 fn a_reply_in_many_pieces_is_one_reply() {
     // SHM-65, on the main socket.
     let bytes = message(44, VERSION_1 | REPLY, &shmem_config(1, 0, &[(9, 3 * PAGE)]));
-    let (handshake, _backend) = Setup::new()
+    let (handshake, _backend) = Setup::default()
         .on(44, move |peer| {
             for piece in bytes.chunks(7) {
                 peer.main.send(piece);
@@ -247,11 +246,11 @@ fn a_silent_back_end_is_not_waited_for_without_end() {
     // SHM-12: nothing, or not all of it. The cases wait at the same time.
     let half = message(44, VERSION_1 | REPLY, &[])[..7].to_vec();
     let setups = [
-        ("GET_FEATURES", Setup::new().on(1, |_| Answer::Silence)),
-        ("GET_PROTOCOL_FEATURES", Setup::new().on(15, |_| Answer::Silence)),
-        ("GET_QUEUE_NUM", Setup::new().on(17, |_| Answer::Silence)),
-        ("GET_SHMEM_CONFIG", Setup::new().on(44, |_| Answer::Silence)),
-        ("GET_SHMEM_CONFIG", Setup::new().on(44, move |_| Answer::Bytes(half.clone(), None))),
+        ("GET_FEATURES", Setup::default().on(1, |_| Answer::Silence)),
+        ("GET_PROTOCOL_FEATURES", Setup::default().on(15, |_| Answer::Silence)),
+        ("GET_QUEUE_NUM", Setup::default().on(17, |_| Answer::Silence)),
+        ("GET_SHMEM_CONFIG", Setup::default().on(44, |_| Answer::Silence)),
+        ("GET_SHMEM_CONFIG", Setup::default().on(44, move |_| Answer::Bytes(half.clone(), None))),
     ];
     std::thread::scope(|scope| {
         for (name, setup) in setups {
@@ -261,7 +260,7 @@ fn a_silent_back_end_is_not_waited_for_without_end() {
             });
         }
         scope.spawn(|| {
-            let (handshake, backend) = Setup::new().on(21, |_| Answer::Silence).connect();
+            let (handshake, backend) = Setup::default().on(21, |_| Answer::Silence).connect();
             let error = backend.device(handshake.unwrap()).err().unwrap().to_string();
             assert!(error.contains("SET_BACKEND_REQ_FD"), "{error}");
         });

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use hotslot::virtio::device::VirtioDevice;
+use hotslot_test_support::bench::*;
+use hotslot_test_support::wire::{MMap, PATIENCE};
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags, VhostUserShMemConfig};
 use vhost::vhost_user::{
     Backend as Channel, Listener, VhostUserFrontendReqHandler, VhostUserProtocolFeatures,
@@ -14,9 +16,7 @@ use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::bench::*;
 use crate::sharing::{Devices, address, read_write};
-use crate::wire::{MMap, PATIENCE};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -120,8 +120,8 @@ fn start(setup: Setup) -> (Bench, Memory, Told, End) {
 fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shares() {
     // SHM-80
     let mut devices = Devices::new();
-    let owner = devices.owner(Setup::new()).start();
-    let (other, memory, _told, end) = start(devices.recipient(Setup::new()));
+    let owner = devices.owner(Setup::default()).start();
+    let (other, memory, _told, end) = start(devices.recipient(Setup::default()));
     let file = file_of(3, 0x11);
     let request = MMap { fd_offset: PAGE, len: 2 * PAGE, ..read_write(4) };
     let byte_at = |page| memory.memory().read_obj::<u8>(GuestAddress(address(&owner, page)));
@@ -156,7 +156,7 @@ fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shar
 #[test]
 fn a_back_end_made_of_the_usual_crates_maps_when_it_is_started_and_not_when_it_is_reset() {
     // SHM-67, SHM-69, SHM-71, SHM-75
-    let (bench, _, told, end) = start(Setup::new());
+    let (bench, _, told, end) = start(Setup::default());
     for _ in 0..3 {
         bench.start().unwrap();
         assert_eq!(told.recv_timeout(PATIENCE).unwrap(), ("started", true));

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hotslot::virtio::device::VirtioDevice;
-
-use crate::bench::*;
-use crate::wire::{MAP, NEED_REPLY, UNMAP, VERSION_1, Wire, message};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::wire::{MAP, NEED_REPLY, UNMAP, VERSION_1, Wire, message};
 
 const EBUSY: i64 = -(libc::EBUSY as i64);
 const ENOENT: i64 = -(libc::ENOENT as i64);
@@ -23,7 +22,7 @@ const SET_STATUS: u32 = 39;
 fn maps_inside(request: u32, page: u64) -> (Setup, Arc<AtomicU64>) {
     let answered = Arc::new(AtomicU64::new(u64::MAX));
     let store = Arc::clone(&answered);
-    let setup = Setup::new().on(request, move |peer| {
+    let setup = Setup::default().on(request, move |peer| {
         let result = map(&peer.channel(), page_at(page), &file_of(1, 7));
         store.store(result.unsigned_abs(), Ordering::SeqCst);
         Answer::Usual
@@ -37,7 +36,7 @@ fn ids(seen: &[Seen]) -> Vec<u32> {
 
 #[test]
 fn a_start_tells_the_memory_then_each_ring_then_the_status() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let asked = bench.asked(|| bench.start().unwrap());
     let ring = [8, 10, 9, 13, 12, 18];
     assert_eq!(ids(&asked), [&[2, 5][..], &ring, &ring, &[SET_STATUS]].concat());
@@ -51,7 +50,7 @@ fn a_start_tells_the_memory_then_each_ring_then_the_status() {
 #[test]
 fn mappings_are_not_in_their_owners_memory_table() {
     // SHM-79
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let before = bench.asked(|| bench.start().unwrap());
     assert_eq!(bench.map_page(0, 1), 0);
     let after = bench.asked(|| {
@@ -74,7 +73,7 @@ fn a_reset_stops_each_ring_then_resets_as_was_agreed_then_unmaps() {
         (RESET_DEVICE | STATUS, vec![]),
         (RESET_DEVICE | STATUS | REPLY_ACK, vec![]),
     ] {
-        let bench = Setup::new().without(lacks).start();
+        let bench = Setup::default().without(lacks).start();
         bench.start().unwrap();
         let file = file_of(1, 1);
         let bytes = message(MAP, VERSION_1, &page_at(0).bytes());
@@ -96,7 +95,7 @@ fn mappings_are_still_there_while_the_back_end_is_told_of_the_reset() {
     // SHM-69: it may still use them until it has answered.
     let seen = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&seen);
-    let bench = Setup::new()
+    let bench = Setup::default()
         .on(RESET, move |peer| {
             count.store(peer.guest.count() as u64, Ordering::SeqCst);
             Answer::Usual
@@ -109,7 +108,7 @@ fn mappings_are_still_there_while_the_back_end_is_told_of_the_reset() {
 
 #[test]
 fn only_rings_that_run_are_stopped() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
     bench.start().unwrap();
     bench.device().stop_queue(0).unwrap();
@@ -123,7 +122,7 @@ fn only_rings_that_run_are_stopped() {
 fn a_ring_whose_start_was_refused_half_way_is_stopped_by_the_reset() {
     let refuse = Arc::new(AtomicBool::new(true));
     let refused = Arc::clone(&refuse);
-    let bench = Setup::new()
+    let bench = Setup::default()
         .script(move |request, _| match request.request == 18 && refused.load(Ordering::SeqCst) {
             true => Answer::Bytes(message(18, 0x5, &1u64.to_ne_bytes()), None),
             false => Answer::Usual,
@@ -142,7 +141,7 @@ fn a_ring_whose_start_was_refused_half_way_is_stopped_by_the_reset() {
 fn a_refused_reset_does_not_keep_the_rest_from_being_done() {
     // SHM-69, SHM-70
     let bench =
-        Setup::new().on(RESET, |_| Answer::Bytes(message(RESET, 0x5, &1u64.to_ne_bytes()), None)).start();
+        Setup::default().on(RESET, |_| Answer::Bytes(message(RESET, 0x5, &1u64.to_ne_bytes()), None)).start();
     assert_eq!(bench.map_page(0, 1), 0);
     assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
     assert_eq!(bench.guest().count(), 0);
@@ -192,7 +191,7 @@ fn a_back_end_may_unmap_while_it_is_reset() {
     // SHM-67, SHM-71
     let answered = Arc::new(AtomicU64::new(u64::MAX));
     let store = Arc::clone(&answered);
-    let bench = Setup::new()
+    let bench = Setup::default()
         .on(RESET, move |peer| {
             let result = unmap(&peer.channel(), page_at(2));
             store.store(result.unsigned_abs(), Ordering::SeqCst);
@@ -207,7 +206,7 @@ fn a_back_end_may_unmap_while_it_is_reset() {
 #[test]
 fn what_is_queued_before_the_reset_is_over_leaves_nothing_behind() {
     // SHM-71
-    let bench = Setup::new()
+    let bench = Setup::default()
         .on(RESET, |peer| {
             let file = file_of(1, 1);
             for page in 0..16 {
@@ -235,7 +234,7 @@ fn a_reset_is_not_over_before_what_was_sent_until_then_was_read() {
     // too; were it over, the MAP would come after the next start, which allows it.
     const BEFORE: usize = 1000;
     let (tell, told) = std::sync::mpsc::channel();
-    let bench = Setup::new()
+    let bench = Setup::default()
         .on(RESET, move |_| {
             tell.send(()).unwrap();
             Answer::Usual
@@ -264,7 +263,7 @@ fn a_reset_is_not_over_before_what_was_sent_until_then_was_read() {
 
 #[test]
 fn between_reset_and_start_nothing_is_mapped_and_from_the_start_on_everything_is_new() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     assert_eq!(bench.map_page(0, 1), 0); // SHM-68: before the first start
     bench.start().unwrap();
     assert_eq!(bench.reads(0, 0), Some(1));
@@ -285,7 +284,7 @@ fn between_reset_and_start_nothing_is_mapped_and_from_the_start_on_everything_is
 fn half_a_request_from_before_the_reset_is_refused_when_its_other_half_comes() {
     // SHM-71, SHM-75
     for cut in [1, 12, 40, 51] {
-        let bench = Setup::new().start();
+        let bench = Setup::default().start();
         bench.start().unwrap();
         let channel = bench.channel();
         let file = file_of(1, 1);
@@ -303,7 +302,7 @@ fn half_a_request_from_before_the_reset_is_refused_when_its_other_half_comes() {
 #[test]
 fn neither_a_queues_reset_nor_a_stopped_ring_unmaps() {
     // SHM-73, SHM-74, SHM-75
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     bench.start().unwrap();
     assert_eq!(bench.map_page(0, 1), 0);
     assert_eq!(ids(&bench.asked(|| bench.device().stop_queue(0).unwrap())), [GET_VRING_BASE]);
@@ -316,7 +315,7 @@ fn neither_a_queues_reset_nor_a_stopped_ring_unmaps() {
 
 #[test]
 fn a_ring_outside_ram_fails_the_start_and_nothing_else() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let mut queue = bench.queue(0);
     queue.device_area = (16 << 20) - 6;
     let result = bench.device().start(F_VERSION_1, &[queue]);
@@ -330,9 +329,9 @@ fn a_ring_outside_ram_fails_the_start_and_nothing_else() {
 #[test]
 fn a_back_end_that_dies_leaves_its_mappings_until_the_reset() {
     // SHM-76
-    let other = Setup::new().start();
+    let other = Setup::default().start();
     for request in [GET_VRING_BASE, SET_STATUS] {
-        let bench = Setup::new().on(request, |_| Answer::HangUp).start();
+        let bench = Setup::default().on(request, |_| Answer::HangUp).start();
         let started = bench.start();
         assert_eq!(started.is_err(), request == SET_STATUS);
         if request == GET_VRING_BASE {
@@ -352,7 +351,7 @@ fn a_back_end_that_dies_leaves_its_mappings_until_the_reset() {
 
 /// A started device with page 5 mapped, and the back-end's end of its main socket.
 fn with_page_5_and_the_main_socket() -> (Bench, Wire) {
-    let (bench, main) = Setup::new().start_with_main_socket();
+    let (bench, main) = Setup::default().start_with_main_socket();
     bench.start().unwrap();
     assert_eq!(bench.map_page(5, 5), 0);
     (bench, main)
@@ -396,7 +395,7 @@ fn mappings_go_even_if_the_back_end_never_answers_a_reset() {
             scope.spawn(move || {
                 let silent = Arc::new(AtomicBool::new(false));
                 let is_silent = Arc::clone(&silent);
-                let bench = Setup::new()
+                let bench = Setup::default()
                     .script(move |message, _| {
                         match message.request == request && is_silent.load(Ordering::SeqCst) {
                             true => Answer::Silence,
@@ -430,7 +429,7 @@ fn a_wrong_answer_to_what_we_ask_cuts_the_back_end_off() {
         message(GET_VRING_BASE, 0x4, &[0; 8]),
     ] {
         let bytes = wrong.clone();
-        let bench = Setup::new().on(GET_VRING_BASE, move |_| Answer::Bytes(bytes.clone(), None)).start();
+        let bench = Setup::default().on(GET_VRING_BASE, move |_| Answer::Bytes(bytes.clone(), None)).start();
         bench.start().unwrap();
         assert_eq!(bench.map_page(0, 1), 0);
         let channel = bench.channel();
@@ -448,7 +447,7 @@ fn noise_that_is_found_while_the_device_is_reset_fails_it_all_the_same() {
     for bytes in [message(UNMAP, 0x5, &[]), message(UNMAP, 0, &[])] {
         for _ in 0..20 {
             let noise = bytes.clone();
-            let bench = Setup::new()
+            let bench = Setup::default()
                 .on(SET_STATUS, move |peer| {
                     peer.channel().send(&noise);
                     Answer::Usual
@@ -464,7 +463,7 @@ fn noise_that_is_found_while_the_device_is_reset_fails_it_all_the_same() {
 
 #[test]
 fn the_configuration_space_is_the_back_ends() {
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.kind = "vsock";
     setup.offer.protocol |= CONFIG;
     let bench = setup.start();

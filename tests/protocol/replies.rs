@@ -3,8 +3,8 @@
 use std::io::Read;
 use std::os::fd::AsRawFd;
 
-use crate::bench::*;
-use crate::wire::{Leash, MAP, MMap, NEED_REPLY, PATIENCE, UNMAP, VERSION_1, message, words};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::wire::{Leash, MAP, MMap, NEED_REPLY, PATIENCE, UNMAP, VERSION_1, message, words};
 
 const EPROTO: i64 = -(libc::EPROTO as i64);
 const EOPNOTSUPP: i64 = -(libc::EOPNOTSUPP as i64);
@@ -12,7 +12,7 @@ const EOPNOTSUPP: i64 = -(libc::EOPNOTSUPP as i64);
 #[test]
 fn who_does_not_ask_gets_no_answer_but_the_effect() {
     // SHM-59
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let file = file_of(1, 1);
     let fd = [file.as_raw_fd()];
@@ -31,7 +31,7 @@ fn who_does_not_ask_gets_no_answer_but_the_effect() {
 #[test]
 fn without_reply_ack_nobody_gets_an_answer() {
     // SHM-57, SHM-59
-    let bench = Setup::new().without(REPLY_ACK).start();
+    let bench = Setup::default().without(REPLY_ACK).start();
     let channel = bench.channel();
     let file = file_of(1, 1);
     let ask = VERSION_1 | NEED_REPLY;
@@ -47,7 +47,7 @@ fn without_reply_ack_nobody_gets_an_answer() {
 #[test]
 fn an_answer_is_twenty_bytes_and_zero_iff_it_was_done() {
     // SHM-57, SHM-58
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let file = file_of(1, 1);
     let ask = |id, page: MMap, fds: &[i32]| {
@@ -73,7 +73,7 @@ fn an_answer_is_twenty_bytes_and_zero_iff_it_was_done() {
 #[test]
 fn a_thousand_requests_at_once_are_answered_in_order() {
     // SHM-61
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let file = file_of(1, 1);
     let sender = channel.try_clone();
@@ -102,7 +102,7 @@ fn a_thousand_requests_at_once_are_answered_in_order() {
 #[test]
 fn a_wrong_size_is_refused_and_the_next_request_is_not() {
     // SHM-25, SHM-63
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     for size in [0, 1, 39, 41, 48, 80, 4096] {
         for id in [MAP, UNMAP] {
@@ -121,7 +121,7 @@ fn a_wrong_size_is_refused_and_the_next_request_is_not() {
 #[test]
 fn an_unknown_request_is_refused_and_the_next_is_not() {
     // SHM-63; 2 and 3 are known to the protocol, but not to us.
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     for id in [0, 2, 3, 8, 11, 44, 0x8000_0009, u32::MAX] {
         let (fd, leash) = Leash::new();
@@ -136,7 +136,7 @@ fn an_unknown_request_is_refused_and_the_next_is_not() {
 
 #[test]
 fn flags_without_meaning_do_not_matter() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let file = file_of(1, 1);
     let bytes = message(MAP, VERSION_1 | NEED_REPLY | 0xffff_fff0, &page_at(0).bytes());
@@ -147,7 +147,7 @@ fn flags_without_meaning_do_not_matter() {
 #[test]
 fn every_refusal_leaves_a_channel_that_works() {
     // SHM-62
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(1, 1);
     for request in [
         MMap { shmid: 3, ..page_at(0) },

@@ -9,11 +9,9 @@ use std::thread;
 
 use hotslot::memory::Access;
 use hotslot::memory::alloc::WindowAllocator;
-
+use hotslot_test_support::bench::*;
+use hotslot_test_support::wire::{Leash, MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::bench::*;
-use crate::wire::{Leash, MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
 
 const EINVAL: i64 = -(libc::EINVAL as i64);
 const ENOENT: i64 = -(libc::ENOENT as i64);
@@ -27,7 +25,7 @@ const READ_WRITE: u64 = 1;
 
 #[test]
 fn what_is_mapped_is_seen_where_it_was_asked_for() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = memfd(0);
     for page in 0..8u8 {
         file.write_all_at(&[page; PAGE as usize], u64::from(page) * PAGE).unwrap();
@@ -58,7 +56,7 @@ fn what_is_mapped_is_seen_where_it_was_asked_for() {
 
 #[test]
 fn the_guest_writes_where_it_may() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(2, 1);
     let writable = MMap { flags: READ_WRITE, ..page_at(0) };
     let read_only = MMap { fd_offset: PAGE, ..page_at(1) };
@@ -76,7 +74,7 @@ fn the_guest_writes_where_it_may() {
 
 #[test]
 fn a_read_only_descriptor_serves_reading_only() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let named = tempfile::NamedTempFile::new().unwrap();
     named.as_file().write_all_at(&[3; PAGE as usize], 0).unwrap();
     let file = File::open(named.path()).unwrap();
@@ -87,7 +85,7 @@ fn a_read_only_descriptor_serves_reading_only() {
 
 #[test]
 fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(1, 1);
     let page = page_at(0);
     let top = u64::MAX - (PAGE - 1);
@@ -119,7 +117,7 @@ fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
 #[test]
 fn a_length_of_part_of_a_page_is_unmapped_by_that_length() {
     // SHM-34
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let request = MMap { len: PAGE + 1, ..page_at(0) };
     assert_eq!(bench.map(request, &file_of(2, 4)), 0);
     assert_eq!(bench.reads(0, 2 * PAGE - 1), Some(4));
@@ -131,7 +129,7 @@ fn a_length_of_part_of_a_page_is_unmapped_by_that_length() {
 
 #[test]
 fn overlaps_are_refused_and_neighbours_are_not() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let place = |page, pages| MMap { len: pages * PAGE, ..page_at(page) };
     assert_eq!(bench.map(place(4, 4), &file_of(4, 1)), 0);
     for (page, pages) in [(4, 4), (0, 5), (7, 2), (5, 1), (0, 64)] {
@@ -147,7 +145,7 @@ fn overlaps_are_refused_and_neighbours_are_not() {
 
 #[test]
 fn only_a_whole_mapping_is_unmapped() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let place = |page, pages| MMap { len: pages * PAGE, ..page_at(page) };
     assert_eq!(bench.map(place(4, 4), &file_of(4, 1)), 0);
     assert_eq!(bench.map(place(8, 2), &file_of(2, 1)), 0);
@@ -166,7 +164,7 @@ fn only_a_whole_mapping_is_unmapped() {
 #[test]
 fn what_is_no_mappable_file_is_refused() {
     // SHM-47
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let (pipe, leash) = Leash::new();
     let (socket, _other) = UnixStream::pair().unwrap();
     let event = EventFd::new(0).unwrap();
@@ -189,7 +187,7 @@ fn what_is_no_mappable_file_is_refused() {
 
 #[test]
 fn a_map_needs_one_descriptor_and_an_unmap_none() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let request = |id| message(id, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
     assert_eq!(bench.map_page(1, 1), 0);
@@ -217,7 +215,7 @@ fn a_map_needs_one_descriptor_and_an_unmap_none() {
 #[test]
 fn a_mapping_outlives_the_back_ends_descriptor_and_needs_none_of_ours() {
     // SHM-46
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(1, 6);
     let inode = file.metadata().unwrap().ino();
     assert_eq!(bench.map(page_at(0), &file), 0);
@@ -236,7 +234,7 @@ fn a_mapping_outlives_the_back_ends_descriptor_and_needs_none_of_ours() {
 #[test]
 fn a_file_may_be_longer_or_shorter_than_its_mapping() {
     // SHM-44
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = memfd(0);
     let request = MMap { len: 512 * PAGE, flags: READ_WRITE, ..MMap::default() };
     let request = MMap { len: request.len.min(REGION), ..request };
@@ -251,7 +249,7 @@ fn a_file_may_be_longer_or_shorter_than_its_mapping() {
 #[test]
 fn more_mappings_than_allowed_fail_one_by_one() {
     // SHM-48
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.quota = 3;
     let bench = setup.start();
     let answers: Vec<_> = (0..5).map(|page| bench.map_page(page, page as u8 + 1)).collect();
@@ -265,7 +263,7 @@ fn more_mappings_than_allowed_fail_one_by_one() {
 
 #[test]
 fn what_a_length_is_rounded_up_to_is_what_is_checked() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(4, 1);
     let place = |offset, len, fd_offset| MMap { shm_offset: offset, len, fd_offset, ..MMap::default() };
     let last = REGION - PAGE;
@@ -306,7 +304,7 @@ fn what_a_length_is_rounded_up_to_is_what_is_checked() {
 #[test]
 fn no_number_wraps_around_to_a_mapping() {
     // SHM-50, SHM-52
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     assert_eq!(bench.map(page_at(0), &file_of(1, 1)), 0);
     assert_eq!(bench.map(page_at(2), &file_of(1, 2)), 0);
     let before = bench.sees(0);
@@ -334,7 +332,7 @@ fn no_number_wraps_around_to_a_mapping() {
 #[test]
 fn a_part_of_a_file_can_be_at_several_places() {
     // SHM-37, SHM-38, SHM-40
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(2, 1);
     let writable = MMap { flags: READ_WRITE, ..page_at(0) };
     assert_eq!(bench.map(writable, &file), 0);
@@ -355,7 +353,7 @@ fn two_devices_map_and_unmap_at_the_same_time() {
     // SHM-36, SHM-50, SHM-51, SHM-61
     let machine = Arc::new(Guest::default());
     let devices = [1u64, 2].map(|number| {
-        let mut setup = Setup::new();
+        let mut setup = Setup::default();
         setup.guest = Arc::clone(&machine);
         setup.windows = WindowAllocator::new(number << 32, (number + 1) << 32);
         setup.start()

@@ -12,9 +12,8 @@ use std::time::Duration;
 
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::vhost_user::sharing::Sharing;
-
-use crate::bench::*;
-use crate::wire::{MAP, MMap, Message, NEED_REPLY, PATIENCE, UNMAP, VERSION_1, Wire, message};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::wire::{MAP, MMap, Message, NEED_REPLY, PATIENCE, UNMAP, VERSION_1, Wire, message};
 
 // Requests of the front-end.
 const SET_MEM_TABLE: u32 = 5;
@@ -64,7 +63,7 @@ impl Devices {
 /// An owner, and a recipient that was started.
 fn pair(recipient: Setup) -> (Bench, Bench) {
     let mut devices = Devices::new();
-    let (owner, other) = (devices.owner(Setup::new()).start(), devices.recipient(recipient).start());
+    let (owner, other) = (devices.owner(Setup::default()).start(), devices.recipient(recipient).start());
     other.start().unwrap();
     (owner, other)
 }
@@ -109,7 +108,7 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
     // SHM-80
     let owners_channel: Arc<Mutex<Option<Wire>>> = Arc::default();
     let (channel, (tell, is_told)) = (Arc::clone(&owners_channel), mpsc::channel());
-    let (owner, other) = pair(Setup::new().script(move |request, _| {
+    let (owner, other) = pair(Setup::default().script(move |request, _| {
         if [ADD, REM].contains(&request.request) {
             // Time for an answer that comes too early.
             thread::sleep(Duration::from_millis(50));
@@ -155,12 +154,12 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
 fn each_sees_the_others_and_nobody_sees_its_own() {
     // SHM-79, SHM-80: two that share, one that does not, one that cannot see.
     let mut devices = Devices::new();
-    let mut first = devices.owner(Setup::new());
+    let mut first = devices.owner(Setup::default());
     first.offer.protocol |= CONFIGURE_MEM_SLOTS;
-    let mut second = devices.owner(Setup::new());
+    let mut second = devices.owner(Setup::default());
     second.offer.protocol |= CONFIGURE_MEM_SLOTS;
-    let third = devices.recipient(Setup::new());
-    let blind = devices.add(Setup::new());
+    let third = devices.recipient(Setup::default());
+    let blind = devices.add(Setup::default());
     let [first, second, third, blind] = [first, second, third, blind].map(Setup::start);
     assert_eq!(first.map(read_write(1), &file_of(1, 1)), 0);
     for bench in [&first, &second, &third, &blind] {
@@ -186,7 +185,7 @@ fn each_sees_the_others_and_nobody_sees_its_own() {
 #[test]
 fn without_the_option_nobody_is_asked_for_memory_slots_nor_told_anything() {
     // SHM-80
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.protocol |= CONFIGURE_MEM_SLOTS;
     let bench = setup.start();
     bench.start().unwrap();
@@ -200,7 +199,7 @@ fn without_the_option_nobody_is_asked_for_memory_slots_nor_told_anything() {
 #[test]
 fn a_refused_request_tells_nobody_anything() {
     // SHM-80
-    let (owner, other) = pair(Setup::new());
+    let (owner, other) = pair(Setup::default());
     assert_eq!(owner.map(read_write(0), &file_of(1, 1)), 0);
     assert!(owner.map(read_write(0), &file_of(1, 1)) < 0);
     assert!(owner.unmap(MMap { len: 2 * PAGE, ..page_at(0) }) < 0);
@@ -213,7 +212,7 @@ fn a_reset_is_over_when_others_have_let_go_of_everything() {
     // SHM-69, SHM-80
     let letting_go = Arc::new(AtomicBool::new(false));
     let slow = Arc::clone(&letting_go);
-    let (owner, other) = pair(Setup::new().on(REM, move |_| {
+    let (owner, other) = pair(Setup::default().on(REM, move |_| {
         slow.store(true, Ordering::SeqCst);
         thread::sleep(Duration::from_millis(50));
         slow.store(false, Ordering::SeqCst);
@@ -239,7 +238,8 @@ fn a_reset_is_over_when_others_have_let_go_of_everything() {
 fn who_starts_later_is_told_after_its_memory_table_and_again_at_each_start() {
     // SHM-80: a memory table takes the place of all that a back-end was told.
     let mut devices = Devices::new();
-    let (owner, other) = (devices.owner(Setup::new()).start(), devices.recipient(Setup::new()).start());
+    let (owner, other) =
+        (devices.owner(Setup::default()).start(), devices.recipient(Setup::default()).start());
     let file = file_of(2, 5);
     assert_eq!(owner.map(read_write(0), &file), 0);
     assert_eq!(owner.map(read_write(1), &file), 0);
@@ -272,7 +272,7 @@ fn a_mapping_that_a_back_end_refuses_is_one_that_it_does_not_see() {
     // SHM-80
     let refuses = Arc::new(AtomicBool::new(true));
     let refuses_now = Arc::clone(&refuses);
-    let (owner, other) = pair(Setup::new().on(ADD, move |_| match refuses_now.load(Ordering::SeqCst) {
+    let (owner, other) = pair(Setup::default().on(ADD, move |_| match refuses_now.load(Ordering::SeqCst) {
         true => refuse(ADD),
         false => Answer::Usual,
     }));
@@ -289,7 +289,7 @@ fn a_mapping_that_a_back_end_refuses_is_one_that_it_does_not_see() {
 #[test]
 fn nobody_is_told_of_more_than_it_has_room_for_and_the_rest_when_there_is() {
     // SHM-80: one slot has RAM in it.
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.slots = 3;
     let (owner, other) = pair(setup);
     for page in 0..4 {
@@ -310,7 +310,7 @@ fn nobody_is_told_of_more_than_it_has_room_for_and_the_rest_when_there_is() {
 #[test]
 fn only_what_can_be_mapped_for_reading_and_writing_is_shown() {
     // SHM-80
-    let (owner, other) = pair(Setup::new());
+    let (owner, other) = pair(Setup::default());
     let file = file_of(1, 3);
     let reopened = |options: &mut std::fs::OpenOptions| {
         options.open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
@@ -341,7 +341,8 @@ fn only_what_can_be_mapped_for_reading_and_writing_is_shown() {
 fn so_many_files_are_kept_and_no_more() {
     // SHM-46, SHM-80
     let mut devices = Devices { sharing: Sharing::new(1), count: 0 };
-    let (owner, other) = (devices.owner(Setup::new()).start(), devices.recipient(Setup::new()).start());
+    let (owner, other) =
+        (devices.owner(Setup::default()).start(), devices.recipient(Setup::default()).start());
     other.start().unwrap();
     let file = file_of(2, 1);
     assert_eq!(owner.map(read_write(0), &file), 0);
@@ -356,7 +357,7 @@ fn so_many_files_are_kept_and_no_more() {
 #[test]
 fn where_requests_cannot_ask_for_an_answer_one_that_has_an_answer_follows() {
     // SHM-80
-    let (owner, other) = pair(Setup::new().without(REPLY_ACK));
+    let (owner, other) = pair(Setup::default().without(REPLY_ACK));
     let asked = other.asked(|| {
         assert_eq!(owner.map(read_write(0), &file_of(1, 1)), 0);
         assert_eq!(owner.unmap(page_at(0)), 0);
@@ -382,7 +383,7 @@ fn who_does_not_answer_is_given_up_and_the_owner_goes_on() {
             (REM, Some(message(REM, 0x5, &1u64.to_ne_bytes()))),
         ] {
             scope.spawn(move || {
-                let (owner, other) = pair(Setup::new().on(request, move |_| match &bytes {
+                let (owner, other) = pair(Setup::default().on(request, move |_| match &bytes {
                     None => Answer::Silence,
                     Some(bytes) => Answer::Bytes(bytes.clone(), None),
                 }));
@@ -409,7 +410,7 @@ fn who_does_not_answer_is_given_up_and_the_owner_goes_on() {
 #[test]
 fn mappings_of_an_owner_that_died_stay_until_its_reset() {
     // SHM-76, SHM-80
-    let (owner, other) = pair(Setup::new());
+    let (owner, other) = pair(Setup::default());
     owner.start().unwrap();
     assert_eq!(owner.map(read_write(0), &file_of(1, 9)), 0);
     owner.hang_up();
@@ -425,7 +426,7 @@ fn mappings_of_an_owner_that_died_stay_until_its_reset() {
 #[test]
 fn a_recipient_that_died_is_forgotten() {
     // SHM-80
-    let (owner, other) = pair(Setup::new());
+    let (owner, other) = pair(Setup::default());
     assert_eq!(owner.map(read_write(0), &file_of(1, 9)), 0);
     other.hang_up();
     assert_eq!(owner.map(read_write(1), &file_of(1, 9)), 0);
@@ -440,7 +441,7 @@ fn a_recipient_that_died_is_forgotten() {
 #[test]
 fn an_owner_that_is_gone_shows_nothing_any_more() {
     // SHM-78, SHM-80
-    let (owner, other) = pair(Setup::new());
+    let (owner, other) = pair(Setup::default());
     assert_eq!(owner.map(read_write(0), &file_of(1, 9)), 0);
     let at = address(&owner, 0);
     drop(owner.end());
@@ -451,7 +452,7 @@ fn an_owner_that_is_gone_shows_nothing_any_more() {
 
 /// A back-end with one thread: while it maps, it does not answer.
 fn maps_before_it_answers(request: u32, tell: mpsc::Sender<i64>) -> Setup {
-    Setup::new().on(request, move |peer| {
+    Setup::default().on(request, move |peer| {
         let mapped = map(&peer.channel(), read_write(60), &file_of(1, 6));
         let _ = tell.send(mapped);
         Answer::Usual
@@ -468,7 +469,7 @@ fn two_that_wait_for_each_other_both_get_their_answer() {
         let (answered, is_answered) = mpsc::channel();
         let listens = Arc::new(AtomicBool::new(true));
         let listens_now = Arc::clone(&listens);
-        let mut first = devices.owner(Setup::new().on(ADD, move |_| {
+        let mut first = devices.owner(Setup::default().on(ADD, move |_| {
             if !listens_now.load(Ordering::SeqCst) {
                 is_answered.recv_timeout(PATIENCE).unwrap();
             }
@@ -510,7 +511,7 @@ fn two_that_map_while_both_are_started_do_start() {
     let both = Arc::new(Barrier::new(2));
     let [first, second] = [0, 1].map(|_| {
         let both = Arc::clone(&both);
-        let mut setup = devices.owner(Setup::new().on(SET_MEM_TABLE, move |peer| {
+        let mut setup = devices.owner(Setup::default().on(SET_MEM_TABLE, move |peer| {
             both.wait();
             assert_eq!(map(&peer.channel(), read_write(60), &file_of(1, 6)), 0);
             Answer::Usual
@@ -543,7 +544,7 @@ fn who_is_busy_learns_later_of_a_mapping_but_must_let_go_in_time() {
     let (resume, is_over) = mpsc::channel::<()>();
     let busy = Arc::new(AtomicBool::new(false));
     let is_busy = Arc::clone(&busy);
-    let (owner, other) = pair(Setup::new().on(SET_MEM_TABLE, move |_| {
+    let (owner, other) = pair(Setup::default().on(SET_MEM_TABLE, move |_| {
         if is_busy.load(Ordering::SeqCst) {
             let _ = is_over.recv_timeout(PATIENCE);
         }
@@ -603,7 +604,7 @@ fn whatever_happens_at_once_what_each_knows_is_what_there_is() {
     // SHM-71, SHM-80: both share, map and unmap all the time, and are reset and started meanwhile.
     let mut devices = Devices::new();
     let both = [0, 1].map(|_| {
-        let mut setup = devices.owner(Setup::new());
+        let mut setup = devices.owner(Setup::default());
         setup.offer.protocol |= CONFIGURE_MEM_SLOTS;
         setup.offer.slots = 12;
         setup.start()

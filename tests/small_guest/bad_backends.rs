@@ -9,8 +9,8 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use crate::backend::{BACKEND_REQ, Backend, F_PROTOCOL, F_VERSION_1, Offer, SHMEM};
-use crate::{guest, kvm};
+use hotslot_test_support::backend::{BACKEND_REQ, Backend, F_PROTOCOL, F_VERSION_1, Offer, SHMEM};
+use hotslot_test_support::{guest, kvm};
 
 /// A terminal: hotslot's end, and ours.
 fn terminal() -> (OwnedFd, OwnedFd) {

@@ -2,10 +2,10 @@
 
 use std::os::unix::fs::FileExt;
 
-use crate::backend::{Backend, PAGE, content, file, page, writable};
-use crate::guest::Guest;
-use crate::kvm;
-use crate::wire::MMap;
+use hotslot_test_support::backend::{Backend, PAGE, content, file, page, writable};
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::MMap;
 
 /// `interrupts`: in the guest. Without them KVM fails at a missing page, with them it tries for ever.
 fn cut_short(interrupts: bool) {

@@ -4,10 +4,10 @@ use std::fs::{self, File};
 use std::io::{Write, stderr};
 use std::time::Duration;
 
-use crate::backend::{Backend, MIB, Offer, PAGE, content, file, page, writable};
-use crate::guest::Guest;
-use crate::kvm;
-use crate::wire::{MAP, MMap};
+use hotslot_test_support::backend::{Backend, MIB, Offer, PAGE, content, file, page, writable};
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::{MAP, MMap};
 
 fn boot(backend: &Backend) -> Guest {
     let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);

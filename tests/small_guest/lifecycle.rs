@@ -2,12 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::backend::{
+use hotslot_test_support::backend::{
     ADD_MEM_REG, Backend, CONFIGURE_MEM_SLOTS, GET_VRING_BASE, Offer, REM_MEM_REG, SET_MEM_TABLE, content,
     file, page,
 };
-use crate::guest::{Guest, NEEDS_RESET, register};
-use crate::kvm;
+use hotslot_test_support::guest::{Guest, NEEDS_RESET, register};
+use hotslot_test_support::kvm;
 
 const HOLE: u64 = u64::MAX;
 

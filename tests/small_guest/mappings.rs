@@ -3,10 +3,10 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 
-use crate::backend::{Backend, MIB, Offer, PAGE, content, file, page, writable};
-use crate::guest::Guest;
-use crate::kvm;
-use crate::wire::{MAP, MMap, UNMAP};
+use hotslot_test_support::backend::{Backend, MIB, Offer, PAGE, content, file, page, writable};
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::{MAP, MMap, UNMAP};
 
 const HOLE: u64 = u64::MAX;
 

@@ -1,8 +1,8 @@
 //! The data path: the doorbell, the interrupt and its acknowledgement, none of which the VMM takes part in.
 
-use crate::backend::Backend;
-use crate::guest::{Guest, register};
-use crate::kvm;
+use hotslot_test_support::backend::Backend;
+use hotslot_test_support::guest::{Guest, register};
+use hotslot_test_support::kvm;
 
 const LOCAL_APIC: u64 = 0xfee0_0000;
 const IO_APIC: u64 = 0xfec0_0000;

@@ -7,8 +7,8 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::monitor::Operation;
-use crate::{guest, kvm};
+use hotslot_test_support::monitor::Operation;
+use hotslot_test_support::{guest, kvm};
 
 const DEBUG_EXIT: u64 = 0xf4;
 

@@ -2,10 +2,11 @@
 
 use std::os::unix::process::ExitStatusExt;
 
-use crate::guest::{Guest, NEEDS_RESET, RUNNING, register};
-use crate::kvm;
+use hotslot_test_support::guest::{Guest, NEEDS_RESET, RUNNING, register};
+use hotslot_test_support::kvm;
+use hotslot_test_support::torture::Torture;
+
 use crate::requests::pattern;
-use crate::torture::Torture;
 
 const HOLE: u64 = u64::MAX;
 

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use hotslot_test_support::torture::Torture;
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use vhost::vhost_user::{
     Error, Frontend, FrontendReqHandler, VhostUserFrontend, VhostUserFrontendReqHandlerMut,
@@ -13,8 +14,6 @@ use vhost::vhost_user::{
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{FileOffset, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::torture::Torture;
 
 const PAGE: u64 = 4096;
 const MEMORY: u64 = 64 * PAGE;

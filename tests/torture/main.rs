@@ -5,17 +5,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-#[path = "../support/guest.rs"]
-mod guest;
-#[path = "../support/image.rs"]
-mod image;
-#[path = "../support/kvm.rs"]
-mod kvm;
-#[path = "../support/monitor.rs"]
-mod monitor;
-#[path = "../support/torture.rs"]
-mod torture;
-
 mod deaths;
 mod foreign;
 

@@ -1,9 +1,10 @@
 //! Back-ends that break the rules: refused in the set-up, survived afterwards.
 
-use crate::guest::{Guest, NEEDS_RESET, RUNNING, register};
-use crate::kvm;
+use hotslot_test_support::guest::{Guest, NEEDS_RESET, RUNNING, register};
+use hotslot_test_support::kvm;
+use hotslot_test_support::torture::Torture;
+
 use crate::requests::pattern;
-use crate::torture::Torture;
 
 /// Boots hotslot with a back-end that does this; it has to refuse it, with these words.
 fn refused(step: &str, words: &[&str]) {

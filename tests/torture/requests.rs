@@ -1,8 +1,8 @@
 //! What a back-end may ask for: hotslot answers as specified throughout.
 
-use crate::guest::Guest;
-use crate::kvm;
-use crate::torture::Torture;
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::torture::Torture;
 
 /// What the pattern has at an offset.
 pub const fn pattern(offset: u64) -> u64 {

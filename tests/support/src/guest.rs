@@ -1,8 +1,6 @@
 //! A running `hotslot` with the monitor as its guest, and a virtio driver made of the monitor's reads and
 //! writes.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -37,7 +35,7 @@ pub fn kernel() -> tempfile::NamedTempFile {
 
 /// hotslot with the monitor, ready for more options.
 pub fn command(kernel: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
+    let mut command = Command::new(crate::built::hotslot());
     command.args(["-m", "64M", "--debug-exit", "-k"]).arg(kernel);
     command
 }

@@ -1,11 +1,6 @@
 //! A device with a scripted back-end behind a real socket, and a machine that remembers what its guest can
 //! see.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
-#[path = "../support/recorder.rs"]
-mod recorder;
-
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
@@ -17,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::memory::shmem::SharedMemory;
-use hotslot::memory::{Access, GuestMapper, GuestRange, SlotId};
+use hotslot::memory::{Access, GuestMapper};
 use hotslot::vhost_user::device::VhostUserDevice;
 use hotslot::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use hotslot::vhost_user::memory_table::MemoryTable;
@@ -26,10 +21,10 @@ use hotslot::vhost_user::sharing::Member;
 use hotslot::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use hotslot::virtio::interrupt::Interrupt;
 use hotslot::virtio::register_page::{Register, RegisterPage};
-pub use recorder::Guest;
 use tempfile::TempDir;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub use crate::recorder::Guest;
 use crate::wire::{self, MAP, MMap, Message, NEED_REPLY, PATIENCE, REPLY, UNMAP, VERSION_1, Wire, message};
 
 pub const PAGE: u64 = 4096;
@@ -130,8 +125,8 @@ pub struct Setup {
     script: Script,
 }
 
-impl Setup {
-    pub fn new() -> Setup {
+impl Default for Setup {
+    fn default() -> Self {
         Setup {
             offer: Offer::default(),
             kind: "rng",
@@ -145,7 +140,9 @@ impl Setup {
             script: Box::new(|_, _| Answer::Usual),
         }
     }
+}
 
+impl Setup {
     /// Without some of the protocol features.
     pub fn without(mut self, protocol: u64) -> Setup {
         self.offer.protocol &= !protocol;

@@ -1,8 +1,6 @@
 //! Bytes on a socket, written and read here by hand: nothing of hotslot's codec, so that an error in it
 //! cannot hide.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -1,8 +1,6 @@
 //! The program `hotslot-backend`, as a process: started, watched, ended. Every wait has a deadline: the one
 //! for the program ends it, and so whatever waits for it.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
@@ -15,14 +13,15 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_hotslot-backend");
+use crate::built::{self, hotslot_backend};
+
 pub const DEADLINE: Duration = Duration::from_secs(30);
 /// Relative, as socket addresses are short and directories of builds are not.
 const SOCKET: &str = "s";
 
 /// A directory that is on the same disk as the build: its files are written back, unlike those of a tmpfs.
 pub fn directory() -> TempDir {
-    TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+    TempDir::new_in(built::scratch()).unwrap()
 }
 
 /// The file `memory.img`, sparse.
@@ -43,7 +42,7 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// In a directory, where it listens on [`SOCKET`].
 pub fn command(device: &str, dir: &TempDir) -> Command {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(hotslot_backend());
     command.current_dir(dir.path()).args([device, "--socket", SOCKET]);
     command
 }
@@ -139,7 +138,7 @@ impl Drop for Backend {
 
 /// Runs it to its end. A program that listens instead is killed.
 fn run(device: &str, dir: &TempDir, args: &str) -> Output {
-    let mut child = Command::new(PROGRAM)
+    let mut child = Command::new(hotslot_backend())
         .current_dir(dir.path())
         .arg(device)
         .args(args.split_whitespace())

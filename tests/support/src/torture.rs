@@ -1,7 +1,5 @@
 //! A running `hotslot-backend torture`.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -23,7 +21,7 @@ impl Torture {
         let dir = tempfile::tempdir().unwrap();
         let output = NamedTempFile::new().unwrap();
         let printed = output.reopen().unwrap();
-        let process = Command::new(env!("CARGO_BIN_EXE_hotslot-backend"))
+        let process = Command::new(crate::built::hotslot_backend())
             .args(["torture", "--socket"])
             .arg(dir.path().join("socket"))
             .args(options)

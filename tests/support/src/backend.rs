@@ -1,8 +1,6 @@
 //! A back-end for a running `hotslot`, made of raw bytes: it does what every back-end does, and maps what the
 //! test says.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::fs::File;
 use std::io::Write;
 use std::net::Shutdown;

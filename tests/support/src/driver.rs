@@ -1,8 +1,6 @@
 //! A front-end of the `vhost` crate, and the guest behind it: its memory, its driver with one queue, made by
 //! hand.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::fs::File;
 use std::os::fd::AsRawFd;
 

@@ -1,8 +1,6 @@
 //! The machine that the device is in, and the guest's eyes: memory slots of a real KVM and a processor that
 //! runs a dozen instructions, or, where there is no `/dev/kvm`, a machine that only remembers.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::sync::Arc;
 
 use hotslot::kvm::slots::Slots;
