@@ -1,6 +1,6 @@
 //! `probe hammer`: the guest of an endurance test. A thread on each processor reads and writes a device's
-//! shared memory through `/dev/mem`, as [`hotslot_guest::board`] says, until the back-end says stop. No driver may
-//! have the two devices.
+//! shared memory through `/dev/mem`, as [`hotslot_guest::board`] says, until the back-end says stop. No
+//! driver may have the two devices.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;

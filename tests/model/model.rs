@@ -89,7 +89,8 @@ impl Model {
         match fds {
             Fds::None | Fds::Two => reasons.push(libc::EBADF), // SHM-27
             Fds::Device => reasons.push(libc::EINVAL),         // SHM-47
-            Fds::File { read_only: true, .. } if request.flags & 1 != 0 => reasons.push(libc::EACCES), // SHM-41
+            // SHM-41
+            Fds::File { read_only: true, .. } if request.flags & 1 != 0 => reasons.push(libc::EACCES),
             Fds::File { .. } => {}
         }
         if request.flags > 1 {

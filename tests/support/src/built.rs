@@ -1,7 +1,7 @@
 //! The programs that cargo builds for the tests, and room for the tests' files.
 //!
-//! `env!("CARGO_BIN_EXE_hotslot")` exists in the tests of the package alone, not in this crate. So the programs
-//! are found from where the test program is: `target/PROFILE/deps/TEST`.
+//! `env!("CARGO_BIN_EXE_hotslot")` exists in the tests of the package alone, not in this crate. So the
+//! programs are found from where the test program is: `target/PROFILE/deps/TEST`.
 
 use std::path::PathBuf;
 
