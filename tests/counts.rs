@@ -7,7 +7,6 @@ use hotslot::memory::alloc::WindowAllocator;
 use hotslot::vhost_user::sharing::Sharing;
 use hotslot_test_support::bench::*;
 use hotslot_test_support::process::*;
-use hotslot_test_support::wire::MMap;
 
 #[test]
 fn descriptors_mappings_and_threads_are_given_back() {
@@ -57,7 +56,7 @@ fn what_is_shared_is_given_back(counts: &dyn Fn() -> (usize, usize)) {
     owner.shares = true;
     owner.member = Some(sharing.join("owner"));
     other.member = Some(sharing.join("other"));
-    other.offer.protocol |= CONFIGURE_MEM_SLOTS;
+    other.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
     other.windows = WindowAllocator::new(1 << 36, 1 << 40);
     let (owner, other) = (owner.start(), other.start());
     owner.start().unwrap();
@@ -66,11 +65,10 @@ fn what_is_shared_is_given_back(counts: &dyn Fn() -> (usize, usize)) {
     let idle = counts();
     // The other back-end closes what it is told of a little later than it answers.
     let descriptors_are = |count: usize| eventually("descriptors", || descriptors() == count);
-    let writable = |page| MMap { flags: 1, ..page_at(page) };
     for round in 0..3 {
         for page in 0..30 {
-            assert_eq!(owner.map(writable(2 * page), &files[0]), 0);
-            assert_eq!(owner.map(writable(2 * page + 1), &files[1]), 0);
+            assert_eq!(owner.map(writable(page_at(2 * page)), &files[0]), 0);
+            assert_eq!(owner.map(writable(page_at(2 * page + 1)), &files[1]), 0);
         }
         descriptors_are(idle.0 + 2);
         match round {

@@ -17,7 +17,7 @@ use hotslot_test_support::bench::*;
 use hotslot_test_support::kvm;
 use hotslot_test_support::machine::{Machine, WINDOWS};
 use hotslot_test_support::process::{areas, descriptors, ranges};
-use hotslot_test_support::wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
+use hotslot_test_support::wire::{MMap, SHMEM_MAP, SHMEM_UNMAP};
 
 const ENOMEM: i64 = -(libc::ENOMEM as i64);
 const ENOSPC: i64 = -(libc::ENOSPC as i64);
@@ -55,10 +55,9 @@ fn map_until_refused(bench: &Bench, file: &File, request: impl Fn(u64) -> MMap) 
     let channel = bench.channel();
     for first in (0..).step_by(BATCH as usize) {
         for index in first..first + BATCH {
-            let bytes = message(MAP, VERSION_1 | NEED_REPLY, &request(index).bytes());
-            channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+            channel.ask(SHMEM_MAP, request(index), &[file.as_raw_fd()]);
         }
-        let answers = [(); BATCH as usize].map(|()| answer(&channel, MAP));
+        let answers = [(); BATCH as usize].map(|()| channel.answer(SHMEM_MAP));
         if let Some(refused) = answers.iter().position(|&answer| answer != 0) {
             assert!(answers[refused..].iter().all(|&answer| answer == answers[refused]));
             return (first + refused as u64, answers[refused]);
@@ -71,14 +70,14 @@ fn unmap_many(bench: &Bench, pages: impl Iterator<Item = u64>) {
     let channel = bench.channel();
     let mut waiting = 0;
     for page in pages {
-        channel.send(&message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(page).bytes()));
+        channel.ask(SHMEM_UNMAP, page_at(page), &[]);
         waiting += 1;
         if waiting == 50 {
-            (0..waiting).for_each(|_| assert_eq!(answer(&channel, UNMAP), 0));
+            (0..waiting).for_each(|_| assert_eq!(channel.answer(SHMEM_UNMAP), 0));
             waiting = 0;
         }
     }
-    (0..waiting).for_each(|_| assert_eq!(answer(&channel, UNMAP), 0));
+    (0..waiting).for_each(|_| assert_eq!(channel.answer(SHMEM_UNMAP), 0));
 }
 
 /// A file of so many pages, of which these tell their number; the others take no room.
@@ -317,17 +316,17 @@ fn a_process_without_descriptors_refuses_one_mapping_and_takes_all_with_one() {
     let limit = Lowered::to(libc::RLIMIT_NOFILE, highest.max().unwrap() + 1);
     // Those are taken, so that none is left.
     let mut taken: Vec<_> = std::iter::from_fn(|| file.try_clone().ok()).collect();
-    assert_eq!(map(&channel, page_at(1), &file), EMFILE);
-    assert_eq!(map(&channel, page_at(1), &file), EMFILE);
-    assert_eq!(unmap(&channel, page_at(1)), -i64::from(libc::ENOENT));
+    assert_eq!(channel.map(page_at(1), &file), EMFILE);
+    assert_eq!(channel.map(page_at(1), &file), EMFILE);
+    assert_eq!(channel.unmap(page_at(1)), -i64::from(libc::ENOENT));
     assert!(taken.pop().is_some());
     // One is enough for all: a mapping keeps none.
     for page in 1..PAGES {
-        assert_eq!(map(&channel, page_at(2 * page), &file), 0);
+        assert_eq!(channel.map(page_at(2 * page), &file), 0);
     }
     say(format_args!("{PAGES} live mappings with one descriptor to spare"));
     taken.push(file.try_clone().unwrap());
-    assert_eq!(map(&channel, page_at(1), &file), EMFILE);
+    assert_eq!(channel.map(page_at(1), &file), EMFILE);
     drop((taken, limit));
     assert_eq!((bench.reads(0, 0), bench.reads(0, 2 * PAGE)), (Some(1), Some(2)));
     bench.reset();

@@ -34,8 +34,11 @@ use hotslot::vhost_user::backend_channel::BackendChannel;
 use hotslot::vhost_user::connection::Deadline;
 use hotslot::vhost_user::negotiate::{Agreement, Offer, negotiate};
 use hotslot_fuzz::{Input, descriptors, log_to_nobody};
-use hotslot_test_support::bench::{self, BACKEND_REQ, PAGE, REPLY_ACK, SHMEM};
-use hotslot_test_support::wire::{self, Leash, MAP, MMap, NEED_REPLY, REPLY, UNMAP, VERSION_1, Wire};
+use hotslot_test_support::bench::{self, PAGE};
+use hotslot_test_support::names::*;
+use hotslot_test_support::wire::{
+    self, Leash, MMap, NEED_REPLY, REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, Wire,
+};
 use libfuzzer_sys::fuzz_target;
 
 /// Region ids, and their pages.
@@ -191,8 +194,11 @@ struct Device {
 impl Device {
     fn new(input: &mut Input) -> Device {
         let settings = input.byte();
-        let agreed =
-            input.pick(&[BACKEND_REQ | SHMEM | REPLY_ACK, BACKEND_REQ | SHMEM, BACKEND_REQ | REPLY_ACK]);
+        let agreed = input.pick(&[
+            PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_SHMEM | PROTOCOL_F_REPLY_ACK,
+            PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_SHMEM,
+            PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_REPLY_ACK,
+        ]);
         let quota = [4096, 1, 3, 8][usize::from(settings % 4)];
         let machine = Arc::<Machine>::default();
         let sizes = REGIONS.map(|(shmid, pages)| (shmid, pages * PAGE));
@@ -259,7 +265,7 @@ impl Device {
     /// A request that is mostly well formed, in one part or in two, between which it may be served.
     fn send_request(&mut self, input: &mut Input, files: &Files) {
         let form = input.byte();
-        let id = [MAP, UNMAP, MAP, u32::from(form)][usize::from(form % 4)];
+        let id = [SHMEM_MAP, SHMEM_UNMAP, SHMEM_MAP, u32::from(form)][usize::from(form % 4)];
         let flags = match form >> 4 {
             0..12 => VERSION_1 | NEED_REPLY,
             12..15 => VERSION_1,
@@ -393,14 +399,14 @@ impl Device {
     }
 
     fn judge(&mut self, request: &Request, answers: &mut &[u8]) {
-        if self.agreed & REPLY_ACK == 0 || request.flags & NEED_REPLY == 0 {
-            self.blind |= request.id == MAP || request.id == UNMAP;
+        if self.agreed & PROTOCOL_F_REPLY_ACK == 0 || request.flags & NEED_REPLY == 0 {
+            self.blind |= request.id == SHMEM_MAP || request.id == SHMEM_UNMAP;
             return;
         }
         let (answer, rest) = answers.split_at_checked(20).expect("there is no answer");
         *answers = rest;
         let value = i64::from_ne_bytes(answer[12..].try_into().unwrap());
-        assert_eq!(answer[..12], wire::words([request.id, 0x5, 8]));
+        assert_eq!(answer[..12], wire::words([request.id, VERSION_1 | REPLY, 8]));
         assert!((-4095..=0).contains(&value), "{value} is neither 0 nor -errno");
         if value == 0 {
             self.granted(request).expect("it should have been refused");
@@ -414,11 +420,11 @@ impl Device {
         let [fd_offset, shm_offset, len, flags] = [1, 2, 3, 4].map(field);
         let shmid = payload[0];
         let (_, pages) = REGIONS.into_iter().find(|region| region.0 == shmid).ok_or("no such region")?;
-        if request.stale || self.agreed & SHMEM == 0 {
+        if request.stale || self.agreed & PROTOCOL_F_SHMEM == 0 {
             return Err("nothing is granted now");
         }
         let end = shm_offset.checked_add(len).ok_or("overflow")?;
-        if request.id == UNMAP {
+        if request.id == SHMEM_UNMAP {
             if self.blind {
                 return Ok(());
             }
@@ -427,7 +433,7 @@ impl Device {
         }
         let file_end = fd_offset.checked_add(len).ok_or("overflow in the file")?;
         for (holds, otherwise) in [
-            (request.id == MAP, "unknown request"),
+            (request.id == SHMEM_MAP, "unknown request"),
             (self.started, "the device is reset"),
             (len > 0, "empty"),
             (shm_offset % PAGE == 0 && fd_offset % PAGE == 0, "unaligned"),
@@ -488,7 +494,7 @@ impl Device {
 struct OutOfStep;
 
 fn agreement(protocol_features: u64) -> Agreement {
-    let offer = Offer { features: bench::F_VERSION_1 | bench::F_PROTOCOL, protocol_features };
+    let offer = Offer { features: VIRTIO_F_VERSION_1 | VHOST_USER_F_PROTOCOL_FEATURES, protocol_features };
     negotiate(offer, "rng".parse().unwrap(), 22, false).unwrap()
 }
 

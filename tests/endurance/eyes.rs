@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use hotslot_guest::board::*;
-use hotslot_test_support::backend::PAGE;
+use hotslot_test_support::files::PAGE;
 use hotslot_test_support::kvm;
 use hotslot_test_support::wire::MMap;
 

@@ -22,8 +22,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use hotslot_guest::board::*;
-use hotslot_test_support::backend::{Backend, Offer, PAGE, page, writable};
+use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::files::PAGE;
 use hotslot_test_support::guest::Guest;
+use hotslot_test_support::wire::{page_at, writable};
 use hotslot_test_support::{guest, image, kvm};
 
 use churn::Churn;
@@ -57,7 +59,7 @@ impl Bench {
         let (window, board_device) = (with_region(WINDOW_WORDS as u64 * 8), with_region(2 * PAGE));
         let devices = [window.device("window"), board_device.device("board")];
         let guest = boot(&devices.map(|device| ["--vhost-user".to_string(), device]).concat());
-        assert_eq!(board_device.map(writable(page(0)), board.file()), 0);
+        assert_eq!(board_device.map(writable(page_at(0)), board.file()), 0);
         board.set(READY, 1);
         Bench { guest, board, window, board_device }
     }

@@ -59,7 +59,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// The errnos of which a MAP may be answered with one; none where it must succeed, and then it has.
+    /// The errnos of which a SHMEM_MAP may be answered with one; none where it must succeed, and then it has.
     pub fn map(&mut self, request: &MMap, fds: Fds, slots: bool) -> Vec<i32> {
         let mut reasons = self.why_not_map(request, fds, slots);
         reasons.sort();
@@ -126,7 +126,7 @@ impl Model {
         reasons
     }
 
-    /// As [`Self::map`], for an UNMAP. SHM-51, SHM-52, SHM-54.
+    /// As [`Self::map`], for an SHMEM_UNMAP. SHM-51, SHM-52, SHM-54.
     pub fn unmap(&mut self, request: &MMap, fd: bool) -> Vec<i32> {
         let key = (request.shmid, request.shm_offset);
         let mut reasons = Vec::new();
@@ -147,7 +147,7 @@ impl Model {
         self.is_reset = true;
     }
 
-    /// What an UNMAP names.
+    /// What an SHMEM_UNMAP names.
     pub fn target(&self, target: &Target) -> MMap {
         let (shmid, shm_offset, len) = match *target {
             Target::Range { shmid, shm_offset, len } => (shmid, shm_offset, len),

@@ -80,7 +80,7 @@ pub enum What {
     },
 }
 
-/// What comes with a MAP.
+/// What comes with a SHMEM_MAP.
 #[derive(Clone, Copy, Debug)]
 pub enum Fds {
     File {
@@ -93,7 +93,7 @@ pub enum Fds {
     Two,
 }
 
-/// What an UNMAP names.
+/// What an SHMEM_UNMAP names.
 #[derive(Clone, Debug)]
 pub enum Target {
     /// A live mapping: exactly, or not quite.

@@ -16,7 +16,7 @@ use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::sharing::{Devices, address, read_write};
+use crate::sharing::{Devices, address};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -59,12 +59,18 @@ impl VhostUserBackendMut for Maps {
     }
 
     fn features(&self) -> u64 {
-        F_VERSION_1 | F_PROTOCOL
+        VIRTIO_F_VERSION_1 | VHOST_USER_F_PROTOCOL_FEATURES
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::from_bits_truncate(
-            MQ | REPLY_ACK | BACKEND_REQ | SEND_FD | RESET_DEVICE | SHMEM | CONFIGURE_MEM_SLOTS,
+            PROTOCOL_F_MQ
+                | PROTOCOL_F_REPLY_ACK
+                | PROTOCOL_F_BACKEND_REQ
+                | PROTOCOL_F_BACKEND_SEND_FD
+                | PROTOCOL_F_RESET_DEVICE
+                | PROTOCOL_F_SHMEM
+                | PROTOCOL_F_CONFIGURE_MEM_SLOTS,
         )
     }
 
@@ -123,7 +129,7 @@ fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shar
     let owner = devices.owner(Setup::default()).start();
     let (other, memory, _told, end) = start(devices.recipient(Setup::default()));
     let file = file_of(3, 0x11);
-    let request = MMap { fd_offset: PAGE, len: 2 * PAGE, ..read_write(4) };
+    let request = MMap { fd_offset: PAGE, len: 2 * PAGE, ..writable(page_at(4)) };
     let byte_at = |page| memory.memory().read_obj::<u8>(GuestAddress(address(&owner, page)));
     other.start().unwrap();
     for _ in 0..3 {
@@ -143,7 +149,7 @@ fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shar
     }
     // More than fits into the file, which then grows (Linux' DAX).
     let short = memfd(1);
-    let long = MMap { len: 8 * PAGE, ..read_write(8) };
+    let long = MMap { len: 8 * PAGE, ..writable(page_at(8)) };
     assert_eq!(owner.map(long, &short), 0);
     short.set_len(8 * PAGE).unwrap();
     short.write_all_at(&[0x44], 7 * PAGE).unwrap();

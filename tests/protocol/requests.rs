@@ -1,4 +1,4 @@
-//! MAP and UNMAP: what the guest sees of them, and what is refused.
+//! SHMEM_MAP and SHMEM_UNMAP: what the guest sees of them, and what is refused.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -10,7 +10,7 @@ use std::thread;
 use hotslot::memory::Access;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot_test_support::bench::*;
-use hotslot_test_support::wire::{Leash, MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
+use hotslot_test_support::wire::{Leash, MMap, NEED_REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, message};
 use vmm_sys_util::eventfd::EventFd;
 
 const EINVAL: i64 = -(libc::EINVAL as i64);
@@ -194,17 +194,17 @@ fn a_map_needs_one_descriptor_and_an_unmap_none() {
     for count in [0, 2, 3, 253] {
         // SHM-27
         let (fd, leash) = Leash::new();
-        channel.send_with(&request(MAP), &vec![fd.as_raw_fd(); count]).unwrap();
-        assert_eq!(answer(&channel, MAP), EBADF, "{count} descriptors");
+        channel.send_with(&request(SHMEM_MAP), &vec![fd.as_raw_fd(); count]).unwrap();
+        assert_eq!(channel.answer(SHMEM_MAP), EBADF, "{count} descriptors");
         drop(fd);
         leash.wait_until_closed();
     }
     for count in [1, 2, 253] {
         // SHM-54
         let (fd, leash) = Leash::new();
-        let unmap = message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(1).bytes());
+        let unmap = message(SHMEM_UNMAP, VERSION_1 | NEED_REPLY, &page_at(1).bytes());
         channel.send_with(&unmap, &vec![fd.as_raw_fd(); count]).unwrap();
-        assert_eq!(answer(&channel, UNMAP), EBADF, "{count} descriptors");
+        assert_eq!(channel.answer(SHMEM_UNMAP), EBADF, "{count} descriptors");
         drop(fd);
         leash.wait_until_closed();
     }

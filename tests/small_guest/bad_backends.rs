@@ -9,7 +9,10 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use hotslot_test_support::backend::{BACKEND_REQ, Backend, F_PROTOCOL, F_VERSION_1, Offer, SHMEM};
+use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::names::{
+    PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_SHMEM, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1,
+};
 use hotslot_test_support::{guest, kvm};
 
 /// A terminal: hotslot's end, and ours.
@@ -180,13 +183,13 @@ fn back_ends_that_lack_what_is_needed() {
     let usual = Offer::default();
     let offer = |features, protocol| Offer { features, protocol, ..Offer::default() };
     let (pmem, all) = (usual.features | 1, usual.protocol);
-    refused_backend(offer(F_PROTOCOL, all), "rng", &["VIRTIO_F_VERSION_1", "0x40000000"]);
+    refused_backend(offer(VHOST_USER_F_PROTOCOL_FEATURES, all), "rng", &["VIRTIO_F_VERSION_1", "0x40000000"]);
     refused_backend(usual.clone(), "pmem", &["VIRTIO_PMEM_F_SHMEM_REGION", "pmem", "0x140000000"]);
-    refused_backend(offer(pmem, all & !SHMEM), "pmem", &["SHMEM", "pmem"]);
-    let draft = all & !SHMEM | 1 << 21;
+    refused_backend(offer(pmem, all & !PROTOCOL_F_SHMEM), "pmem", &["SHMEM", "pmem"]);
+    let draft = all & !PROTOCOL_F_SHMEM | 1 << 21;
     refused_backend(offer(pmem, draft), "pmem", &["SHMEM", "pmem", "hint: ", "shmem-bit=21"]);
-    refused_backend(offer(pmem, all & !BACKEND_REQ), "pmem", &["BACKEND_REQ", "pmem"]);
-    refused_backend(offer(F_VERSION_1 | 1, 0), "pmem", &["SHMEM", "pmem"]);
+    refused_backend(offer(pmem, all & !PROTOCOL_F_BACKEND_REQ), "pmem", &["BACKEND_REQ", "pmem"]);
+    refused_backend(offer(VIRTIO_F_VERSION_1 | 1, 0), "pmem", &["SHMEM", "pmem"]);
     refused_backend(offer(usual.features, all), "fs", &["CONFIG", "fs"]);
 }
 

@@ -1,77 +1,90 @@
-//! A back-end for a running `hotslot`, made of raw bytes: it does what every back-end does, and maps what the
-//! test says.
+//! A back-end made of raw bytes, on a thread of the test: it answers as every back-end does, but for what its
+//! script says, and maps what the test tells it to.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::wire::{self, MAP, MMap, Message, NEED_REPLY, PATIENCE, REPLY, UNMAP, VERSION_1, Wire, message};
+use crate::files::{MIB, PAGE};
+use crate::names::*;
+use crate::wait::eventually;
+use crate::wire::{self, MMap, Message, NEED_REPLY, REPLY, VERSION_1, Wire, message};
 
-pub const PAGE: u64 = 4096;
-pub const MIB: u64 = 1 << 20;
-
-/// Requests of the front-end.
-pub const SET_MEM_TABLE: u32 = 5;
-pub const GET_VRING_BASE: u32 = 11;
-const GET_FEATURES: u32 = 1;
-const SET_VRING_KICK: u32 = 12;
-const SET_VRING_CALL: u32 = 13;
-const GET_PROTOCOL_FEATURES: u32 = 15;
-const GET_QUEUE_NUM: u32 = 17;
-const SET_BACKEND_REQ_FD: u32 = 21;
-const GET_MAX_MEM_SLOTS: u32 = 36;
-const GET_SHMEM_CONFIG: u32 = 44;
-pub const ADD_MEM_REG: u32 = 37;
-pub const REM_MEM_REG: u32 = 38;
-
-/// Feature bits.
-pub const F_VERSION_1: u64 = 1 << 32;
-pub const F_PROTOCOL: u64 = 1 << 30;
-
-/// Protocol feature bits: MQ, REPLY_ACK, BACKEND_REQ, BACKEND_SEND_FD, RESET_DEVICE, STATUS, SHMEM.
-pub const BACKEND_REQ: u64 = 1 << 5;
-pub const SHMEM: u64 = 1 << 22;
-pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
-const PROTOCOL: u64 = 1 | 1 << 3 | BACKEND_REQ | 1 << 10 | 1 << 13 | 1 << 16 | SHMEM;
+/// The size of regions 0 and 7, unless the test says otherwise.
+pub const REGION: u64 = 64 * PAGE;
 
 /// What a back-end offers.
 #[derive(Clone)]
 pub struct Offer {
     pub features: u64,
     pub protocol: u64,
-    /// Id and size.
+    pub queues: u64,
+    /// How many ranges of memory it can be told of.
+    pub slots: u64,
+    /// Id and size of each shared memory region.
     pub regions: Vec<(u8, u64)>,
 }
 
 impl Default for Offer {
     fn default() -> Self {
         Offer {
-            features: F_VERSION_1 | F_PROTOCOL,
-            protocol: PROTOCOL,
-            regions: vec![(0, 4 * MIB), (7, 2 * MIB)],
+            features: VIRTIO_F_VERSION_1 | VHOST_USER_F_PROTOCOL_FEATURES,
+            protocol: PROTOCOL_F_MQ
+                | PROTOCOL_F_REPLY_ACK
+                | PROTOCOL_F_BACKEND_REQ
+                | PROTOCOL_F_BACKEND_SEND_FD
+                | PROTOCOL_F_RESET_DEVICE
+                | PROTOCOL_F_STATUS
+                | PROTOCOL_F_SHMEM,
+            queues: 2,
+            slots: 509,
+            regions: vec![(0, REGION), (7, REGION)],
         }
     }
 }
 
-/// What a back-end has, of hotslot's.
+/// What a back-end does with a request.
+pub enum Answer {
+    /// What every back-end does.
+    Usual,
+    /// These bytes, and a descriptor.
+    Bytes(Vec<u8>, Option<File>),
+    /// Nothing.
+    Silence,
+    /// The end of both sockets.
+    HangUp,
+}
+
+/// A request of the front-end, as the back-end saw it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub request: u32,
+    pub flags: u32,
+    pub payload: Vec<u8>,
+    pub fds: usize,
+}
+
+/// The back-end's ends of everything, for its script and for the test.
 #[derive(Default)]
 pub struct Connection {
     main: Mutex<Option<Wire>>,
     channel: Mutex<Option<Wire>>,
+    /// Of queue 0.
     kick: Mutex<Option<File>>,
     call: Mutex<Option<File>>,
-    seen: Mutex<Vec<u32>>,
+    seen: Mutex<Vec<Seen>>,
 }
 
-/// A back-end that runs.
+pub type Script = Box<dyn FnMut(&Message, &Connection) -> Answer + Send>;
+
+/// A running back-end for one front-end.
 pub struct Backend {
     _dir: TempDir,
     socket: PathBuf,
@@ -79,40 +92,54 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// The usual one.
+    /// One with regions of some MiB, for a guest with pages of 2 MiB.
     pub fn start() -> Backend {
-        Backend::offering(Offer::default())
+        Backend::offering(Offer { regions: vec![(0, 4 * MIB), (7, 2 * MIB)], ..Offer::default() })
     }
 
     pub fn offering(offer: Offer) -> Backend {
-        Backend::acting(offer, |_, _| {})
+        let script = |request: &Message, connection: &Connection| {
+            connection.keep_eventfds(request);
+            Answer::Usual
+        };
+        Backend::scripted(offer, Box::new(script))
     }
 
-    /// One that acts before it answers a request.
-    pub fn acting(offer: Offer, mut act: impl FnMut(u32, &Connection) + Send + 'static) -> Backend {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("socket");
-        let listener = UnixListener::bind(&socket).unwrap();
-        let connection = Arc::new(Connection::default());
-        let ours = Arc::clone(&connection);
+    /// One that acts before it answers request `id`.
+    pub fn acting(id: u32, mut act: impl FnMut(&Connection) + Send + 'static) -> Backend {
+        let script = move |request: &Message, connection: &Connection| {
+            if request.request == id {
+                act(connection);
+            }
+            Answer::Usual
+        };
+        Backend::scripted(Offer::default(), Box::new(script))
+    }
+
+    pub fn scripted(offer: Offer, mut script: Script) -> Backend {
+        let backend = Backend::silent();
+        let listener = UnixListener::bind(&backend.socket).unwrap();
+        let connection = Arc::clone(&backend.connection);
         thread::spawn(move || {
             let (socket, _) = listener.accept().unwrap();
             let main = Wire::new(socket);
-            *ours.main.lock().unwrap() = Some(main.try_clone());
-            while let Ok(mut request) = main.receive_within(None) {
-                let id = request.request;
-                ours.seen.lock().unwrap().push(id);
-                if let Some(fd) = request.fds.pop() {
-                    ours.keep(id, fd);
-                }
-                act(id, &ours);
-                if let Some(payload) = answer_to(&offer, &request) {
-                    // hotslot may be gone.
-                    let _ = main.send_with(&message(id, VERSION_1 | REPLY, &payload), &[]);
-                }
+            *connection.main.lock().unwrap() = Some(main.try_clone());
+            connection.serve(&main, &offer, &mut script);
+            for end in [&connection.main, &connection.channel] {
+                *end.lock().unwrap() = None;
+            }
+            for end in [&connection.kick, &connection.call] {
+                *end.lock().unwrap() = None;
             }
         });
-        Backend { _dir: dir, socket, connection }
+        backend
+    }
+
+    /// Only the place of a socket: the test brings a back-end of its own.
+    pub fn silent() -> Backend {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        Backend { _dir: dir, socket, connection: Arc::default() }
     }
 
     pub fn socket(&self) -> &Path {
@@ -133,89 +160,104 @@ impl std::ops::Deref for Backend {
     }
 }
 
-fn answer_to(offer: &Offer, request: &Message) -> Option<Vec<u8>> {
-    Some(match request.request {
-        GET_FEATURES => wire::quads([offer.features]),
-        GET_PROTOCOL_FEATURES => wire::quads([offer.protocol]),
-        GET_QUEUE_NUM => wire::quads([1]),
-        GET_MAX_MEM_SLOTS => wire::quads([32]),
-        GET_SHMEM_CONFIG => wire::shmem_config(offer.regions.len() as u32, 0, &offer.regions),
-        GET_VRING_BASE => request.payload.clone(),
-        _ if request.flags & NEED_REPLY != 0 => wire::quads([0]),
-        _ => return None,
-    })
-}
-
 impl Connection {
-    fn keep(&self, request: u32, fd: OwnedFd) {
-        match request {
-            SET_BACKEND_REQ_FD => *self.channel.lock().unwrap() = Some(Wire::new(fd.into())),
-            SET_VRING_KICK => *self.kick.lock().unwrap() = Some(fd.into()),
-            SET_VRING_CALL => *self.call.lock().unwrap() = Some(fd.into()),
-            _ => {}
+    fn serve(&self, main: &Wire, offer: &Offer, script: &mut Script) {
+        while let Ok(mut request) = main.receive_within(None) {
+            self.seen.lock().unwrap().push(Seen {
+                request: request.request,
+                flags: request.flags,
+                payload: request.payload.clone(),
+                fds: request.fds.len(),
+            });
+            self.keep_channel(&mut request);
+            let answer = match script(&request, self) {
+                Answer::Usual => usual(offer, &request)
+                    .map(|payload| (message(request.request, VERSION_1 | REPLY, &payload), None)),
+                Answer::Bytes(bytes, file) => Some((bytes, file)),
+                Answer::Silence => None,
+                Answer::HangUp => return self.hang_up(),
+            };
+            if let Some((bytes, file)) = answer {
+                let fds: Vec<RawFd> = file.iter().map(|file| file.as_raw_fd()).collect();
+                // The front-end may be gone.
+                let _ = main.send_with(&bytes, &fds);
+            }
         }
+    }
+
+    /// Keeps the backend channel.
+    fn keep_channel(&self, message: &mut Message) {
+        if message.request == request::SET_BACKEND_REQ_FD {
+            let channel = Wire::new(message.fds.pop().unwrap().into());
+            *self.channel.lock().unwrap() = Some(channel);
+        }
+    }
+
+    /// For [`Self::was_kicked`] and [`Self::call`]. A test that counts descriptors does without.
+    fn keep_eventfds(&self, message: &Message) {
+        let is_of_queue_0 = message.payload.first() == Some(&0);
+        let place = match message.request {
+            request::SET_VRING_KICK if is_of_queue_0 => &self.kick,
+            request::SET_VRING_CALL if is_of_queue_0 => &self.call,
+            _ => return,
+        };
+        *place.lock().unwrap() = Some(message.file());
+    }
+
+    /// The main socket.
+    pub fn main(&self) -> Wire {
+        self.main.lock().unwrap().as_ref().unwrap().try_clone()
     }
 
     /// The backend channel, as soon as it is there.
     pub fn channel(&self) -> Wire {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            if let Some(channel) = &*self.channel.lock().unwrap() {
-                return channel.try_clone();
-            }
-            assert!(Instant::now() < end, "no backend channel");
-            thread::sleep(Duration::from_millis(1));
-        }
+        let mut channel = None;
+        eventually("there is a backend channel", || {
+            channel = self.channel.lock().unwrap().as_ref().map(Wire::try_clone);
+            channel.is_some()
+        });
+        channel.unwrap()
     }
 
-    pub fn send(&self, request: u32, payload: MMap, file: Option<&File>) {
-        let bytes = message(request, VERSION_1 | NEED_REPLY, &payload.bytes());
-        let fds: Vec<_> = file.iter().map(|file| file.as_raw_fd()).collect();
-        self.channel().send_with(&bytes, &fds).unwrap();
+    /// SHMEM_MAP with one descriptor and NEED_REPLY: the answer.
+    pub fn map(&self, request: MMap, file: &impl AsRawFd) -> i64 {
+        self.channel().map(request, file)
     }
 
-    /// The answer to a request: 0, or -errno.
-    pub fn answer(&self, request: u32) -> i64 {
-        let reply = self.channel().receive().unwrap();
-        assert_eq!((reply.request, reply.flags), (request, 0x5));
-        reply.quad(0) as i64
+    /// SHMEM_UNMAP with NEED_REPLY: the answer.
+    pub fn unmap(&self, request: MMap) -> i64 {
+        self.channel().unmap(request)
     }
 
-    pub fn map(&self, payload: MMap, file: &File) -> i64 {
-        self.send(MAP, payload, Some(file));
-        self.answer(MAP)
-    }
-
-    pub fn unmap(&self, payload: MMap) -> i64 {
-        self.send(UNMAP, payload, None);
-        self.answer(UNMAP)
-    }
-
-    /// The end of both sockets, as when the process dies.
+    /// The end of both sockets, as when the back-end's process dies.
     pub fn hang_up(&self) {
         for wire in [&self.main, &self.channel] {
-            if let Some(wire) = wire.lock().unwrap().take() {
-                // hotslot may have been faster.
+            if let Some(wire) = &*wire.lock().unwrap() {
+                // The front-end may have been faster.
                 let _ = wire.socket().shutdown(Shutdown::Both);
             }
         }
     }
 
-    /// The requests so far.
-    pub fn seen(&self) -> Vec<u32> {
+    /// What it was asked so far, in order.
+    pub fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
 
-    /// Whether the guest kicked queue 0 since the last look.
-    pub fn was_kicked(&self) -> bool {
-        let kick = self.kick.lock().unwrap();
-        let kick = kick.as_ref().expect("the device was started");
-        let mut count = [0; 8];
-        // hotslot makes it non-blocking.
-        std::io::Read::read(&mut &*kick, &mut count).is_ok()
+    /// The ids of what it was asked.
+    pub fn ids(&self) -> Vec<u32> {
+        ids(&self.seen())
     }
 
-    /// Used a buffer: interrupts the guest.
+    /// Whether the guest notified queue 0 since the last look.
+    pub fn was_kicked(&self) -> bool {
+        let kick = self.kick.lock().unwrap();
+        let mut kick = kick.as_ref().expect("the device was started");
+        // The front-end makes it non-blocking.
+        kick.read(&mut [0; 8]).is_ok()
+    }
+
+    /// Used a buffer of queue 0: interrupts the guest.
     pub fn call(&self) {
         let call = self.call.lock().unwrap();
         let mut call = call.as_ref().expect("the device was started");
@@ -223,29 +265,21 @@ impl Connection {
     }
 }
 
-/// One page of region 0, read-only.
-pub fn page(index: u64) -> MMap {
-    MMap { shm_offset: index * PAGE, len: PAGE, ..MMap::default() }
+/// The ids of requests.
+pub fn ids(seen: &[Seen]) -> Vec<u32> {
+    seen.iter().map(|seen| seen.request).collect()
 }
 
-pub fn writable(payload: MMap) -> MMap {
-    MMap { flags: 1, ..payload }
-}
-
-/// A file in memory; its pages hold 8-byte words that tell their place: `seed` times 2^32, plus the offset.
-pub fn file(seed: u64, pages: u64) -> File {
-    // SAFETY: the name is a C string, and the new descriptor is nobody else's.
-    let mut file = unsafe {
-        let fd = libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC);
-        assert!(fd >= 0);
-        File::from_raw_fd(fd)
-    };
-    let words = (0..pages * PAGE / 8).flat_map(|word| (content(seed, word * 8)).to_le_bytes());
-    file.write_all(&words.collect::<Vec<u8>>()).unwrap();
-    file
-}
-
-/// What [`file`] has at an offset.
-pub fn content(seed: u64, offset: u64) -> u64 {
-    seed << 32 | offset
+/// What every back-end answers.
+fn usual(offer: &Offer, asked: &Message) -> Option<Vec<u8>> {
+    Some(match asked.request {
+        request::GET_FEATURES => wire::quads([offer.features]),
+        request::GET_PROTOCOL_FEATURES => wire::quads([offer.protocol]),
+        request::GET_QUEUE_NUM => wire::quads([offer.queues]),
+        request::GET_MAX_MEM_SLOTS => wire::quads([offer.slots]),
+        request::GET_SHMEM_CONFIG => wire::shmem_config(offer.regions.len() as u32, 0, &offer.regions),
+        request::GET_CONFIG | request::GET_VRING_BASE => asked.payload.clone(),
+        _ if asked.flags & NEED_REPLY != 0 => wire::quads([0]),
+        _ => return None,
+    })
 }

@@ -1,14 +1,10 @@
-//! A device with a scripted back-end behind a real socket, and a machine that remembers what its guest can
-//! see.
+//! A device of the library in this process, its scripted back-end behind a real socket, and a machine that
+//! records what its guest can see.
+//!
+//! This file is where the tests touch the library's types.
 
-use std::fs::File;
-use std::io::Write;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, mpsc};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::memory::shmem::SharedMemory;
@@ -21,91 +17,16 @@ use hotslot::vhost_user::sharing::Member;
 use hotslot::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use hotslot::virtio::interrupt::Interrupt;
 use hotslot::virtio::register_page::{Register, RegisterPage};
-use tempfile::TempDir;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::backend::Script;
+pub use crate::backend::{Answer, Backend, Connection, Offer, REGION, Seen, ids};
+pub use crate::files::{PAGE, file_of, memfd};
+pub use crate::names::*;
 pub use crate::recorder::Guest;
-use crate::wire::{self, MAP, MMap, Message, NEED_REPLY, PATIENCE, REPLY, UNMAP, VERSION_1, Wire, message};
-
-pub const PAGE: u64 = 4096;
-
-// Virtio feature bits.
-pub const F_VERSION_1: u64 = 1 << 32;
-pub const F_PROTOCOL: u64 = 1 << 30;
-
-// Protocol feature bits.
-pub const MQ: u64 = 1 << 0;
-pub const REPLY_ACK: u64 = 1 << 3;
-pub const BACKEND_REQ: u64 = 1 << 5;
-pub const CONFIG: u64 = 1 << 9;
-pub const SEND_FD: u64 = 1 << 10;
-pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
-pub const RESET_DEVICE: u64 = 1 << 13;
-pub const STATUS: u64 = 1 << 16;
-pub const SHMEM: u64 = 1 << 22;
-
-/// The size of regions 0 and 7 of the usual back-end.
-pub const REGION: u64 = 64 * PAGE;
-
-/// What a back-end offers.
-#[derive(Clone)]
-pub struct Offer {
-    pub features: u64,
-    pub protocol: u64,
-    pub queues: u64,
-    /// How many ranges of memory it can be told of.
-    pub slots: u64,
-    pub regions: Vec<(u8, u64)>,
-}
-
-impl Default for Offer {
-    fn default() -> Self {
-        Offer {
-            features: F_VERSION_1 | F_PROTOCOL,
-            protocol: MQ | REPLY_ACK | BACKEND_REQ | SEND_FD | RESET_DEVICE | STATUS | SHMEM,
-            queues: 2,
-            slots: 509,
-            regions: vec![(0, REGION), (7, REGION)],
-        }
-    }
-}
-
-/// What a back-end does with a request.
-pub enum Answer {
-    /// What every back-end does.
-    Usual,
-    /// These bytes, and a descriptor.
-    Bytes(Vec<u8>, Option<File>),
-    /// Nothing.
-    Silence,
-    /// The end of both sockets.
-    HangUp,
-}
-
-/// The back-end as its script sees it.
-pub struct Peer {
-    pub main: Wire,
-    channel: Arc<Mutex<Option<Wire>>>,
-    pub guest: Arc<Guest>,
-}
-
-impl Peer {
-    /// The back-end's end of the backend channel.
-    pub fn channel(&self) -> Wire {
-        self.channel.lock().unwrap().as_ref().unwrap().try_clone()
-    }
-}
-
-type Script = Box<dyn FnMut(&Message, &Peer) -> Answer + Send>;
-
-/// A request of the front-end, as the back-end saw it.
-#[derive(Clone, Debug)]
-pub struct Seen {
-    pub request: u32,
-    pub flags: u32,
-    pub payload: Vec<u8>,
-    pub fds: usize,
-}
+pub use crate::wait::{PATIENCE, eventually};
+use crate::wire::Message;
+pub use crate::wire::{page_at, writable};
 
 /// A device to be.
 pub struct Setup {
@@ -150,46 +71,49 @@ impl Setup {
     }
 
     /// A back-end that does not always do what every back-end does.
-    pub fn script(mut self, script: impl FnMut(&Message, &Peer) -> Answer + Send + 'static) -> Setup {
+    pub fn script(mut self, script: impl FnMut(&Message, &Connection) -> Answer + Send + 'static) -> Setup {
         self.script = Box::new(script);
         self
     }
 
     /// A back-end that acts before it answers request `id`.
-    pub fn on(self, id: u32, mut act: impl FnMut(&Peer) -> Answer + Send + 'static) -> Setup {
-        self.script(move |message, peer| match message.request == id {
-            true => act(peer),
+    pub fn on(self, id: u32, mut act: impl FnMut(&Connection) -> Answer + Send + 'static) -> Setup {
+        self.script(move |message, connection| match message.request == id {
+            true => act(connection),
             false => Answer::Usual,
         })
     }
 
     /// Connects, and learns what the back-end is.
-    pub fn connect(self) -> (Result<Handshake, FrontendError>, Backend) {
-        let backend = self.backend();
-        let listener = UnixListener::bind(&backend.spec.socket).unwrap();
-        let (seen, main, channel, guest) = (
-            Arc::clone(&backend.seen),
-            Arc::clone(&backend.main),
-            Arc::clone(&backend.channel),
-            Arc::clone(&backend.guest),
-        );
-        let (offer, mut script) = (self.offer, self.script);
-        thread::spawn(move || {
-            let (socket, _) = listener.accept().unwrap();
-            let peer = Peer { main: Wire::new(socket), channel, guest };
-            *main.lock().unwrap() = Some(peer.main.try_clone());
-            serve(&offer, &mut script, &seen, &peer);
-            *peer.channel.lock().unwrap() = None;
-            *main.lock().unwrap() = None;
-        });
-        (Frontend::connect(&backend.spec, PATIENCE, backend.member.is_some()), backend)
+    pub fn connect(mut self) -> (Result<Handshake, FrontendError>, Unbuilt) {
+        let script = std::mem::replace(&mut self.script, Box::new(|_, _| Answer::Usual));
+        let backend = Backend::scripted(self.offer.clone(), script);
+        let unbuilt = self.unbuilt(backend);
+        (unbuilt.connect(), unbuilt)
     }
 
-    fn backend(&self) -> Backend {
-        let dir = tempfile::tempdir().unwrap();
+    /// A device whose back-end is not the scripted one, but what `listen` makes listen on the socket.
+    pub fn foreign(self, listen: impl FnOnce(&Path)) -> Bench {
+        let unbuilt = self.unbuilt(Backend::silent());
+        listen(unbuilt.socket());
+        let handshake = unbuilt.connect().unwrap();
+        unbuilt.device(handshake).unwrap()
+    }
+
+    /// All of the set-up.
+    pub fn start(self) -> Bench {
+        let (handshake, unbuilt) = self.connect();
+        let bench = unbuilt.device(handshake.unwrap()).unwrap();
+        if bench.device().shared_memory(0).is_some() {
+            bench.channel();
+        }
+        bench
+    }
+
+    fn unbuilt(self, backend: Backend) -> Unbuilt {
         let spec = DeviceSpec {
             name: "device".to_string(),
-            socket: dir.path().join("socket"),
+            socket: backend.socket().to_owned(),
             kind: self.kind.parse().unwrap(),
             queues: Some(2),
             queue_size: 64,
@@ -197,159 +121,43 @@ impl Setup {
             share_shmem: self.shares,
             shmem_rate: self.rate.map(|rate| rate.try_into().unwrap()),
         };
-        Backend {
-            _dir: dir,
-            spec,
-            quota: self.quota,
-            windows: self.windows.clone(),
-            member: self.member.clone(),
-            seen: Arc::default(),
-            main: Arc::default(),
-            channel: Arc::default(),
-            guest: Arc::clone(&self.guest),
-        }
-    }
-
-    /// A device whose back-end is not the scripted one, but what `listen` makes listen on the socket.
-    pub fn foreign(self, listen: impl FnOnce(PathBuf)) -> Bench {
-        let backend = self.backend();
-        listen(backend.spec.socket.clone());
-        let handshake = Frontend::connect(&backend.spec, PATIENCE, backend.member.is_some()).unwrap();
-        backend.device(handshake).unwrap()
-    }
-
-    /// As [`Self::start`], with the back-end's end of the main socket.
-    pub fn start_with_main_socket(self) -> (Bench, Wire) {
-        let (tell, told) = mpsc::channel();
-        // SET_BACKEND_REQ_FD, which comes once.
-        let bench = self
-            .on(21, move |peer| {
-                let _ = tell.send(peer.main.try_clone());
-                Answer::Usual
-            })
-            .start();
-        (bench, told.recv_timeout(PATIENCE).unwrap())
-    }
-
-    /// All of the set-up.
-    pub fn start(self) -> Bench {
-        let (handshake, backend) = self.connect();
-        let bench = backend.device(handshake.unwrap()).unwrap();
-        if bench.device().shared_memory(0).is_some() {
-            eventually("the back-end has its channel", || bench.channel.lock().unwrap().is_some());
-        }
-        bench
+        Unbuilt { spec, setup: self, backend }
     }
 }
 
-/// What every back-end does, except where the script says otherwise.
-fn serve(offer: &Offer, script: &mut Script, seen: &Mutex<Vec<Seen>>, peer: &Peer) {
-    while let Ok(mut request) = peer.main.receive_within(None) {
-        seen.lock().unwrap().push(Seen {
-            request: request.request,
-            flags: request.flags,
-            payload: request.payload.clone(),
-            fds: request.fds.len(),
-        });
-        if request.request == 21 {
-            let fd = request.fds.pop().unwrap();
-            *peer.channel.lock().unwrap() = Some(Wire::new(fd.into()));
-        }
-        let answer = match script(&request, peer) {
-            Answer::Usual => usual(offer, &request).map(|payload| {
-                let bytes = message(request.request, VERSION_1 | REPLY, &payload);
-                (bytes, None)
-            }),
-            Answer::Bytes(bytes, file) => Some((bytes, file)),
-            Answer::Silence => None,
-            Answer::HangUp => {
-                let _ = peer.main.socket().shutdown(std::net::Shutdown::Both);
-                if let Some(channel) = peer.channel.lock().unwrap().take() {
-                    let _ = channel.socket().shutdown(std::net::Shutdown::Both);
-                }
-                return;
-            }
-        };
-        if let Some((bytes, file)) = answer {
-            let fds: Vec<RawFd> = file.iter().map(|file| file.as_raw_fd()).collect();
-            // The device may be gone.
-            let _ = peer.main.send_with(&bytes, &fds);
-        }
-    }
-}
-
-fn usual(offer: &Offer, request: &Message) -> Option<Vec<u8>> {
-    Some(match request.request {
-        1 => wire::quads([offer.features]),
-        15 => wire::quads([offer.protocol]),
-        17 => wire::quads([offer.queues]),
-        36 => wire::quads([offer.slots]),
-        44 => wire::shmem_config(offer.regions.len() as u32, 0, &offer.regions),
-        24 | 11 => request.payload.clone(),
-        _ if request.flags & NEED_REPLY != 0 => wire::quads([0]),
-        _ => return None,
-    })
-}
-
-/// A back-end that runs.
-pub struct Backend {
-    _dir: TempDir,
+/// A back-end that runs, and the device that it is to be the back-end of.
+pub struct Unbuilt {
     spec: DeviceSpec,
-    quota: usize,
-    windows: WindowAllocator,
-    member: Option<Member>,
-    seen: Arc<Mutex<Vec<Seen>>>,
-    main: Arc<Mutex<Option<Wire>>>,
-    channel: Arc<Mutex<Option<Wire>>>,
-    guest: Arc<Guest>,
+    setup: Setup,
+    backend: Backend,
 }
 
-impl Backend {
-    /// What it was asked, in order.
-    pub fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().unwrap().clone()
-    }
+impl std::ops::Deref for Unbuilt {
+    type Target = Backend;
 
-    /// The ids of what it was asked.
-    pub fn ids(&self) -> Vec<u32> {
-        self.seen().iter().map(|seen| seen.request).collect()
+    fn deref(&self) -> &Backend {
+        &self.backend
     }
+}
 
-    /// The end of both sockets, as when the back-end's process dies.
-    pub fn hang_up(&self) {
-        for wire in [&self.main, &self.channel] {
-            if let Some(wire) = &*wire.lock().unwrap() {
-                // The device may have been faster.
-                let _ = wire.socket().shutdown(std::net::Shutdown::Both);
-            }
-        }
+impl Unbuilt {
+    fn connect(&self) -> Result<Handshake, FrontendError> {
+        Frontend::connect(&self.spec, PATIENCE, self.setup.member.is_some())
     }
 
     /// The device that the back-end makes.
     pub fn device(self, handshake: Handshake) -> Result<Bench, DeviceError> {
+        let Unbuilt { spec, setup: Setup { guest, mut windows, quota, member, .. }, backend } = self;
         let sizes = (0..=255).zip(handshake.region_sizes.clone());
-        let mut windows = self.windows.clone();
-        let mapper: Arc<dyn GuestMapper> = Arc::clone(&self.guest) as _;
-        let shmem = Arc::new(SharedMemory::new(sizes, &mut windows, mapper, self.quota)?);
+        let mapper: Arc<dyn GuestMapper> = guest.clone();
+        let shmem = Arc::new(SharedMemory::new(sizes, &mut windows, mapper, quota)?);
         let page = RegisterPage::new()?;
         let interrupt = Interrupt::new(Arc::clone(&page))?;
         let ram = MemoryRegion { guest_addr: 0, size: 16 << 20, user_addr: 0x7000_0000_0000, mmap_offset: 0 };
         let memory = MemoryTable::new(Arc::new(memfd(ram.size)), vec![ram]);
-        let device = VhostUserDevice::new(
-            &self.spec,
-            handshake,
-            memory,
-            Arc::clone(&shmem),
-            interrupt,
-            self.member.clone(),
-        )?;
-        Ok(Bench {
-            device: Mutex::new(Some(device)),
-            shmem,
-            page,
-            kicks: [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap()),
-            backend: self,
-        })
+        let device = VhostUserDevice::new(&spec, handshake, memory, Arc::clone(&shmem), interrupt, member)?;
+        let kicks = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
+        Ok(Bench { device: Mutex::new(Some(device)), shmem, page, kicks, guest, backend })
     }
 }
 
@@ -367,6 +175,7 @@ pub struct Bench {
     shmem: Arc<SharedMemory>,
     page: Arc<RegisterPage>,
     kicks: [EventFd; 2],
+    guest: Arc<Guest>,
     backend: Backend,
 }
 
@@ -395,7 +204,7 @@ impl Bench {
     /// The driver's DRIVER_OK, with both queues.
     pub fn start(&self) -> Result<(), DeviceError> {
         let queues = [self.queue(0), self.queue(1)];
-        self.device().start(F_VERSION_1, &queues)
+        self.device().start(VIRTIO_F_VERSION_1, &queues)
     }
 
     pub fn queue(&self, index: u16) -> QueueSetup<'_> {
@@ -431,17 +240,12 @@ impl Bench {
         eventually("the device needs a reset", || self.needs_reset());
     }
 
-    /// The back-end's end of the backend channel.
-    pub fn channel(&self) -> Wire {
-        self.backend.channel.lock().unwrap().as_ref().unwrap().try_clone()
-    }
-
     pub fn shmem(&self) -> &SharedMemory {
         &self.shmem
     }
 
     pub fn guest(&self) -> &Guest {
-        &self.backend.guest
+        &self.guest
     }
 
     /// Drops the device, and everything of ours that it could live on in.
@@ -468,16 +272,7 @@ impl Bench {
         self.guest().write(start + offset, byte)
     }
 
-    /// Sends a MAP with one descriptor and NEED_REPLY, and returns the answer.
-    pub fn map(&self, request: MMap, file: &impl AsRawFd) -> i64 {
-        map(&self.channel(), request, file)
-    }
-
-    pub fn unmap(&self, request: MMap) -> i64 {
-        unmap(&self.channel(), request)
-    }
-
-    /// A MAP of one page of a file full of `byte`, at a page of region 0.
+    /// SHMEM_MAP of one page of a file full of `byte`, at a page of region 0.
     pub fn map_page(&self, page: u64, byte: u8) -> i64 {
         self.map(page_at(page), &file_of(1, byte))
     }
@@ -491,57 +286,4 @@ impl Bench {
         assert_eq!(self.reads(0, last * PAGE), None);
         assert!(!self.needs_reset());
     }
-}
-
-/// One page of region 0.
-pub fn page_at(page: u64) -> MMap {
-    MMap { shm_offset: page * PAGE, len: PAGE, ..MMap::default() }
-}
-
-pub fn map(channel: &Wire, request: MMap, file: &impl AsRawFd) -> i64 {
-    let bytes = message(MAP, VERSION_1 | NEED_REPLY, &request.bytes());
-    channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
-    answer(channel, MAP)
-}
-
-pub fn unmap(channel: &Wire, request: MMap) -> i64 {
-    channel.send(&message(UNMAP, VERSION_1 | NEED_REPLY, &request.bytes()));
-    answer(channel, UNMAP)
-}
-
-/// The answer to a request, which must be well formed (SHM-57): 0, or -errno.
-pub fn answer(channel: &Wire, request: u32) -> i64 {
-    let reply = channel.receive().unwrap();
-    assert_eq!((reply.request, reply.flags), (request, 0x5));
-    assert_eq!((reply.payload.len(), reply.fds.len()), (8, 0));
-    let value = reply.quad(0) as i64;
-    assert!((-4095..=0).contains(&value), "{value} is neither 0 nor -errno");
-    value
-}
-
-/// Waits for something that another thread does.
-pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < end, "not so: {what}");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-pub fn memfd(len: u64) -> File {
-    // SAFETY: the name is a C string, and the new descriptor is nobody else's.
-    let file = unsafe {
-        let fd = libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC);
-        assert!(fd >= 0);
-        File::from_raw_fd(fd)
-    };
-    file.set_len(len).unwrap();
-    file
-}
-
-/// A file of `pages` pages full of `byte`.
-pub fn file_of(pages: u64, byte: u8) -> File {
-    let mut file = memfd(0);
-    file.write_all(&vec![byte; (pages * PAGE) as usize]).unwrap();
-    file
 }

@@ -62,12 +62,6 @@ impl Guest {
         Guest { hotslot, stdin, stdout, _kernel: kernel, log, registers: REGISTERS }
     }
 
-    /// Boots it with one device whose back-end listens on `socket`; `extra` are further keys of the device
-    /// string.
-    pub fn with_device(socket: &Path, extra: &str) -> Guest {
-        Guest::boot(["--vhost-user".to_string(), format!("{},{extra}", socket.display())])
-    }
-
     fn ask(&mut self, operation: Operation, width: u8, address: u64, value: u64) -> u64 {
         let mut request = vec![operation as u8, width];
         request.extend(address.to_le_bytes());
@@ -155,10 +149,6 @@ impl Guest {
 
     pub fn out8(&mut self, port: u16, value: u8) {
         self.ask(Operation::Out, 1, port.into(), value.into());
-    }
-
-    pub fn in8(&mut self, port: u16) -> u8 {
-        self.ask(Operation::In, 1, port.into(), 0) as u8
     }
 
     /// Enables or disables interrupts in the processor. None comes either way, unless the test arranges for

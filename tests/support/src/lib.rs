@@ -2,14 +2,14 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`wire`] | vhost-user messages as bytes on a socket, and the specification's numbers |
-//! | [`bench`] | a device of the library in this process, and its scripted back-end |
-//! | [`recorder`], [`machine`] | the machine of such a device: it records its mappings, or KVM shows them to a vCPU |
-//! | [`backend`] | a scripted back-end for a running `hotslot` |
+//! | [`names`], [`wire`] | the numbers of vhost-user, and its messages as bytes on a socket |
+//! | [`backend`], [`files`] | a scripted back-end, and what it maps |
+//! | [`bench`] | a device of the library in this process, and the scripted back-end behind it |
+//! | [`recorder`], [`machine`] | the machine of such a device: it records its mappings, or a vCPU of KVM sees them |
 //! | [`guest`], [`monitor`], [`image`] | a running `hotslot`, and the small guest in it |
 //! | [`program`], [`torture`] | a running `hotslot-backend` |
 //! | [`driver`] | the front-end of the `vhost` crate, and a driver with one queue |
-//! | [`kvm`], [`process`] | whether `/dev/kvm` opens; what a process has open |
+//! | [`built`], [`kvm`], [`process`], [`wait`] | what cargo built; whether `/dev/kvm` opens; what a process has; deadlines |
 //!
 //! Nothing here encodes or decodes a message by hotslot's own codec, so that no error in that codec can hide.
 
@@ -20,13 +20,16 @@ pub mod backend;
 pub mod bench;
 pub mod built;
 pub mod driver;
+pub mod files;
 pub mod guest;
 pub mod image;
 pub mod kvm;
 pub mod machine;
 pub mod monitor;
+pub mod names;
 pub mod process;
 pub mod program;
 pub mod recorder;
 pub mod torture;
+pub mod wait;
 pub mod wire;
