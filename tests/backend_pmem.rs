@@ -20,7 +20,8 @@ use std::thread;
 use std::time::Duration;
 
 use hotslot_test_support::driver::*;
-use hotslot_test_support::program::{Backend, DEADLINE, assert_refused, directory, file, wait_until};
+use hotslot_test_support::program::{Backend, DEADLINE, assert_refused, directory, file};
+use hotslot_test_support::wait::eventually;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -379,7 +380,7 @@ fn a_second_memory_table_without_a_reset_does_not_unmap() {
     // After a reset it is not mapped before.
     machine.reset();
     machine.map(-libc::ENOMEM as u64);
-    wait_until("a second failure", || backend.stderr().matches("failed").count() == 2);
+    eventually("a second failure", || backend.stderr().matches("failed").count() == 2);
     assert_eq!(backend.stderr().matches("it was mapped before").count(), 1);
 }
 
@@ -553,7 +554,7 @@ fn a_broken_ring_is_survived() {
     machine.start_queue();
     machine.ram.write_obj(1u16, GuestAddress(RAM - 2)).unwrap();
     machine.kick.write(1).unwrap();
-    wait_until("a second complaint", || backend.stderr().matches("queue is broken").count() >= 2);
+    eventually("a second complaint", || backend.stderr().matches("queue is broken").count() >= 2);
     machine.ram.write_obj(0u16, GuestAddress(RAM - 2)).unwrap();
     machine.reset();
     machine.map(0);
@@ -569,7 +570,7 @@ fn a_broken_ring_is_survived() {
     machine.descriptor(1, (ANSWER, 4, WRITE, 0));
     machine.offer(0);
     machine.front_end.set_vring_enable(0, true).unwrap();
-    wait_until("the one that can be given back", || machine.used_index() == 1);
+    eventually("the one that can be given back", || machine.used_index() == 1);
     backend.wait_for("request 8 cannot be handed back");
     machine.reset();
     machine.map(0);

@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
-use hotslot_test_support::program::{self, Backend, DEADLINE, wait_until};
+use hotslot_test_support::program::{self, Backend, DEADLINE};
+use hotslot_test_support::wait::eventually;
 use tempfile::TempDir;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -328,9 +329,9 @@ impl Machine {
 
     /// A buffer comes back: its head, and how many bytes were written.
     pub fn await_used(&mut self, queue: usize) -> (u32, u32) {
-        wait_until("a used buffer", || self.is_used(queue));
+        eventually("a used buffer", || self.is_used(queue));
         let ring = &mut self.rings[queue];
-        wait_until("a call", || ring.call.read().is_ok());
+        eventually("a call", || ring.call.read().is_ok());
         let slot = u64::from(ring.used % QUEUE_SIZE);
         ring.used = ring.used.wrapping_add(1);
         let at = GuestAddress(self.address(queue, USED + 4 + 8 * slot));

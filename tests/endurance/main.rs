@@ -26,7 +26,7 @@ use hotslot_test_support::backend::{Backend, Offer};
 use hotslot_test_support::files::PAGE;
 use hotslot_test_support::guest::Guest;
 use hotslot_test_support::wire::{page_at, writable};
-use hotslot_test_support::{guest, image, kvm};
+use hotslot_test_support::{built, guest, image, kvm};
 
 use churn::Churn;
 use page::Words;
@@ -39,7 +39,7 @@ const SHORT: Duration = Duration::from_secs(10);
 const SLACK_KIB: u64 = 256;
 
 fn hotslot() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
+    let mut command = Command::new(built::hotslot());
     command.args(["-v", "--debug-exit", "--cpus", &CPUS.to_string()]);
     command
 }

@@ -3,7 +3,6 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -13,30 +12,8 @@ use hotslot_test_support::backend::{Backend, Offer};
 use hotslot_test_support::names::{
     PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_SHMEM, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1,
 };
+use hotslot_test_support::terminal::{settings, terminal};
 use hotslot_test_support::{guest, kvm};
-
-/// A terminal: hotslot's end, and ours.
-fn terminal() -> (OwnedFd, OwnedFd) {
-    let (mut ours, mut theirs) = (0, 0);
-    let null = std::ptr::null_mut();
-    // SAFETY: room for two descriptors, which are nobody else's; name, settings and size are left to the
-    // kernel.
-    unsafe {
-        assert_eq!(libc::openpty(&mut ours, &mut theirs, null, null.cast(), null.cast()), 0);
-        (OwnedFd::from_raw_fd(theirs), OwnedFd::from_raw_fd(ours))
-    }
-}
-
-fn settings(terminal: &OwnedFd) -> [u32; 4] {
-    // SAFETY: a termios is plain data, for which all-zero is a value; it lives through the call, which fills
-    // it.
-    let termios = unsafe {
-        let mut termios: libc::termios = std::mem::zeroed();
-        assert_eq!(libc::tcgetattr(terminal.as_raw_fd(), &mut termios), 0);
-        termios
-    };
-    [termios.c_iflag, termios.c_oflag, termios.c_cflag, termios.c_lflag]
-}
 
 /// Longer than anything here takes, on the slowest machine; then it is killed, and its status is wrong.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -48,7 +25,7 @@ struct Ended {
 
 /// Runs hotslot on a terminal until it ends; `meanwhile` is given its process id.
 fn run(options: &[&str], meanwhile: impl FnOnce(i32)) -> Ended {
-    let (theirs, ours) = terminal();
+    let (ours, theirs) = terminal();
     let before = settings(&ours);
     let kernel = guest::kernel();
     let mut command = guest::command(kernel.path());

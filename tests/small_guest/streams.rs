@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use hotslot_test_support::child::{finish, signal_child, wait};
 use hotslot_test_support::monitor::Operation;
 use hotslot_test_support::{guest, kvm};
 
@@ -24,20 +25,6 @@ fn script() -> Vec<u8> {
     let mut script = request(Operation::Read, 0x10_0000, 0).repeat(20);
     script.extend(request(Operation::Out, DEBUG_EXIT, 42));
     script
-}
-
-fn wait(mut hotslot: Child) -> ExitStatus {
-    let start = Instant::now();
-    loop {
-        if let Some(status) = hotslot.try_wait().unwrap() {
-            return status;
-        }
-        if start.elapsed() > Duration::from_secs(60) {
-            hotslot.kill().unwrap();
-            panic!("hotslot does not end");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// Closes a standard stream in the child.
@@ -67,7 +54,7 @@ fn input_is_a_file() {
     let mut output = Vec::new();
     hotslot.stdout.take().unwrap().read_to_end(&mut output).unwrap();
     assert_eq!(output.len(), 20 * 8);
-    assert_eq!(wait(hotslot).code(), Some(42));
+    assert_eq!(wait(&mut hotslot).code(), Some(42));
 }
 
 #[test]
@@ -81,7 +68,7 @@ fn input_is_a_pipe_that_ends_before_the_guest() {
     let mut stdin = hotslot.stdin.take().unwrap();
     stdin.write_all(&script()).unwrap();
     drop(stdin);
-    assert_eq!(wait(hotslot).code(), Some(42));
+    assert_eq!(wait(&mut hotslot).code(), Some(42));
 }
 
 #[test]
@@ -99,14 +86,10 @@ fn there_is_no_input() {
         }
         let mut hotslot = command.spawn().unwrap();
         std::thread::sleep(Duration::from_millis(500));
-        assert_eq!(hotslot.try_wait().unwrap(), None, "closed: {close}");
-        // SAFETY: a signal to a child of ours, which is not reaped yet.
-        unsafe { libc::kill(hotslot.id() as i32, libc::SIGTERM) };
-        let mut stderr = hotslot.stderr.take().unwrap();
-        assert_eq!(wait(hotslot).code(), Some(128 + libc::SIGTERM));
-        let mut text = String::new();
-        stderr.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "hotslot: ended by SIGTERM\n");
+        signal_child(&mut hotslot, libc::SIGTERM);
+        let output = finish(hotslot);
+        assert_eq!(output.status.code(), Some(128 + libc::SIGTERM), "closed: {close}");
+        assert_eq!(output.stderr, b"hotslot: ended by SIGTERM\n");
     }
 }
 
@@ -136,7 +119,7 @@ fn nobody_reads_the_output() {
                 command.stdout(Stdio::null());
             }
         }
-        assert_eq!(wait(command.spawn().unwrap()).code(), Some(42), "{case}");
+        assert_eq!(wait(&mut command.spawn().unwrap()).code(), Some(42), "{case}");
     }
 }
 
@@ -150,9 +133,8 @@ fn nothing_is_open_at_all() {
     for fd in 0..3 {
         closed(&mut command, fd);
     }
-    let hotslot = command.spawn().unwrap();
+    let mut hotslot = command.spawn().unwrap();
     std::thread::sleep(Duration::from_millis(500));
-    // SAFETY: a signal to a child of ours, which is not reaped yet.
-    unsafe { libc::kill(hotslot.id() as i32, libc::SIGTERM) };
-    assert_eq!(wait(hotslot).code(), Some(128 + libc::SIGTERM));
+    signal_child(&mut hotslot, libc::SIGTERM);
+    assert_eq!(wait(&mut hotslot).code(), Some(128 + libc::SIGTERM));
 }

@@ -107,7 +107,7 @@ impl VhostUserFrontendReqHandlerMut for Regions {
 fn run(steps: &[&str], breaks: Breaks, until: &str) -> (Option<i32>, String) {
     let steps = steps.iter().flat_map(|step| ["--do", step]);
     let options = ["--once", "--patience", "2"].into_iter().chain(steps);
-    let mut torture = Torture::start(&options.collect::<Vec<_>>());
+    let torture = Torture::start(&options.collect::<Vec<_>>());
     let mut frontend = Frontend::connect(torture.socket(), 1).unwrap();
     frontend.set_owner().unwrap();
     let features = frontend.get_features().unwrap();

@@ -8,7 +8,7 @@ use crate::requests::pattern;
 
 /// Boots hotslot with a back-end that does this; it has to refuse it, with these words.
 fn refused(step: &str, words: &[&str]) {
-    let mut torture = Torture::doing(&[step]);
+    let torture = Torture::doing(&[step]);
     let (status, log) = Guest::boot(["--vhost-user", &torture.device("gizmo")]).wait();
     assert_eq!(status.code(), Some(2), "{step}: {log}");
     let socket = torture.socket();
@@ -71,7 +71,7 @@ fn extreme_configurations_work() {
     if !kvm::is_here() {
         return;
     }
-    let mut all = Torture::doing(&["shmem-config=all", "queue-num=0xffffffffffffffff"]);
+    let all = Torture::doing(&["shmem-config=all", "queue-num=0xffffffffffffffff"]);
     let mut guest = Guest::boot(["--vhost-user", &all.device("all")]);
     guest.start_device();
     for shmid in [0, 1, 255] {

@@ -18,7 +18,7 @@ fn every_request_is_carried_out_or_refused_as_specified() {
         return;
     }
     let regions = ["--region", "0=4M", "--region", "7=2M"];
-    let mut torture =
+    let torture =
         Torture::start(&[&regions[..], &["--once", "--patience", "30", "--do", "everything"]].concat());
     let mut guest = Guest::boot(["--vhost-user", &torture.device("tortured")]);
     guest.start_device();
@@ -59,7 +59,7 @@ fn every_request_is_carried_out_or_refused_as_specified() {
 /// Runs a back-end with these options, a device with these further keys, and reads the first word of region
 /// 0.
 fn first_word(options: &[&str], keys: &str, until: &str) -> (u64, String) {
-    let mut torture = Torture::start(&[&["--once", "--patience", "30"], options].concat());
+    let torture = Torture::start(&[&["--once", "--patience", "30"], options].concat());
     let device = format!("{}{keys}", torture.device("tortured"));
     let mut guest = Guest::boot(["--vhost-user", &device]);
     guest.start_device();

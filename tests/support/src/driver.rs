@@ -10,7 +10,8 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::program::{Backend, wait_until};
+use crate::program::Backend;
+use crate::wait::eventually;
 
 pub const MIB: u64 = 1 << 20;
 
@@ -143,8 +144,8 @@ impl Driver {
 
     /// The chain at `head` comes back: how many bytes were written.
     pub fn await_used(&mut self, head: u16) -> u32 {
-        wait_until("a used buffer", || self.used_index() == self.avail);
-        wait_until("a call", || self.call.read().is_ok());
+        eventually("a used buffer", || self.used_index() == self.avail);
+        eventually("a call", || self.call.read().is_ok());
         let slot = u64::from((self.avail - 1) % QUEUE_SIZE);
         let [id, written]: [u32; 2] = self.ram.read_obj(GuestAddress(USED + 4 + 8 * slot)).unwrap();
         assert_eq!(id, u32::from(head));

@@ -2,16 +2,16 @@
 //! writes.
 
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
+
+use crate::child::Running;
 use crate::image;
 use crate::monitor::{self, Operation};
-
-/// Longer than anything here takes, on the slowest machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::wait::{PATIENCE, eventually};
 
 /// The first device's register block.
 pub const REGISTERS: u64 = 0xd000_0000;
@@ -19,11 +19,10 @@ pub const REGISTERS: u64 = 0xd000_0000;
 const DEBUG_EXIT: u64 = 0xf4;
 
 pub struct Guest {
-    hotslot: Child,
+    hotslot: Running,
     stdin: ChildStdin,
     stdout: ChildStdout,
     _kernel: Option<tempfile::NamedTempFile>,
-    log: tempfile::NamedTempFile,
     /// The registers of the device that the driver below drives.
     registers: u64,
 }
@@ -51,15 +50,9 @@ impl Guest {
 
     /// Runs hotslot with a kernel of the test's own, which is kept as long where it is a temporary one.
     pub fn spawn(mut hotslot: Command, kernel: Option<tempfile::NamedTempFile>) -> Guest {
-        let log = tempfile::NamedTempFile::new().unwrap();
-        let mut hotslot = hotslot
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(log.reopen().unwrap())
-            .spawn()
-            .unwrap();
-        let (stdin, stdout) = (hotslot.stdin.take().unwrap(), hotslot.stdout.take().unwrap());
-        Guest { hotslot, stdin, stdout, _kernel: kernel, log, registers: REGISTERS }
+        let hotslot = Running::start(hotslot.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let (stdin, stdout) = hotslot.pipes();
+        Guest { hotslot, stdin, stdout, _kernel: kernel, registers: REGISTERS }
     }
 
     fn ask(&mut self, operation: Operation, width: u8, address: u64, value: u64) -> u64 {
@@ -78,9 +71,8 @@ impl Guest {
     }
 
     fn wait_for_output(&self) {
-        let mut poll = libc::pollfd { fd: self.stdout.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one pollfd, on our stack.
-        if unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) } != 1 {
+        let mut poll = [PollFd::new(&self.stdout, PollFlags::IN)];
+        if rustix::event::poll(&mut poll, Some(&PATIENCE.try_into().unwrap())) != Ok(1) {
             self.fail("the guest does not answer");
         }
     }
@@ -91,36 +83,29 @@ impl Guest {
 
     /// What hotslot printed on stderr so far.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.log.path()).unwrap()
+        self.hotslot.said()
     }
 
     /// Waits until hotslot has printed `text` on stderr.
     pub fn wait_for_log(&self, text: &str) {
-        let start = Instant::now();
-        while !self.log().contains(text) {
-            if start.elapsed() > PATIENCE {
-                self.fail(&format!("no '{text}'"));
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        self.hotslot.wait_for(text);
     }
 
     /// Has hotslot print its memory map (SIGUSR1), until there is `text` in it.
     pub fn wait_for_map(&self, text: &str) {
-        let start = Instant::now();
-        while !self.log().contains(text) {
-            if start.elapsed() > PATIENCE {
-                self.fail(&format!("no '{text}'"));
+        self.hotslot.wait_until(&format!("the map has {text:?}"), || {
+            let has_it = self.log().contains(text);
+            if !has_it {
+                self.hotslot.signal(libc::SIGUSR1);
+                std::thread::sleep(Duration::from_millis(100));
             }
-            // SAFETY: a signal to a child of ours, which is not reaped yet.
-            unsafe { libc::kill(self.pid(), libc::SIGUSR1) };
-            std::thread::sleep(Duration::from_millis(100));
-        }
+            has_it
+        });
     }
 
     /// The process.
     pub fn pid(&self) -> i32 {
-        self.hotslot.id() as i32
+        self.hotslot.pid()
     }
 
     pub fn read8(&mut self, address: u64) -> u8 {
@@ -184,25 +169,8 @@ impl Guest {
     }
 
     /// Waits for the end of hotslot; gives its status and what it printed on stderr.
-    pub fn wait(mut self) -> (ExitStatus, String) {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.hotslot.try_wait().unwrap() {
-                return (status, self.log());
-            }
-            if start.elapsed() > PATIENCE {
-                self.fail("hotslot does not end");
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // It has ended already where the test went well.
-        let _ = self.hotslot.kill();
-        let _ = self.hotslot.wait();
+    pub fn wait(self) -> (ExitStatus, String) {
+        self.hotslot.wait()
     }
 }
 
@@ -330,13 +298,9 @@ impl Guest {
 
     /// Waits until the device says that it needs a reset.
     pub fn wait_for_needs_reset(&mut self) {
-        let start = Instant::now();
-        while self.register(register::STATUS) & NEEDS_RESET == 0 {
-            if start.elapsed() > PATIENCE {
-                self.fail("the device does not say that it needs a reset");
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        eventually("the device says that it needs a reset", || {
+            self.register(register::STATUS) & NEEDS_RESET != 0
+        });
     }
 
     /// The base and length of a shared memory region, as the registers tell; all-ones where there is none.

@@ -9,7 +9,8 @@
 //! | [`guest`], [`monitor`], [`image`] | a running `hotslot`, and the small guest in it |
 //! | [`program`], [`torture`] | a running `hotslot-backend` |
 //! | [`driver`] | the front-end of the `vhost` crate, and a driver with one queue |
-//! | [`built`], [`kvm`], [`process`], [`wait`] | what cargo built; whether `/dev/kvm` opens; what a process has; deadlines |
+//! | [`child`], [`built`], [`terminal`] | a program that runs, where cargo built it, what it runs on |
+//! | [`kvm`], [`process`], [`wait`] | whether `/dev/kvm` opens; what a process has of the host; deadlines |
 //!
 //! Nothing here encodes or decodes a message by hotslot's own codec, so that no error in that codec can hide.
 
@@ -19,6 +20,7 @@
 pub mod backend;
 pub mod bench;
 pub mod built;
+pub mod child;
 pub mod driver;
 pub mod files;
 pub mod guest;
@@ -30,6 +32,7 @@ pub mod names;
 pub mod process;
 pub mod program;
 pub mod recorder;
+pub mod terminal;
 pub mod torture;
 pub mod wait;
 pub mod wire;

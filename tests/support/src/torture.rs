@@ -1,38 +1,29 @@
 //! A running `hotslot-backend torture`.
 
+use std::ops::Deref;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
-use tempfile::{NamedTempFile, TempDir};
+use tempfile::TempDir;
 
-/// Longer than anything here takes, on the slowest machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::built;
+use crate::child::Running;
 
+/// What it prints is what it does, on stdout, and why it ends, on stderr.
 pub struct Torture {
     dir: TempDir,
-    process: Child,
-    output: NamedTempFile,
+    program: Running,
 }
 
 impl Torture {
     /// Starts it with these options, and waits until it listens.
     pub fn start(options: &[&str]) -> Torture {
         let dir = tempfile::tempdir().unwrap();
-        let output = NamedTempFile::new().unwrap();
-        let printed = output.reopen().unwrap();
-        let process = Command::new(crate::built::hotslot_backend())
-            .args(["torture", "--socket"])
-            .arg(dir.path().join("socket"))
-            .args(options)
-            .stdin(Stdio::null())
-            .stdout(printed.try_clone().unwrap())
-            .stderr(printed)
-            .spawn()
-            .unwrap();
-        let torture = Torture { dir, process, output };
-        torture.wait_for("listening");
-        torture
+        let mut command = Command::new(built::hotslot_backend());
+        command.args(["torture", "--socket"]).arg(dir.path().join("socket")).args(options);
+        let program = Running::start_with_stdout(command.stdin(Stdio::null()));
+        program.wait_for("listening");
+        Torture { dir, program }
     }
 
     /// One that does these things, and ends with its front-end. It is patient: tests run on busy machines.
@@ -49,44 +40,12 @@ impl Torture {
     pub fn device(&self, name: &str) -> String {
         format!("{},type=rng,name={name}", self.socket().display())
     }
-
-    /// What it printed so far, on stdout and stderr.
-    pub fn output(&self) -> String {
-        std::fs::read_to_string(self.output.path()).unwrap()
-    }
-
-    /// Waits until it has printed `text`.
-    pub fn wait_for(&self, text: &str) {
-        let start = Instant::now();
-        while !self.output().contains(text) {
-            assert!(start.elapsed() < PATIENCE, "no '{text}' in:\n{}", self.output());
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-
-    /// SIGKILL, from outside.
-    pub fn kill(&mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
-    }
-
-    /// Waits for its end; gives its status and what it printed.
-    pub fn wait(&mut self) -> (ExitStatus, String) {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.process.try_wait().unwrap() {
-                return (status, self.output());
-            }
-            assert!(start.elapsed() < PATIENCE, "it does not end:\n{}", self.output());
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
 }
 
-impl Drop for Torture {
-    fn drop(&mut self) {
-        // It has ended already in most tests.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+impl Deref for Torture {
+    type Target = Running;
+
+    fn deref(&self) -> &Running {
+        &self.program
     }
 }
