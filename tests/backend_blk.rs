@@ -11,6 +11,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
 use hotslot_test_support::driver::*;
+use hotslot_test_support::files::MIB;
+use hotslot_test_support::names::*;
 use hotslot_test_support::program::{Backend, assert_refused, directory, file};
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
@@ -24,7 +26,6 @@ const BLK_SIZE: u64 = 1 << 6;
 const FLUSH: u64 = 1 << 9;
 const DISCARD: u64 = 1 << 13;
 const WRITE_ZEROES: u64 = 1 << 14;
-const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
@@ -50,12 +51,15 @@ struct Machine(Driver);
 
 impl Machine {
     fn connect(backend: &Backend) -> Self {
-        let features = VERSION_1 | FLUSH | DISCARD | WRITE_ZEROES | SEG_MAX | BLK_SIZE;
+        let features = VIRTIO_F_VERSION_1 | FLUSH | DISCARD | WRITE_ZEROES | SEG_MAX | BLK_SIZE;
         Self::connect_with(backend, features)
     }
 
     fn connect_with(backend: &Backend, features: u64) -> Self {
-        let protocol = REPLY_ACK | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
+        let protocol = PROTOCOL_F_REPLY_ACK
+            | PROTOCOL_F_CONFIG
+            | PROTOCOL_F_RESET_DEVICE
+            | PROTOCOL_F_CONFIGURE_MEM_SLOTS;
         let mut machine = Machine(Driver::connect(backend, features, protocol));
         machine.start();
         machine
@@ -185,10 +189,16 @@ fn the_configuration_space_says_what_the_disk_can() {
     File::options().write(true).open(path).unwrap().set_len(MIB + 100).unwrap();
     for (arguments, access) in [("", DISCARD | WRITE_ZEROES), ("--read-only", RO)] {
         let backend = Backend::start("blk", &dir, arguments);
-        let mut machine = Machine::connect_with(&backend, VERSION_1);
+        let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1);
         let features = machine.0.front_end.get_features().unwrap();
-        let all =
-            VERSION_1 | PROTOCOL_FEATURES | INDIRECT_DESC | EVENT_IDX | SEG_MAX | BLK_SIZE | FLUSH | access;
+        let all = VIRTIO_F_VERSION_1
+            | VHOST_USER_F_PROTOCOL_FEATURES
+            | VIRTIO_F_INDIRECT_DESC
+            | VIRTIO_F_EVENT_IDX
+            | SEG_MAX
+            | BLK_SIZE
+            | FLUSH
+            | access;
         assert_eq!(features, all);
         let offered = machine.0.front_end.get_protocol_features().unwrap();
         assert!(offered.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS));
@@ -205,7 +215,7 @@ fn a_read_only_disk_is_read_and_never_written() {
     let dir = directory();
     let (path, bytes) = disk(&dir);
     let backend = Backend::start("blk", &dir, "--read-only");
-    let mut machine = Machine::connect_with(&backend, VERSION_1 | RO | FLUSH);
+    let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | RO | FLUSH);
     assert_eq!(machine.request(T_OUT, 0, &[(DATA, 512)]), (1, IOERR));
     assert_eq!(machine.ranges(T_DISCARD, &[(0, 8, 0)]), (1, IOERR));
     assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));

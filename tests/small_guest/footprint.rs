@@ -11,12 +11,6 @@ use hotslot_test_support::guest::Guest;
 use hotslot_test_support::kvm;
 use hotslot_test_support::wire::{MMap, SHMEM_MAP, page_at, writable};
 
-fn boot(backend: &Backend) -> Guest {
-    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
-    guest.start_device();
-    guest
-}
-
 /// Open descriptors, and mapped address ranges.
 fn counts(guest: &Guest) -> (usize, usize) {
     let proc = format!("/proc/{}", guest.pid());
@@ -32,7 +26,7 @@ fn what_was_mapped_and_unmapped_leaves_nothing_behind() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
+    let mut guest = Guest::with(&backend);
     let data = numbered_file(1, 4);
     let round = |index: u64| {
         let payload = MMap { len: 4 * PAGE, ..page_at(index * 5) };
@@ -143,13 +137,11 @@ fn sigusr1_prints_the_memory_map_with_live_mappings() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
+    let mut guest = Guest::with(&backend);
     let (base, len) = guest.region(0);
     let payload = MMap { fd_offset: PAGE, ..page_at(3) };
     assert_eq!(backend.map(writable(payload), &numbered_file(1, 2)), 0);
-    // SAFETY: a signal to a child of ours, which is not reaped yet.
-    unsafe { libc::kill(guest.pid(), libc::SIGUSR1) };
-    guest.wait_for_log("region 7");
+    guest.wait_for_map("region 7");
     let log = guest.log();
     let range = |start: u64, len: u64| format!("{start:#014x}-{:#014x}", start + len - 1);
     for line in [
@@ -170,7 +162,7 @@ fn guest_memory_is_resident_once() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
+    let mut guest = Guest::with(&backend);
     let touched = 32 * MIB;
     for address in (24 * MIB..24 * MIB + touched).step_by(PAGE as usize * 4) {
         guest.write64(address, address);

@@ -25,8 +25,7 @@ fn a_reset_has_removed_every_mapping_when_the_status_write_completes() {
     let backend = Backend::acting(GET_VRING_BASE, move |connection| {
         *answer.lock().unwrap() = Some(connection.map(page_at(2), &data));
     });
-    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, _) = guest.region(0);
     let (first, second) = (numbered_file(1, 1), numbered_file(2, 1));
     assert_eq!(backend.map(page_at(0), &first), 0);

@@ -12,10 +12,6 @@ use hotslot_test_support::wire::{MMap, SHMEM_MAP, SHMEM_UNMAP, page_at, writable
 
 const HOLE: u64 = u64::MAX;
 
-fn boot(backend: &Backend) -> Guest {
-    Guest::boot(["--vhost-user", &backend.device("device")])
-}
-
 fn word(file: &File, offset: u64) -> u64 {
     let mut bytes = [0; 8];
     file.read_exact_at(&mut bytes, offset).unwrap();
@@ -29,8 +25,7 @@ fn the_guest_reads_a_mapped_file_where_the_registers_say() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (first, len) = guest.region(0);
     let (seventh, seventh_len) = guest.region(7);
     assert_eq!((len, seventh_len), (4 * MIB, 2 * MIB));
@@ -73,8 +68,7 @@ fn the_last_bytes_of_a_region_can_be_mapped() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, len) = guest.region(0);
     let last = MMap { len: PAGE - 1000, ..page_at(len / PAGE - 1) };
     assert_eq!(backend.map(last, &numbered_file(1, 1)), 0);
@@ -92,8 +86,7 @@ fn a_read_only_mapping_keeps_what_the_guest_writes_from_the_file() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, _) = guest.region(0);
     let on_disk = tempfile::NamedTempFile::new().unwrap();
     on_disk.as_file().write_all_at(&vec![0x5a; 2 * PAGE as usize], 0).unwrap();
@@ -126,8 +119,7 @@ fn guest_and_back_end_see_each_others_writes() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, _) = guest.region(0);
     let shared = numbered_file(1, 4);
     let payload = MMap { fd_offset: PAGE, len: 2 * PAGE, ..page_at(2) };
@@ -151,8 +143,7 @@ fn a_mapping_is_gone_when_unmap_is_answered() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, _) = guest.region(0);
     let (old, new) = (numbered_file(1, 1), numbered_file(2, 1));
     for _ in 0..20 {
@@ -176,8 +167,7 @@ fn requests_are_answered_in_order_also_when_many_are_under_way() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, _) = guest.region(0);
     let data = numbered_file(1, 1);
     let channel = backend.channel();
@@ -204,8 +194,7 @@ fn a_refused_request_changes_nothing() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, len) = guest.region(0);
     let (old, other) = (numbered_file(1, 4), numbered_file(2, 16));
     let live = MMap { len: 4 * PAGE, ..page_at(4) };
@@ -255,8 +244,7 @@ fn two_hundred_and_fifty_six_regions_work() {
         regions: (0..=255).map(|id| (id, PAGE * (1 + u64::from(id)))).collect(),
         ..Offer::default()
     });
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let regions: Vec<_> = (0..256).map(|id| guest.region(id)).collect();
     for (id, &(base, len)) in (0..).zip(&regions) {
         assert_eq!((base % (2 * MIB), len), (0, PAGE * (1 + id)), "{id}");
@@ -284,7 +272,7 @@ fn absent_regions_read_all_ones() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
+    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
     let before = (guest.region(0), guest.region(7));
     for id in [1, 6, 8, 255, 256, u32::MAX] {
         assert_eq!(guest.region(id), (u64::MAX, u64::MAX), "{id}");

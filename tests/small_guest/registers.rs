@@ -16,8 +16,7 @@ fn a_notify_reaches_the_back_ends_kick() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     assert!(!backend.was_kicked());
     guest.set_register(register::QUEUE_NOTIFY, 0);
     assert!(backend.was_kicked());

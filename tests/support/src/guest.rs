@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
+use crate::backend::Backend;
 use crate::child::Running;
 use crate::image;
 use crate::monitor::{self, Operation};
@@ -46,6 +47,13 @@ impl Guest {
         let mut command = command(kernel.path());
         command.args(options);
         Guest::spawn(command, Some(kernel))
+    }
+
+    /// Boots it with this back-end's device, and starts the device.
+    pub fn with(backend: &Backend) -> Guest {
+        let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
+        guest.start_device();
+        guest
     }
 
     /// Runs hotslot with a kernel of the test's own, which is kept as long where it is a temporary one.

@@ -42,6 +42,7 @@ pub fn command(device: &str, dir: &TempDir) -> Command {
 pub struct Backend {
     program: Running,
     pub socket: PathBuf,
+    _dir: Option<TempDir>,
 }
 
 impl Backend {
@@ -56,7 +57,20 @@ impl Backend {
     pub fn spawn(mut command: Command, dir: &TempDir) -> Self {
         let program = Running::start(&mut command).for_at_most(DEADLINE);
         program.wait_for("listening on ");
-        Backend { program, socket: dir.path().join(SOCKET) }
+        Backend { program, socket: dir.path().join(SOCKET), _dir: None }
+    }
+
+    /// Starts a device of it on a sparse file in a directory of its own: [`Self::file`].
+    pub fn on_file(device: &str, len: u64, args: &str) -> Self {
+        let dir = directory();
+        file(&dir, len);
+        let backend = Backend::start(device, &dir, args);
+        Backend { _dir: Some(dir), ..backend }
+    }
+
+    /// The file `memory.img`.
+    pub fn file(&self) -> PathBuf {
+        self.socket.with_file_name("memory.img")
     }
 
     pub fn stderr(&self) -> String {

@@ -1,6 +1,7 @@
 //! Bytes on a socket, written and read here by hand: nothing of hotslot's codec, so that an error in it
 //! cannot hide.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -35,7 +36,7 @@ pub fn quads<const N: usize>(quads: [u64; N]) -> Vec<u8> {
 }
 
 /// The payload of SHMEM_MAP and SHMEM_UNMAP.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MMap {
     pub shmid: u8,
     pub padding: [u8; 7],
@@ -89,6 +90,19 @@ impl Message {
     /// The u64 at `offset` of the payload.
     pub fn quad(&self, offset: usize) -> u64 {
         u64::from_ne_bytes(self.payload[offset..offset + 8].try_into().unwrap())
+    }
+
+    /// The payload of SHMEM_MAP or SHMEM_UNMAP.
+    pub fn mmap(&self) -> MMap {
+        assert_eq!(self.payload.len(), 40);
+        let [fd_offset, shm_offset, len, flags] = [8, 16, 24, 32].map(|at| self.quad(at));
+        let padding = self.payload[1..8].try_into().unwrap();
+        MMap { shmid: self.payload[0], padding, fd_offset, shm_offset, len, flags }
+    }
+
+    /// The file that came with it.
+    pub fn file(&self) -> File {
+        File::from(self.fds[0].try_clone().unwrap())
     }
 }
 
@@ -158,6 +172,11 @@ impl Wire {
         let value = reply.quad(0) as i64;
         assert!((-4095..=0).contains(&value), "{value} is neither 0 nor -errno");
         value
+    }
+
+    /// Answers a request: 0, or -errno.
+    pub fn reply(&self, request: &Message, value: i64) {
+        self.send(&message(request.request, VERSION_1 | REPLY, &value.to_ne_bytes()));
     }
 
     pub fn map(&self, request: MMap, file: &impl AsRawFd) -> i64 {
