@@ -145,21 +145,3 @@ fn flags_without_meaning_do_not_matter() {
     channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
     assert_eq!(channel.answer(SHMEM_MAP), 0);
 }
-
-#[test]
-fn every_refusal_leaves_a_channel_that_works() {
-    // SHM-62
-    let bench = Setup::default().start();
-    let file = file_of(1, 1);
-    for request in [
-        MMap { shmid: 3, ..page_at(0) },
-        MMap { len: 0, ..page_at(0) },
-        MMap { flags: 4, ..page_at(0) },
-        MMap { shm_offset: u64::MAX, ..page_at(0) },
-    ] {
-        assert!(bench.map(request, &file) < 0);
-        bench.assert_works();
-        assert!(bench.unmap(request) < 0);
-        bench.assert_works();
-    }
-}

@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex};
 
 use hotslot_test_support::backend::{Backend, Offer};
 use hotslot_test_support::files::{content, numbered_file};
-use hotslot_test_support::guest::{Guest, NEEDS_RESET, register};
+use hotslot_test_support::guest::Guest;
 use hotslot_test_support::kvm;
 use hotslot_test_support::names::PROTOCOL_F_CONFIGURE_MEM_SLOTS;
-use hotslot_test_support::names::request::{ADD_MEM_REG, GET_VRING_BASE, REM_MEM_REG, SET_MEM_TABLE};
+use hotslot_test_support::names::request::{ADD_MEM_REG, GET_VRING_BASE, REM_MEM_REG};
 use hotslot_test_support::wire::page_at;
 
 const HOLE: u64 = u64::MAX;
@@ -46,96 +46,6 @@ fn a_reset_has_removed_every_mapping_when_the_status_write_completes() {
     assert_eq!(guest.read64(base), HOLE);
     assert_eq!(backend.map(page_at(0), &second), 0);
     assert_eq!(guest.read64(base), content(2, 0));
-    guest.exit();
-}
-
-#[test]
-fn what_is_mapped_while_the_device_starts_is_there_at_driver_ok() {
-    // SHM-67, SHM-75
-    if !kvm::is_here() {
-        return;
-    }
-    let data = numbered_file(4, 1);
-    let backend = Backend::acting(SET_MEM_TABLE, move |connection| {
-        assert_eq!(connection.map(page_at(0), &data), 0);
-    });
-    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
-    let (base, _) = guest.region(0);
-    for _ in 0..3 {
-        assert_eq!(guest.read64(base), HOLE);
-        guest.start_device();
-        assert_eq!(guest.read64(base), content(4, 0));
-        guest.reset_device();
-    }
-    guest.exit();
-}
-
-#[test]
-fn a_dead_back_ends_mappings_stay_until_the_reset() {
-    // SHM-76
-    if !kvm::is_here() {
-        return;
-    }
-    let (dying, living) = (Backend::start(), Backend::start());
-    let mut guest =
-        Guest::boot(["--vhost-user", &dying.device("dying"), "--vhost-user", &living.device("living")]);
-    guest.start_device();
-    let (base, _) = guest.region(0);
-    assert_eq!(dying.map(page_at(0), &numbered_file(1, 1)), 0);
-    guest.select(1);
-    guest.start_device();
-    let (other, _) = guest.region(0);
-    assert_ne!(base, other);
-    assert_eq!(living.map(page_at(0), &numbered_file(2, 1)), 0);
-
-    dying.hang_up();
-    guest.wait_for_log("dying");
-    guest.wait_for_log("needs a reset");
-    guest.select(0);
-    assert_ne!(guest.register(register::STATUS) & NEEDS_RESET, 0);
-    assert_ne!(guest.register(register::INTERRUPT_STATUS) & 2, 0);
-    assert_eq!(guest.read64(base), content(1, 0));
-
-    guest.select(1);
-    assert_eq!(guest.register(register::STATUS) & NEEDS_RESET, 0);
-    assert_eq!(guest.read64(other), content(2, 0));
-    assert_eq!(living.map(page_at(1), &numbered_file(3, 1)), 0);
-    assert_eq!(guest.read64(other + 0x1000), content(3, 0));
-    guest.set_register(register::QUEUE_NOTIFY, 0);
-    assert!(living.was_kicked());
-
-    guest.select(0);
-    guest.reset_device();
-    assert_eq!(guest.read64(base), HOLE);
-    assert_eq!(guest.read64(other), content(2, 0));
-    guest.exit();
-}
-
-#[test]
-fn devices_do_not_share_their_mappings() {
-    // SHM-36, SHM-69
-    if !kvm::is_here() {
-        return;
-    }
-    let backends = [Backend::start(), Backend::start()];
-    let devices = [backends[0].device("one"), backends[1].device("two")];
-    let mut guest = Guest::boot(["--vhost-user", &devices[0], "--vhost-user", &devices[1]]);
-    let mut bases = Vec::new();
-    for (device, backend) in (0..).zip(&backends) {
-        guest.select(device);
-        guest.start_device();
-        bases.push(guest.region(0).0);
-        assert_eq!(backend.map(page_at(0), &numbered_file(10 + device, 1)), 0);
-    }
-    assert_eq!(guest.read64(bases[0]), content(10, 0));
-    assert_eq!(guest.read64(bases[1]), content(11, 0));
-    assert_eq!(backends[0].unmap(page_at(0)), 0);
-    assert_eq!(guest.read64(bases[0]), HOLE);
-    assert_eq!(guest.read64(bases[1]), content(11, 0));
-    assert_eq!(backends[0].map(page_at(0), &numbered_file(12, 1)), 0);
-    guest.reset_device();
-    assert_eq!(guest.read64(bases[0]), content(12, 0));
-    assert_eq!(guest.read64(bases[1]), HOLE);
     guest.exit();
 }
 

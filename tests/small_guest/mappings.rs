@@ -1,14 +1,13 @@
 //! What a guest sees of its devices' shared memory while their back-ends map and unmap.
 
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use hotslot_test_support::backend::{Backend, Offer};
 use hotslot_test_support::files::{MIB, PAGE, content, numbered_file};
 use hotslot_test_support::guest::Guest;
 use hotslot_test_support::kvm;
-use hotslot_test_support::wire::{MMap, SHMEM_MAP, SHMEM_UNMAP, page_at, writable};
+use hotslot_test_support::wire::{MMap, page_at, writable};
 
 const HOLE: u64 = u64::MAX;
 
@@ -58,24 +57,6 @@ fn the_guest_reads_a_mapped_file_where_the_registers_say() {
     // What is written to a hole is dropped, and the machine goes on.
     guest.write64(first, 1);
     assert_eq!(guest.read64(first), HOLE);
-    guest.exit();
-}
-
-#[test]
-fn the_last_bytes_of_a_region_can_be_mapped() {
-    // SHM-31, SHM-34
-    if !kvm::is_here() {
-        return;
-    }
-    let backend = Backend::start();
-    let mut guest = Guest::with(&backend);
-    let (base, len) = guest.region(0);
-    let last = MMap { len: PAGE - 1000, ..page_at(len / PAGE - 1) };
-    assert_eq!(backend.map(last, &numbered_file(1, 1)), 0);
-    assert_eq!(guest.read64(base + len - PAGE), content(1, 0));
-    assert_eq!(backend.unmap(MMap { len: PAGE, ..last }), -i64::from(libc::ENOENT));
-    assert_eq!(backend.unmap(last), 0);
-    assert_eq!(guest.read64(base + len - PAGE), HOLE);
     guest.exit();
 }
 
@@ -157,80 +138,6 @@ fn a_mapping_is_gone_when_unmap_is_answered() {
         assert_eq!(backend.unmap(page_at(0)), 0);
     }
     assert_eq!(word(&old, 0), content(1, 0));
-    guest.exit();
-}
-
-#[test]
-fn requests_are_answered_in_order_also_when_many_are_under_way() {
-    // SHM-61
-    if !kvm::is_here() {
-        return;
-    }
-    let backend = Backend::start();
-    let mut guest = Guest::with(&backend);
-    let (base, _) = guest.region(0);
-    let data = numbered_file(1, 1);
-    let channel = backend.channel();
-    for index in 0..20 {
-        channel.ask(SHMEM_MAP, page_at(index), &[data.as_raw_fd()]);
-        channel.ask(SHMEM_MAP, page_at(index), &[data.as_raw_fd()]);
-        channel.ask(SHMEM_UNMAP, page_at(index), &[]);
-        channel.ask(SHMEM_MAP, page_at(index), &[data.as_raw_fd()]);
-    }
-    for index in 0..20 {
-        assert_eq!(channel.answer(SHMEM_MAP), 0);
-        assert_eq!(channel.answer(SHMEM_MAP), -i64::from(libc::EEXIST));
-        assert_eq!(channel.answer(SHMEM_UNMAP), 0);
-        assert_eq!(channel.answer(SHMEM_MAP), 0);
-        assert_eq!(guest.read64(base + index * PAGE), content(1, 0));
-    }
-    guest.exit();
-}
-
-#[test]
-fn a_refused_request_changes_nothing() {
-    // SHM-29 to SHM-35, SHM-42, SHM-47, SHM-52, SHM-62
-    if !kvm::is_here() {
-        return;
-    }
-    let backend = Backend::start();
-    let mut guest = Guest::with(&backend);
-    let (base, len) = guest.region(0);
-    let (old, other) = (numbered_file(1, 4), numbered_file(2, 16));
-    let live = MMap { len: 4 * PAGE, ..page_at(4) };
-    assert_eq!(backend.map(live, &old), 0);
-    let pages = |first: u64, count: u64| MMap { len: count * PAGE, ..page_at(first) };
-    let directory = File::open("/").unwrap();
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
-    for (payload, file, errno) in [
-        (pages(4, 4), &other, libc::EEXIST),
-        (pages(3, 2), &other, libc::EEXIST),
-        (pages(7, 1), &other, libc::EEXIST),
-        (pages(0, 12), &other, libc::EEXIST),
-        (MMap { shmid: 1, ..pages(0, 1) }, &other, libc::ENOENT),
-        (MMap { shmid: 255, ..pages(0, 1) }, &other, libc::ENOENT),
-        (MMap { len: 0, ..page_at(0) }, &other, libc::EINVAL),
-        (MMap { shm_offset: 8, ..page_at(0) }, &other, libc::EINVAL),
-        (MMap { fd_offset: 8, ..page_at(0) }, &other, libc::EINVAL),
-        (MMap { flags: 2, ..page_at(0) }, &other, libc::EINVAL),
-        (pages(len / PAGE, 1), &other, libc::ERANGE),
-        (MMap { len: u64::MAX, ..page_at(1) }, &other, libc::ERANGE),
-        (MMap { fd_offset: !0xfff, ..page_at(0) }, &other, libc::EOVERFLOW),
-        (pages(0, 1), &directory, libc::EINVAL),
-        (pages(0, 1), &null, libc::EINVAL),
-    ] {
-        assert_eq!(backend.map(payload, file), -i64::from(errno), "{payload:?}");
-    }
-    for payload in [pages(4, 3), pages(5, 3), pages(5, 1), pages(3, 5), pages(0, 1)] {
-        assert_eq!(backend.unmap(payload), -i64::from(libc::ENOENT), "{payload:?}");
-    }
-    for index in 0..4 {
-        assert_eq!(guest.read64(base + (4 + index) * PAGE), content(1, index * PAGE));
-    }
-    assert_eq!(guest.read64(base), HOLE);
-    // SHM-49
-    assert_eq!(backend.map(pages(0, 4), &other), 0);
-    assert_eq!(guest.read64(base), content(2, 0));
     guest.exit();
 }
 

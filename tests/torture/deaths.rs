@@ -243,6 +243,10 @@ fn from_outside_while_the_guest_uses_its_memory() {
     use_memory(&mut guest, 20..100);
     killer.join().unwrap();
     guest.wait_for_needs_reset();
+    // The driver is told by an interrupt, the user by a line.
+    assert_ne!(guest.register(register::INTERRUPT_STATUS) & 2, 0);
+    guest.wait_for_log("needs a reset");
+    assert!(guest.log().contains("dying"), "{}", guest.log());
     use_memory(&mut guest, 100..120);
     works(&mut guest);
 
