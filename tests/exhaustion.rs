@@ -171,12 +171,10 @@ impl Ballast {
 
 impl Drop for Ballast {
     fn drop(&mut self) {
-        // SAFETY: our own mappings, which nobody uses.
-        unsafe {
-            libc::munmap(self.start, self.len.max(1));
-            for &page in &self.single {
-                libc::munmap(page, PAGE as usize);
-            }
+        let single = self.single.iter().map(|&page| (page, PAGE as usize));
+        for (start, len) in single.chain([(self.start, self.len.max(1))]) {
+            // SAFETY: this value made the mapping, and nobody uses it.
+            unsafe { libc::munmap(start, len) };
         }
     }
 }

@@ -122,7 +122,7 @@ impl GuestMapper for Machine {
         let mut memory = self.0.lock().unwrap();
         let inside = |window: &&GuestRange| window.start() <= guest.start() && guest.last() <= window.last();
         let window = *memory.windows.iter().find(inside).expect("it is in no window");
-        assert!(guest.start() % PAGE == 0 && guest.len() % PAGE == 0);
+        assert!(guest.start().is_multiple_of(PAGE) && guest.len().is_multiple_of(PAGE));
         let others = memory.live.values();
         assert!({ others }.all(|(other, _)| !other.overlaps(&guest)), "{guest:?} overlaps");
         let distance = (host as u64).wrapping_sub(guest.start());
@@ -288,7 +288,7 @@ impl Device {
             // Another size, said or not.
             let size = input.byte();
             bytes.resize(usize::from(size).max(1), 0);
-            if size % 2 == 0 && bytes.len() >= 12 {
+            if size.is_multiple_of(2) && bytes.len() >= 12 {
                 let payload = bytes.len() as u32 - 12;
                 bytes[8..12].copy_from_slice(&payload.to_ne_bytes());
             }

@@ -104,9 +104,9 @@ impl QueueRegisters {
         let align = if packed { 4 } else { 2 };
         (1..=u32::from(max)).contains(&self.size)
             && (packed || self.size.is_power_of_two())
-            && self.descriptors % 16 == 0
-            && self.driver_area % align == 0
-            && self.device_area % 4 == 0
+            && self.descriptors.is_multiple_of(16)
+            && self.driver_area.is_multiple_of(align)
+            && self.device_area.is_multiple_of(4)
     }
 }
 
@@ -462,8 +462,9 @@ impl Driver {
 
     fn peek(&self, offset: u64) -> u32 {
         assert!(offset + 4 <= BLOCK_SIZE as u64);
+        let register = self.page.host_ptr().wrapping_add(offset as usize).cast::<u32>();
         // SAFETY: inside the page that `self` keeps alive, into which nobody has a reference.
-        unsafe { self.page.host_ptr().add(offset as usize).cast::<u32>().read_volatile() }
+        unsafe { register.read_volatile() }
     }
 }
 

@@ -1,8 +1,7 @@
 //! What is mapped into the window, as the front-end is asked for it.
 
 use std::fs::{self, Permissions};
-use std::num::NonZeroUsize;
-use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 
 use hotslot_test_support::program::Backend;
@@ -29,27 +28,20 @@ fn through_mapping(asked: &Message, write: Option<&[u8]>) -> Vec<u8> {
         Some(_) => libc::PROT_READ | libc::PROT_WRITE,
         None => libc::PROT_READ,
     };
-    let len = NonZeroUsize::new(UNIT as usize).unwrap().get();
-    use std::os::fd::AsRawFd;
-    // SAFETY: a new mapping, of which only the first page, which is in the file, is touched; it is gone
-    // before the end of this function.
-    unsafe {
-        let at = libc::mmap(
-            std::ptr::null_mut(),
-            len,
-            prot,
-            libc::MAP_SHARED,
-            file.as_fd().as_raw_fd(),
-            fields(asked).3 as i64,
-        );
-        assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
-        if let Some(data) = write {
-            std::ptr::copy_nonoverlapping(data.as_ptr(), at.cast(), data.len());
-        }
-        let seen = std::slice::from_raw_parts(at.cast::<u8>(), 8).to_vec();
-        assert_eq!(libc::munmap(at, len), 0);
-        seen
+    let (len, offset) = (UNIT as usize, asked.mmap().fd_offset as i64);
+    // SAFETY: without MAP_FIXED nothing that is there already is touched.
+    let at =
+        unsafe { libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, file.as_raw_fd(), offset) };
+    assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    if let Some(data) = write {
+        // SAFETY: the first page of the mapping is in the file; it is ours until it is unmapped below.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), at.cast(), data.len()) };
     }
+    // SAFETY: as above.
+    let seen = unsafe { at.cast::<[u8; 8]>().read_volatile() };
+    // SAFETY: the mapping made above, which nobody uses any more.
+    assert_eq!(unsafe { libc::munmap(at, len) }, 0);
+    seen.to_vec()
 }
 
 /// The file is shorter than the mapping, and stays so.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
@@ -13,10 +13,10 @@ use std::time::Duration;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::vhost_user::sharing::Sharing;
 use hotslot_test_support::bench::*;
+use hotslot_test_support::files::memfd_with;
 use hotslot_test_support::names::request::*;
-use hotslot_test_support::wire::{
-    MMap, Message, NEED_REPLY, REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, Wire, message,
-};
+use hotslot_test_support::wire::{MMap, NEED_REPLY, REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, Wire, message};
+use rustix::fs::{MemfdFlags, SealFlags};
 
 /// Where the windows of device `number` may be: each has addresses of its own, as in a machine.
 fn windows(number: u64) -> WindowAllocator {
@@ -86,11 +86,6 @@ fn quad(payload: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(payload[at..at + 8].try_into().unwrap())
 }
 
-/// A file that came with a message.
-fn file_with(message: &Message) -> File {
-    File::from(message.fds[0].try_clone().unwrap())
-}
-
 fn refuse(request: u32) -> Answer {
     Answer::Bytes(message(request, VERSION_1 | REPLY, &1u64.to_ne_bytes()), None)
 }
@@ -107,8 +102,8 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
             let unanswered = channel.lock().unwrap().as_ref().is_some_and(Wire::is_silent);
             let byte = request.fds.first().map(|_| {
                 let mut byte = [0];
-                file_with(request).read_exact_at(&mut byte, PAGE).unwrap();
-                file_with(request).write_all_at(&[0x99], PAGE + 1).unwrap();
+                request.file().read_exact_at(&mut byte, PAGE).unwrap();
+                request.file().write_all_at(&[0x99], PAGE + 1).unwrap();
                 byte[0]
             });
             tell.send((request.payload.clone(), byte, unanswered)).unwrap();
@@ -308,15 +303,8 @@ fn only_what_can_be_mapped_for_reading_and_writing_is_shown() {
     };
     let read_only = reopened(File::options().read(true));
     assert_eq!(owner.map(page_at(0), &read_only), 0);
-    // SAFETY: the name is a C string, and the new descriptor is nobody else's.
-    let sealed = unsafe {
-        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-        File::from_raw_fd(libc::memfd_create(c"sealed".as_ptr(), flags))
-    };
-    sealed.set_len(PAGE).unwrap();
-    // SAFETY: an operation on a descriptor of ours.
-    let result = unsafe { libc::fcntl(sealed.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
-    assert_eq!(result, 0);
+    let sealed = memfd_with(MemfdFlags::ALLOW_SEALING, PAGE);
+    rustix::fs::fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
     assert_eq!(owner.map(page_at(1), &sealed), 0);
     assert_eq!(told(&other), []);
     // Read-only for the guest's processors: what others may do is up to the descriptor.

@@ -2,7 +2,7 @@
 //! left behind.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -23,6 +23,13 @@ struct Ended {
     stderr: String,
 }
 
+/// Undoes what a shell does to the programs that it runs in the background.
+fn heed_sigint() -> io::Result<()> {
+    // SAFETY: no handler of ours is installed or lost.
+    unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+    Ok(())
+}
+
 /// Runs hotslot on a terminal until it ends; `meanwhile` is given its process id.
 fn run(options: &[&str], meanwhile: impl FnOnce(i32)) -> Ended {
     let (ours, theirs) = terminal();
@@ -35,13 +42,8 @@ fn run(options: &[&str], meanwhile: impl FnOnce(i32)) -> Ended {
         .stdout(Stdio::from(theirs))
         .stderr(Stdio::piped())
         .process_group(0);
-    // SAFETY: signal(2) is async-signal-safe. Who runs the tests in the background may have it ignored.
-    unsafe {
-        command.pre_exec(|| {
-            libc::signal(libc::SIGINT, libc::SIG_DFL);
-            Ok(())
-        })
-    };
+    // SAFETY: the function only calls signal(2), which is async-signal-safe.
+    unsafe { command.pre_exec(heed_sigint) };
     let mut hotslot = command.spawn().unwrap();
     let group = hotslot.id() as i32;
     meanwhile(group);

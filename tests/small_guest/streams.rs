@@ -29,13 +29,13 @@ fn script() -> Vec<u8> {
 
 /// Closes a standard stream in the child.
 fn closed(command: &mut Command, fd: i32) -> &mut Command {
-    // SAFETY: close is async-signal-safe, and the descriptor is the child's own.
-    unsafe {
-        command.pre_exec(move || {
-            libc::close(fd);
-            Ok(())
-        })
-    }
+    let close = move || {
+        // SAFETY: the descriptor is the child's, which uses it no more.
+        unsafe { libc::close(fd) };
+        Ok(())
+    };
+    // SAFETY: the closure only calls close(2), which is async-signal-safe.
+    unsafe { command.pre_exec(close) }
 }
 
 #[test]

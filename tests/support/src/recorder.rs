@@ -109,7 +109,7 @@ impl Guest {
         let mut byte = 0u8;
         let (local, remote) = (vector((&raw mut byte) as usize), mapping.host_vector(address));
         // SAFETY: one byte on our stack; a bad address is an error, not a fault.
-        let count = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        let count = unsafe { libc::process_vm_readv(own_pid(), &local, 1, &remote, 1, 0) };
         (count == 1).then_some(byte)
     }
 
@@ -121,7 +121,7 @@ impl Guest {
         };
         let (local, remote) = (vector((&raw const byte) as usize), mapping.host_vector(address));
         // SAFETY: only a live mapping of the guest's is written to; a bad address is an error, not a fault.
-        unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) == 1 }
+        unsafe { libc::process_vm_writev(own_pid(), &local, 1, &remote, 1, 0) == 1 }
     }
 }
 
@@ -129,6 +129,10 @@ impl Mapping {
     fn host_vector(&self, address: u64) -> libc::iovec {
         vector(self.host + (address - self.guest.start()) as usize)
     }
+}
+
+fn own_pid() -> libc::pid_t {
+    std::process::id() as libc::pid_t
 }
 
 fn vector(address: usize) -> libc::iovec {
