@@ -1,40 +1,29 @@
 //! Address ranges to handlers: one [`Bus`] for I/O ports, one for memory-mapped registers.
 //!
-//! The vCPU threads call [`Bus::read`] and [`Bus::write`] with what KVM_EXIT_IO and KVM_EXIT_MMIO tell. The
-//! bus finds the handler, lets go of its own lock, and only then calls it: a handler may take as long as it
-//! needs, and may itself add to or look at the bus.
+//! The vCPU threads call [`Bus::read`] and [`Bus::write`] for KVM_EXIT_IO and KVM_EXIT_MMIO. The bus finds
+//! the handler, unlocks itself, and only then calls it: a handler may take as long as it needs, and may
+//! itself use the bus.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use thiserror::Error;
 
-/// What a guest's access means for the whole machine. A handler returns it as data; the vCPU loop acts on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MachineEvent {
-    /// The guest switched itself off (ACPI S5).
-    PowerOff,
-    /// The guest asked for a reset (ACPI reset register, keyboard controller).
-    Reset,
-    /// The guest's kernel panicked and said so (pvpanic).
-    Panicked,
-    /// The guest wrote this byte to the debug-exit port.
-    DebugExit(u8),
-}
+use crate::exit::Exit;
 
 /// Something with registers on a bus.
 ///
 /// Both methods are called by a vCPU thread, with no lock of ours held, possibly by several threads at once:
 /// a handler has its own lock. `offset` counts from the start of the range; the access never leaves the
-/// range. `data` is 1 to 8 bytes, little endian, of whatever width the guest chose. There is no way to fail:
-/// a guest's nonsense is answered as the device's specification says, else reads give all-ones and writes do
-/// nothing.
+/// range. `data` is 1 to 8 bytes, little endian, in the width that the guest chose. Neither method can fail:
+/// an access that makes no sense is answered as the device's specification says; where it says nothing, reads
+/// give all-ones and writes do nothing.
 pub trait BusDevice: Send + Sync {
     /// The guest reads `data.len()` bytes at `offset`.
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// The guest writes `data` at `offset`; the answer says whether that ends or resets the machine.
-    fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent>;
+    /// The guest writes `data` at `offset`. `Some` if that ends the machine.
+    fn write(&self, offset: u64, data: &[u8]) -> Option<Exit>;
 }
 
 /// Why a range could not be put on a bus.
@@ -43,7 +32,7 @@ pub enum BusError {
     /// The range is empty or ends beyond 2^64.
     #[error("the range {0:#x}, {1:#x} bytes long, is empty or beyond the address space")]
     BadRange(u64, u64),
-    /// Somebody else has part of the range.
+    /// Another device has part of the range.
     #[error("the range {0:#x}, {1:#x} bytes long, overlaps one that starts at {2:#x}")]
     Overlap(u64, u64, u64),
 }
@@ -77,7 +66,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Reads for the guest. False where nobody answers (all of) these addresses: `data` is then all-ones.
+    /// Reads for the guest. False where no device claims all of these addresses: `data` is then all-ones.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
         match self.find(addr, data.len()) {
             Some((offset, device)) => {
@@ -91,8 +80,8 @@ impl Bus {
         }
     }
 
-    /// Writes for the guest. `Err` where nobody answers (all of) these addresses: the write is dropped.
-    pub fn write(&self, addr: u64, data: &[u8]) -> Result<Option<MachineEvent>, Unclaimed> {
+    /// Writes for the guest. `Err` where no device claims all of these addresses: the write is dropped.
+    pub fn write(&self, addr: u64, data: &[u8]) -> Result<Option<Exit>, Unclaimed> {
         match self.find(addr, data.len()) {
             Some((offset, device)) => Ok(device.write(offset, data)),
             None => Err(Unclaimed),
@@ -108,7 +97,7 @@ impl Bus {
     }
 }
 
-/// Nobody on the bus answers the address.
+/// No device on the bus claims the addresses of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unclaimed;
 
@@ -126,9 +115,9 @@ mod tests {
             data.fill(offset as u8);
         }
 
-        fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent> {
+        fn write(&self, offset: u64, data: &[u8]) -> Option<Exit> {
             self.0.lock().unwrap().push((offset, data.to_vec()));
-            Some(MachineEvent::DebugExit(data[0]))
+            Some(Exit::DebugExit(data[0]))
         }
     }
 
@@ -139,7 +128,7 @@ mod tests {
         let mut data = [0; 2];
         assert!(bus.read(0x1042, &mut data));
         assert_eq!(data, [0x42; 2]);
-        assert_eq!(bus.write(0x10ff, &[7]), Ok(Some(MachineEvent::DebugExit(7))));
+        assert_eq!(bus.write(0x10ff, &[7]), Ok(Some(Exit::DebugExit(7))));
         assert_eq!(*device.0.lock().unwrap(), [(0xff, vec![7])]);
     }
 

@@ -1,17 +1,18 @@
-//! The command line, which is all the configuration there is. Its help text is made of the comments here.
+//! The command line: the only source of the configuration. The doc comments here are its help text.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Parser};
 
-use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, parse_duration, parse_memory};
-use crate::vhost_user::frontend::DeviceSpec;
+use crate::config::device::{self, DeviceSpec};
+use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, parse_duration};
+use crate::size;
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
 ///
-/// The guest's output goes to stdout, everything of ours to stderr, whose last line says how it ended. On a
-/// terminal, Ctrl-a x quits and Ctrl-a h helps.
+/// The guest's output goes to stdout. Messages of hotslot go to stderr; the last one says how the machine
+/// ended. On a terminal, Ctrl-a x quits and Ctrl-a h lists the other keys.
 #[derive(Debug, Parser)]
 #[command(version, name = "hotslot", max_term_width = 110, after_help = STATUSES)]
 pub struct Cli {
@@ -27,12 +28,12 @@ pub struct Cli {
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
 
-    /// Leave the default kernel command line out
+    /// Do not use the default kernel command line
     #[arg(long)]
     pub no_default_cmdline: bool,
 
     /// Guest memory: bytes, or a number with the unit K, M, G or T
-    #[arg(short, long, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = parse_memory)]
+    #[arg(short, long, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = size::parse)]
     pub memory: u64,
 
     /// Number of virtual processors
@@ -40,18 +41,14 @@ pub struct Cli {
     pub cpus: u32,
 
     /// Add a virtio device whose back-end listens on a Unix socket
-    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...", long_help = DEVICE_HELP)]
+    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...", long_help = device::help())]
     pub vhost_user: Vec<DeviceSpec>,
 
-    /// The serial port's other end: stdio, off or file=PATH
+    /// What the guest's serial port is connected to: stdio, off or file=PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialLine,
 
-    // Only one of its two values is there yet, which is the default: not worth a line in the help.
-    #[arg(long, value_name = "exit|reset", value_parser = parse_on_reboot, hide = true)]
-    on_reboot: Option<OnReboot>,
-
-    /// How long to wait for a back-end's socket: 5s, 500ms
+    /// How long to wait until a back-end accepts a connection, as in 5s or 500ms
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
     pub connect_timeout: Duration,
 
@@ -63,7 +60,7 @@ pub struct Cli {
     #[arg(short, long, action = ArgAction::Count, conflicts_with = "log")]
     pub verbose: u8,
 
-    /// Log as this says: LEVEL or MODULE=LEVEL, comma-separated
+    /// Choose what to log: LEVEL or MODULE=LEVEL, comma-separated
     #[arg(long, value_name = "SPEC")]
     pub log: Option<String>,
 
@@ -76,39 +73,14 @@ pub struct Cli {
     pub print_layout: bool,
 }
 
-const DEVICE_HELP: &str = "Add a virtio device whose back-end listens on a Unix socket
-
-PATH,type=fs|pmem|blk|rng|vsock|console|NUMBER[,queues=N][,queue-size=N][,shmem-bit=22|21|20]\
-[,share-shmem=on][,shmem-rate=N][,name=NAME]. Can be given several times; the guest finds the devices in this order.
-
-share-shmem=on shows what this device's back-end maps to the back-ends of the other devices, so that the guest can use \
-it for their requests (O_DIRECT from a DAX file to a disk).
-
-shmem-rate=N carries out no more than N requests of this device's back-end to map or unmap in a second, evenly spread: each \
-holds up the guest's processors for a moment. Without it there is no limit.";
-
 const STATUSES: &str = "Exit status:
   0 the guest switched itself off       32 it reset itself
-  1 an error of the VMM                 33 it crashed (triple fault, KVM internal error)
+  1 an error of hotslot                 33 it crashed (triple fault, KVM internal error)
   2 wrong usage or configuration        34 its kernel panicked (pvpanic)
-  128+n signal n                         n its byte on the port of --debug-exit";
-
-/// What follows a reset of the guest.
-#[derive(Clone, Copy, Debug)]
-enum OnReboot {
-    Exit,
-}
-
-fn parse_on_reboot(text: &str) -> Result<OnReboot, &'static str> {
-    match text {
-        "exit" => Ok(OnReboot::Exit),
-        "reset" => Err("a reset in place is not supported yet"),
-        _ => Err("it is exit or reset"),
-    }
-}
+  128+n signal n                         n the byte that it wrote to the port of --debug-exit";
 
 impl Cli {
-    /// The machine that was asked for; `None` without a kernel, which only `--print-layout` allows.
+    /// The configuration; `None` without a kernel, which only `--print-layout` allows.
     pub fn into_config(self) -> Option<Config> {
         let default = (!self.no_default_cmdline).then(|| DEFAULT_CMDLINE.to_owned());
         let cmdline: Vec<String> = default.into_iter().chain(self.cmdline).collect();
@@ -174,8 +146,6 @@ mod tests {
             (&["--vhost-user", "a,type=fs,x=1"], ["--vhost-user", "unknown key `x`"]),
             (&["--serial", "pty"], ["--serial", "`pty` is not a good serial line"]),
             (&["--connect-timeout", "soon"], ["--connect-timeout", "`soon` is not a good time span"]),
-            (&["--on-reboot", "reset"], ["--on-reboot", "not supported yet"]),
-            (&["--on-reboot", "panic"], ["--on-reboot", "it is exit or reset"]),
         ] {
             let error = parse(&[&["-k", "k"], arguments].concat()).unwrap_err();
             assert_eq!(error.exit_code(), 2);

@@ -1,29 +1,23 @@
-//! How a machine ends, and the exit status that says so.
+//! How a machine ends, and the exit status that says so. An error of ours has its own: [`crate::report`].
 
 use std::fmt;
-use std::process::ExitCode;
 
-/// The exit status of an error of the VMM itself.
-pub const STATUS_ERROR: u8 = 1;
-/// The exit status of a wrong command line, of files that cannot be used, of a host that lacks something.
-pub const STATUS_USAGE: u8 = 2;
-
-/// How a machine ended.
+/// How a machine ends. Devices on a bus and vCPUs return it; the main loop acts on the first one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// The guest switched itself off.
+    /// The guest switched itself off (ACPI S5).
     PowerOff,
-    /// The guest reset itself.
+    /// The guest reset itself (ACPI reset register, keyboard controller).
     Reset,
-    /// The guest could not go on; why.
+    /// The guest cannot go on, for this reason.
     Crash(String),
-    /// The guest's kernel panicked and said so.
+    /// The guest's kernel panicked and said so (pvpanic).
     Panicked,
     /// The guest wrote this to the debug-exit port.
     DebugExit(u8),
     /// The user typed Ctrl-a x.
     Quit,
-    /// This signal ended us.
+    /// This process received this signal.
     Signal(i32),
 }
 
@@ -35,17 +29,11 @@ impl From<&Exit> for u8 {
             Exit::Crash(_) => 33,
             Exit::Panicked => 34,
             Exit::DebugExit(status) => *status,
-            // As if it had been Ctrl-C, which belongs to the guest then.
+            // As Ctrl-C ends other programs; on a raw terminal that key goes to the guest.
             Exit::Quit => 128 + libc::SIGINT as u8,
-            // As a shell says it.
+            // As a shell reports it.
             Exit::Signal(signal) => 128_u8.saturating_add(u8::try_from(*signal).unwrap_or(u8::MAX)),
         }
-    }
-}
-
-impl From<&Exit> for ExitCode {
-    fn from(exit: &Exit) -> ExitCode {
-        ExitCode::from(u8::from(exit))
     }
 }
 

@@ -1,51 +1,54 @@
 //! The program: parse, build, run, and say how it ended.
 
-use std::error::Error;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 use hotslot::arch::x86_64::layout::Layout;
 use hotslot::cli::Cli;
 use hotslot::config::DEFAULT_CMDLINE;
-use hotslot::exit::STATUS_USAGE;
-use hotslot::report::{say, with_causes};
+use hotslot::report::{Failure, STATUS_USAGE, say, with_causes};
 use hotslot::vmm::Vmm;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    if let Err(error) = start_log(&cli) {
-        return fail(&*error, None, STATUS_USAGE);
-    }
+    run(Cli::parse()).unwrap_or_else(|failure| {
+        say(format_args!("error: {}", with_causes(&*failure)));
+        if let Some(hint) = failure.hint() {
+            say(format_args!("hint: {hint}"));
+        }
+        ExitCode::from(failure.status())
+    })
+}
+
+fn run(cli: Cli) -> Result<ExitCode, Box<dyn Failure>> {
+    start_log(&cli)?;
     if cli.print_layout {
         let text = format!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
-        // Unlike with `println!`, a reader that is gone does not matter.
-        let _nobody_reads = writeln!(io::stdout(), "{text}");
-        return ExitCode::SUCCESS;
+        // Unlike `println!`, this does not panic when stdout is closed.
+        let _closed = writeln!(io::stdout(), "{text}");
+        return Ok(ExitCode::SUCCESS);
     }
     let Some(config) = cli.into_config() else {
         // The parser does not let this through.
-        return ExitCode::from(STATUS_USAGE);
+        return Ok(ExitCode::from(STATUS_USAGE));
     };
-    match Vmm::build(&config).and_then(Vmm::run) {
-        Ok(exit) => {
-            say(format_args!("hotslot: {exit}"));
-            ExitCode::from(&exit)
-        }
-        Err(error) => fail(&error, error.hint(), error.status()),
+    let exit = Vmm::build(&config)?.run()?;
+    say(format_args!("hotslot: {exit}"));
+    Ok(ExitCode::from(u8::from(&exit)))
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot open the log file {0}")]
+struct LogFileError(PathBuf, #[source] io::Error);
+
+impl Failure for LogFileError {
+    fn status(&self) -> u8 {
+        STATUS_USAGE
     }
 }
 
-/// Prints an error with all its causes, each once.
-fn fail(error: &dyn Error, hint: Option<String>, status: u8) -> ExitCode {
-    say(format_args!("error: {}", with_causes(error)));
-    if let Some(hint) = hint {
-        say(format_args!("hint: {hint}"));
-    }
-    ExitCode::from(status)
-}
-
-fn start_log(cli: &Cli) -> Result<(), Box<dyn Error>> {
+fn start_log(cli: &Cli) -> Result<(), LogFileError> {
     let mut builder = env_logger::Builder::new();
     builder.parse_filters(match (&cli.log, cli.verbose) {
         (Some(spec), _) => spec,
@@ -58,10 +61,9 @@ fn start_log(cli: &Cli) -> Result<(), Box<dyn Error>> {
         writeln!(out, "hotslot: {level}: {}", record.args())
     });
     if let Some(path) = &cli.log_file {
-        let file = std::fs::File::create(path)
-            .map_err(|error| format!("cannot open the log file {}: {error}", path.display()))?;
+        let file = std::fs::File::create(path).map_err(|error| LogFileError(path.clone(), error))?;
         builder.format_timestamp_micros().target(env_logger::Target::Pipe(Box::new(file)));
     }
-    builder.try_init()?;
+    builder.init();
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! How we say what went wrong: lines on stderr, errors with their causes, and warnings that a guest or a
-//! back-end can provoke, at a rate that it cannot choose.
+//! Messages about errors: lines on stderr, errors with their causes, what an error means for the whole
+//! program ([`Failure`]), and warnings that a guest or a back-end can provoke, at a limited rate.
 
 use std::error::Error;
 use std::fmt;
@@ -9,9 +9,34 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-/// Prints a line to stderr. A stderr that is gone does not matter; `eprintln!` would panic.
+/// Prints a line to stderr. Unlike `eprintln!` it does not panic when stderr is closed.
 pub fn say(line: impl fmt::Display) {
-    let _nobody_listens = writeln!(io::stderr(), "{line}");
+    let _closed = writeln!(io::stderr(), "{line}");
+}
+
+/// The exit status of an error of the VMM itself.
+pub const STATUS_ERROR: u8 = 1;
+/// The exit status of a wrong command line, of files that cannot be used, of a host that lacks something.
+pub const STATUS_USAGE: u8 = 2;
+
+/// An error that ends the program. `main` prints it with its causes, then the hint, and exits with the
+/// status.
+pub trait Failure: Error + Send + Sync {
+    /// The exit status.
+    fn status(&self) -> u8 {
+        STATUS_ERROR
+    }
+
+    /// What the user could do about it.
+    fn hint(&self) -> Option<String> {
+        None
+    }
+}
+
+impl<E: Failure + 'static> From<E> for Box<dyn Failure> {
+    fn from(error: E) -> Self {
+        Box::new(error)
+    }
 }
 
 /// An error and its causes, each once, in one line.
@@ -25,9 +50,9 @@ pub fn with_causes(error: &dyn Error) -> String {
     text
 }
 
-/// So many lines at once,
+/// The most lines at once.
 const BURST: u32 = 10;
-/// and one more after each so much time. A reset gives no new ones: a guest can reset as often as it likes.
+/// Time that earns one more line. A device reset earns none: a guest can reset as often as it likes.
 const REFILL: Duration = Duration::from_secs(1);
 
 /// The warnings about one device.
@@ -57,13 +82,13 @@ impl MisuseLog {
 
 struct Budget {
     lines: u32,
-    /// When `lines` was last right.
+    /// When `lines` was last brought up to date.
     since: Instant,
     dropped: u64,
 }
 
 impl Budget {
-    /// Takes a line out; says how many were refused since the last one. `None` if this one is refused.
+    /// Takes one line: how many were refused since the last one. `None` if this one is refused.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let earned = now.saturating_duration_since(self.since).as_secs() / REFILL.as_secs();
         if earned > 0 {

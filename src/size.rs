@@ -1,7 +1,7 @@
 //! Sizes on a command line: `4096`, `64K`, `16M`, `8G`.
 //!
-//! The units are binary (1K = 1024 bytes), because what is sized here, memory and what is mapped into it,
-//! comes in pages. Called by the argument parsers of `hotslot` and `hotslot-backend`.
+//! The units are binary (1K = 1024 bytes), because memory and files that are mapped into it come in pages.
+//! Called by the argument parsers of `hotslot` and `hotslot-backend`.
 
 /// Why a text is not a size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -19,7 +19,7 @@ pub enum SizeError {
 /// The number of bytes that `text` names: decimal digits, then at most one of the units K, M, G, T (either
 /// case).
 ///
-/// Zero is a size; whether it makes sense is for the caller to say.
+/// Zero is a size; the caller decides whether it makes sense.
 ///
 /// # Errors
 ///

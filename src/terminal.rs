@@ -1,16 +1,17 @@
-//! The terminal: raw while a guest uses it, itself again afterwards, and the escape key in between.
+//! The terminal on stdin: raw while a guest uses it, as it was before afterwards; and the escape key, Ctrl-a.
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-const STDIN: libc::c_int = libc::STDIN_FILENO;
+use rustix::stdio::stdin;
+use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcsetattr};
 
-/// How the terminal was. Written once, before [`IS_RAW`] is set for the first time.
-static SAVED: OnceLock<libc::termios> = OnceLock::new();
+/// The terminal's settings before it was raw. Written once, before [`IS_RAW`] is set for the first time.
+static SAVED: OnceLock<Termios> = OnceLock::new();
 static IS_RAW: AtomicBool = AtomicBool::new(false);
 
-/// What ends a process without its destructors, if it is a bug of ours.
+/// Signals that end the process without running destructors; only a bug of ours raises them.
 const FATAL: [libc::c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
 
 /// While it lives, the terminal on stdin is raw: each key goes to the guest at once, Ctrl-C too.
@@ -18,32 +19,25 @@ const FATAL: [libc::c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes the terminal on stdin raw; `None` if stdin is none. A panic and a fatal signal restore it too.
+    /// Makes the terminal on stdin raw; `None` if stdin is not a terminal. Dropping the value, a panic and a
+    /// fatal signal restore it.
     pub fn new() -> io::Result<Option<RawTerminal>> {
-        if !io::stdin().is_terminal() {
+        if !isatty(stdin()) {
             return Ok(None);
         }
-        // SAFETY: a termios is plain data, for which all-zero is a value.
-        let mut now: libc::termios = unsafe { std::mem::zeroed() };
-        // SAFETY: the struct is ours and lives through the call, which fills it.
-        if unsafe { libc::tcgetattr(STDIN, &mut now) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let mut raw = *SAVED.get_or_init(|| {
-            restore_at_panic_and_fatal_signals();
-            now
-        });
-        // SAFETY: the struct is ours and lives through the call.
-        unsafe { libc::cfmakeraw(&mut raw) };
-        // Output stays cooked: what we say ourselves ends its lines with a line feed only.
-        raw.c_oflag |= libc::OPOST | libc::ONLCR;
+        let now = tcgetattr(stdin())?;
+        let mut raw = SAVED
+            .get_or_init(|| {
+                restore_at_panic_and_fatal_signals();
+                now
+            })
+            .clone();
+        raw.make_raw();
+        // Output keeps its processing: our own lines end with a line feed only.
+        raw.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
         IS_RAW.store(true, Ordering::SeqCst);
-        // SAFETY: as above.
-        if unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, &raw) } != 0 {
-            let error = io::Error::last_os_error();
-            IS_RAW.store(false, Ordering::SeqCst);
-            return Err(error);
-        }
+        tcsetattr(stdin(), OptionalActions::Now, &raw)
+            .inspect_err(|_| IS_RAW.store(false, Ordering::SeqCst))?;
         Ok(Some(RawTerminal(())))
     }
 }
@@ -54,14 +48,13 @@ impl Drop for RawTerminal {
     }
 }
 
-/// Restores the terminal if it is raw. Only atomics and one async-signal-safe call: a signal handler may do
-/// it.
+/// Restores the terminal if it is raw. Uses atomics and one system call only, so that a signal handler may
+/// call it.
 fn restore() {
     if IS_RAW.swap(false, Ordering::SeqCst)
         && let Some(saved) = SAVED.get()
     {
-        // SAFETY: the struct is a static's, never written again.
-        let _nothing_left_to_do = unsafe { libc::tcsetattr(STDIN, libc::TCSANOW, saved) };
+        let _nothing_left_to_do = tcsetattr(stdin(), OptionalActions::Now, saved);
     }
 }
 
@@ -75,26 +68,26 @@ fn restore_at_panic_and_fatal_signals() {
         // SAFETY: a sigaction is plain data, for which all-zero is a value.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         action.sa_sigaction = fatal as extern "C" fn(libc::c_int) as usize;
-        // After the handler the default is back, and the instruction that failed, or the raise, ends the
-        // process.
+        // SA_RESETHAND: after the handler the default is back, and the instruction that failed, or the raise,
+        // ends the process. SA_ONSTACK: the stack may have overflowed.
         action.sa_flags = libc::SA_RESETHAND | libc::SA_NODEFER | libc::SA_ONSTACK;
-        // SAFETY: the handler does only what a handler may do.
+        // SAFETY: `action` lives through the call; `fatal` makes async-signal-safe calls only.
         let _restored_by_drop_at_least = unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
     }
 }
 
 extern "C" fn fatal(signal: libc::c_int) {
     restore();
-    // SAFETY: raise is async-signal-safe; the default action, which is back, ends the process.
+    // SAFETY: raise is async-signal-safe; the default action, which SA_RESETHAND restored, ends the process.
     unsafe { libc::raise(signal) };
 }
 
-/// What the keys after Ctrl-a do.
+/// The keys after Ctrl-a.
 pub const HELP: &str = "Ctrl-a x: quit    Ctrl-a Ctrl-a: send Ctrl-a    Ctrl-a h: this help";
 
 const ESCAPE: u8 = 0x01;
 
-/// What the user wants of us, and not of the guest.
+/// A command to the VMM, by a key after Ctrl-a.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// End the machine.
@@ -103,15 +96,15 @@ pub enum Command {
     Help,
 }
 
-/// Finds the escape key in what the user types.
+/// Finds the escape key among typed bytes.
 #[derive(Debug, Default)]
 pub struct EscapeFilter {
     escaped: bool,
 }
 
 impl EscapeFilter {
-    /// Takes one typed byte: for the guest (`Ok(Some)`), for us (`Err`), or not complete yet (`Ok(None)`). A
-    /// key after Ctrl-a that means nothing is dropped together with it.
+    /// Takes one typed byte: for the guest (`Ok(Some)`), for the VMM (`Err`), or Ctrl-a, whose next key
+    /// decides (`Ok(None)`). A key without a meaning after Ctrl-a is dropped together with it.
     pub fn key(&mut self, byte: u8) -> Result<Option<u8>, Command> {
         match (std::mem::take(&mut self.escaped), byte) {
             (false, ESCAPE) => {

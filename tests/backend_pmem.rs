@@ -274,7 +274,7 @@ fn a_refused_mapping_is_said_and_the_device_goes_on() {
     machine.start_queue();
     assert_eq!(machine.request(0), (4, 0));
     backend.wait_for(
-        "SHMEM_MAP of region 0, offset 0, 2097152 bytes, read-write, failed: the front-end refused",
+        "SHMEM_MAP of region 0, offset 0x0, 0x200000 bytes, read-write, failed: the front-end refused",
     );
     machine.reset();
     machine.map(0);
@@ -470,7 +470,7 @@ fn a_broken_ring_is_survived() {
     // More is available than the queue can hold.
     machine.ram.write_obj(1000u16, GuestAddress(AVAIL + 2)).unwrap();
     machine.kick.write(1).unwrap();
-    backend.wait_for("the request queue is broken");
+    backend.wait_for("queue 0 is broken");
     machine.reset();
     machine.map(0);
     machine.start_queue();
@@ -483,7 +483,7 @@ fn a_broken_ring_is_survived() {
     machine.start_queue();
     machine.ram.write_obj(1u16, GuestAddress(RAM - 2)).unwrap();
     machine.kick.write(1).unwrap();
-    eventually("a second complaint", || backend.stderr().matches("queue is broken").count() >= 2);
+    eventually("a second complaint", || backend.stderr().matches("queue 0 is broken").count() >= 2);
     machine.ram.write_obj(0u16, GuestAddress(RAM - 2)).unwrap();
     machine.reset();
     machine.map(0);

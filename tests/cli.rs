@@ -179,7 +179,7 @@ fn impossible_devices() {
         ("a.sock,type=disk", "`disk`"),
         ("a.sock,type=fs,colour=red", "unknown key `colour`"),
         ("a.sock,type=fs,queues=none", "`none`"),
-        ("a.sock,type=fs,reconnect=3", "`reconnect` is not supported yet"),
+        ("a.sock,type=fs,reconnect=3", "unknown key `reconnect`"),
     ] {
         refused(&["-k", "good", "--vhost-user", device], here, &["--vhost-user", part], None);
     }
@@ -194,7 +194,6 @@ fn wrong_usage() {
     let here = files.path();
     refused(&[], here, &["--kernel"], None);
     refused(&["-k", "good", "--sandbox", "on"], here, &["--sandbox"], None);
-    refused(&["-k", "good", "--on-reboot", "reset"], here, &["not supported yet"], None);
     refused(&["-k", "good", "--serial", "pty"], here, &["`pty`", "file=PATH"], None);
     refused(&["-k", "good", "--connect-timeout", "1h"], here, &["`1h`"], None);
     refused(&["-k", "good", "-v", "--log", "debug"], here, &["--log"], None);

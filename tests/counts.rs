@@ -54,8 +54,8 @@ fn what_is_shared_is_given_back(counts: &dyn Fn() -> (usize, usize)) {
     let sharing = Sharing::new(64);
     let (mut owner, mut other) = (Setup::default(), Setup::default());
     owner.shares = true;
-    owner.member = Some(sharing.join("owner"));
-    other.member = Some(sharing.join("other"));
+    owner.member = Some(sharing.join());
+    other.member = Some(sharing.join());
     other.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
     other.windows = WindowAllocator::new(1 << 36, 1 << 40);
     let (owner, other) = (owner.start(), other.start());

@@ -203,12 +203,12 @@ fn registers() -> Vec<Seed> {
     let regions: Vec<_> = (0..6).flat_map(|which| [region, which]).collect();
     vec![
         ("starts", [live(&version_1), set(QueueNotify, 2), set(InterruptACK, 1), set(Status, 0)].concat()),
-        ("twice", [live(&version_1), set(Status, 0), live(&packed)].concat()),
+        ("twice", [live(&version_1), set(Status, 0), live(&ring_reset)].concat()),
         (
             "queue_reset",
             [live(&ring_reset), set(QueueReset, 1), queue(2, 32), set(QueueReady, 0), vec![queues]].concat(),
         ),
-        ("packed", [packed.clone(), queue(0, 96), set(Status, 15)].concat()),
+        ("packed", [packed, queue(0, 96), set(Status, 15)].concat()),
         (
             "bad_queues",
             [version_1.clone(), queue(0, 0xc1), queue(1, 8), queue(2, 0), queue(3, 8), vec![queues]].concat(),

@@ -30,9 +30,9 @@ use std::time::Duration;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::memory::shmem::SharedMemory;
 use hotslot::memory::{Access, GuestMapper, GuestRange, SlotId};
-use hotslot::vhost_user::backend_channel::BackendChannel;
-use hotslot::vhost_user::connection::Deadline;
-use hotslot::vhost_user::negotiate::{Agreement, Offer, negotiate};
+use hotslot::vhost_user::shmem_handler::{BackendChannel, ShmemHandler};
+use hotslot::vhost_user::wire::connection::Deadline;
+use hotslot::vhost_user::wire::negotiate::Agreement;
 use hotslot_fuzz::{Input, descriptors, log_to_nobody};
 use hotslot_test_support::bench::{self, PAGE};
 use hotslot_test_support::names::*;
@@ -209,7 +209,11 @@ impl Device {
         let (ours, peer) = UnixStream::pair().unwrap();
         peer.set_nonblocking(true).unwrap();
         Device {
-            channel: BackendChannel::new("fuzz", &agreement(agreed), ours, Arc::clone(&shmem), None).unwrap(),
+            channel: BackendChannel::new(
+                &agreement(agreed),
+                ours,
+                ShmemHandler::new("fuzz", Arc::clone(&shmem), None),
+            ),
             machine,
             shmem,
             peer,
@@ -249,7 +253,7 @@ impl Device {
                     self.machine.0.lock().unwrap().windows[usize::from(input.byte()) % REGIONS.len()];
                 self.shmem.fill_missing(window.start().saturating_add(input.offset()));
             }
-            11 => drop(self.shmem.fill_all_for_now()),
+            11 => drop(self.shmem.fill_all_temporarily()),
             12 => drop(self.shmem.settle()),
             13 => self.shmem.guard_missing(),
             14 => self.machine.0.lock().unwrap().fail = true,
@@ -327,7 +331,7 @@ impl Device {
 
     /// What the device's thread does.
     fn serve(&mut self) {
-        while !self.ended && is_readable(&self.channel) {
+        while !self.ended && is_readable(self.channel.socket()) {
             self.ended = self.channel.serve().is_err();
         }
         self.look_at_answers(true);
@@ -494,8 +498,11 @@ impl Device {
 struct OutOfStep;
 
 fn agreement(protocol_features: u64) -> Agreement {
-    let offer = Offer { features: VIRTIO_F_VERSION_1 | VHOST_USER_F_PROTOCOL_FEATURES, protocol_features };
-    negotiate(offer, "rng".parse().unwrap(), 22, false).unwrap()
+    Agreement {
+        protocol_features: Some(protocol_features),
+        shmem: protocol_features & PROTOCOL_F_SHMEM != 0,
+        ..Agreement::default()
+    }
 }
 
 /// How many descriptors, and which of [`files`] is the first.

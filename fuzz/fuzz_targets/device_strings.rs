@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use clap::Parser;
 use hotslot::cli::Cli;
-use hotslot::config::{SerialLine, parse_duration, parse_memory};
-use hotslot::vhost_user::frontend::DeviceSpec;
+use hotslot::config::device::DeviceSpec;
+use hotslot::config::{SerialLine, parse_duration};
+use hotslot::size;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -74,7 +75,7 @@ fn memory(text: &str) {
         let fits = digits.trim_start_matches('0').len() <= 20;
         fits.then(|| u64::try_from(number * unit).ok()).flatten()
     });
-    assert_eq!(parse_memory(text).ok(), expected.flatten(), "{text:?}");
+    assert_eq!(size::parse(text).ok(), expected.flatten(), "{text:?}");
 }
 
 fn time_span(text: &str) {

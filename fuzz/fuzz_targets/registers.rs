@@ -46,7 +46,7 @@ const RING_RESET: u64 = 1 << 40;
 
 /// What the device can; a transport over MMIO cannot carry the last one.
 const FEATURES: u64 = 0x3f | VERSION_1 | RING_RESET | RING_PACKED | NOTIFICATION_DATA;
-const OFFERED: u64 = FEATURES & !NOTIFICATION_DATA;
+const OFFERED: u64 = FEATURES & !(NOTIFICATION_DATA | RING_PACKED);
 
 /// The largest sizes; there is no queue 1.
 const SIZES: [u16; 3] = [256, 0, 64];
@@ -99,13 +99,12 @@ struct QueueRegisters {
 }
 
 impl QueueRegisters {
-    /// VIRTIO sections 2.6, 2.7 and 2.8.
-    fn is_good(&self, max: u16, packed: bool) -> bool {
-        let align = if packed { 4 } else { 2 };
+    /// VIRTIO sections 2.6 and 2.7.
+    fn is_good(&self, max: u16) -> bool {
         (1..=u32::from(max)).contains(&self.size)
-            && (packed || self.size.is_power_of_two())
+            && self.size.is_power_of_two()
             && self.descriptors.is_multiple_of(16)
-            && self.driver_area.is_multiple_of(align)
+            && self.driver_area.is_multiple_of(2)
             && self.device_area.is_multiple_of(4)
     }
 }
@@ -126,7 +125,7 @@ impl Device {
             driver_area: queue.driver_area,
             device_area: queue.device_area,
         };
-        assert!(registers.is_good(SIZES[usize::from(queue.index)], shared.accepted & RING_PACKED != 0));
+        assert!(registers.is_good(SIZES[usize::from(queue.index)]));
         let running = shared.running.as_mut().expect("it is stopped");
         assert_eq!(running.insert(queue.index, registers), None, "it runs already");
     }
@@ -438,7 +437,7 @@ impl Driver {
         match self.queues.get(self.queue_sel as usize) {
             Some((queue, known)) => {
                 assert_eq!(ready, u32::from(*known), "it became ready, or not, by itself");
-                assert!(ready == 0 || queue.is_good(max, self.accepted & RING_PACKED != 0));
+                assert!(ready == 0 || queue.is_good(max));
                 assert!(ready == 0 || self.status & FEATURES_OK != 0);
             }
             None => assert_eq!(ready, 0),

@@ -1,3 +1,3 @@
-//! What the machine looks like to a kernel.
+//! The parts of a machine that depend on the processor's architecture.
 
 pub mod x86_64;

@@ -1,6 +1,7 @@
-//! A port for test guests: the byte written there becomes the VMM's exit status. Only with `--debug-exit`.
+//! The debug-exit port, with `--debug-exit` only: a byte that the guest writes becomes the VMM's exit status.
 
-use crate::bus::{BusDevice, MachineEvent};
+use crate::bus::BusDevice;
+use crate::exit::Exit;
 
 /// The port. Reads give all-ones.
 pub struct DebugExit;
@@ -10,7 +11,7 @@ impl BusDevice for DebugExit {
         data.fill(0xff);
     }
 
-    fn write(&self, _offset: u64, data: &[u8]) -> Option<MachineEvent> {
-        data.first().map(|status| MachineEvent::DebugExit(*status))
+    fn write(&self, _offset: u64, data: &[u8]) -> Option<Exit> {
+        data.first().map(|status| Exit::DebugExit(*status))
     }
 }

@@ -1,14 +1,16 @@
-//! The keyboard controller, as far as resetting the machine goes: `reboot=k` and old kernels write there.
+//! The keyboard controller's reset command, which old kernels and `reboot=k` use. Nothing else of it is
+//! there.
 
-use crate::bus::{BusDevice, MachineEvent};
+use crate::bus::BusDevice;
+use crate::exit::Exit;
 
 /// The command port, counted from the data port.
 const COMMAND: u64 = 4;
-/// "Pulse output line 0", which was the processor's reset line.
+/// "Pulse output line 0": the processor's reset line.
 const PULSE_RESET: u8 = 0xfe;
 
-/// The controller's ports, from the data port on. All reads give 0: the status then says that it is ready for
-/// a command and has no data.
+/// The controller's ports, from the data port on. All reads give 0: as status, that means "ready for a
+/// command, no data".
 pub struct I8042;
 
 impl BusDevice for I8042 {
@@ -16,8 +18,8 @@ impl BusDevice for I8042 {
         data.fill(0);
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent> {
-        (offset == COMMAND && data == [PULSE_RESET]).then_some(MachineEvent::Reset)
+    fn write(&self, offset: u64, data: &[u8]) -> Option<Exit> {
+        (offset == COMMAND && data == [PULSE_RESET]).then_some(Exit::Reset)
     }
 }
 
@@ -27,7 +29,7 @@ mod tests {
 
     #[test]
     fn only_the_reset_command_does_something() {
-        assert_eq!(I8042.write(COMMAND, &[PULSE_RESET]), Some(MachineEvent::Reset));
+        assert_eq!(I8042.write(COMMAND, &[PULSE_RESET]), Some(Exit::Reset));
         for (offset, data) in [(0, &[PULSE_RESET][..]), (COMMAND, &[0xd1]), (COMMAND, &[]), (3, &[0, 0xfe])] {
             assert_eq!(I8042.write(offset, data), None);
         }

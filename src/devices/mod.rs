@@ -1,4 +1,4 @@
-//! The few devices that the VMM has itself: a serial port, and ways for the guest to end.
+//! The devices inside the VMM: a serial port, and the ways in which a guest ends the machine.
 
 pub mod debug_exit;
 pub mod i8042;

@@ -1,26 +1,27 @@
-//! The serial port: a 16550A at COM1, with the host's ends of its two lines.
+//! The serial port: a 16550A at COM1, connected to a file, a pipe or a terminal of the host.
 //!
-//! The vCPUs write; the main loop brings input. A vCPU may have to wait for whoever reads the output (that is
-//! the back-pressure a terminal or a pipe exerts), but with no lock held, and a kick ends the wait. Output
-//! that nobody can take any more is dropped, and the guest goes on.
+//! The vCPU threads write; the main loop brings input. A vCPU thread waits while the reader of the output (a
+//! terminal, a pipe) is slow; it holds no lock then, and a signal ends the wait. When the reader is gone,
+//! output is dropped and the guest goes on.
 //!
-//! A guest writes its output byte by byte; we pass it on in pieces, because each piece may wake another
-//! process. A piece ends with a line, with [`PIECE`] bytes, and when the guest shows that it is done: it sets
-//! its interrupts (a driver that has nothing more to send switches one off), or asks for the line's status
-//! [`PAUSE`] after its last byte (a program that waits for a key).
+//! A guest writes its output byte by byte. It is passed on in pieces, because each piece may wake another
+//! process. A piece ends with a line, with [`PIECE`] bytes, and when the guest seems to be done: it sets its
+//! interrupts (a driver that has nothing more to send switches one off), or reads the line status [`PAUSE`]
+//! after its last byte (a program that waits for a key).
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::bus::{BusDevice, MachineEvent};
+use crate::bus::BusDevice;
+use crate::exit::Exit;
 
 /// The registers that we look at ourselves, by their offsets.
 const INTERRUPT_ENABLE: u8 = 1;
@@ -31,20 +32,20 @@ const LINE_STATUS: u8 = 5;
 
 /// The most that is kept back. Less than a pipe takes in one piece.
 pub const PIECE: usize = 256;
-/// How long a program may think about its next byte.
+/// Time without another byte after which a read of the line status ends a piece.
 pub const PAUSE: Duration = Duration::from_millis(1);
 
 /// INTERRUPT_ENABLE: interrupt me when there is input.
 const RECEIVED_DATA: u8 = 1 << 0;
-/// INTERRUPT_IDENTIFICATION: the bits that say why, and two of their values.
+/// INTERRUPT_IDENTIFICATION: the bits with the reason, and two of their values.
 const REASON: u8 = 0b1111;
 const NO_INTERRUPT: u8 = 0b0001;
 const INPUT_IS_THERE: u8 = 0b0100;
 /// LINE_STATUS: there is input.
 const DATA_READY: u8 = 1 << 0;
-/// LINE_CONTROL: offsets 0 and 1 are the speed.
+/// LINE_CONTROL: offsets 0 and 1 are the divisor of the speed.
 const DIVISOR_LATCH: u8 = 1 << 7;
-/// MODEM_CONTROL: the port talks to itself.
+/// MODEM_CONTROL: the port receives its own output.
 const LOOPBACK: u8 = 1 << 4;
 
 /// The serial port.
@@ -52,23 +53,22 @@ pub struct SerialPort {
     /// Lock order: innermost. Not held while output is written.
     state: Mutex<State>,
     output: Output,
-    wants_input: Arc<EventFd>,
 }
 
 struct State {
     uart: Serial<InterruptLine, WantsInput, Vec<u8>>,
     line_control: u8,
     modem_control: u8,
-    /// The guest once asked for interrupts by input. Before that its driver is not there, and when it comes
-    /// it throws away what it finds in the port.
+    /// The guest has enabled interrupts for input once. Input before that would be lost: a driver empties the
+    /// port when it starts.
     listening: bool,
-    /// When the last byte of output came that is still here.
+    /// When the guest wrote the last byte that was kept back.
     last_output: Instant,
 }
 
 impl State {
-    /// Whether the guest wants an interrupt for input, and there is some.
-    fn has_input_to_tell_of(&mut self) -> bool {
+    /// Whether the guest has enabled interrupts for input, and there is some.
+    fn must_signal_input(&mut self) -> bool {
         self.line_control & DIVISOR_LATCH == 0
             && self.uart.read(INTERRUPT_ENABLE) & RECEIVED_DATA != 0
             && self.uart.read(LINE_STATUS) & DATA_READY != 0
@@ -83,17 +83,15 @@ impl State {
 impl SerialPort {
     /// A port that pulses `interrupt`, and signals `wants_input` whenever there may be room for more input.
     pub fn new(interrupt: EventFd, output: Output, wants_input: Arc<EventFd>) -> Self {
-        let events = WantsInput(Arc::clone(&wants_input));
         SerialPort {
             state: Mutex::new(State {
-                uart: Serial::with_events(InterruptLine(interrupt), events, Vec::new()),
+                uart: Serial::with_events(InterruptLine(interrupt), WantsInput(wants_input), Vec::new()),
                 line_control: 0,
                 modem_control: 0,
                 listening: false,
                 last_output: Instant::now(),
             }),
             output,
-            wants_input,
         }
     }
 
@@ -103,12 +101,12 @@ impl SerialPort {
         if state.listening && state.modem_control & LOOPBACK == 0 { state.uart.fifo_capacity() } else { 0 }
     }
 
-    /// Gives input to the guest; what it could take is the result.
+    /// Gives input to the guest; the number of bytes that it had room for is the result.
     pub fn enqueue(&self, bytes: &[u8]) -> usize {
         self.state().uart.enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 
-    /// Passes on what was kept back.
+    /// Passes on the output that was kept back.
     pub fn flush(&self) {
         let output = self.state().take_output();
         self.output.write(&output);
@@ -118,15 +116,15 @@ impl SerialPort {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads one register; what is to be passed on is the second result.
+    /// Reads one register; the second result is output to pass on.
     fn read_register(&self, register: u8) -> (u8, Vec<u8>) {
         let mut state = self.state();
         let mut value = state.uart.read(register);
-        // The crate forgets the reason with the first byte that is read. A driver that takes a limited number
-        // of bytes at a time (Linux: 256) and asks whether there are more would leave the rest there, and no
-        // interrupt would ever come.
+        // vm-superio clears the reason when the first byte is read. A driver that reads a limited number of
+        // bytes at a time (Linux: 256) and then asks whether there are more would leave the rest in the port,
+        // without ever getting another interrupt.
         let silent = register == INTERRUPT_IDENTIFICATION && value & REASON == NO_INTERRUPT;
-        if silent && state.has_input_to_tell_of() {
+        if silent && state.must_signal_input() {
             value = value & !REASON | INPUT_IS_THERE;
         }
         let pending = !state.uart.writer().is_empty();
@@ -136,7 +134,7 @@ impl SerialPort {
         (value, Vec::new())
     }
 
-    /// Writes one register; what is to be passed on is the result.
+    /// Writes one register; the result is output to pass on.
     fn write_register(&self, register: u8, value: u8) -> Vec<u8> {
         let mut state = self.state();
         match register {
@@ -151,7 +149,7 @@ impl SerialPort {
             log::debug!("serial port: register {register}: {error:?}");
         }
         if matches!(register, INTERRUPT_ENABLE | MODEM_CONTROL) {
-            signal(&self.wants_input);
+            state.uart.events().in_buffer_empty();
             return state.take_output();
         }
         let pending = state.uart.writer();
@@ -167,7 +165,7 @@ impl SerialPort {
 
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        // A wide access is one to each register it covers.
+        // A wide access is one access to each register that it covers.
         for (register, byte) in (offset as u8..).zip(data) {
             let (value, output) = self.read_register(register);
             *byte = value;
@@ -175,7 +173,7 @@ impl BusDevice for SerialPort {
         }
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent> {
+    fn write(&self, offset: u64, data: &[u8]) -> Option<Exit> {
         for (register, value) in (offset as u8..).zip(data) {
             self.output.write(&self.write_register(register, *value));
         }
@@ -203,13 +201,9 @@ impl SerialEvents for WantsInput {
     fn tx_lost_byte(&self) {}
 
     fn in_buffer_empty(&self) {
-        signal(&self.0);
+        // A write fails only where the counter is at 2^64 - 2; the reader then wakes anyway.
+        let _full = self.0.write(1);
     }
-}
-
-/// Signals an eventfd. It fails only when 2^64 - 2 signals wait already, and then one more tells nothing new.
-fn signal(event: &EventFd) {
-    let _full = event.write(1);
 }
 
 /// Where the guest's output goes.
@@ -221,7 +215,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Output to a file, or to nobody.
+    /// Output to a file; `None` drops it.
     pub fn new(file: Option<File>, stopping: Arc<AtomicBool>) -> Self {
         Output { file, stopping, broken: AtomicBool::new(false) }
     }
@@ -232,39 +226,40 @@ impl Output {
             return;
         };
         while !bytes.is_empty() && !self.broken.load(Ordering::Relaxed) {
-            // The last words: nobody would kick us out of a wait for the reader any more.
+            // A machine that has stopped its vCPUs signals no thread any more: never block here then.
             if self.stopping.load(Ordering::SeqCst) && !wait_until_writable(file) {
                 return;
             }
             match file.write(bytes) {
                 Ok(written) if written > 0 => bytes = &bytes[written..],
-                // A kick, perhaps.
+                // A signal: look at `stopping` again.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Somebody who shares the file made it non-blocking.
+                // Another process that shares the file has made it non-blocking.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     wait_until_writable(file);
                 }
                 result => {
                     self.broken.store(true, Ordering::Relaxed);
                     let why = result.map_or_else(|error| error.to_string(), |_| "nothing was written".into());
-                    log::warn!("the guest's serial output is dropped from here on: {why}");
+                    log::warn!("the guest's serial output is dropped from now on: {why}");
                 }
             }
         }
     }
 }
 
-/// Waits until the file takes more, a signal comes or a tenth of a second is over. Whether it takes more.
+/// Waits until the file takes more, a signal arrives or 100 ms are over. True if the file takes more.
 fn wait_until_writable(file: &File) -> bool {
-    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one pollfd, ours, which lives through the call.
-    unsafe { libc::poll(&mut poll, 1, 100) == 1 }
+    let limit = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+    poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&limit)) == Ok(1)
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Read;
     use std::os::fd::OwnedFd;
+
+    use rustix::fs::{OFlags, fcntl_setfl};
 
     use super::*;
 
@@ -304,8 +299,7 @@ mod tests {
     /// What has arrived by now.
     fn arrived(reader: &mut File) -> usize {
         let mut bytes = [0; 4096];
-        // SAFETY: F_SETFL takes an int and touches no memory of ours.
-        unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+        fcntl_setfl(&*reader, OFlags::NONBLOCK).unwrap();
         reader.read(&mut bytes).unwrap_or(0)
     }
 
@@ -344,8 +338,7 @@ mod tests {
     #[test]
     fn a_stopping_machine_does_not_wait_for_the_reader() {
         let (_reader, writer) = pipe();
-        // SAFETY: F_SETFL takes an int and touches no memory of ours.
-        unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+        fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
         let stopping = Arc::new(AtomicBool::new(false));
         let output = Output::new(Some(writer), Arc::clone(&stopping));
         let thread = std::thread::spawn(move || output.write(&vec![0; 1 << 20]));

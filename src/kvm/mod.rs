@@ -1,5 +1,4 @@
-//! What we use of KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`],
-//! [`stats`]).
+//! KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`], [`stats`]).
 
 pub mod slots;
 pub mod stats;

@@ -1,10 +1,11 @@
 //! KVM memory slots (KVM_SET_USER_MEMORY_REGION): one for each range of host memory that the guest sees.
 //!
-//! The one implementation of [`GuestMapper`] outside tests. The set-up puts RAM and the register pages in;
+//! The one implementation of [`GuestMapper`] outside tests. The set-up maps RAM and the register pages;
 //! backend channels add and remove a slot for each mapping while the guest runs.
 
+use std::any::Any;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
@@ -12,7 +13,10 @@ use kvm_ioctls::VmFd;
 use crate::memory::{Access, GuestMapper, GuestRange, SlotId};
 
 /// The slots of one virtual machine.
+///
+/// Fields are dropped in their order here: first the machine, then the memory that permanent slots point to.
 pub struct Slots {
+    /// The only reference outside tests.
     vm: Arc<VmFd>,
     limit: u32,
     /// Lock order: innermost. Held while KVM changes a slot, which waits for no other process.
@@ -21,15 +25,48 @@ pub struct Slots {
 
 #[derive(Default)]
 struct State {
-    /// What each slot number holds; `None` for a number that can be used again.
+    /// The range of each slot number; `None` for a number that can be used again.
     slots: Vec<Option<GuestRange>>,
     free: Vec<u32>,
+    /// The owners of the host memory behind permanent slots.
+    owners: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Slots {
     /// The slots of `vm`, at most `limit` (KVM_CAP_NR_MEMSLOTS) of them.
     pub fn new(vm: Arc<VmFd>, limit: u32) -> Self {
         Slots { vm, limit, state: Mutex::default() }
+    }
+
+    /// The number of slots that the machine can have.
+    pub fn limit(&self) -> u32 {
+        self.limit
+    }
+
+    pub(super) fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    /// Maps like [`GuestMapper::map`], for as long as the machine exists. Keeps `owner` until after that.
+    ///
+    /// # Safety
+    ///
+    /// As for [`GuestMapper::map`]; the address range must stay the caller's until `owner` is dropped.
+    pub unsafe fn map_permanent(
+        &self,
+        guest: GuestRange,
+        host: *mut u8,
+        access: Access,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> io::Result<()> {
+        // SAFETY: the range is the caller's until `owner` is dropped, which is after the machine is gone.
+        unsafe { self.map(guest, host, access) }?;
+        self.lock().owners.push(owner);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set(&self, slot: u32, guest: GuestRange, len: u64, host: *mut u8, flags: u32) -> io::Result<()> {
@@ -40,7 +77,7 @@ impl Slots {
             memory_size: len,
             userspace_addr: host as u64,
         };
-        // SAFETY: `map`'s caller keeps the range its own as long as the slot lives; a length of 0 ends the
+        // SAFETY: `map`'s caller owns the host range as long as the slot lives; a length of 0 deletes the
         // slot.
         unsafe { self.vm.set_user_memory_region(region) }
             .map_err(|error| io::Error::from_raw_os_error(error.errno()))
@@ -53,7 +90,7 @@ impl GuestMapper for Slots {
             Access::ReadOnly => KVM_MEM_READONLY,
             Access::ReadWrite => 0,
         };
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         let reused = state.free.last().copied();
         let slot = match reused {
             Some(slot) => slot,
@@ -74,7 +111,7 @@ impl GuestMapper for Slots {
     }
 
     fn unmap(&self, SlotId(slot): SlotId) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         let guest = state
             .slots
             .get(slot as usize)
@@ -90,8 +127,12 @@ impl GuestMapper for Slots {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Weak;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 
+    use super::super::vm::{self, Vm};
     use super::*;
 
     /// Where the guest's code is, and the page that it writes to and then reads from.
@@ -109,13 +150,12 @@ mod tests {
     fn page(bytes: &[u8]) -> *mut u8 {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses; the bytes fit.
-        unsafe {
-            let page = libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0);
-            assert_ne!(page, libc::MAP_FAILED);
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), page.cast(), bytes.len());
-            page.cast()
-        }
+        // SAFETY: without MAP_FIXED the kernel chooses unused addresses.
+        let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0) };
+        assert_ne!(page, libc::MAP_FAILED);
+        // SAFETY: the page is new, and the bytes fit.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), page.cast(), bytes.len()) };
+        page.cast()
     }
 
     fn guest_page(at: u64) -> GuestRange {
@@ -171,10 +211,9 @@ mod tests {
         };
         let shown = page(&[7]);
         // SAFETY: the page stays, and only the guest and volatile reads of ours use it.
-        let (show, peek) = (
-            |access| unsafe { slots.map(guest_page(PAGE_AT), shown, access) }.unwrap(),
-            || unsafe { shown.read_volatile() },
-        );
+        let show = |access| unsafe { slots.map(guest_page(PAGE_AT), shown, access) }.unwrap();
+        // SAFETY: the page stays.
+        let peek = || unsafe { shown.read_volatile() };
         let slot = show(Access::ReadOnly);
         assert_eq!((run(&mut processor), peek()), ((true, false, 7), 7)); // SHM-38
         slots.unmap(slot).unwrap();
@@ -182,6 +221,37 @@ mod tests {
         let slot = show(Access::ReadWrite);
         assert_eq!((run(&mut processor), peek()), ((false, false, 0x55), 0x55)); // SHM-40
         slots.unmap(slot).unwrap();
+    }
+
+    /// The owner of a permanent slot's memory, which looks at the machine when it is dropped.
+    struct Owner {
+        vm: Weak<VmFd>,
+        machine_was_gone: Arc<AtomicBool>,
+    }
+
+    impl Drop for Owner {
+        fn drop(&mut self) {
+            self.machine_was_gone.store(self.vm.upgrade().is_none(), Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn memory_of_permanent_slots_outlives_the_machine_and_its_processors() {
+        if machine(8).is_none() {
+            return;
+        }
+        let vm = Vm::new(&vm::Kvm::open().unwrap(), 0xfffb_c000).unwrap();
+        let machine_was_gone = Arc::new(AtomicBool::new(false));
+        let owner =
+            Owner { vm: Arc::downgrade(&vm.slots().vm), machine_was_gone: Arc::clone(&machine_was_gone) };
+        let (slots, owner) = (Arc::clone(vm.slots()), Arc::new(owner));
+        // SAFETY: the page stays, and only the guest uses it.
+        unsafe { slots.map_permanent(guest_page(PAGE_AT), page(&[7]), Access::ReadWrite, owner) }.unwrap();
+        let processor = vm.create_vcpu(0).unwrap();
+        drop((vm, slots));
+        assert!(!machine_was_gone.load(Ordering::SeqCst), "a processor needs memory");
+        drop(processor);
+        assert!(machine_was_gone.load(Ordering::SeqCst));
     }
 
     #[test]

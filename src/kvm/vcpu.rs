@@ -1,28 +1,29 @@
-//! One virtual processor: its thread, its exits, and how to make it stop.
+//! One virtual processor: its thread, its exits, and how to interrupt it.
 //!
 //! ```text
 //!   spawn ──▶ apply the state ──▶ KVM_RUN ──▶ an access ──▶ bus ──┬──▶ again
-//!                                    │  ▲                         └──▶ Outcome (power-off, reset, ...)
-//!                                    │  └── a kick: stopping? ──no
-//!                                    ├── EFAULT: FaultHandler mends it? ──no, again and again──▶ Outcome::Crash
-//!                                    └── triple fault, internal error, failed entry ──▶ Outcome::Crash
+//!                                    │  ▲                         └──▶ Exit (power-off, reset, ...)
+//!                                    │  └── interrupted: stopping? ──no
+//!                                    ├── EFAULT: MissingPages mends it? ──no, again and again──▶ Exit::Crash
+//!                                    └── triple fault, internal error, failed entry ──▶ Exit::Crash
 //! ```
 
 use std::cell::Cell;
 use std::fmt;
 use std::io;
-use std::os::unix::thread::JoinHandleExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Once};
 use std::thread::JoinHandle;
 
-use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_regs, kvm_run, kvm_sregs};
+use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use thiserror::Error;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::stats::FaultCount;
-use super::vm::{KvmError, failed_to};
-use crate::bus::{Bus, MachineEvent};
+use super::vm::{KvmError, Processor, failed_to};
+use crate::bus::Bus;
+use crate::exit::Exit;
+use crate::memory::missing::MissingPages;
 use crate::thread;
 
 /// The registers with which the first processor starts. The others wait for the guest's INIT and SIPI.
@@ -36,41 +37,25 @@ pub struct BootRegisters {
     pub fpu: kvm_fpu,
 }
 
-/// All that a processor is given before it runs: data, applied by its own thread.
+/// A processor's state before it runs: data, which its own thread applies.
 #[derive(Clone, Debug)]
 pub struct VcpuState {
-    /// What CPUID answers.
+    /// Its CPUID.
     pub cpuid: CpuId,
-    /// Model specific registers that do not start at their reset value.
+    /// Model-specific registers that do not start at their reset value.
     pub msrs: Msrs,
-    /// `None` for a processor that waits to be started by another.
+    /// `None` for a processor that another one starts.
     pub boot: Option<BootRegisters>,
 }
 
-/// Mends what a guest's access failed at: the host memory behind a slot is gone.
-pub trait FaultHandler: Send + Sync {
-    /// Called by a vCPU thread, outside KVM_RUN, with no lock held, possibly by several at once. `address` is
-    /// the guest physical address where KVM tells it; then only the slot that it is in need be looked at.
-    /// True if something was missing, and is there now.
-    fn mend(&self, address: Option<u64>) -> bool;
+/// The most EFAULTs in a row for which nothing is found missing. One such failure proves nothing: another
+/// processor may have repaired the page first, the mapping may be gone, or the file may have grown again. A
+/// back-end that truncates and extends a file all the time causes one with a probability below 1/4 each time.
+const MAX_UNEXPLAINED_EFAULTS: u32 = 100;
 
-    /// The same for a read that KVM passed on: what the guest sees at `address` now goes to `data`, zeroes in
-    /// place of what is missing. False where it sees nothing.
-    fn read(&self, address: u64, data: &mut [u8]) -> bool;
-
-    /// The same for a write that KVM passed on. It is lost; what was missing is there for those after it.
-    fn write(&self, address: u64);
-}
-
-/// How often in a row a processor may fail with EFAULT although nothing is found missing. It is no sign of
-/// despair by itself: another processor may have been faster, the mapping may be gone, the file may have
-/// grown again. A file that somebody cuts and grows all the time, hoping for more, gets here with a
-/// probability below 1/4 each time.
-const BARREN_FAULTS: u32 = 100;
-
-/// Accesses that nobody answered: reads gave all-ones, writes were dropped.
+/// Counts accesses that no device claimed: reads gave all-ones, writes were dropped.
 #[derive(Debug, Default)]
-pub struct Unclaimed {
+pub struct UnclaimedCounts {
     /// Reads from memory addresses without RAM, mapping or device.
     pub mmio_reads: AtomicU64,
     /// Writes to them, and to read-only mappings.
@@ -79,67 +64,31 @@ pub struct Unclaimed {
     pub ports: AtomicU64,
 }
 
-/// What the processors of one machine share.
+/// The state that the processors of one machine share.
 pub struct Machine {
-    /// Who answers at I/O ports.
+    /// The devices at I/O ports.
     pub ports: Bus,
-    /// Who answers at memory addresses without memory.
+    /// The devices at memory addresses.
     pub mmio: Bus,
-    /// Asked about every EFAULT.
-    pub faults: Arc<dyn FaultHandler>,
-    /// Counts what nobody answered.
-    pub unclaimed: Unclaimed,
-    /// Set before the processors are kicked for the last time; then none goes back to the guest.
+    /// Asked about every EFAULT, and every access that no device claims.
+    pub missing_pages: Arc<MissingPages>,
+    /// Accesses without a device.
+    pub unclaimed: UnclaimedCounts,
+    /// Set before the processors are interrupted for the last time; then none goes back to the guest.
     pub stopping: Arc<AtomicBool>,
 }
 
-/// Why a processor stopped for good without being told to.
-#[derive(Debug, Error)]
-pub enum Crash {
-    /// The guest could not even handle a double fault.
-    #[error("triple fault on vCPU {0}")]
-    TripleFault(u32),
-    /// KVM could not go on, for example with an instruction that it cannot emulate.
-    #[error("KVM internal error {suberror} on vCPU {vcpu}")]
-    Internal {
-        /// The processor.
-        vcpu: u32,
-        /// KVM_INTERNAL_ERROR_*.
-        suberror: u32,
-    },
-    /// The processor's state is impossible.
-    #[error("vCPU {vcpu} cannot be entered, hardware reason {reason:#x}")]
-    FailedEntry {
-        /// The processor.
-        vcpu: u32,
-        /// As the hardware says it.
-        reason: u64,
-    },
-    /// The host memory under an access is gone, and nobody could mend it.
-    #[error("vCPU {vcpu} touched guest memory that the host cannot provide{}", at(.address))]
-    Memory {
-        /// The processor.
-        vcpu: u32,
-        /// The guest physical address, where KVM tells it.
-        address: Option<u64>,
-    },
-}
-
-fn at(address: &Option<u64>) -> String {
-    address.map_or(String::new(), |address| format!(", at {address:#x}"))
-}
-
-/// How a processor's thread ended.
-#[derive(Debug)]
-pub enum Outcome {
-    /// It was told to stop.
-    Stopped,
-    /// A device register was written that concerns the whole machine.
-    Event(MachineEvent),
-    /// The guest cannot go on.
-    Crash(Crash),
-    /// KVM or the host failed us.
-    Failed(KvmError),
+impl Machine {
+    /// A machine without devices.
+    pub fn new(missing_pages: Arc<MissingPages>) -> Self {
+        Machine {
+            ports: Bus::default(),
+            mmio: Bus::default(),
+            missing_pages,
+            unclaimed: UnclaimedCounts::default(),
+            stopping: Arc::default(),
+        }
+    }
 }
 
 /// A processor's thread.
@@ -150,30 +99,29 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread of processor `id`. `ended` is called on it once, last.
+    /// Starts the thread of a processor. It calls `ended` once, last: `None` if it was told to stop.
     pub fn spawn(
-        id: u32,
-        fd: VcpuFd,
+        processor: Processor,
         state: VcpuState,
         machine: Arc<Machine>,
-        ended: impl FnOnce(Outcome) + Send + 'static,
+        ended: impl FnOnce(Result<Option<Exit>, KvmError>) + Send + 'static,
     ) -> io::Result<Vcpu> {
-        install_kick_handler()?;
-        let faults = FaultCount::of(&fd)
+        register_signal_handler(SIGRTMIN(), on_interrupt)?;
+        let id = processor.id;
+        let faults = FaultCount::of(&processor.fd)
             .inspect_err(|error| log::debug!("vCPU {id}: KVM has no page fault statistics: {error}"))
             .ok();
-        let mut runner = Runner { id, fd, machine, barren_faults: 0 };
+        let mut runner = Runner { processor, machine, unexplained_efaults: 0 };
         let thread = thread::spawn(format!("vcpu{id}"), move || ended(runner.run(&state)))?;
         Ok(Vcpu { thread, faults })
     }
 
-    /// Makes the processor look at [`Machine::stopping`] soon, whatever it does: a KVM_RUN that runs or
-    /// starts ends, a system call in a handler ends with EINTR. A signal can fall between a handler's look
-    /// and its system call, so the caller repeats this until the processor [`Vcpu::has_ended`].
-    pub fn kick(&self) {
-        if !self.thread.is_finished() {
-            // SAFETY: the thread was not joined, so its pthread_t is valid; the signal has a handler.
-            let _ended_meanwhile = unsafe { libc::pthread_kill(self.thread.as_pthread_t(), kick_signal()) };
+    /// Makes the processor look at [`Machine::stopping`] soon: a KVM_RUN that runs or starts returns, a
+    /// system call in a handler fails with EINTR. The signal may arrive just before that system call, so the
+    /// caller repeats this until the processor [`Vcpu::has_ended`].
+    pub fn interrupt(&self) {
+        if !self.has_ended() {
+            let _ended_meanwhile = self.thread.kill(SIGRTMIN());
         }
     }
 
@@ -182,7 +130,7 @@ impl Vcpu {
         self.faults.as_ref()?.unresolved()
     }
 
-    /// Whether the thread is done.
+    /// Whether the thread has ended.
     pub fn has_ended(&self) -> bool {
         self.thread.is_finished()
     }
@@ -196,173 +144,156 @@ impl Vcpu {
 }
 
 struct Runner {
-    id: u32,
-    fd: VcpuFd,
+    processor: Processor,
     machine: Arc<Machine>,
-    barren_faults: u32,
+    unexplained_efaults: u32,
 }
 
 impl Runner {
-    fn run(&mut self, state: &VcpuState) -> Outcome {
-        if let Err(error) = self.apply(state) {
-            return Outcome::Failed(error);
-        }
-        let _kickable = match Kickable::new(self.fd.get_kvm_run()) {
-            Ok(kickable) => kickable,
-            Err(error) => return Outcome::Failed(KvmError::Ioctl("be kicked".into(), error)),
-        };
+    fn run(&mut self, state: &VcpuState) -> Result<Option<Exit>, KvmError> {
+        self.apply(state)?;
+        let _interruptible = Interruptible::new(&mut self.processor.fd).map_err(|error| {
+            KvmError::Ioctl(format!("let a signal interrupt vCPU {}", self.processor.id), error)
+        })?;
         loop {
-            // In this order: a kick that comes after the first line sets the flag anew, one that came before
-            // it is seen in the second.
-            self.fd.set_kvm_immediate_exit(0);
+            // In this order: an interrupt after the first line sets the flag again, one before it is seen in
+            // the second.
+            self.processor.fd.set_kvm_immediate_exit(0);
             if self.machine.stopping.load(Ordering::SeqCst) {
-                // For whoever ended a guest that hangs.
-                log::debug!("vCPU {} stops here:\n{}", self.id, Registers(&self.fd));
-                return Outcome::Stopped;
+                // For a user who ends a guest that hangs.
+                log::debug!("vCPU {} stops here:\n{}", self.processor.id, Registers(&self.processor.fd));
+                return Ok(None);
             }
-            if let Some(outcome) = self.enter() {
-                return outcome;
+            if let Some(exit) = self.enter()? {
+                return Ok(Some(exit));
             }
         }
     }
 
     fn apply(&self, state: &VcpuState) -> Result<(), KvmError> {
-        let vcpu = self.id;
+        let vcpu = self.processor.id;
         let fails = |what| failed_to(format!("set {what} of vCPU {vcpu}"));
-        self.fd.set_cpuid2(&state.cpuid).map_err(fails("CPUID"))?;
-        let wanted = state.msrs.as_slice();
-        let set = self.fd.set_msrs(&state.msrs).map_err(fails("MSRs"))?;
-        if let Some(refused) = wanted.get(set) {
-            // Not the end: the guest sees the reset value. Software KVMs know few of them.
-            log::debug!("vCPU {vcpu}: KVM does not take MSR {:#x} = {:#x}", refused.index, refused.data);
+        self.processor.fd.set_cpuid2(&state.cpuid).map_err(fails("CPUID"))?;
+        let set = self.processor.fd.set_msrs(&state.msrs).map_err(fails("MSRs"))?;
+        if let Some(refused) = state.msrs.as_slice().get(set) {
+            // The guest then sees the reset value. Software KVMs know few of these registers.
+            log::debug!("vCPU {vcpu}: KVM refuses MSR {:#x} = {:#x}", refused.index, refused.data);
         }
         if let Some(boot) = &state.boot {
-            self.fd.set_sregs(&boot.sregs).map_err(fails("system registers"))?;
-            self.fd.set_regs(&boot.regs).map_err(fails("registers"))?;
-            self.fd.set_fpu(&boot.fpu).map_err(fails("floating point registers"))?;
+            self.processor.fd.set_sregs(&boot.sregs).map_err(fails("system registers"))?;
+            self.processor.fd.set_regs(&boot.regs).map_err(fails("registers"))?;
+            self.processor.fd.set_fpu(&boot.fpu).map_err(fails("floating point registers"))?;
         }
         Ok(())
     }
 
-    /// Lets the guest run until its next exit, and deals with it. `None` to go on.
-    fn enter(&mut self) -> Option<Outcome> {
-        let vcpu = self.id;
-        let machine = &self.machine;
-        let exit = self.fd.run();
+    /// Lets the guest run until its next exit, and handles that. `None` to go on.
+    fn enter(&mut self) -> Result<Option<Exit>, KvmError> {
+        let (vcpu, machine) = (self.processor.id, &self.machine);
+        let exit = self.processor.fd.run();
         if exit.is_ok() {
-            self.barren_faults = 0;
+            self.unexplained_efaults = 0;
         }
-        let crash = match exit {
+        match exit {
             Ok(VcpuExit::MmioRead(address, data)) => {
-                // A page of a mapping that is missing comes here too: from a software KVM always, from any
-                // KVM when it has to emulate the instruction (SHM-45). Another vCPU may have mended it
-                // meanwhile.
-                if !machine.mmio.read(address, data) && !machine.faults.read(address, data) {
+                // A missing page of a mapping causes this exit, too: on a software KVM always, on any KVM
+                // when it must emulate the instruction (SHM-45). Another vCPU may have mended it meanwhile.
+                if !machine.mmio.read(address, data) && !machine.missing_pages.read(address, data) {
                     machine.unclaimed.mmio_reads.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
                 }
-                return None;
+                Ok(None)
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                return machine.mmio.write(address, data).map_or_else(
-                    |_| {
-                        machine.faults.write(address);
-                        machine.unclaimed.mmio_writes.fetch_add(1, Ordering::Relaxed);
-                        log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");
-                        None
-                    },
-                    |event| event.map(Outcome::Event),
-                );
+                let written = machine.mmio.write(address, data);
+                if written.is_err() {
+                    machine.missing_pages.write(address);
+                    machine.unclaimed.mmio_writes.fetch_add(1, Ordering::Relaxed);
+                    log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");
+                }
+                Ok(written.unwrap_or(None))
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 let data: *mut [u8] = data;
-                // SAFETY: the bytes are in the vCPU's kvm_run, which nobody else touches outside KVM_RUN.
-                return self.port_access(port, Port::In(unsafe { &mut *data }));
+                let width = self.port_width();
+                // SAFETY: the bytes are in the vCPU's shared pages, behind `kvm_run` itself; only this thread
+                // uses them until the next KVM_RUN.
+                self.port_in(port, width, unsafe { &mut *data });
+                Ok(None)
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 let data: *const [u8] = data;
+                let width = self.port_width();
                 // SAFETY: as above.
-                return self.port_access(port, Port::Out(unsafe { &*data }));
+                Ok(self.port_out(port, width, unsafe { &*data }))
             }
-            Ok(VcpuExit::Intr) => return None,
-            Ok(VcpuExit::MemoryFault { gpa, .. }) => return self.mend(Some(gpa)),
-            Err(error) => match error.errno() {
-                // EAGAIN: a processor that waits for its start was woken up.
-                libc::EINTR | libc::EAGAIN => return None,
-                libc::EFAULT => return self.mend(None),
-                _ => return Some(Outcome::Failed(failed_to(format!("run vCPU {vcpu}"))(error))),
-            },
-            Ok(VcpuExit::Shutdown) => Crash::TripleFault(vcpu),
-            Ok(VcpuExit::FailEntry(reason, _)) => Crash::FailedEntry { vcpu, reason },
-            Ok(VcpuExit::InternalError) => Crash::Internal {
-                vcpu,
-                // SAFETY: KVM_EXIT_INTERNAL_ERROR says that this field of the union is the one; it is a
-                // number.
-                suberror: unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror },
-            },
+            Ok(VcpuExit::Intr) => Ok(None),
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => Ok(self.mend(Some(gpa))),
+            Ok(VcpuExit::Shutdown) => Ok(Some(self.crash(format!("triple fault on vCPU {vcpu}")))),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                Ok(Some(self.crash(format!("vCPU {vcpu} cannot be entered, hardware reason {reason:#x}"))))
+            }
+            Ok(VcpuExit::InternalError) => {
+                // SAFETY: with KVM_EXIT_INTERNAL_ERROR this is the union's field; it consists of numbers.
+                let suberror = unsafe { self.processor.fd.get_kvm_run().__bindgen_anon_1.internal }.suberror;
+                Ok(Some(self.crash(format!("KVM internal error {suberror} on vCPU {vcpu}"))))
+            }
             Ok(other) => {
                 let what = format!("go on with vCPU {vcpu} after the exit {other:?}");
-                let error = io::Error::from(io::ErrorKind::Unsupported);
-                return Some(Outcome::Failed(KvmError::Ioctl(what, error)));
+                Err(KvmError::Ioctl(what, io::ErrorKind::Unsupported.into()))
             }
-        };
-        Some(self.crashed(crash))
-    }
-
-    /// One `in` or `out`, or as many of them as a string instruction made in a row.
-    fn port_access(&self, port: u16, access: Port<'_>) -> Option<Outcome> {
-        let size = usize::from(self.port_width());
-        let (ports, unclaimed) = (&self.machine.ports, &self.machine.unclaimed.ports);
-        match access {
-            Port::In(data) => {
-                for item in data.chunks_mut(size) {
-                    if !ports.read(port.into(), item) {
-                        unclaimed.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-                None
-            }
-            Port::Out(data) => data.chunks(size).find_map(|item| match ports.write(port.into(), item) {
-                Ok(event) => event.map(Outcome::Event),
-                Err(_) => {
-                    unclaimed.fetch_add(1, Ordering::Relaxed);
-                    None
-                }
-            }),
+            Err(error) => match error.errno() {
+                // EAGAIN: a processor that waits for its start was woken up.
+                libc::EINTR | libc::EAGAIN => Ok(None),
+                libc::EFAULT => Ok(self.mend(None)),
+                _ => Err(failed_to(format!("run vCPU {vcpu}"))(error)),
+            },
         }
     }
 
-    /// The width of the port access that KVM_RUN just returned with: 1, 2 or 4 bytes.
-    fn port_width(&self) -> u8 {
-        KVM_RUN.with(|run| {
-            // SAFETY: `Kickable` keeps the pointer right while `run` is on the stack; KVM_EXIT_IO says that
-            // this field of the union is the one; nobody writes to it outside KVM_RUN.
-            unsafe { (*run.get()).__bindgen_anon_1.io.size }.max(1)
+    /// The width of the port access that KVM_RUN returned with: 1, 2 or 4 bytes.
+    fn port_width(&mut self) -> usize {
+        // SAFETY: with KVM_EXIT_IO this is the union's field; it consists of numbers.
+        usize::from(unsafe { self.processor.fd.get_kvm_run().__bindgen_anon_1.io }.size.max(1))
+    }
+
+    /// One `in`, or as many as a string instruction made in a row.
+    fn port_in(&self, port: u16, width: usize, data: &mut [u8]) {
+        for item in data.chunks_mut(width) {
+            if !self.machine.ports.read(port.into(), item) {
+                self.machine.unclaimed.ports.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// One `out`, or as many as a string instruction made in a row.
+    fn port_out(&self, port: u16, width: usize, data: &[u8]) -> Option<Exit> {
+        data.chunks(width).find_map(|item| {
+            self.machine.ports.write(port.into(), item).unwrap_or_else(|_| {
+                self.machine.unclaimed.ports.fetch_add(1, Ordering::Relaxed);
+                None
+            })
         })
     }
 
-    fn mend(&mut self, address: Option<u64>) -> Option<Outcome> {
-        if self.machine.faults.mend(address) {
-            self.barren_faults = 0;
+    fn mend(&mut self, address: Option<u64>) -> Option<Exit> {
+        if self.machine.missing_pages.mend(address) {
+            self.unexplained_efaults = 0;
             return None;
         }
-        self.barren_faults += 1;
-        if self.barren_faults < BARREN_FAULTS {
+        self.unexplained_efaults += 1;
+        if self.unexplained_efaults < MAX_UNEXPLAINED_EFAULTS {
             return None;
         }
-        let vcpu = self.id;
-        Some(self.crashed(Crash::Memory { vcpu, address }))
+        let (vcpu, at) = (self.processor.id, address.map(|address| format!(", at {address:#x}")));
+        let at = at.unwrap_or_default();
+        Some(self.crash(format!("vCPU {vcpu} touched guest memory that the host cannot provide{at}")))
     }
 
-    fn crashed(&self, crash: Crash) -> Outcome {
-        log::error!("{crash}\n{}", Registers(&self.fd));
-        Outcome::Crash(crash)
+    fn crash(&self, reason: String) -> Exit {
+        log::error!("{reason}\n{}", Registers(&self.processor.fd));
+        Exit::Crash(reason)
     }
-}
-
-enum Port<'a> {
-    In(&'a mut [u8]),
-    Out(&'a [u8]),
 }
 
 /// A dump of a processor's registers.
@@ -394,63 +325,33 @@ impl fmt::Display for Registers<'_> {
 }
 
 thread_local! {
-    /// The `kvm_run` of the processor that this thread runs, for the kick's handler; null on other threads.
-    static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
+    /// `kvm_run.immediate_exit` of the processor that this thread runs; null on other threads.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-/// While it lives, a kick of this thread makes the current or next KVM_RUN return.
-struct Kickable;
+/// While it lives, the signal SIGRTMIN makes this thread's current or next KVM_RUN return.
+struct Interruptible;
 
-impl Kickable {
-    fn new(run: &mut kvm_run) -> io::Result<Self> {
-        KVM_RUN.set(run);
-        // SAFETY: a sigset_t is plain bits, for which all-zero is a value.
-        let mut kick: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: the set is ours; only this thread's mask changes, and the signal has a handler.
-        let result = unsafe {
-            libc::sigemptyset(&mut kick);
-            libc::sigaddset(&mut kick, kick_signal());
-            libc::pthread_sigmask(libc::SIG_UNBLOCK, &kick, std::ptr::null_mut())
-        };
-        match result {
-            0 => Ok(Kickable),
-            error => Err(io::Error::from_raw_os_error(error)),
-        }
+impl Interruptible {
+    fn new(fd: &mut VcpuFd) -> io::Result<Self> {
+        IMMEDIATE_EXIT.set(&raw mut fd.get_kvm_run().immediate_exit);
+        unblock_signal(SIGRTMIN()).map_err(|error| io::Error::other(error.to_string()))?;
+        Ok(Interruptible)
     }
 }
 
-impl Drop for Kickable {
+impl Drop for Interruptible {
     fn drop(&mut self) {
-        KVM_RUN.set(std::ptr::null_mut());
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
     }
 }
 
-/// The first real-time signal: the C library keeps those before it to itself.
-fn kick_signal() -> libc::c_int {
-    libc::SIGRTMIN()
-}
-
-extern "C" fn kicked(_signal: libc::c_int) {
-    let run = KVM_RUN.get();
-    if !run.is_null() {
-        // SAFETY: the pointer is set only while the vCPU of this very thread is mapped. The byte is there for
-        // signal handlers to write; KVM reads it at the next KVM_RUN.
-        unsafe { std::ptr::addr_of_mut!((*run).immediate_exit).write_volatile(1) };
+/// The handler of SIGRTMIN. It only reads a thread-local without a destructor and writes one byte.
+extern "C" fn on_interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: `Interruptible` sets the pointer only while this thread's vCPU is mapped. Signal handlers
+        // may write this byte; KVM reads it at the next KVM_RUN.
+        unsafe { flag.write_volatile(1) };
     }
-}
-
-fn install_kick_handler() -> io::Result<()> {
-    static INSTALLED: Once = Once::new();
-    let mut result = Ok(());
-    INSTALLED.call_once(|| {
-        // SAFETY: a sigaction is plain data, for which all-zero is a value: no flags (so that system calls
-        // end with EINTR), an empty mask.
-        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-        action.sa_sigaction = kicked as extern "C" fn(libc::c_int) as usize;
-        // SAFETY: the handler only reads a thread-local without a destructor and writes one byte.
-        if unsafe { libc::sigaction(kick_signal(), &action, std::ptr::null_mut()) } != 0 {
-            result = Err(io::Error::last_os_error());
-        }
-    });
-    result
 }

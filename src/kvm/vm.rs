@@ -1,55 +1,54 @@
-//! `/dev/kvm`, what we need of it, and the machine made with it.
+//! `/dev/kvm`, the capabilities that it must have, and the machine that it creates.
 //!
-//! Called by the set-up in `vmm`. Documentation/virt/kvm/api.rst in the Linux sources is the reference.
+//! Called by `vmm::build`. Documentation/virt/kvm/api.rst in the Linux sources is the reference.
 
 use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap,
+    CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap, kvm_sregs,
 };
 use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Why KVM cannot be used as we need it.
+use super::slots::Slots;
+use crate::report::{Failure, STATUS_ERROR, STATUS_USAGE};
+
+/// Why KVM cannot be used.
 #[derive(Debug, Error)]
+#[allow(missing_docs)]
 pub enum KvmError {
-    /// There is no such file.
     #[error("/dev/kvm does not exist")]
     Missing,
-    /// The file is there and may not be opened.
     #[error("/dev/kvm may not be opened by this user")]
     NoPermission,
-    /// The file is there and cannot be opened for another reason.
     #[error("cannot open /dev/kvm")]
     Open(#[source] io::Error),
-    /// It is something else under that name.
+    /// Another file or device has this name.
     #[error("/dev/kvm is not KVM: it does not know its own version")]
     NotKvm,
-    /// A KVM that nobody has seen since 2007.
+    /// The version is 12 since 2007.
     #[error("/dev/kvm speaks version {0} of the KVM interface, not {KVM_API_VERSION}")]
     ApiVersion(i32),
-    /// Something that we use is not offered.
+    /// A needed capability, and what it is for.
     #[error("this KVM lacks {0}, {1}")]
     Capability(&'static str, &'static str),
-    /// More processors than KVM can do.
     #[error("{asked} vCPUs are more than the {most} that this KVM can do")]
-    TooManyVcpus {
-        /// What was asked for.
-        asked: u32,
-        /// What KVM can do.
-        most: u32,
-    },
-    /// An ioctl failed.
+    TooManyVcpus { asked: u32, most: u32 },
+    /// An ioctl failed; with what it was to do.
     #[error("KVM cannot {0}")]
     Ioctl(String, #[source] io::Error),
 }
 
-impl KvmError {
-    /// What the user could do about it.
-    pub fn hint(&self) -> Option<String> {
+impl Failure for KvmError {
+    /// An ioctl that failed is an error of ours; all else is the host's set-up, or more than this KVM can do.
+    fn status(&self) -> u8 {
+        if matches!(self, KvmError::Ioctl(..)) { STATUS_ERROR } else { STATUS_USAGE }
+    }
+
+    fn hint(&self) -> Option<String> {
         let text = match self {
             KvmError::Missing => {
                 "load the module (`modprobe kvm_intel` or `kvm_amd`), switch virtualisation on in the firmware, or pass \
@@ -63,19 +62,14 @@ impl KvmError {
         };
         Some(text.into())
     }
-
-    /// Whether the fault is with the machine's set-up or the user's wishes, and not with KVM at work.
-    pub fn is_configuration(&self) -> bool {
-        !matches!(self, KvmError::Ioctl(..))
-    }
 }
 
-/// For `map_err`: an ioctl that failed at `what`.
+/// For `map_err`: an ioctl that was to do `what`.
 pub(super) fn failed_to(what: impl Into<String>) -> impl FnOnce(errno::Error) -> KvmError {
     |error| KvmError::Ioctl(what.into(), error.into())
 }
 
-/// What is used, and what for. All of it is in Linux 4.11.
+/// The needed capabilities, and what each is for. Linux 4.11 has all of them.
 const NEEDED: [(Cap, &str, &str); 9] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "which is guest memory"),
     (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM", "without which a read-only mapping could be written"),
@@ -88,13 +82,13 @@ const NEEDED: [(Cap, &str, &str); 9] = [
     (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "without which KVM's own pages have no place"),
 ];
 
-/// An open `/dev/kvm` that can do all we need.
+/// An open `/dev/kvm` with all needed capabilities.
 pub struct Kvm {
     kvm: kvm_ioctls::Kvm,
 }
 
 impl Kvm {
-    /// Opens `/dev/kvm` and checks what it can do.
+    /// Opens `/dev/kvm` and checks its capabilities.
     pub fn open() -> Result<Kvm, KvmError> {
         let kvm = kvm_ioctls::Kvm::new().map_err(|error| match error.errno() {
             libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
@@ -123,39 +117,33 @@ impl Kvm {
             .map_err(failed_to("say which processor features it supports"))
     }
 
-    /// Whether local timers can run by the time stamp counter. KVM does not say so in its CPUID.
+    /// Whether local timers can run by the time stamp counter. KVM's supported CPUID leaves this bit out.
     pub fn has_tsc_deadline(&self) -> bool {
         self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 
     /// Refuses a number of vCPUs that is beyond this KVM.
     pub fn check_vcpus(&self, asked: u32) -> Result<(), KvmError> {
-        // Ids are given out from 0 on, so that both limits are limits of the number.
+        // Ids count from 0, so both limits bound the number.
         let most = self.kvm.get_max_vcpus().min(self.kvm.get_max_vcpu_id()) as u32;
         if asked > most {
             return Err(KvmError::TooManyVcpus { asked, most });
         }
         Ok(())
     }
-
-    /// The number of memory slots that a machine can have.
-    pub fn max_slots(&self) -> u32 {
-        self.kvm.get_nr_memslots() as u32
-    }
 }
 
-/// A machine without memory and processors, with interrupt controllers.
+/// A machine with interrupt controllers and memory slots; processors can be added.
 pub struct Vm {
-    vm: Arc<VmFd>,
+    slots: Arc<Slots>,
 }
 
 impl Vm {
-    /// Makes the machine. `own_pages` is where KVM may put the four pages that Intel's processors need to run
-    /// real-mode code: the identity-map page, then three for a TSS. No RAM may be there.
+    /// Creates the machine. `own_pages` is where KVM may put the four pages that Intel's processors need to
+    /// run real-mode code: the identity-map page, then three for a TSS. No RAM may be there.
     ///
-    /// There is no PIT: a kernel that finds hardware-reduced ACPI does not look for one, and gets its time
-    /// from the KVM clock and its ticks from the local timers. The emulation would cost a host thread, and
-    /// its ports stay free.
+    /// The machine has no PIT: a kernel with hardware-reduced ACPI does not look for one, and uses the KVM
+    /// clock and the local timers. The emulation would cost a host thread.
     pub fn new(kvm: &Kvm, own_pages: u64) -> Result<Vm, KvmError> {
         let vm = loop {
             match kvm.kvm.create_vm() {
@@ -171,40 +159,62 @@ impl Vm {
             .map_err(failed_to(format!("use the pages at {tss:#x} for its TSS")))?;
         vm.create_irq_chip().map_err(failed_to("create the interrupt controllers"))?;
         keep_page_tables_on_slot_deletion(&vm)?;
-        Ok(Vm { vm: Arc::new(vm) })
+        let limit = kvm.kvm.get_nr_memslots() as u32;
+        Ok(Vm { slots: Arc::new(Slots::new(Arc::new(vm), limit)) })
     }
 
-    /// The file, for memory slots.
-    pub fn fd(&self) -> &Arc<VmFd> {
-        &self.vm
+    /// The machine's memory slots, which own it.
+    pub fn slots(&self) -> &Arc<Slots> {
+        &self.slots
     }
 
     /// Adds the processor with this id, which is its APIC id too.
-    pub fn create_vcpu(&self, id: u32) -> Result<VcpuFd, KvmError> {
-        self.vm.create_vcpu(u64::from(id)).map_err(failed_to(format!("create vCPU {id}")))
+    pub fn create_vcpu(&self, id: u32) -> Result<Processor, KvmError> {
+        let fd = self.slots.vm().create_vcpu(u64::from(id));
+        let fd = fd.map_err(failed_to(format!("create vCPU {id}")))?;
+        Ok(Processor { id, fd, _slots: Arc::clone(&self.slots) })
     }
 
-    /// A write to `event`, by whatever process, pulses interrupt line `gsi`.
+    /// A write to `event`, by any process, pulses interrupt line `gsi`.
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
-        self.vm
+        self.slots
+            .vm()
             .register_irqfd(event, gsi)
             .map_err(failed_to(format!("connect an eventfd to interrupt {gsi}")))
     }
 
-    /// A guest's write of `value`, 4 bytes wide, to `address` signals `event` instead of making an exit.
+    /// A guest's write of `value`, 4 bytes wide, to `address` signals `event` instead of causing an exit.
     pub fn register_ioeventfd(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
-        self.vm
+        self.slots
+            .vm()
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
             .map_err(failed_to(format!("connect an eventfd to writes of {value:#x} at {address:#x}")))
     }
 }
 
-/// Deleting one slot shall not throw away the page tables of all others. Offered by Linux 6.12 and later;
-/// before that, a deletion costs the guest its time and nothing else.
+/// A processor that does not run yet.
+///
+/// Fields are dropped in their order here: KVM keeps a machine as long as it has a processor, and the memory
+/// behind its slots must outlive it.
+pub struct Processor {
+    pub(super) id: u32,
+    pub(super) fd: VcpuFd,
+    _slots: Arc<Slots>,
+}
+
+impl Processor {
+    /// The system registers: their reset values, before it runs.
+    pub fn system_registers(&self) -> Result<kvm_sregs, KvmError> {
+        self.fd.get_sregs().map_err(failed_to("read system registers"))
+    }
+}
+
+/// Lets KVM keep the page tables of all other slots when one is deleted. Linux 6.12 and later can do this;
+/// before, each deletion slows the guest down for a moment.
 fn keep_page_tables_on_slot_deletion(vm: &VmFd) -> Result<(), KvmError> {
     let quirks = vm.check_extension_raw(u64::from(KVM_CAP_DISABLE_QUIRKS2)).max(0) as u32;
     if quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL == 0 {
-        log::debug!("this KVM always zaps all page tables when it deletes a memory slot");
+        log::debug!("this KVM always drops all page tables when it deletes a memory slot");
         return Ok(());
     }
     let mut capability = kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS2, ..Default::default() };

@@ -1,13 +1,18 @@
 //! Guest physical memory: RAM, the windows of shared memory regions, and what is mapped inside them.
 //!
-//! Nothing here knows KVM. What puts host memory in front of the guest is the trait [`GuestMapper`]:
-//! `kvm::slots` implements it, tests record with a fake.
+//! Nothing here knows KVM. The trait [`GuestMapper`] shows host memory to the guest: `kvm::slots` implements
+//! it, tests have a fake that records.
 
 pub mod alloc;
+mod error;
+mod ledger;
+pub mod missing;
+pub(crate) mod pages;
 pub mod ram;
 pub mod shmem;
 pub mod window;
 
+use std::fmt;
 use std::io;
 
 /// The page size of everything here: x86-64's smallest page, 4 KiB.
@@ -44,9 +49,21 @@ impl GuestRange {
         self.start + (self.len - 1)
     }
 
+    /// Whether an address is in it.
+    pub fn contains(&self, at: u64) -> bool {
+        self.start <= at && at <= self.last()
+    }
+
     /// Whether the two share an address.
     pub fn overlaps(&self, other: &GuestRange) -> bool {
         self.start <= other.last() && other.start <= self.last()
+    }
+}
+
+/// As the memory map shows it: first and last address.
+impl fmt::Display for GuestRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#014x}-{:#014x}", self.start, self.last())
     }
 }
 
@@ -71,17 +88,17 @@ pub struct SlotId(pub u32);
 pub trait GuestMapper: Send + Sync {
     /// Lets the guest see the memory at `host` as the addresses `guest`.
     ///
-    /// Fails with ENOSPC when no slot is left, EEXIST when something is there already, and with what KVM says
-    /// otherwise; nothing is changed then.
+    /// Fails with ENOSPC when no slot is left, EEXIST when a mapping is there already, else with KVM's errno;
+    /// nothing is changed then.
     ///
     /// # Safety
     ///
     /// `guest.len()` bytes from `host` on must stay an address range of the caller's (mapped or reserved)
-    /// until `unmap` has succeeded or the machine is gone, and nobody may hold a Rust reference into them:
-    /// the guest reads and, with [`Access::ReadWrite`], writes them at any time.
+    /// until `unmap` has succeeded or the machine is gone, and no Rust reference may go into them: the guest
+    /// reads and, with [`Access::ReadWrite`], writes them at any time.
     unsafe fn map(&self, guest: GuestRange, host: *mut u8, access: Access) -> io::Result<SlotId>;
 
-    /// Takes a mapping away. Fails with ENOENT for a slot that is not live; with what KVM says otherwise, and
-    /// then the mapping stays.
+    /// Takes a mapping away. Fails with ENOENT for a slot that is not live, else with KVM's errno; the
+    /// mapping stays then.
     fn unmap(&self, slot: SlotId) -> io::Result<()>;
 }

@@ -1,20 +1,21 @@
-//! Guest RAM: one sealed memfd, seen by the guest below and above the hole that ends at 4 GiB.
+//! Guest RAM: one sealed memfd, seen by the guest below and above the gap that ends at 4 GiB.
 //!
 //! The memory is always shareable, because every device is another process. It is sealed against growing and
-//! shrinking, so that no peer who gets the file can take pages away under us. Called by the set-up in `vmm`;
-//! `vhost_user` sends the regions and the file to back-ends.
+//! shrinking, so that no back-end can take pages of it away. Called by the set-up in `vmm`; `vhost_user`
+//! sends the regions and the file to back-ends.
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::mm::{Advice, madvise};
+use rustix::system::sysinfo;
 use thiserror::Error;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::{GuestRange, PAGE_SIZE};
+use crate::report::{Failure, STATUS_USAGE};
 
 /// The least RAM that is accepted: the boot structures (see `arch::layout`) are in the first MiB, and a
 /// kernel starts at the second.
@@ -22,6 +23,7 @@ pub const SMALLEST: u64 = 2 << 20;
 
 /// Why there is no RAM of that size.
 #[derive(Debug, Error)]
+#[allow(missing_docs)] // The messages say it.
 pub enum RamError {
     /// Less than [`SMALLEST`], zero among it.
     #[error("{0} bytes of guest memory are too few: the least is {SMALLEST}")]
@@ -29,29 +31,20 @@ pub enum RamError {
     /// Not a whole number of pages.
     #[error("{0} bytes of guest memory are not a multiple of the page size, {PAGE_SIZE}")]
     Unaligned(u64),
-    /// More than the host could ever fill.
+    /// More than the host could ever fill, swap included. In bytes.
     #[error("{asked} bytes of guest memory are more than the {host} bytes that this host has, swap included")]
-    MoreThanHost {
-        /// What was asked for.
-        asked: u64,
-        /// The host's memory and swap.
-        host: u64,
-    },
+    MoreThanHost { asked: u64, host: u64 },
     /// The kernel refused.
     #[error("cannot {what} for {size} bytes of guest memory")]
-    Os {
-        /// What we tried.
-        what: &'static str,
-        /// The RAM's size.
-        size: u64,
-        /// The kernel's answer.
-        source: io::Error,
-    },
+    Os { what: &'static str, size: u64, source: io::Error },
 }
 
-impl RamError {
-    /// What the user could do about it.
-    pub fn hint(&self) -> Option<String> {
+impl Failure for RamError {
+    fn status(&self) -> u8 {
+        STATUS_USAGE
+    }
+
+    fn hint(&self) -> Option<String> {
         match self {
             RamError::TooSmall(_) => Some("a stock Linux kernel wants 128M or more".into()),
             RamError::Unaligned(size) => {
@@ -64,7 +57,7 @@ impl RamError {
     }
 }
 
-/// One piece of RAM, as KVM slots and vhost-user memory tables want it.
+/// One piece of RAM, for a KVM slot and for vhost-user's memory table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamRegion {
     /// Where the guest sees it.
@@ -75,12 +68,6 @@ pub struct RamRegion {
     pub file_offset: u64,
 }
 
-// SAFETY: a region is a description; `host` is only a number until somebody dereferences it in an unsafe
-// block of their own.
-unsafe impl Send for RamRegion {}
-// SAFETY: as above.
-unsafe impl Sync for RamRegion {}
-
 /// The guest's RAM. Unmapped when the last clone of [`Ram::memory`] is gone.
 #[derive(Debug)]
 pub struct Ram {
@@ -89,46 +76,37 @@ pub struct Ram {
     regions: Vec<RamRegion>,
 }
 
-/// Splits `size` bytes into guest ranges: from 0 up to `hole_start`, the rest from `hole_end` on.
-fn split(size: u64, hole_start: u64, hole_end: u64) -> Vec<GuestRange> {
-    let low = size.min(hole_start);
-    [GuestRange::new(0, low), GuestRange::new(hole_end, size - low)].into_iter().flatten().collect()
+/// Splits `size` bytes into guest ranges: from 0 up to `gap_start`, the rest from `gap_end` on.
+fn split(size: u64, gap_start: u64, gap_end: u64) -> Vec<GuestRange> {
+    let low = size.min(gap_start);
+    [GuestRange::new(0, low), GuestRange::new(gap_end, size - low)].into_iter().flatten().collect()
 }
 
 impl Ram {
-    /// Makes `size` bytes of RAM that leave the addresses from `hole_start` to `hole_end` free. Nothing is
-    /// touched yet, so nothing is resident.
-    ///
-    /// # Errors
-    ///
-    /// Sizes that are too small, no multiple of the page size, or more than the host's memory and swap; and
-    /// what the host's kernel refuses.
-    pub fn new(size: u64, hole_start: u64, hole_end: u64) -> Result<Ram, RamError> {
+    /// Makes `size` bytes of RAM that leave the addresses from `gap_start` to `gap_end` free. No page is
+    /// accessed yet, so none is resident.
+    pub fn new(size: u64, gap_start: u64, gap_end: u64) -> Result<Ram, RamError> {
         check_size(size, host_memory())?;
         let os = |what| move |source| RamError::Os { what, size, source };
-        let file = Arc::new(sealed_memfd(c"guest-ram", size).map_err(os("make a memfd"))?);
-        let (mut regions, mut mapped, mut file_offset) = (Vec::new(), Vec::new(), 0);
-        for guest in split(size, hole_start, hole_end) {
-            let mapping = MmapRegionBuilder::new(guest.len() as usize)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), file_offset))
-                .build()
-                .map_err(|error| os("map addresses")(io::Error::other(error)))?;
+        let file = Arc::new(sealed_memfd("guest-ram", size).map_err(os("make a memfd"))?);
+        let ranges = split(size, gap_start, gap_end);
+        let places = ranges.iter().zip([0, ranges[0].len()]);
+        let mappings = places.clone().map(|(guest, file_offset)| {
+            let file = FileOffset::from_arc(Arc::clone(&file), file_offset);
+            (GuestAddress(guest.start()), guest.len() as usize, Some(file))
+        });
+        let memory = GuestMemoryMmap::from_ranges_with_files(mappings)
+            .map_err(|error| os("map addresses")(io::Error::other(error)))?;
+        let mappings = places.zip(memory.iter());
+        let regions = mappings.map(|((&guest, file_offset), mapping)| {
             ask_for_huge_pages(mapping.as_ptr(), mapping.size());
-            regions.push(RamRegion { guest, host: mapping.as_ptr(), file_offset });
-            mapped.push(
-                GuestRegionMmap::new(mapping, GuestAddress(guest.start()))
-                    .expect("invariant: a GuestRange does not wrap"),
-            );
-            file_offset += guest.len();
-        }
-        let memory = GuestMemoryMmap::from_regions(mapped)
-            .expect("invariant: one or two regions, disjoint and in order");
+            RamRegion { guest, host: mapping.as_ptr(), file_offset }
+        });
+        let regions = regions.collect();
         Ok(Ram { file, memory, regions })
     }
 
-    /// Access to RAM by guest physical address, for loading and for reading what a guest names.
+    /// Access to RAM by guest physical address, to load the kernel and its tables.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }
@@ -143,7 +121,7 @@ impl Ram {
         &self.file
     }
 
-    /// The first address after the RAM below the hole.
+    /// The first address after the RAM below the gap.
     pub fn low_end(&self) -> u64 {
         self.regions[0].guest.len()
     }
@@ -157,9 +135,9 @@ impl Ram {
 
 /// Asks for huge pages where the host's administrator lets programs ask (`shmem_enabled` is `advise`).
 fn ask_for_huge_pages(start: *mut u8, len: usize) {
-    // SAFETY: the range is a mapping of ours; the advice changes how it is filled and not what is in it.
-    if unsafe { libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE) } != 0 {
-        log::debug!("no huge pages for guest memory: {}", io::Error::last_os_error());
+    // SAFETY: the range is a mapping of the caller's; the advice does not change what is in it.
+    if let Err(error) = unsafe { madvise(start.cast(), len, Advice::LinuxHugepage) } {
+        log::debug!("no huge pages for guest memory: {error}");
     }
 }
 
@@ -175,33 +153,17 @@ fn check_size(size: u64, host: u64) -> Result<(), RamError> {
     }
 }
 
-/// The host's memory and swap in bytes; no limit where it does not say.
+/// The host's memory and swap in bytes.
 fn host_memory() -> u64 {
-    // SAFETY: sysinfo is plain numbers, for which all-zero is a value.
-    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
-    // SAFETY: the struct is ours and lives through the call, which fills it.
-    if unsafe { libc::sysinfo(&mut info) } != 0 {
-        return u64::MAX;
-    }
+    let info = sysinfo();
     info.totalram.saturating_add(info.totalswap).saturating_mul(u64::from(info.mem_unit))
 }
 
-/// An anonymous file of `size` bytes that can neither grow nor shrink, for good.
-fn sealed_memfd(name: &CStr, size: u64) -> io::Result<File> {
-    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    // SAFETY: the name is a C string that lives through the call.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and nobody else's.
-    let file = unsafe { File::from_raw_fd(fd) };
+/// An anonymous file of `size` bytes that can neither grow nor shrink, ever.
+fn sealed_memfd(name: &str, size: u64) -> io::Result<File> {
+    let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
     file.set_len(size)?;
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-    // SAFETY: F_ADD_SEALS takes an int and touches no memory of ours.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }
 
@@ -214,7 +176,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     #[test]
-    fn ram_leaves_the_hole_free() {
+    fn ram_leaves_the_gap_free() {
         let ranges = |size| -> Vec<(u64, u64)> {
             split(size, 3 * GIB, 4 * GIB).iter().map(|range| (range.start(), range.len())).collect()
         };
@@ -237,7 +199,7 @@ mod tests {
 
     #[test]
     fn both_pieces_are_one_file_that_cannot_change_its_size() {
-        // A hole at 4 MiB stands in for the one at 3 GiB.
+        // A gap at 4 MiB stands in for the one at 3 GiB.
         let ram = Ram::new(6 << 20, 4 << 20, 16 << 20).unwrap();
         let offsets: Vec<_> = ram.regions().iter().map(|region| region.file_offset).collect();
         assert_eq!(offsets, [0, 4 << 20]);

@@ -6,13 +6,17 @@
 //! alone can place and clear, so nothing that a back-end sends turns into an address before it was checked
 //! (SHM-50).
 //!
-//! `memory::shmem` is the only caller.
+//! `memory::shmem` and `memory::missing` are the only callers.
 
+use std::ffi::c_void;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr;
+use std::os::fd::BorrowedFd;
 
+use rustix::fs::FileType;
+use rustix::io::Errno;
+use rustix::mm::{self, MapFlags, MprotectFlags, MremapFlags};
+
+use super::pages::{OwnedPages, protection};
 use super::{Access, GuestRange, PAGE_SIZE};
 
 /// Host and guest addresses of a window agree modulo this (1 GiB, x86-64's largest page), so that huge pages
@@ -26,38 +30,23 @@ const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 #[derive(Debug)]
 pub struct Window {
     guest: GuestRange,
-    host: *mut u8,
+    host: OwnedPages,
 }
-
-// SAFETY: the pointer is the address of a reservation that the window owns until it is dropped; it is never
-// dereferenced, and the system calls that take it may come from any thread.
-unsafe impl Send for Window {}
-// SAFETY: as above; `&Window` only gives addresses away.
-unsafe impl Sync for Window {}
 
 impl Window {
     /// Reserves host addresses for `guest`, whose start and length are multiples of [`PAGE_SIZE`].
     ///
     /// Fails with EINVAL where they are not, with ENOMEM where there is no room.
     pub fn reserve(guest: GuestRange) -> io::Result<Window> {
-        let len = host_len(guest.len())?;
         if !guest.start().is_multiple_of(PAGE_SIZE) || !guest.len().is_multiple_of(PAGE_SIZE) {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            return Err(Errno::INVAL.into());
         }
         // The reservation starts anywhere: one unit more than needed holds a congruent start.
-        let slack = host_len(CONGRUENCE)?;
-        let padded = len.checked_add(slack).ok_or(io::Error::from_raw_os_error(libc::ENOMEM))?;
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
-        let start = unsafe { reserve_at(ptr::null_mut(), padded, 0) }?;
-        let ahead = (guest.start() % CONGRUENCE + CONGRUENCE - start as u64 % CONGRUENCE) % CONGRUENCE;
-        let ahead = host_len(ahead)?;
-        let host = start.wrapping_add(ahead);
-        // SAFETY: the two ends lie in the reservation just made, which nothing else uses, and outside
-        // `host..+len`.
-        unsafe {
-            unmap(start, ahead);
-            unmap(host.wrapping_add(len), slack - ahead);
-        }
+        let padded = guest.len().checked_add(CONGRUENCE).ok_or(Errno::NOMEM)?;
+        let mut ahead = OwnedPages::reserve(padded as usize)?;
+        let excess = guest.start().wrapping_sub(ahead.address() as u64) % CONGRUENCE;
+        let mut host = ahead.split_off(excess as usize);
+        let _behind = host.split_off(guest.len() as usize);
         Ok(Window { guest, host })
     }
 
@@ -79,14 +68,6 @@ impl Window {
     }
 }
 
-impl Drop for Window {
-    fn drop(&mut self) {
-        // SAFETY: the reservation is ours, and who mapped parts of it for the guest promised the mapper
-        // (`GuestMapper::map`) to have taken them away by now.
-        unsafe { unmap(self.host, self.guest.len() as usize) };
-    }
-}
-
 /// Whole pages inside a [`Window`].
 #[derive(Clone, Copy, Debug)]
 pub struct Span<'w> {
@@ -103,140 +84,117 @@ impl Span<'_> {
 
     /// Its host address.
     pub fn host(&self) -> *mut u8 {
-        self.window.host.wrapping_add(self.offset as usize)
+        self.window.host.address().wrapping_add(self.offset as usize)
+    }
+
+    /// The same and its length, for system calls.
+    fn pages(&self) -> (*mut c_void, usize) {
+        (self.host().cast(), self.len as usize)
+    }
+
+    /// The first `len` bytes of the span; `None` where there are fewer, or `len` is 0 or not whole pages.
+    pub fn first(&self, len: u64) -> Option<Self> {
+        (len <= self.len).then(|| self.window.span(self.offset, len))?
+    }
+
+    /// The last `len` bytes of the span; `None` as for [`Self::first`].
+    pub fn last(&self, len: u64) -> Option<Self> {
+        self.window.span(self.offset + self.len.checked_sub(len)?, len)
     }
 
     /// Maps `file` from `file_offset` on into the span, shared, in place of the reservation.
     ///
-    /// The file's size does not matter (SHM-44). Fails with EINVAL for what is not a regular file or for part
-    /// of a huge page, and with what mmap(2) says; the reservation stays then.
+    /// The file's size does not matter (SHM-44). Fails with EINVAL for anything but a regular file and for
+    /// part of a huge page, else with the errno of mmap(2); the reservation stays then.
     pub fn place(&self, file: BorrowedFd<'_>, file_offset: u64, access: Access) -> io::Result<()> {
         self.check_file(file, file_offset)?;
-        let len = self.len as usize;
-        let offset = libc::off_t::try_from(file_offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // First to where the kernel likes, then moved: an mmap(MAP_FIXED) that fails may already have removed
-        // what was there, and another thread's memory could get into the gap.
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
-        let address = unsafe {
-            libc::mmap(ptr::null_mut(), len, protection(access), libc::MAP_SHARED, file.as_raw_fd(), offset)
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the source is the mapping just made; the target lies in the window's own reservation, and
-        // `len` bytes do not leave it (`check_file` ruled out that the kernel rounds it up).
-        let moved = unsafe {
-            libc::mremap(address, len, len, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, self.host())
-        };
-        if moved == libc::MAP_FAILED {
-            let error = io::Error::last_os_error();
-            // SAFETY: the mapping made above, which nobody else knows.
-            unsafe { unmap(address.cast(), len) };
-            return Err(error);
-        }
+        // Mapped elsewhere first, then moved: an mmap(MAP_FIXED) that fails may already have removed the
+        // reservation, and another thread's memory could take its place.
+        self.replace_with(OwnedPages::of_file(file, file_offset, self.len as usize, access)?)
+    }
+
+    /// Moves pages, as many, into the span. An error unmaps them.
+    fn replace_with(&self, mut pages: OwnedPages) -> io::Result<()> {
+        let (at, len) = self.pages();
+        // SAFETY: the source is the value's own; the target lies in the window's own range.
+        unsafe { mm::mremap_fixed(pages.address, pages.len, len, MremapFlags::MAYMOVE, at) }?;
+        pages.len = 0;
         Ok(())
     }
 
     /// Puts the reservation back in place of whatever is in the span.
     pub fn clear(&self) -> io::Result<()> {
-        // SAFETY: the span lies in the window's own reservation; see `Window::drop` for the guest's view of
-        // it.
-        unsafe { reserve_at(self.host(), self.len as usize, libc::MAP_FIXED) }.map(drop)
-    }
-
-    /// The end of the span that cannot be read, because the file under it became shorter or it was put out of
-    /// reach; `None` where all can (SHM-45).
-    pub fn missing(&self) -> Option<Self> {
-        let missing_from = self.first_missing_page();
-        self.window.span(self.offset + missing_from, self.len - missing_from)
-    }
-
-    /// The last `len` bytes of the span.
-    pub fn end(&self, len: u64) -> Option<Self> {
-        let ahead = self.len.checked_sub(len)?;
-        self.window.span(self.offset + ahead, len)
+        self.replace_with_zeroes(None)
     }
 
     /// Puts zero pages in place of what is mapped in the span.
     pub fn fill(&self, access: Access) -> io::Result<()> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        let (at, len) = (self.host().cast(), self.len as usize);
-        // SAFETY: the range is the span, which lies in the window's own reservation.
-        let address = unsafe { libc::mmap(at, len, protection(access), flags, -1, 0) };
-        if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+        self.replace_with_zeroes(Some(access))
     }
 
-    /// Puts zero pages in place of the file in the span, and keeps the file's pages for [`Self::put_back`].
-    pub fn set_aside(&self, access: Access) -> io::Result<Aside> {
-        let len = self.len as usize;
-        // SAFETY: an old length of 0 makes a second mapping of the same part of the same file, at addresses
-        // that the kernel chooses; the first, in the window's own reservation, stays.
-        let second = unsafe { libc::mremap(self.host().cast(), 0, len, libc::MREMAP_MAYMOVE) };
-        if second == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let aside = Aside { address: second.cast(), len };
-        self.fill(access)?;
-        Ok(aside)
-    }
-
-    /// Puts back what was set aside of this very span.
-    pub fn put_back(&self, aside: &mut Aside) -> io::Result<()> {
-        // SAFETY: the source is the aside's own; the target lies in the window's own reservation, and the
-        // length is the span's.
-        let moved = unsafe {
-            libc::mremap(
-                aside.address.cast(),
-                aside.len,
-                self.len as usize,
-                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
-                self.host(),
-            )
-        };
-        if moved == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        aside.len = 0;
+    fn replace_with_zeroes(&self, access: Option<Access>) -> io::Result<()> {
+        let (at, len) = self.pages();
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: the span lies in the window's own range, and stays mapped.
+        unsafe { mm::mmap_anonymous(at, len, protection(access), flags) }?;
         Ok(())
     }
 
-    /// Whether anybody touched a page in the span that [`Self::set_aside`] filled.
+    /// Puts zero pages in place of the file in the span, and keeps the file's pages for [`Self::put_back`].
+    pub fn fill_and_save(&self, access: Access) -> io::Result<SavedPages> {
+        let (at, len) = self.pages();
+        // SAFETY: an old length of 0 makes a second mapping of the file, which the result owns; the first
+        // stays.
+        let address = unsafe { mm::mremap(at, 0, len, MremapFlags::MAYMOVE) }?;
+        let saved = SavedPages(OwnedPages { address, len });
+        self.fill(access)?;
+        Ok(saved)
+    }
+
+    /// Puts back what was saved of this very span.
+    pub fn put_back(&self, saved: SavedPages) -> io::Result<()> {
+        self.replace_with(saved.0)
+    }
+
+    /// Whether a page in the span was accessed since [`Self::fill_and_save`] filled it.
     pub fn is_touched(&self) -> io::Result<bool> {
+        let (at, len) = self.pages();
         let mut pages = vec![0u8; (self.len / PAGE_SIZE) as usize];
-        // SAFETY: a byte for each page of the range, which is only looked at.
-        let result = unsafe { libc::mincore(self.host().cast(), self.len as usize, pages.as_mut_ptr()) };
+        // SAFETY: the span lies in the window's own range, and is only inspected; `pages` has a byte for each
+        // page.
+        let result = unsafe { libc::mincore(at, len, pages.as_mut_ptr()) };
         if result != 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(pages.iter().any(|page| page & 1 != 0))
     }
 
-    /// Puts the span out of everybody's reach (`None`), or back into it.
+    /// Makes the span inaccessible (`None`), or accessible again.
     pub fn protect(&self, access: Option<Access>) -> io::Result<()> {
-        let protection = access.map_or(libc::PROT_NONE, protection);
-        // SAFETY: the range is the span, which lies in the window's own reservation.
-        match unsafe { libc::mprotect(self.host().cast(), self.len as usize, protection) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        let (at, len) = self.pages();
+        let protection = MprotectFlags::from_bits_retain(protection(access).bits());
+        // SAFETY: the span lies in the window's own range, and no Rust reference goes into it.
+        unsafe { mm::mprotect(at, len, protection) }?;
+        Ok(())
     }
 
-    /// The offset of the first page that cannot be read; the length where all can. Pages go missing from the
-    /// end of a file, so a binary search finds the edge.
-    fn first_missing_page(&self) -> u64 {
-        let (mut present, mut missing) = (0, self.len / PAGE_SIZE);
+    /// The end of the span that cannot be read, because the file under it became shorter or it was made
+    /// inaccessible; `None` where all can (SHM-45). Pages go missing from the end of a file, so a binary
+    /// search finds the edge.
+    pub fn missing(&self) -> Option<Self> {
+        let pages = self.len / PAGE_SIZE;
+        let (mut present, mut missing) = (0, pages);
         if self.can_read(self.len - PAGE_SIZE) {
-            return self.len;
+            return None;
         }
         while present < missing {
             let middle = present + (missing - present) / 2;
-            if self.can_read(middle * PAGE_SIZE) {
-                present = middle + 1;
-            } else {
-                missing = middle;
+            match self.can_read(middle * PAGE_SIZE) {
+                true => present = middle + 1,
+                false => missing = middle,
             }
         }
-        missing * PAGE_SIZE
+        self.last((pages - missing) * PAGE_SIZE)
     }
 
     /// Whether the byte at `offset` can be read.
@@ -251,139 +209,59 @@ impl Span<'_> {
         if offset.checked_add(len as u64).is_none_or(|end| end > self.len) {
             return false;
         }
+        let process = std::process::id() as libc::pid_t;
         let local = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: len };
         let remote = libc::iovec { iov_base: self.host().wrapping_add(offset as usize).cast(), iov_len: len };
         // SAFETY: `local` is the caller's slice; `remote` is only read, and a bad address is an error, not a
         // fault.
-        unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) == len as isize }
+        let count = unsafe { libc::process_vm_readv(process, &local, 1, &remote, 1, 0) };
+        count == len as isize
     }
 
-    /// Refuses what mmap(2) would take but the guest must not get.
+    /// Refuses files that mmap(2) would take but the guest must not get.
     fn check_file(&self, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
-        let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
-        let mut stat = MaybeUninit::<libc::stat>::uninit();
-        // SAFETY: the descriptor is open, and the kernel fills the structure in where it answers 0.
-        if unsafe { libc::fstat(file.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
-            return Err(io::Error::last_os_error());
+        let stat = rustix::fs::fstat(file)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(Errno::INVAL.into());
         }
-        // SAFETY: filled in, see above.
-        if unsafe { stat.assume_init() }.st_mode & libc::S_IFMT != libc::S_IFREG {
-            return Err(invalid());
-        }
-        let mut fs = MaybeUninit::<libc::statfs>::uninit();
-        // SAFETY: the descriptor is open, and the kernel fills the structure in where it answers 0.
-        if unsafe { libc::fstatfs(file.as_raw_fd(), fs.as_mut_ptr()) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: filled in, see above.
-        let fs = unsafe { fs.assume_init() };
+        let fs = rustix::fs::fstatfs(file)?;
         if fs.f_type == HUGETLBFS_MAGIC {
-            // mmap(2) rounds a huge page file's length up to whole huge pages: past the span, if we let it.
-            let page = u64::try_from(fs.f_bsize).map_err(|_| invalid())?;
+            // mmap(2) rounds the length up to whole huge pages: it would go past the span.
+            let page = u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)?;
             if [self.offset, self.len, file_offset].iter().any(|n| n % page != 0) {
-                return Err(invalid());
+                return Err(Errno::INVAL.into());
             }
         }
         Ok(())
     }
 }
 
-/// An address range that is given up for a moment where the process can have no more (vm.max_map_count):
-/// Linux then refuses even to exchange one for another, and what was unmapped would stay.
+/// An area of address space (VMA) kept in reserve, to be given up for a moment where the process can have no
+/// more: at vm.max_map_count even MAP_FIXED over a range of our own fails, and what was unmapped would stay.
 #[derive(Debug)]
-pub struct Spare(Option<*mut u8>);
+pub struct ReserveVma(Option<OwnedPages>);
 
-// SAFETY: the pointer is the address of a page that the value owns; it is never dereferenced.
-unsafe impl Send for Spare {}
-
-impl Spare {
+impl ReserveVma {
     /// Takes one, if there is one to be had.
-    pub fn take() -> Spare {
-        // Shared memory of its own: never joined with its neighbours.
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses.
-        let page = unsafe { libc::mmap(ptr::null_mut(), PAGE_SIZE as usize, libc::PROT_NONE, flags, -1, 0) };
-        Spare((page != libc::MAP_FAILED).then_some(page.cast()))
+    pub fn take() -> ReserveVma {
+        ReserveVma(OwnedPages::reserve_vma().ok())
     }
 
-    /// [`Span::clear`], also where no address range is left. Fails then only if the span is in the middle of
-    /// what the kernel has joined to one range: that takes two more.
+    /// [`Span::clear`], also where no area is left. Fails then only if the span is in the middle of what the
+    /// kernel has merged into one area: that takes two more.
     pub fn clear(&mut self, span: &Span<'_>) -> io::Result<()> {
         span.clear().or_else(|_| {
-            self.give_up();
+            self.0 = None;
             let cleared = span.clear();
-            *self = Spare::take();
+            *self = ReserveVma::take();
             cleared
         })
     }
-
-    fn give_up(&mut self) {
-        if let Some(page) = self.0.take() {
-            // SAFETY: the page is ours, and nobody else knows it.
-            unsafe { unmap(page, PAGE_SIZE as usize) };
-        }
-    }
 }
 
-impl Drop for Spare {
-    fn drop(&mut self) {
-        self.give_up();
-    }
-}
-
-/// A part of a file that was under a span, at addresses of its own.
+/// The part of a file that was under a span, mapped at addresses of its own.
 #[derive(Debug)]
-pub struct Aside {
-    address: *mut u8,
-    /// 0 once it was put back.
-    len: usize,
-}
-
-// SAFETY: the pointer is the address of a mapping that the value owns; it is never dereferenced.
-unsafe impl Send for Aside {}
-
-impl Drop for Aside {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nobody else knows it.
-        unsafe { unmap(self.address, self.len) };
-    }
-}
-
-fn protection(access: Access) -> libc::c_int {
-    match access {
-        Access::ReadOnly => libc::PROT_READ,
-        Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
-    }
-}
-
-fn host_len(len: u64) -> io::Result<usize> {
-    usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))
-}
-
-/// Maps `len` inaccessible bytes that cost nothing, at `address` where `extra_flags` has MAP_FIXED.
-///
-/// # Safety
-///
-/// With MAP_FIXED, the range is the caller's to replace.
-unsafe fn reserve_at(address: *mut u8, len: usize, extra_flags: i32) -> io::Result<*mut u8> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | extra_flags;
-    // SAFETY: the caller's promise, or a range that the kernel chooses.
-    let address = unsafe { libc::mmap(address.cast(), len, libc::PROT_NONE, flags, -1, 0) };
-    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address.cast()) }
-}
-
-/// Unmaps a range; an empty one is fine.
-///
-/// # Safety
-///
-/// The range is the caller's, and nobody uses it any more.
-unsafe fn unmap(address: *mut u8, len: usize) {
-    if len > 0 {
-        // SAFETY: the caller's promise. It fails only for unaligned ranges, and ours are made of pages; or to
-        // cut a range in three where no more are left, and ours are whole.
-        unsafe { libc::munmap(address.cast(), len) };
-    }
-}
+pub struct SavedPages(OwnedPages);
 
 #[cfg(test)]
 mod tests {
@@ -415,7 +293,7 @@ mod tests {
     fn host_and_guest_agree_modulo_1_gib() {
         for start in [0, 0x20_0000, 0x4000_0000, 0x1_2345_6000] {
             let window = window(start, 0x40_0000);
-            assert_eq!(window.host as u64 % CONGRUENCE, start % CONGRUENCE, "{start:#x}");
+            assert_eq!(window.host.address() as u64 % CONGRUENCE, start % CONGRUENCE, "{start:#x}");
         }
     }
 

@@ -1,9 +1,9 @@
 //! A virtio device whose back-end is another process: what the driver does, told to the back-end.
 //!
 //! The set-up makes one in two steps, since the place of the shared memory regions depends on all back-ends:
-//! [`super::frontend::Frontend::connect`] learns what the back-end is, [`VhostUserDevice::new`] opens the
-//! backend channel. From then on `virtio::mmio` calls it on vCPU threads; [`super::watch`] runs beside it,
-//! and a courier of [`super::sharing`] where the back-end sees other devices' mappings.
+//! [`super::connect::connect`] learns what the back-end is, [`VhostUserDevice::new`] opens the backend
+//! channel. From then on `virtio::mmio` calls it on vCPU threads; [`super::watch`] runs beside it, and an
+//! update thread of [`super::sharing`] where the back-end sees other devices' mappings.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -12,15 +12,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
 
-use super::backend_channel::BackendChannel;
-use super::connection::Deadline;
-use super::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
+use super::link::Link;
 use super::memory_table::MemoryTable;
-use super::message::protocol_features as protocol;
-use super::negotiate::Agreement;
-use super::sharing::{Courier, Member};
-use super::watch::{Link, Watch};
+use super::sharing::{Owner, Participant, UpdateThread};
+use super::shmem_handler::{BackendChannel, ShmemHandler};
+use super::watch::Watch;
+use super::wire::connection::Deadline;
+use super::wire::frontend::{Conversation, Frontend, FrontendError, Handshake, Ring};
+use super::wire::message::protocol_features as protocol;
+use super::wire::negotiate::Agreement;
+use crate::config::device::DeviceSpec;
 use crate::memory::GuestRange;
 use crate::memory::shmem::SharedMemory;
 use crate::report::with_causes;
@@ -39,6 +42,15 @@ const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
 #[error("its back-end is gone")]
 struct BackendLost;
 
+/// A ring that is not all in RAM.
+#[derive(Debug, Error)]
+#[error("queue {index} has its {part} at {address:#x}, which is not all in RAM")]
+struct RingOutsideRam {
+    index: u16,
+    part: &'static str,
+    address: u64,
+}
+
 /// A virtio device behind vhost-user.
 pub struct VhostUserDevice {
     name: String,
@@ -49,6 +61,7 @@ pub struct VhostUserDevice {
     shmem: Arc<SharedMemory>,
     interrupt: Arc<Interrupt>,
     link: Arc<Link>,
+    channel: Option<Arc<BackendChannel>>,
     /// The queues whose rings the back-end runs.
     running: BTreeSet<u16>,
     agreement: Agreement,
@@ -58,51 +71,52 @@ pub struct VhostUserDevice {
     /// which has a deadline. The channel's thread never takes it: a back-end that maps while we wait for its
     /// answer is served.
     main: Arc<Mutex<Frontend>>,
-    /// Where its mappings are shown to others (SHM-80).
-    sharing: Option<Member>,
-    /// The device's thread, which ends with the device.
+
+    // Dropped last, in this order:
+    /// Where its mappings are shown to others (SHM-80): first of all they are withdrawn.
+    sharing: Option<Owner>,
+    /// Serves the backend channel. Before the update thread: that hangs up, which the watch would take for
+    /// the back-end's end.
     _watch: Watch,
-    /// Who tells its back-end of other devices' mappings. Ended after the watch, which would see the back-end
-    /// go.
-    courier: Option<Courier>,
+    /// Tells its back-end of other devices' mappings.
+    updates: Option<UpdateThread>,
 }
 
 impl VhostUserDevice {
-    /// Opens the backend channel of a back-end that is connected, and starts the device's thread. `member`:
-    /// what it is among devices that see each other's mappings (SHM-80).
+    /// Opens the backend channel of a back-end that is connected, and starts the device's thread.
+    /// `participant`: what it is among devices that see each other's mappings (SHM-80).
     pub fn new(
         spec: &DeviceSpec,
         handshake: Handshake,
         memory: MemoryTable,
         shmem: Arc<SharedMemory>,
         interrupt: Arc<Interrupt>,
-        member: Option<Member>,
+        participant: Option<Participant>,
     ) -> Result<VhostUserDevice, DeviceError> {
         let Handshake { mut frontend, queues, config, memory_slots, .. } = handshake;
         let agreement = *frontend.agreement();
-        let sharing = member.clone().filter(|_| spec.share_shmem);
+        let sharing = participant.clone().filter(|_| spec.share_shmem);
         let (channel, theirs) = if agreement.has(protocol::BACKEND_REQ) {
             let (ours, theirs) = UnixStream::pair()?;
-            let (shmem, sharing) = (Arc::clone(&shmem), sharing.clone());
-            let channel = BackendChannel::new(&spec.name, &agreement, ours, shmem, sharing)?;
-            (Some(Arc::new(channel)), Some(theirs))
+            let handler = ShmemHandler::new(&spec.name, Arc::clone(&shmem), sharing.clone());
+            (Some(Arc::new(BackendChannel::new(&agreement, ours, handler))), Some(theirs))
         } else {
             (None, None)
         };
-        let main = frontend.as_fd().try_clone_to_owned()?;
-        let link = Link::new(&spec.name, Arc::clone(&interrupt), main, channel);
-        let link = Arc::new(link);
-        let watch = Watch::start(Arc::clone(&link), spec.shmem_rate)?;
+        let channel_socket = channel.as_ref().map(|channel| Arc::clone(channel.socket()));
+        let main_socket = Arc::clone(frontend.socket());
+        let link = Link::new(&spec.name, Arc::clone(&interrupt), main_socket, channel_socket);
+        let watch = Watch::start(Arc::clone(&link), channel.clone(), spec.shmem_rate)?;
         if let Some(theirs) = theirs {
             frontend.set_backend_channel(theirs.as_fd())?;
         }
         let main = Arc::new(Mutex::new(frontend));
-        let courier = match member.zip(memory_slots) {
-            Some((member, slots)) => {
+        let updates = match participant.zip(memory_slots) {
+            Some((participant, slots)) => {
                 let room = usize::try_from(slots).unwrap_or(usize::MAX);
                 let room = room.saturating_sub(memory.regions().len());
                 let (main, link) = (Arc::clone(&main), Arc::clone(&link));
-                Some(Courier::start(&spec.name, member, room, main, link)?)
+                Some(UpdateThread::start(&spec.name, participant, room, main, link)?)
             }
             None => None,
         };
@@ -115,26 +129,27 @@ impl VhostUserDevice {
             shmem,
             interrupt,
             link,
+            channel,
             running: BTreeSet::new(),
             agreement,
             main,
-            sharing,
+            sharing: sharing.map(Owner),
             _watch: watch,
-            courier,
+            updates,
         })
     }
 
     /// Talks to the back-end. One that breaks the protocol, or does not answer in time, is cut off.
     fn talk<T>(
-        &mut self,
-        conversation: impl FnOnce(&mut Self, &mut Frontend) -> Result<T, FrontendError>,
+        &self,
+        deadline: Deadline,
+        conversation: impl FnOnce(&mut Conversation<'_>) -> Result<T, FrontendError>,
     ) -> Result<T, DeviceError> {
-        let main = Arc::clone(&self.main);
-        let mut frontend = main.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut frontend = self.main.lock().unwrap_or_else(PoisonError::into_inner);
         if self.link.is_lost() {
             return Err(BackendLost.into());
         }
-        conversation(self, &mut frontend).map_err(|error| {
+        conversation(&mut frontend.converse(deadline)).map_err(|error| {
             if error.is_fatal() {
                 self.link.give_up(&error);
             }
@@ -142,21 +157,29 @@ impl VhostUserDevice {
         })
     }
 
-    fn start_ring(
-        &mut self,
-        frontend: &mut Frontend,
-        queue: &QueueSetup<'_>,
-        deadline: Deadline,
-    ) -> Result<(), FrontendError> {
-        // SAFETY: the interrupt owns the event, and outlives the call.
-        let call = unsafe { BorrowedFd::borrow_raw(self.interrupt.call().as_raw_fd()) };
-        let started = frontend.start_ring(queue, &self.memory, call, deadline);
-        // A ring that is told of half way may run as well, and is to be stopped.
-        if !matches!(started, Err(FrontendError::RingOutsideRam { .. })) {
-            self.running.insert(queue.index);
-        }
-        started
+    /// A ring as the back-end is to be told of it.
+    fn ring<'a>(&'a self, queue: &QueueSetup<'a>) -> Result<Ring<'a>, RingOutsideRam> {
+        let &QueueSetup { index, size, .. } = queue;
+        let place = |part, address, len| {
+            self.memory.user_address(address, len).ok_or(RingOutsideRam { index, part, address })
+        };
+        // VIRTIO section 2.7: sizes of the three parts of a split virtqueue.
+        let entries = u64::from(size);
+        Ok(Ring {
+            index,
+            size,
+            descriptor_table: place("descriptor table", queue.descriptors, 16 * entries)?,
+            available_ring: place("available ring", queue.driver_area, 6 + 2 * entries)?,
+            used_ring: place("used ring", queue.device_area, 6 + 8 * entries)?,
+            kick: borrow(queue.kick),
+            call: borrow(self.interrupt.call()),
+        })
     }
+}
+
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the event owns its descriptor, and is borrowed for as long as the result is used.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 impl VirtioDevice for VhostUserDevice {
@@ -188,11 +211,9 @@ impl VirtioDevice for VhostUserDevice {
         if self.config.get(start..end).is_none() || !self.agreement.has(protocol::CONFIG) {
             return Ok(());
         }
-        self.talk(|device, frontend| {
-            frontend.set_config(start as u32, data, Deadline::after(CONTROL_TIMEOUT))?;
-            device.config[start..end].copy_from_slice(data);
-            Ok(())
-        })
+        self.talk(Deadline::after(CONTROL_TIMEOUT), |to| to.set_config(start as u32, data))?;
+        self.config[start..end].copy_from_slice(data);
+        Ok(())
     }
 
     fn shared_memory(&self, id: u8) -> Option<GuestRange> {
@@ -200,21 +221,26 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn start(&mut self, features: u64, queues: &[QueueSetup<'_>]) -> Result<(), DeviceError> {
-        // SHM-75: from the first of these messages on, and every one of them is answered before DRIVER_OK is
-        // through where REPLY_ACK allows. So what the back-end maps when it is started is there for the
-        // driver.
-        self.talk(|device, frontend| {
-            device.shmem.open_gate();
-            let deadline = Deadline::after(START_TIMEOUT);
-            frontend.set_up(features, &device.memory, deadline)?;
-            if let Some(courier) = &device.courier {
-                courier.restart(frontend, deadline)?;
+        let rings: Vec<Ring> = queues.iter().map(|queue| self.ring(queue)).collect::<Result<_, _>>()?;
+        let mut running = BTreeSet::new();
+        // SHM-75: the gate opens with the first of these messages. Where REPLY_ACK allows, each is answered
+        // before the write of DRIVER_OK completes, so the driver finds what the back-end maps when it starts.
+        let started = self.talk(Deadline::after(START_TIMEOUT), |to| {
+            self.shmem.open_gate();
+            to.set_features_and_memory(features, self.memory.regions(), self.memory.file().as_fd())?;
+            if let Some(updates) = &self.updates {
+                updates.recipient.tell_all(to)?;
             }
-            for queue in queues {
-                device.start_ring(frontend, queue, deadline)?;
+            for ring in &rings {
+                // Also where it fails: a ring that the back-end was told of in part may run, and must be
+                // stopped.
+                running.insert(ring.index);
+                to.start_ring(ring)?;
             }
-            frontend.set_status(STATUS_RUNNING, deadline)
-        })
+            to.set_status(STATUS_RUNNING)
+        });
+        self.running = running;
+        started
     }
 
     fn reset(&mut self) {
@@ -222,11 +248,9 @@ impl VirtioDevice for VhostUserDevice {
         let deadline = Deadline::after(CONTROL_TIMEOUT);
         let running = std::mem::take(&mut self.running);
         if !self.link.is_lost() {
-            let told = self.talk(|_, frontend| {
-                for index in running {
-                    frontend.stop_ring(index, deadline)?;
-                }
-                frontend.reset_device(deadline)
+            let told = self.talk(deadline, |to| {
+                running.into_iter().try_for_each(|index| to.stop_ring(index))?;
+                to.reset_device()
             });
             match told {
                 // The back-end is cut off, and the log says so.
@@ -237,7 +261,9 @@ impl VirtioDevice for VhostUserDevice {
                 Ok(()) => {}
             }
         }
-        self.link.drain_channel(deadline);
+        if let Some(Err(error)) = self.channel.as_ref().map(|channel| channel.drain(deadline)) {
+            self.link.channel_ended(&error);
+        }
         match self.shmem.unmap_all() {
             Ok(0) => {}
             Ok(count) => log::info!("{}: the reset removed {count} mappings", self.name),
@@ -251,19 +277,14 @@ impl VirtioDevice for VhostUserDevice {
     fn stop_queue(&mut self, index: u16) -> Result<(), DeviceError> {
         // SHM-74: this removes no mapping.
         self.running.remove(&index);
-        self.talk(|_, frontend| frontend.stop_ring(index, Deadline::after(CONTROL_TIMEOUT)))
+        self.talk(Deadline::after(CONTROL_TIMEOUT), |to| to.stop_ring(index))
     }
 
     fn start_queue(&mut self, queue: QueueSetup<'_>) -> Result<(), DeviceError> {
-        self.talk(|device, frontend| device.start_ring(frontend, &queue, Deadline::after(CONTROL_TIMEOUT)))
-    }
-}
-
-impl Drop for VhostUserDevice {
-    fn drop(&mut self) {
-        if let Some(sharing) = &self.sharing {
-            sharing.leave();
-        }
+        let ring = self.ring(&queue)?;
+        let started = self.talk(Deadline::after(CONTROL_TIMEOUT), |to| to.start_ring(&ring));
+        self.running.insert(queue.index);
+        started
     }
 }
 

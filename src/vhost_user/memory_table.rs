@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use super::message::MemoryRegion;
+use super::wire::message::MemoryRegion;
 
 /// Guest RAM: ranges of one file.
 #[derive(Clone, Debug)]

@@ -1,110 +1,41 @@
 //! A device's own thread: serves the backend channel, and sees when the back-end goes away.
 //!
-//! It takes no lock that anybody holds while waiting for this back-end (deadlock rule of the protocol: a
-//! back-end that maps while we wait for its answer on the main socket is served here).
+//! It takes no lock that is held while another thread waits for this back-end (deadlock rule of the protocol:
+//! a back-end that maps while we wait for its answer on the main socket is served here).
 
 use std::io;
-use std::net::Shutdown;
 use std::num::NonZeroU32;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
 
-use super::backend_channel::{BackendChannel, ChannelError};
-use super::connection::{ConnectionError, Deadline};
-use crate::report::with_causes;
+use super::link::Link;
+use super::shmem_handler::BackendChannel;
+use super::wire::connection::{ConnectionError, Deadline};
 use crate::thread;
-use crate::virtio::interrupt::Interrupt;
-
-/// The two sockets to a device's back-end: whether they can still be used, and the way to end that.
-pub struct Link {
-    name: String,
-    lost: AtomicBool,
-    interrupt: Arc<Interrupt>,
-    /// A copy of the main socket.
-    main: UnixStream,
-    channel: Option<Arc<BackendChannel>>,
-}
-
-impl Link {
-    /// A back-end that just connected. `main` is a copy of the main socket.
-    pub fn new(
-        name: &str,
-        interrupt: Arc<Interrupt>,
-        main: OwnedFd,
-        channel: Option<Arc<BackendChannel>>,
-    ) -> Self {
-        Link { name: name.to_string(), lost: AtomicBool::new(false), interrupt, main: main.into(), channel }
-    }
-
-    /// Whether the back-end is gone, or was cut off.
-    pub fn is_lost(&self) -> bool {
-        self.lost.load(Ordering::Acquire)
-    }
-
-    /// Gives the back-end up: says why, once, tells the driver (SHM-76), and hangs up on both sockets, since
-    /// one that is no longer told to stop must not go on either. Its mappings stay until the reset.
-    pub fn give_up(&self, why: &dyn std::error::Error) {
-        if !self.lost.swap(true, Ordering::AcqRel) {
-            log::error!("{}: {}; the device needs a reset", self.name, with_causes(why));
-            self.interrupt.needs_reset();
-            self.hang_up();
-        }
-    }
-
-    /// Hangs up on both sockets: whoever waits on them goes on.
-    pub fn hang_up(&self) {
-        // It fails only where the peer was faster.
-        let _ = self.main.shutdown(Shutdown::Both);
-        if let Some(channel) = &self.channel {
-            channel.shut_down();
-        }
-    }
-
-    /// Serves what is queued on the backend channel, at a reset.
-    pub fn drain_channel(&self, deadline: Deadline) {
-        if let Some(Err(error)) = self.channel.as_ref().map(|channel| channel.drain(deadline)) {
-            self.channel_ended(&error);
-        }
-    }
-
-    /// The backend channel ended. A back-end may do without it; if it is gone as a whole, the main socket
-    /// tells.
-    fn channel_ended(&self, why: &ChannelError) {
-        match why {
-            ChannelError::Connection(ConnectionError::HungUp) => {
-                log::debug!("{}: the back-end closed the backend channel", self.name);
-            }
-            // SHM-64
-            why => self.give_up(why),
-        }
-    }
-}
 
 /// The running thread. Dropping it stops and joins it.
 pub struct Watch {
-    stop: EventFd,
+    stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Watch {
     /// Starts the thread. It serves no more than `rate` requests of the backend channel in a second, evenly
     /// spread; `None` for no limit.
-    pub fn start(link: Arc<Link>, rate: Option<NonZeroU32>) -> io::Result<Watch> {
-        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-        let watched = Watched {
-            stop: stop.try_clone()?,
-            channel: link.channel.clone(),
-            interval: rate.map(|rate| Duration::from_secs(1) / rate.get()),
-            next: None,
-            link,
-        };
-        let name = format!("vhost-{}", watched.link.name);
+    pub fn start(
+        link: Arc<Link>,
+        channel: Option<Arc<BackendChannel>>,
+        rate: Option<NonZeroU32>,
+    ) -> io::Result<Watch> {
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let name = format!("vhost-{}", link.name);
+        let interval = rate.map(|rate| Duration::from_secs(1) / rate.get());
+        let watched = Watched { stop: Arc::clone(&stop), channel, interval, next: None, link };
         let thread = thread::spawn(name, move || watched.run())?;
         Ok(Watch { stop, thread: Some(thread) })
     }
@@ -113,7 +44,7 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         // A nonblocking eventfd fails only when its counter is full: the thread is woken then, too.
-        let _ = self.stop.write(1);
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
             // A panic in there was printed already.
             let _ = thread.join();
@@ -122,13 +53,13 @@ impl Drop for Watch {
 }
 
 struct Watched {
-    stop: EventFd,
+    stop: Arc<OwnedFd>,
     /// `None` once it ended.
     channel: Option<Arc<BackendChannel>>,
     /// The least time between two requests of the backend channel.
     interval: Option<Duration>,
-    /// When the channel's turn comes whether or not its socket has anything to read: a request may have been
-    /// read with the one before.
+    /// When the next request is due, whether or not the socket has anything to read: it may have been read
+    /// together with the one before.
     next: Option<Deadline>,
     link: Arc<Link>,
 }
@@ -136,29 +67,25 @@ struct Watched {
 impl Watched {
     fn run(mut self) {
         loop {
-            // poll(2) passes over a negative descriptor.
-            let channel = self.channel.as_deref().filter(|_| self.next.is_none());
-            let channel_fd = channel.map_or(-1, |channel| channel.as_fd().as_raw_fd());
-            let timeout = self.next.map_or(-1, |next| next.poll_timeout());
-            let poll = |fd, events| libc::pollfd { fd, events, revents: 0 };
-            let mut polled = [
-                poll(self.stop.as_raw_fd(), libc::POLLIN),
-                poll(channel_fd, libc::POLLIN),
-                poll(self.link.main.as_raw_fd(), libc::POLLRDHUP),
-            ];
-            // SAFETY: the array is on our stack, and the descriptors live as long as `self`.
-            if unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as _, timeout) } < 0 {
-                let error = io::Error::last_os_error();
-                if error.kind() == io::ErrorKind::Interrupted {
-                    continue;
-                }
-                return self.link.give_up(&error);
+            let mut polled =
+                vec![PollFd::new(&self.stop, PollFlags::IN), PollFd::new(&self.link.main, PollFlags::RDHUP)];
+            // Until the next request is due, the channel's socket is left alone.
+            if let Some(channel) = self.channel.as_ref().filter(|_| self.next.is_none()) {
+                polled.push(PollFd::from_borrowed_fd(channel.socket().as_fd(), PollFlags::IN));
             }
-            let [stop, channel, main] = polled.map(|entry| entry.revents != 0);
+            let timeout = self.next.map(|next| next.time_left().unwrap_or_default());
+            match poll(&mut polled, timeout.as_ref()) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return self.link.give_up(&io::Error::from(error)),
+            }
+            let is_ready =
+                |index| polled.get(index).is_some_and(|entry: &PollFd| !entry.revents().is_empty());
+            let [stop, main, channel] = [0, 1, 2].map(is_ready);
             if stop {
                 return;
             }
-            // What a back-end leaves behind is not much, and its end is not to be noticed the later for it.
+            // The back-end is gone: drop the rate limit, so that the end of what it left is reached at once.
             let is_due =
                 self.next.is_some_and(|next| next.has_passed()) || main && self.interval.take().is_some();
             if channel || is_due {

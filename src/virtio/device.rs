@@ -18,12 +18,11 @@ use crate::memory::GuestRange;
 pub struct QueueSetup<'a> {
     /// The queue's index.
     pub index: u16,
-    /// The number of descriptors: 1 to what the device allows, and a power of two unless VIRTIO_F_RING_PACKED
-    /// was negotiated.
+    /// The number of descriptor table entries: a power of two, at most what the device allows.
     pub size: u16,
-    /// The descriptor area's address (a multiple of 16).
+    /// The descriptor table's address (a multiple of 16).
     pub descriptors: u64,
-    /// The driver area's (available ring's) address (a multiple of 2; of 4 in a packed queue).
+    /// The driver area's (available ring's) address (a multiple of 2).
     pub driver_area: u64,
     /// The device area's (used ring's) address (a multiple of 4).
     pub device_area: u64,
@@ -32,15 +31,15 @@ pub struct QueueSetup<'a> {
     pub kick: &'a EventFd,
 }
 
-/// Why a device did not do what its driver asked. The transport logs it and sets DEVICE_NEEDS_RESET.
+/// Why a device could not carry out its driver's request. The transport logs it and sets DEVICE_NEEDS_RESET.
 pub type DeviceError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A virtio device behind a transport.
 ///
 /// All methods are called by a vCPU thread inside a guest's register write (or by the set-up, before the
 /// first), with the transport's lock held: one at a time for each device. They may wait for a back-end,
-/// always with a deadline. None may call back into the transport. A device says things on its own through
-/// `interrupt::Interrupt`.
+/// always with a deadline. None may call back into the transport. A device tells its driver something unasked
+/// through `interrupt::Interrupt`.
 pub trait VirtioDevice: Send {
     /// The device's name in messages, as the user gave it.
     fn name(&self) -> &str;

@@ -1,4 +1,4 @@
-//! What a device says to its driver on its own: used buffers, a changed configuration, that it needs a reset.
+//! What a device tells its driver unasked: used buffers, a changed configuration, that it needs a reset.
 //!
 //! VIRTIO 1.3, sections 2.1, 2.3, 3.2.1 and 4.2.3.4. Shared by the transport, the device, and the threads
 //! that listen to the device's back-end.
@@ -9,10 +9,9 @@
 //!   bit 1, config       by config_changed, needs_reset            by the driver's acknowledgement, by the reset
 //! ```
 //!
-//! Bit 0 is set all the time that a used buffer is possible, because the one who uses buffers is another
-//! process, which signals the interrupt through KVM and knows no registers. What the driver does then (look
-//! at each queue for used buffers) is right whether or not there are any. In return neither an interrupt nor
-//! its acknowledgement costs an exit to user space.
+//! Bit 0 stays set from DRIVER_OK to reset: the back-end signals the irqfd but cannot set a register. The
+//! driver then looks at each queue for used buffers, which is right whether or not there are any. In return
+//! neither an interrupt nor its acknowledgement costs an exit to user space.
 
 use std::io;
 use std::sync::Arc;
@@ -20,13 +19,12 @@ use std::sync::Arc;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::register_page::{Register, RegisterPage};
+use super::register_page::{Register, RegisterPage, Registers};
 use super::status::{DEVICE_NEEDS_RESET, DRIVER_OK};
 
 /// A device's one interrupt, and the registers that say what it means.
 ///
-/// Every method may be called by any thread, at any time, also before the guest runs; none waits for
-/// anything.
+/// Every method may be called by any thread, at any time, also before the guest runs; none waits.
 pub struct Interrupt {
     page: Arc<RegisterPage>,
     call: EventFd,
@@ -39,68 +37,56 @@ impl Interrupt {
         Ok(Arc::new(Interrupt { page, call }))
     }
 
-    /// What interrupts the guest when it is written to: an irqfd for KVM, the call eventfd of each queue for
-    /// a back-end.
+    /// The eventfd that interrupts the guest: an irqfd for KVM, the call eventfd of each queue for a
+    /// back-end.
     pub fn call(&self) -> &EventFd {
         &self.call
     }
 
     /// The configuration space is now `config`: shows it, under a new ConfigGeneration, and tells the driver.
     ///
-    /// While Status is 0 there is no driver that could be told (section 2.4.1): it reads the configuration
-    /// later anyway.
-    ///
-    /// The caller has updated what `VirtioDevice::config` returns before it calls this.
+    /// While Status is 0 there is no driver to tell (section 2.4.1); the next one reads the configuration
+    /// anyway. The caller has updated what `VirtioDevice::config` returns before it calls this.
     pub fn config_changed(&self, config: &[u8]) {
-        let mut registers = self.page.lock();
-        registers.set_config(config);
-        let driven = registers.get(Register::Status) != 0;
-        if driven {
-            registers.set_bits(Register::InterruptStatus, VIRTIO_MMIO_INT_CONFIG);
-        }
-        drop(registers);
-        if driven {
-            self.signal();
-        }
+        self.change(|registers| {
+            registers.set_config(config);
+            let driven = registers.get(Register::Status) != 0;
+            if driven {
+                registers.set_bits(Register::InterruptStatus, VIRTIO_MMIO_INT_CONFIG);
+            }
+            driven
+        });
     }
 
     /// The device cannot go on: sets DEVICE_NEEDS_RESET and, if DRIVER_OK is set, tells the driver (section
     /// 2.1.2).
     ///
-    /// Once more before the reset does nothing, so that what a back-end does cannot become a storm of
-    /// interrupts.
+    /// Does nothing if called again before the reset, so that a back-end cannot cause a storm of interrupts.
     pub fn needs_reset(&self) {
-        let mut registers = self.page.lock();
-        let status = registers.get(Register::Status);
-        registers.set_bits(Register::Status, DEVICE_NEEDS_RESET);
-        let tell = status & DRIVER_OK != 0 && status & DEVICE_NEEDS_RESET == 0;
-        if tell {
-            registers.set_bits(Register::InterruptStatus, VIRTIO_MMIO_INT_CONFIG);
-        }
-        drop(registers);
-        if tell {
-            self.signal();
-        }
+        self.change(|registers| {
+            let status = registers.get(Register::Status);
+            registers.set_bits(Register::Status, DEVICE_NEEDS_RESET);
+            let is_new = status & (DRIVER_OK | DEVICE_NEEDS_RESET) == DRIVER_OK;
+            if is_new {
+                registers.set_bits(Register::InterruptStatus, VIRTIO_MMIO_INT_CONFIG);
+            }
+            is_new
+        });
     }
 
-    /// The driver set DRIVER_OK. Says whether the device can be started; it cannot if it needed a reset
-    /// before.
+    /// The driver set DRIVER_OK. Whether the device can be started; it cannot if it needed a reset before.
     ///
-    /// What the driver had to be told before that moment (when its interrupt handler may not have been there)
-    /// is signalled now.
+    /// A pending configuration bit is signalled now: the driver's interrupt handler may not have been there
+    /// when the bit was set.
     pub(super) fn driver_ok(&self) -> bool {
-        let mut registers = self.page.lock();
-        let healthy = registers.get(Register::Status) & DEVICE_NEEDS_RESET == 0;
-        registers.set_bits(Register::Status, DRIVER_OK);
-        registers.set_bits(Register::InterruptStatus, VIRTIO_MMIO_INT_VRING);
-        if !healthy {
-            registers.set_bits(Register::InterruptStatus, VIRTIO_MMIO_INT_CONFIG);
-        }
-        let pending = registers.get(Register::InterruptStatus) & VIRTIO_MMIO_INT_CONFIG != 0;
-        drop(registers);
-        if pending {
-            self.signal();
-        }
+        let mut healthy = true;
+        self.change(|registers| {
+            healthy = registers.get(Register::Status) & DEVICE_NEEDS_RESET == 0;
+            let failed = if healthy { 0 } else { VIRTIO_MMIO_INT_CONFIG };
+            registers.set_bits(Register::Status, DRIVER_OK);
+            registers.set_bits(Register::InterruptStatus, VIRTIO_MMIO_INT_VRING | failed);
+            registers.get(Register::InterruptStatus) & VIRTIO_MMIO_INT_CONFIG != 0
+        });
         healthy
     }
 
@@ -116,9 +102,12 @@ impl Interrupt {
         registers.set(Register::Status, 0);
     }
 
-    fn signal(&self) {
-        // The one error is EAGAIN, a counter that is full because nobody fetched it: then an interrupt is
-        // pending anyway.
-        let _ = self.call.write(1);
+    /// Changes registers all at once, then interrupts the driver if `action` says so.
+    fn change(&self, action: impl FnOnce(&mut Registers<'_>) -> bool) {
+        let tell = action(&mut self.page.lock());
+        if tell {
+            // The only error is EAGAIN, a full counter: then an interrupt is pending anyway.
+            let _ = self.call.write(1);
+        }
     }
 }

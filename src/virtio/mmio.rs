@@ -19,51 +19,55 @@
 //! Config       device-specific             device told                                 Config, ConfigGeneration
 //! ```
 //!
-//! What a driver must not do is answered as the specification says: FEATURES_OK that stays clear, QueueReady
-//! that reads 0. Where it says nothing the write changes nothing, except the log, which says so (`Misuse`).
+//! A wrong write is answered as the specification says: FEATURES_OK stays clear, QueueReady reads 0. Where
+//! the specification is silent the write changes nothing. Both are logged (`Misuse`).
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use thiserror::Error;
 use virtio_bindings::virtio_config::*;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{DeviceError, VirtioDevice};
 use super::interrupt::Interrupt;
-use super::queue::{BadQueue, MAX_QUEUE_SIZE, Queue};
+use super::misuse::Misuse;
+use super::queue::{MAX_QUEUE_SIZE, Queue};
 use super::register_page::{CONFIG_MAX, CONFIG_START, Register, RegisterPage};
 use super::status::{self, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
-use crate::bus::{BusDevice, MachineEvent};
+use crate::bus::BusDevice;
+use crate::exit::Exit;
 use crate::report::{MisuseLog, with_causes};
 
 /// MagicValue: "virt".
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 /// Version: not the legacy interface.
 const VERSION: u32 = 2;
-/// VendorID: anything; this one says who wrote the device's registers.
+/// VendorID: any value is fine; this is ours.
 const VENDOR: u32 = u32::from_le_bytes(*b"hslt");
 
 /// What SHMLen and SHMBase read where there is no region (table 4.1, and SHM-21).
 const NO_REGION: u64 = u64::MAX;
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
-const RING_PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 const RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
 
-/// Features that need something of the transport which this one does not have; they are not offered (section
-/// 2.2.2).
+/// Features that need something of the transport, or of the machine, which this one does not have; they are
+/// not offered (section 2.2.2).
 ///
-/// - NOTIFICATION_DATA: a kick is an eventfd that KVM signals; what else was written has no way to the
-///   back-end.
+/// - ACCESS_PLATFORM: there is no IOMMU.
+/// - NOTIFICATION_DATA: a kick is an eventfd that KVM signals; the rest of the written value does not reach
+///   the back-end.
 /// - NOTIF_CONFIG_DATA, SR_IOV and ADMIN_VQ are for PCI.
-const NOT_OVER_MMIO: u64 = 1 << VIRTIO_F_NOTIFICATION_DATA
+/// - RING_PACKED: only split virtqueues are checked here, and started by `vhost_user::device`.
+const NOT_CARRIED: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM
+    | 1 << VIRTIO_F_NOTIFICATION_DATA
     | 1 << VIRTIO_F_NOTIF_CONFIG_DATA
     | 1 << VIRTIO_F_SR_IOV
-    | 1 << VIRTIO_F_ADMIN_VQ;
+    | 1 << VIRTIO_F_ADMIN_VQ
+    | 1 << VIRTIO_F_RING_PACKED;
 
-/// How often a configuration is shown again because it changed meanwhile; see [`MmioTransport::show_config`].
+/// How often a configuration is shown again because it has changed meanwhile.
 const CONFIG_ATTEMPTS: usize = 16;
 
 /// A write that KVM turns into a signal instead of an exit to user space.
@@ -86,13 +90,13 @@ pub struct MmioTransport {
     /// One for each queue.
     kicks: Vec<EventFd>,
     used_acknowledged: EventFd,
-    /// Lock order: before the page's, and before whatever the device locks. A device that waits for its
-    /// back-end does so under this lock: the guest's other writes to this one device wait with it, except
-    /// QueueNotify and InterruptACK, which do without. Threads that the back-end waits for never come here.
+    /// Lock order: before the page's, and before all locks of the device. A device waits for its back-end
+    /// under this lock: the guest's other writes to this device then wait, too, except QueueNotify and
+    /// InterruptACK, which do not take it. Threads that the back-end waits for never take it.
     state: Mutex<State>,
 }
 
-/// What the driver's writes add up to since the last reset, and the device that hears of it.
+/// What the driver's writes add up to since the last reset, and the device.
 struct State {
     device: Box<dyn VirtioDevice>,
     /// `device` was started, without an error, and not reset since.
@@ -107,55 +111,11 @@ struct State {
     shm_sel: u32,
 }
 
-/// A write that the driver must not make, and what is wrong with it. It changed nothing, or it set the one
-/// thing that says so to the driver.
-#[derive(Debug, Error)]
-enum Misuse {
-    #[error("a control register takes aligned writes of 4 bytes, not {0}")]
-    Width(usize),
-    #[error("no register is there")]
-    NoRegister,
-    #[error("the register is read-only")]
-    ReadOnly,
-    #[error("{0}")]
-    Status(#[from] status::Refused),
-    #[error("features are accepted between DRIVER and FEATURES_OK")]
-    FeaturesNotNow,
-    #[error("FEATURES_OK stays clear: the accepted features {accepted:#x}{} are not all among {offered:#x}", if *.beyond { " and some above bit 63" } else { "" })]
-    NotOffered { accepted: u64, beyond: bool, offered: u64 },
-    #[error("FEATURES_OK stays clear: VIRTIO_F_VERSION_1 is not among the accepted features {0:#x}")]
-    NoVersion1(u64),
-    #[error("the device needs a reset; until then neither FEATURES_OK nor QueueReady can be set")]
-    Broken,
-    #[error("the driver gave up on the device")]
-    GaveUp,
-    #[error("there is no queue {0}")]
-    NoQueue(u32),
-    #[error("queues are set up after FEATURES_OK")]
-    QueueTooEarly,
-    #[error("after DRIVER_OK a queue is enabled only where VIRTIO_F_RING_RESET was negotiated")]
-    QueueTooLate,
-    #[error("queue {0} is ready, so it cannot be changed")]
-    QueueIsReady(u16),
-    #[error("QueueReady stays 0: {0}")]
-    Queue(#[from] BadQueue),
-    #[error("the register takes 0 or 1")]
-    NotABit,
-    #[error("VIRTIO_F_RING_RESET was not negotiated")]
-    NoRingReset,
-    #[error("queue {0} is not enabled, so there is nothing to reset")]
-    QueueNotEnabled(u16),
-    #[error("the bits {0:#x} are not defined")]
-    UndefinedBits(u32),
-    #[error("the configuration space is written after FEATURES_OK")]
-    ConfigTooEarly,
-}
-
 impl MmioTransport {
-    /// Puts `device` behind the registers on `page`. It made its own use of `interrupt` already.
+    /// Puts `device`, which has a share of `interrupt`, behind the registers on `page`.
     ///
-    /// Fails with InvalidInput for a device that does not keep to [`VirtioDevice`]'s limits, and with what
-    /// `eventfd` fails with.
+    /// Fails with InvalidInput for a device beyond [`VirtioDevice`]'s limits, else with the errno of
+    /// eventfd(2).
     pub fn new(
         page: Arc<RegisterPage>,
         interrupt: Arc<Interrupt>,
@@ -164,12 +124,20 @@ impl MmioTransport {
         check_device(&*device).map_err(|why| {
             io::Error::new(io::ErrorKind::InvalidInput, format!("the device {} {why}", device.name()))
         })?;
+        for (register, value) in [
+            (Register::MagicValue, MAGIC),
+            (Register::Version, VERSION),
+            (Register::DeviceID, device.device_type()),
+            (Register::VendorID, VENDOR),
+        ] {
+            page.lock().set(register, value);
+        }
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let queues: Vec<_> =
             (0..).zip(device.queue_sizes()).map(|(index, &max)| Queue::new(index, max)).collect();
         let transport = MmioTransport {
             log: MisuseLog::new(device.name()),
-            offered: device.features() & !NOT_OVER_MMIO,
+            offered: device.features() & !NOT_CARRIED,
             kicks: queues.iter().map(|_| event()).collect::<io::Result<_>>()?,
             used_acknowledged: event()?,
             state: Mutex::new(State {
@@ -186,16 +154,8 @@ impl MmioTransport {
             page,
             interrupt,
         };
-        transport.with_state(|transport, state| {
-            let mut registers = transport.page.lock();
-            registers.set(Register::MagicValue, MAGIC);
-            registers.set(Register::Version, VERSION);
-            registers.set(Register::DeviceID, state.device.device_type());
-            registers.set(Register::VendorID, VENDOR);
-            drop(registers);
-            transport.show_config(state);
-            transport.show_selected(state);
-        });
+        transport.show_config(&transport.state());
+        transport.show_selected(&mut transport.state());
         Ok(Arc::new(transport))
     }
 
@@ -203,8 +163,8 @@ impl MmioTransport {
     /// [`BusDevice::write`] does the same when KVM does not.
     ///
     /// One for each queue signals the queue's kick. One more swallows the acknowledgement of a used buffer,
-    /// which has nothing to clear (see [`super::interrupt`]). Nobody reads that eventfd's counter: KVM adds
-    /// to it without ever waiting, and leaves it at its maximum if it gets there.
+    /// which has nothing to clear (see [`super::interrupt`]). That eventfd's counter is never read: KVM adds
+    /// to it without waiting, and leaves it at its maximum if it gets there.
     pub fn doorbells(&self) -> Vec<Doorbell<'_>> {
         let kicks = (0..).zip(&self.kicks).map(|(index, event)| Doorbell {
             offset: Register::QueueNotify.offset(),
@@ -219,8 +179,8 @@ impl MmioTransport {
         kicks.chain([acknowledgement]).collect()
     }
 
-    fn with_state<T>(&self, action: impl FnOnce(&Self, &mut State) -> T) -> T {
-        action(self, &mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write_register(&self, register: Register, value: u32) -> Result<(), Misuse> {
@@ -231,14 +191,14 @@ impl MmioTransport {
 
             QueueNotify => self.notify(value),
             InterruptACK => self.acknowledge(value),
-            Status => self.with_state(|transport, state| transport.write_status(state, value)),
+            Status => self.write_status(&mut self.state(), value),
 
             DeviceFeaturesSel => self.select(|state| state.device_features_sel = value),
             DriverFeaturesSel => self.select(|state| state.driver_features_sel = value),
             QueueSel => self.select(|state| state.queue_sel = value),
             SHMSel => self.select(|state| state.shm_sel = value),
 
-            DriverFeatures => self.with_state(|transport, state| transport.accept_features(state, value)),
+            DriverFeatures => self.accept_features(&mut self.state(), value),
 
             QueueSize => self.configure_queue(|queue| queue.size = value),
             QueueDescLow => self.configure_queue(|queue| set_low(&mut queue.descriptors, value)),
@@ -248,16 +208,11 @@ impl MmioTransport {
             QueueDeviceLow => self.configure_queue(|queue| set_low(&mut queue.device_area, value)),
             QueueDeviceHigh => self.configure_queue(|queue| set_high(&mut queue.device_area, value)),
 
-            QueueReady => self.with_state(|transport, state| match value {
-                0 => transport.disable_queue(state),
-                1 => transport.enable_queue(state),
-                _ => Err(Misuse::NotABit),
-            }),
-            QueueReset => self.with_state(|transport, state| match value {
-                0 => Ok(()),
-                1 => transport.reset_queue(state),
-                _ => Err(Misuse::NotABit),
-            }),
+            QueueReady if value == 0 => self.disable_queue(&mut self.state()),
+            QueueReady if value == 1 => self.enable_queue(&mut self.state()),
+            QueueReset if value == 0 => Ok(()),
+            QueueReset if value == 1 => self.reset_queue(&mut self.state()),
+            QueueReady | QueueReset => Err(Misuse::NotABit),
         }
     }
 
@@ -296,7 +251,7 @@ impl MmioTransport {
     fn check_features(&self, state: &State) -> Result<(), Misuse> {
         let State { features: accepted, features_beyond: beyond, .. } = *state;
         if self.status() & DEVICE_NEEDS_RESET != 0 {
-            // Better that the driver's probe fails now than that it waits for a queue that nobody serves.
+            // The driver's probe fails now, instead of waiting later for a queue that is not served.
             return Err(Misuse::Broken);
         }
         if accepted & !self.offered != 0 || beyond {
@@ -309,8 +264,7 @@ impl MmioTransport {
     }
 
     fn start(&self, state: &mut State) {
-        // First the registers: what happens to the device while it starts must find DRIVER_OK set, or the
-        // driver would not be told.
+        // Set DRIVER_OK before starting: `needs_reset` interrupts the driver only after it.
         if !self.interrupt.driver_ok() {
             return;
         }
@@ -332,7 +286,7 @@ impl MmioTransport {
         (state.device_features_sel, state.driver_features_sel) = (0, 0);
         (state.queue_sel, state.shm_sel) = (0, 0);
         for kick in &self.kicks {
-            // A kick from before must not be the first of the next driver's. No kick is no error.
+            // The next driver's device must not see a kick from before. An error means that there was none.
             let _ = kick.read();
         }
         self.show_config(state);
@@ -357,14 +311,13 @@ impl MmioTransport {
     // Selectors, and the registers that show what they select.
 
     fn select(&self, store: impl FnOnce(&mut State)) -> Result<(), Misuse> {
-        self.with_state(|transport, state| {
-            store(state);
-            transport.show_selected(state);
-        });
+        let mut state = self.state();
+        store(&mut state);
+        self.show_selected(&mut state);
         Ok(())
     }
 
-    fn show_selected(&self, state: &State) {
+    fn show_selected(&self, state: &mut State) {
         let features = match state.device_features_sel {
             0 => self.offered as u32,
             1 => (self.offered >> 32) as u32,
@@ -372,37 +325,36 @@ impl MmioTransport {
         };
         let region = u8::try_from(state.shm_sel).ok().and_then(|id| state.device.shared_memory(id));
         let (base, len) = region.map_or((NO_REGION, NO_REGION), |range| (range.start(), range.len()));
-        let queue = state.selected();
+        let (max, ready) = state.selected().map_or((0, false), |queue| (queue.max, queue.ready));
         let mut registers = self.page.lock();
         registers.set(Register::DeviceFeatures, features);
         registers.set_pair(Register::SHMBaseLow, Register::SHMBaseHigh, base);
         registers.set_pair(Register::SHMLenLow, Register::SHMLenHigh, len);
-        registers.set(Register::QueueSizeMax, queue.map_or(0, |queue| queue.max.into()));
-        registers.set(Register::QueueReady, queue.is_some_and(|queue| queue.ready).into());
-        // A queue's reset is over before another write gets here.
+        registers.set(Register::QueueSizeMax, max.into());
+        registers.set(Register::QueueReady, ready.into());
+        // A queue's reset is over before the next write is handled.
         registers.set(Register::QueueReset, 0);
     }
 
     // Queues: sections 2.6 and 4.2.3.2.
 
     fn configure_queue(&self, store: impl FnOnce(&mut Queue)) -> Result<(), Misuse> {
-        self.with_state(|transport, state| {
-            let queue = state.selected_mut()?;
-            if queue.ready {
-                return Err(Misuse::QueueIsReady(queue.index));
-            }
-            if transport.status() & FEATURES_OK == 0 {
-                return Err(Misuse::QueueTooEarly);
-            }
-            store(queue);
-            Ok(())
-        })
+        let mut state = self.state();
+        let queue = state.selected()?;
+        if queue.ready {
+            return Err(Misuse::QueueIsReady(queue.index));
+        }
+        if self.status() & FEATURES_OK == 0 {
+            return Err(Misuse::QueueTooEarly);
+        }
+        store(queue);
+        Ok(())
     }
 
     fn enable_queue(&self, state: &mut State) -> Result<(), Misuse> {
-        let (features, running) = (state.features, state.running);
         let status = self.status();
-        let queue = state.selected_mut()?;
+        let State { features, running, .. } = *state;
+        let queue = state.selected()?;
         if queue.ready {
             return Ok(());
         }
@@ -415,12 +367,12 @@ impl MmioTransport {
         if status & DRIVER_OK != 0 && features & RING_RESET == 0 {
             return Err(Misuse::QueueTooLate);
         }
-        queue.check(features & RING_PACKED != 0)?;
+        queue.check()?;
         queue.ready = true;
         if let (true, Some(kick)) = (running, self.kicks.get(usize::from(queue.index))) {
             let setup = queue.setup(kick);
             let started = state.device.start_queue(setup);
-            state.selected_mut()?.ready = started.is_ok();
+            state.selected()?.ready = started.is_ok();
             self.fail_on_error("start a queue", started);
         }
         self.show_selected(state);
@@ -430,7 +382,7 @@ impl MmioTransport {
     /// QueueReady = 0. In any state, as drivers do that to all their queues after a reset.
     fn disable_queue(&self, state: &mut State) -> Result<(), Misuse> {
         let running = state.running;
-        let Ok(queue) = state.selected_mut() else {
+        let Ok(queue) = state.selected() else {
             return Ok(());
         };
         if queue.ready {
@@ -439,7 +391,7 @@ impl MmioTransport {
                 let stopped = state.device.stop_queue(index);
                 self.fail_on_error("stop a queue", stopped);
             }
-            state.selected_mut()?.ready = false;
+            state.selected()?.ready = false;
             self.show_selected(state);
         }
         Ok(())
@@ -448,17 +400,17 @@ impl MmioTransport {
     /// QueueReset = 1: section 2.6.1. No mapping goes away with a queue (SHM-74).
     fn reset_queue(&self, state: &mut State) -> Result<(), Misuse> {
         let negotiated = self.status() & FEATURES_OK != 0 && state.features & RING_RESET != 0;
-        let queue = state.selected_mut()?;
+        let queue = state.selected()?;
         if !negotiated {
             return Err(Misuse::NoRingReset);
         }
         if !queue.ready {
             return Err(Misuse::QueueNotEnabled(queue.index));
         }
-        // What other vCPUs read while the device lets go of the queue.
+        // What other vCPUs read while the device stops using the queue.
         self.page.lock().set(Register::QueueReset, 1);
         self.disable_queue(state)?;
-        let queue = state.selected_mut()?;
+        let queue = state.selected()?;
         *queue = Queue::new(queue.index, queue.max);
         Ok(())
     }
@@ -467,7 +419,7 @@ impl MmioTransport {
 
     fn notify(&self, value: u32) -> Result<(), Misuse> {
         let kick = usize::try_from(value).ok().and_then(|index| self.kicks.get(index));
-        // The one error is a counter that is full: the queue's user has much to look at already.
+        // The only error is a full counter: then the back-end has a kick pending already.
         let _ = kick.ok_or(Misuse::NoQueue(value))?.write(1);
         Ok(())
     }
@@ -483,23 +435,23 @@ impl MmioTransport {
     // Configuration: section 2.5.
 
     fn write_config(&self, offset: u64, data: &[u8]) -> Result<(), Misuse> {
-        self.with_state(|transport, state| {
-            if transport.status() & FEATURES_OK == 0 {
-                return Err(Misuse::ConfigTooEarly);
-            }
-            let written = state.device.write_config(offset, data);
-            transport.fail_on_error("take a configuration write", written);
-            transport.show_config(state);
-            Ok(())
-        })
+        let mut state = self.state();
+        if self.status() & FEATURES_OK == 0 {
+            return Err(Misuse::ConfigTooEarly);
+        }
+        let written = state.device.write_config(offset, data);
+        self.fail_on_error("take a configuration write", written);
+        self.show_config(&state);
+        Ok(())
     }
 
     /// Shows the device's configuration.
     ///
-    /// The device may change it meanwhile and say so with [`Interrupt::config_changed`]; then ours, older,
-    /// can be the last one shown. So look again. (Asking the device under the page's lock would do, but a
-    /// lock of the device's would have to go inside it then, and outside it in `config_changed`.) Who is
-    /// faster than we are so many times in a row is not done changing, and shows its next one itself.
+    /// Another thread of the device may change it meanwhile and show it with [`Interrupt::config_changed`];
+    /// ours, older, would then be shown last. So it is read again after it was shown. A device that has
+    /// changed it [`CONFIG_ATTEMPTS`] times in a row is still changing it, and shows the next one itself.
+    /// (Reading it under the page's lock would do, too, but then a lock of the device would be taken inside
+    /// the page's here, and outside it in `config_changed`.)
     fn show_config(&self, state: &State) {
         for _ in 0..CONFIG_ATTEMPTS {
             let config = state.device.config();
@@ -510,7 +462,7 @@ impl MmioTransport {
         }
     }
 
-    /// What to do with a device's answer: an error means that it cannot go on.
+    /// A device that answers with an error cannot go on: it needs a reset.
     fn fail_on_error(&self, what: &str, answer: Result<(), DeviceError>) {
         if let Err(error) = answer {
             let why = with_causes(&*error);
@@ -521,16 +473,16 @@ impl MmioTransport {
 }
 
 impl BusDevice for MmioTransport {
-    /// For reads that exit nevertheless, such as those of instructions that KVM emulates.
+    /// For reads that exit all the same, such as those of instructions that KVM emulates.
     fn read(&self, offset: u64, data: &mut [u8]) {
         self.page.read(offset, data);
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Option<MachineEvent> {
+    fn write(&self, offset: u64, data: &[u8]) -> Option<Exit> {
         if let Some(offset) = offset.checked_sub(CONFIG_START as u64) {
             if let Err(misuse) = self.write_config(offset, data) {
-                self.log
-                    .warn(format_args!("the driver wrote {data:02x?} at {offset:#x} of Config: {misuse}"));
+                let at = format_args!("at {offset:#x} of Config");
+                self.log.warn(format_args!("the driver wrote {data:02x?} {at}: {misuse}"));
             }
             return None;
         }
@@ -541,43 +493,29 @@ impl BusDevice for MmioTransport {
             _ => Err(Misuse::Width(data.len())),
         };
         if let Err(misuse) = written {
-            let mut value = [0; 8];
-            value.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
-            let value = u64::from_le_bytes(value);
-            match register {
-                Some(register) => {
-                    self.log.warn(format_args!("the driver wrote {value:#x} to {register:?}: {misuse}"))
-                }
-                None => self.log.warn(format_args!("the driver wrote {value:#x} at {offset:#x}: {misuse}")),
-            }
+            let value = data.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+            let place = register.map_or(format!("at {offset:#x}"), |register| format!("to {register:?}"));
+            self.log.warn(format_args!("the driver wrote {value:#x} {place}: {misuse}"));
         }
         None
     }
 }
 
 impl State {
-    fn selected(&self) -> Option<&Queue> {
-        let queue = self.queues.get(usize::try_from(self.queue_sel).ok()?)?;
-        (queue.max > 0).then_some(queue)
-    }
-
-    fn selected_mut(&mut self) -> Result<&mut Queue, Misuse> {
-        let missing = Misuse::NoQueue(self.queue_sel);
+    /// The queue that QueueSel names.
+    fn selected(&mut self) -> Result<&mut Queue, Misuse> {
         let queue = usize::try_from(self.queue_sel).ok().and_then(|index| self.queues.get_mut(index));
-        queue.filter(|queue| queue.max > 0).ok_or(missing)
+        queue.filter(|queue| queue.max > 0).ok_or(Misuse::NoQueue(self.queue_sel))
     }
 }
 
-/// What the transport relies on, and what is wrong with a device that does not keep to it.
+/// The limits of [`VirtioDevice`] that the transport relies on; an error says which one `device` exceeds.
 fn check_device(device: &dyn VirtioDevice) -> Result<(), String> {
     let (queues, config) = (device.queue_sizes(), device.config().len());
     if device.features() & VERSION_1 == 0 {
         return Err(
             "does not offer VIRTIO_F_VERSION_1, without which there is no virtio-mmio version 2".into()
         );
-    }
-    if queues.len() > usize::from(u16::MAX) + 1 {
-        return Err(format!("has {} queues; there can be 65536", queues.len()));
     }
     if let Some(size) = queues.iter().find(|size| **size > MAX_QUEUE_SIZE) {
         return Err(format!("has a queue of size {size}; the largest is {MAX_QUEUE_SIZE}"));

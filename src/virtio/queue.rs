@@ -1,4 +1,4 @@
-//! One virtqueue as the driver's register writes describe it (VIRTIO 1.3, sections 2.6 to 2.8 and 4.2.3.2).
+//! One virtqueue as the driver's register writes describe it (VIRTIO 1.3, sections 2.6, 2.7 and 4.2.3.2).
 
 use thiserror::Error;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_ALIGN_SIZE, VRING_DESC_ALIGN_SIZE, VRING_USED_ALIGN_SIZE};
@@ -6,7 +6,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::device::QueueSetup;
 
-/// The largest size of any queue (sections 2.7 and 2.8.10.1): 2^15.
+/// The largest size of any queue (section 2.7): 2^15.
 pub(super) const MAX_QUEUE_SIZE: u16 = 1 << 15;
 
 /// The registers of one queue. What the driver wrote is kept as it is until it sets QueueReady, and judged
@@ -34,29 +34,24 @@ pub(super) enum BadQueue {
     Misaligned { index: u16, area: &'static str, address: u64, align: u32 },
 }
 
-/// The alignment of the driver's and the device's area in a packed queue (section 2.8.10.1).
-const PACKED_EVENT_ALIGN: u32 = 4;
-
 impl Queue {
     pub(super) fn new(index: u16, max: u16) -> Self {
         Queue { index, max, size: 0, descriptors: 0, driver_area: 0, device_area: 0, ready: false }
     }
 
     /// Whether the driver may make it ready as it is now.
-    pub(super) fn check(&self, packed: bool) -> Result<(), BadQueue> {
+    pub(super) fn check(&self) -> Result<(), BadQueue> {
         let Queue { index, max, size, .. } = *self;
         if size == 0 || size > max.into() {
             return Err(BadQueue::Size { index, size, max });
         }
-        if !packed && !size.is_power_of_two() {
+        if !size.is_power_of_two() {
             return Err(BadQueue::NotAPowerOfTwo { index, size });
         }
-        let [driver_align, device_align] =
-            if packed { [PACKED_EVENT_ALIGN; 2] } else { [VRING_AVAIL_ALIGN_SIZE, VRING_USED_ALIGN_SIZE] };
         for (area, address, align) in [
             ("descriptor area", self.descriptors, VRING_DESC_ALIGN_SIZE),
-            ("driver area", self.driver_area, driver_align),
-            ("device area", self.device_area, device_align),
+            ("driver area", self.driver_area, VRING_AVAIL_ALIGN_SIZE),
+            ("device area", self.device_area, VRING_USED_ALIGN_SIZE),
         ] {
             if address % u64::from(align) != 0 {
                 return Err(BadQueue::Misaligned { index, area, address, align });
@@ -65,7 +60,7 @@ impl Queue {
         Ok(())
     }
 
-    /// What the device has to know of a queue that is ready.
+    /// A queue that is ready, for the device.
     pub(super) fn setup<'a>(&self, kick: &'a EventFd) -> QueueSetup<'a> {
         QueueSetup {
             index: self.index,
@@ -93,15 +88,12 @@ mod tests {
     #[test]
     fn sizes() {
         for size in [1, 2, 128, 256] {
-            assert_eq!(queue(size).check(false), Ok(()));
+            assert_eq!(queue(size).check(), Ok(()));
         }
         for size in [0, 257, 512, 0x10080, u32::MAX] {
-            assert_eq!(queue(size).check(false), Err(BadQueue::Size { index: 3, size, max: 256 }));
+            assert_eq!(queue(size).check(), Err(BadQueue::Size { index: 3, size, max: 256 }));
         }
-        assert_eq!(queue(96).check(false), Err(BadQueue::NotAPowerOfTwo { index: 3, size: 96 }));
-        let mut packed = queue(96);
-        packed.driver_area = 0x2004;
-        assert_eq!(packed.check(true), Ok(()));
+        assert_eq!(queue(96).check(), Err(BadQueue::NotAPowerOfTwo { index: 3, size: 96 }));
     }
 
     #[test]
@@ -109,18 +101,11 @@ mod tests {
         for wrong in 1..16 {
             let mut queue = queue(8);
             queue.descriptors += wrong;
-            assert!(queue.check(false).is_err());
+            assert!(queue.check().is_err());
         }
-        for (packed, driver_area, device_area, good) in [
-            (false, 2, 4, true),
-            (false, 1, 4, false),
-            (false, 2, 2, false),
-            (true, 4, 4, true),
-            (true, 2, 4, false),
-            (true, 4, 2, false),
-        ] {
+        for (driver_area, device_area, good) in [(2, 4, true), (1, 4, false), (2, 2, false)] {
             let queue = Queue { driver_area, device_area, ..queue(8) };
-            assert_eq!(queue.check(packed).is_ok(), good, "{packed} {driver_area} {device_area}");
+            assert_eq!(queue.check().is_ok(), good, "{driver_area} {device_area}");
         }
     }
 }

@@ -1,39 +1,37 @@
 //! The register block of a virtio-mmio device as a page of memory (VIRTIO 1.3, section 4.2.2).
 //!
 //! The guest sees the page at [`RegisterPage::host_ptr`] through a read-only slot: its reads are plain memory
-//! reads and never exit. So the page must hold at every instant what a read has to return. The handlers of
-//! the guest's writes (`super::mmio`) and the device's own events (`super::interrupt`) rewrite it; nobody
-//! else touches it.
+//! reads and never exit. So the page must hold at every instant what a read must return. Only the handlers of
+//! the guest's writes (`super::mmio`) and the device's own events (`super::interrupt`) rewrite it.
 //!
 //! # Why there are two frames
 //!
-//! ConfigGeneration promises that a driver which reads the same value before and after it read the
-//! configuration space saw one state of it. With reads that do not exit, no order of plain stores can keep
-//! that promise: a driver that reads everything between two of our stores sees half of a change, and one
-//! generation at both ends, wherever the bumps are. (With a bump before the bytes and another one after them,
-//! a guest that did nothing but look saw about 200 torn states in 17 million changes.)
+//! ConfigGeneration promises: a driver that reads the same value before and after the configuration space saw
+//! one state of it. With reads that do not exit, no order of plain stores keeps that promise. A driver that
+//! reads everything between two of our stores sees half of a change and one generation, wherever it is
+//! incremented. (With an increment before the bytes and one after them, a guest that only read saw about 200
+//! torn states in 17 million changes.)
 //!
-//! So a changed configuration is written, with its new generation, into a second frame, and that frame is
-//! then put in the place of the first by one `mmap`. KVM follows the address, not the frame: while the
-//! mapping is replaced, it makes every vCPU let go of the old frame before one can get at the new. All reads
-//! of one generation are reads of one frame.
+//! So a changed configuration is written, with its new generation, into a second frame, and one `mmap` then
+//! puts that frame in place of the first. KVM follows the address: while the mapping is replaced, no vCPU can
+//! access the new frame before all have lost the old one. All reads of one generation are reads of one frame.
 //!
 //! ```text
 //!    guest page ──slot──▶ host_ptr() ──┬──▶ frame 0   ◀── front: every store goes here too
 //!                                      └╌╌▶ frame 1   ◀── the next configuration is made here
 //! ```
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
-use std::ptr::{self, NonNull};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::warn;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use virtio_bindings::virtio_mmio::*;
 
-use crate::memory::PAGE_SIZE;
+use crate::memory::pages::OwnedPages;
+use crate::memory::{Access, PAGE_SIZE};
 
 /// The size of the register block: control registers, then the configuration space, 4 KiB together.
 pub const BLOCK_SIZE: usize = PAGE_SIZE as usize;
@@ -47,11 +45,25 @@ pub const CONFIG_MAX: usize = BLOCK_SIZE - CONFIG_START;
 /// QueueReset's offset (VIRTIO 1.3, table 4.1); the kernel's header does not have it.
 const VIRTIO_MMIO_QUEUE_RESET: u32 = 0x0c0;
 
-/// The control registers, each 4 bytes, by the names and at the offsets of VIRTIO 1.3, table 4.1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-#[allow(missing_docs)] // The specification's table is their documentation.
-pub enum Register {
+/// Declares [`Register`] and the list of all.
+macro_rules! registers {
+    ($($name:ident = $offset:ident,)*) => {
+        /// The control registers, each 4 bytes, by the names and at the offsets of VIRTIO 1.3, table 4.1.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u32)]
+        #[allow(missing_docs)] // The specification's table is their documentation.
+        pub enum Register {
+            $($name = $offset,)*
+        }
+
+        impl Register {
+            /// All of them, in the order of the block.
+            pub const ALL: [Register; 29] = [$(Register::$name),*];
+        }
+    };
+}
+
+registers! {
     MagicValue = VIRTIO_MMIO_MAGIC_VALUE,
     Version = VIRTIO_MMIO_VERSION,
     DeviceID = VIRTIO_MMIO_DEVICE_ID,
@@ -84,39 +96,6 @@ pub enum Register {
 }
 
 impl Register {
-    /// All of them, in the order of the block.
-    pub const ALL: [Register; 29] = [
-        Register::MagicValue,
-        Register::Version,
-        Register::DeviceID,
-        Register::VendorID,
-        Register::DeviceFeatures,
-        Register::DeviceFeaturesSel,
-        Register::DriverFeatures,
-        Register::DriverFeaturesSel,
-        Register::QueueSel,
-        Register::QueueSizeMax,
-        Register::QueueSize,
-        Register::QueueReady,
-        Register::QueueNotify,
-        Register::InterruptStatus,
-        Register::InterruptACK,
-        Register::Status,
-        Register::QueueDescLow,
-        Register::QueueDescHigh,
-        Register::QueueDriverLow,
-        Register::QueueDriverHigh,
-        Register::QueueDeviceLow,
-        Register::QueueDeviceHigh,
-        Register::SHMSel,
-        Register::SHMLenLow,
-        Register::SHMLenHigh,
-        Register::SHMBaseLow,
-        Register::SHMBaseHigh,
-        Register::QueueReset,
-        Register::ConfigGeneration,
-    ];
-
     /// The register's offset in the block.
     pub const fn offset(self) -> u64 {
         self as u64
@@ -139,46 +118,34 @@ type Frame = [AtomicU32; BLOCK_SIZE / WORD];
 
 /// The page, its two frames, and which of them the guest sees.
 ///
-/// Whoever puts [`Self::host_ptr`] into a slot keeps the page alive for as long as the slot is.
+/// The caller that puts [`Self::host_ptr`] into a slot keeps the page alive as long as the slot.
 pub struct RegisterPage {
     /// Both frames, mapped for us, readable and writable.
-    frames: NonNull<[Frame; 2]>,
+    frames: OwnedPages,
     /// One frame, mapped for the guest, readable. The VMM itself never reads or writes there.
-    view: NonNull<u8>,
+    view: OwnedPages,
     /// The memory of the frames.
-    file: File,
+    file: OwnedFd,
     /// The index of the frame that `view` shows.
     ///
     /// Lock order: innermost. Every access to the frames is made under it, for the length of a few loads and
-    /// stores (and one `mmap`); nothing of anybody else's is called meanwhile.
+    /// stores (and one `mmap`); no code of other modules is called meanwhile.
     front: Mutex<usize>,
 }
 
-// SAFETY: both pointers are to mappings that the page owns until it is dropped; the frames are only ever
-// accessed as atomics, and `view` not at all.
-unsafe impl Send for RegisterPage {}
-// SAFETY: as above.
-unsafe impl Sync for RegisterPage {}
-
 impl RegisterPage {
-    /// A page of zeroes: no device is behind it yet (a driver that sees MagicValue 0 goes away).
+    /// A page of zeroes: no device is behind it yet (a driver that reads MagicValue 0 ignores it).
     pub fn new() -> io::Result<Arc<RegisterPage>> {
-        // SAFETY: the name is a C string; the call touches no memory of ours.
-        let fd = unsafe { libc::memfd_create(c"hotslot-registers".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor was just made and has no other owner.
-        let file = unsafe { File::from_raw_fd(fd) };
-        file.set_len(size_of::<[Frame; 2]>() as u64)?;
-        let frames = map(&file, size_of::<[Frame; 2]>(), libc::PROT_READ | libc::PROT_WRITE)?.cast();
-        let view = map(&file, BLOCK_SIZE, libc::PROT_READ).inspect_err(|_| unmap(frames))?;
+        let file = memfd_create("hotslot-registers", MemfdFlags::CLOEXEC)?;
+        ftruncate(&file, size_of::<[Frame; 2]>() as u64)?;
+        let frames = OwnedPages::of_file(file.as_fd(), 0, size_of::<[Frame; 2]>(), Access::ReadWrite)?;
+        let view = OwnedPages::of_file(file.as_fd(), 0, BLOCK_SIZE, Access::ReadOnly)?;
         Ok(Arc::new(RegisterPage { frames, view, file, front: Mutex::new(0) }))
     }
 
     /// The page's address in the VMM: [`BLOCK_SIZE`] bytes, mapped read-only, for a read-only slot.
     pub fn host_ptr(&self) -> *mut u8 {
-        self.view.as_ptr()
+        self.view.address()
     }
 
     /// What a guest's read of `data.len()` bytes at `offset` returns; zeroes beyond the block.
@@ -197,45 +164,26 @@ impl RegisterPage {
         self.lock().get(register)
     }
 
-    /// Access to all registers, while nobody else rewrites one.
+    /// Access to all registers; other threads wait.
     pub(super) fn lock(&self) -> Registers<'_> {
         let front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
         Registers { page: self, front }
     }
 
     fn frames(&self) -> &[Frame; 2] {
-        // SAFETY: the mapping is as large and as aligned as the type, zeroes and any other bytes are valid
-        // atomics, and the page owns it until it is dropped. Who else reads the memory (the guest) does not
+        // SAFETY: the mapping is as large and as aligned as the type; any bytes are valid atomics. The page
+        // owns it until it is dropped and never replaces it. The guest, which reads the same memory, does not
         // write it.
-        unsafe { self.frames.as_ref() }
+        unsafe { &*self.frames.address().cast() }
     }
 
-    /// Replaces what the guest sees by the frame `index`, all at once.
+    /// Replaces what the guest sees by the frame `index`, all at once: the view stays a mapping of the same
+    /// size, so the promise to the slot holds.
     ///
     /// An error (ENOMEM, when the process has as many mappings as it may have) comes before the old mapping
     /// is touched.
     fn show(&self, index: usize) -> io::Result<()> {
-        let offset = index * BLOCK_SIZE;
-        // SAFETY: the range is the view, which the page owns and into which no Rust reference exists; it
-        // stays a mapping of the same size, so the promise to the slot holds.
-        let view = unsafe {
-            libc::mmap(
-                self.view.as_ptr().cast(),
-                BLOCK_SIZE,
-                libc::PROT_READ,
-                libc::MAP_SHARED | libc::MAP_FIXED,
-                self.file.as_raw_fd(),
-                offset as libc::off_t,
-            )
-        };
-        if view == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
-}
-
-impl Drop for RegisterPage {
-    fn drop(&mut self) {
-        unmap(self.frames);
-        unmap::<Frame>(self.view.cast());
+        self.view.replace_with_file(self.file.as_fd(), (index * BLOCK_SIZE) as u64, Access::ReadOnly)
     }
 }
 
@@ -292,8 +240,8 @@ impl Registers<'_> {
         match self.page.show(back) {
             Ok(()) => *self.front = back,
             Err(error) => {
-                // Second best: a driver that began before the change, or ends after it, still sees the
-                // generation move.
+                // Second best: only a driver that reads everything during the change misses the new
+                // generation.
                 warn!("a changed configuration is shown word by word: {error}");
                 bump_generation(self.frame());
                 store_config(self.frame(), &new);
@@ -317,21 +265,6 @@ fn bump_generation(frame: &Frame) {
     frame[Register::ConfigGeneration.word()].fetch_add(1, Ordering::SeqCst);
 }
 
-fn map(file: &File, len: usize, protection: i32) -> io::Result<NonNull<u8>> {
-    // SAFETY: a new mapping where the kernel finds room; it replaces nothing.
-    let address =
-        unsafe { libc::mmap(ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
-    if address == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    NonNull::new(address.cast()).ok_or_else(|| io::Error::other("a mapping at address 0"))
-}
-
-fn unmap<T>(address: NonNull<T>) {
-    // SAFETY: called once for each mapping that `map` made, by its owner at its end.
-    unsafe { libc::munmap(address.as_ptr().cast(), size_of::<T>()) };
-}
-
 #[cfg(test)]
 mod tests {
     use std::thread;
@@ -343,7 +276,7 @@ mod tests {
     fn peek(page: &RegisterPage, offset: usize) -> u32 {
         assert!(offset + WORD <= BLOCK_SIZE);
         // SAFETY: inside the view, which `page` owns; nobody holds a reference into it.
-        unsafe { page.host_ptr().add(offset).cast::<u32>().read_volatile() }
+        unsafe { page.host_ptr().wrapping_add(offset).cast::<u32>().read_volatile() }
     }
 
     /// A configuration whose change takes as long as it can: every word of it is `value`.

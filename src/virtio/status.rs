@@ -41,7 +41,7 @@ const STEPS: [Step; 5] = [
 ];
 const DRIVERS_BITS: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
 
-/// What a write to Status asks for.
+/// The meaning of a write to Status.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Request {
     /// Zero: a reset.
@@ -63,11 +63,9 @@ pub(super) enum Refused {
     AfterFailed(Bits),
 }
 
-/// Tells what a driver that sees `current` asks for with `written`; the answer is for the whole write, or for
-/// none of it.
+/// The meaning of `written` from a driver that sees `current`: the whole write is fine, or none of it.
 ///
-/// DEVICE_NEEDS_RESET in `written` means nothing: drivers write back what they read, or what they read a
-/// moment too early.
+/// DEVICE_NEEDS_RESET in `written` is ignored: drivers write back what they read, maybe before it was set.
 pub(super) fn request(current: u32, written: u32) -> Result<Request, Refused> {
     if written == 0 {
         return Ok(Request::Reset);

@@ -1,24 +1,24 @@
-//! Looks after processors that wait in KVM for a page of a mapping that is missing for good (SHM-45).
+//! Finds processors that wait in KVM for a page of a mapping that is permanently missing (SHM-45).
 //!
-//! With interrupts on in the guest, KVM fetches such a page asynchronously, fails, and lets the processor try
-//! again, for ever, without telling. What can be seen is that the processor takes faults that are not
-//! resolved. That alone proves nothing (a slow disk looks the same when the guest's clock ticks), so what is
-//! missing is only put out of reach: who really touches it fails with EFAULT, and that leads to zeroes in its
-//! place.
+//! With interrupts enabled in the guest, KVM fetches such a page asynchronously, fails, and lets the
+//! processor retry without end and without an exit. The processor's statistics then show page faults that are
+//! not resolved. That alone proves nothing: a slow disk looks the same. So the missing pages are only made
+//! inaccessible: a processor that touches one then fails with EFAULT, and zeroes take the page's place.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::backends::MissingPages;
 use crate::kvm::vcpu::Vcpu;
+use crate::memory::missing::MissingPages;
 use crate::thread;
 
-/// How often processors are looked at while mappings exist.
+/// Time between two looks at the processors while mappings exist.
 const LOOK: Duration = Duration::from_millis(200);
-/// How often it is looked whether mappings exist.
+/// Time between two checks for mappings while there are none.
 const LOOK_FOR_MAPPINGS: Duration = Duration::from_secs(1);
-/// So many unresolved faults between two looks are a reason to act. A stuck processor has thousands a second.
+/// The unresolved faults between two looks that are a reason to act. A stuck processor has thousands a
+/// second.
 const MANY: u64 = 20;
 
 /// The main loop's watch over the processors.
@@ -35,8 +35,8 @@ impl StuckWatch {
         StuckWatch { pages, guarding: Arc::default(), next: None, faults: Vec::new() }
     }
 
-    /// Called by the main loop each time around. Does what is due, and tells in how many milliseconds to call
-    /// again at the latest; -1 for never.
+    /// Called by the main loop each time around. Looks if it is time to. The result is the number of
+    /// milliseconds until the next look; -1 for none.
     pub fn look(&mut self, vcpus: &[Vcpu]) -> i32 {
         if !self.pages.are_possible() {
             return -1;
@@ -54,12 +54,11 @@ impl StuckWatch {
             _ => LOOK_FOR_MAPPINGS,
         };
         self.next = Some(now + wait);
-        // Rounded up, so that it is over by then.
+        // Rounded up, so that the time has passed by then.
         i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
     }
 
-    /// On a thread of its own, at most one at a time: to look for missing pages may take as long as a disk
-    /// wants.
+    /// On a thread of its own, at most one at a time: a search for missing pages may wait for a disk.
     fn guard(&self) {
         if self.guarding.swap(true, Ordering::SeqCst) {
             return;

@@ -216,7 +216,9 @@ fn a_refusal_is_the_guests_error_and_leaves_no_mapping() {
     machine.send(1, fuse::SETUPMAPPING, node, &body);
     machine.serve(-i64::from(libc::ENOMEM));
     assert_eq!(machine.finish().0, libc::EIO);
-    backend.wait_for("SHMEM_MAP of region 0, offset 0x0, 0x200000 bytes, failed: the front-end refused");
+    backend.wait_for(
+        "SHMEM_MAP of region 0, offset 0x0, 0x200000 bytes, read-write, failed: the front-end refused",
+    );
     machine.asking(fuse::SETUPMAPPING, node, &body, &[map]);
 
     // A replacement that is refused leaves nothing there.

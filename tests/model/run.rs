@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use hotslot::memory::alloc::WindowAllocator;
-use hotslot::memory::shmem::{Filled, MappingInfo};
+use hotslot::memory::missing::Filled;
+use hotslot::memory::shmem::MappingInfo;
 use hotslot_test_support::bench::*;
 use hotslot_test_support::machine::{Machine, WINDOWS};
 use hotslot_test_support::process::{areas, descriptors, threads};
@@ -376,7 +377,7 @@ impl Run<'_> {
 
     fn unlocated(&mut self, touched: &[(Place, Option<u8>)]) {
         let lacking = self.model.lacks_something();
-        assert_eq!(self.bench.shmem().fill_all_for_now(), lacking.then(Vec::new));
+        assert_eq!(self.bench.shmem().fill_all_temporarily(), lacking.then(Vec::new));
         for key in self.model.keys() {
             self.model.unguard(key);
         }

@@ -192,22 +192,25 @@ fn a_count_that_does_not_match_fails_the_set_up() {
 
 #[test]
 fn sizes_that_cannot_be_fail_the_set_up() {
-    // SHM-15, SHM-16
     let most = 1 << 40;
-    for regions in [
-        vec![(0, 1)],
-        vec![(0, PAGE), (1, PAGE + 1)],
-        vec![(0, u64::MAX)],
-        vec![(0, 1 << 63)],
-        vec![(0, most)],
-        vec![(0, most / 2), (1, most / 2)],
-        vec![(0, 1 << 63), (1, 1 << 63)],
+    let (not_pages, does_not_fit) = ("is not a multiple of the page size", "does not fit into the guest's");
+    for (regions, reason) in [
+        (vec![(0, 1)], not_pages),                                // SHM-15
+        (vec![(0, PAGE), (1, PAGE + 1)], not_pages),              // SHM-15
+        (vec![(0, PAGE), (9, PAGE - 1)], not_pages),              // SHM-15
+        (vec![(0, u64::MAX)], not_pages),                         // SHM-15
+        (vec![(0, 1 << 63)], does_not_fit),                       // SHM-16
+        (vec![(0, most)], does_not_fit),                          // SHM-16
+        (vec![(0, most / 2), (1, most / 2)], does_not_fit),       // SHM-16
+        (vec![(0, most - (1 << 32)), (1, PAGE)], does_not_fit),   // SHM-16
+        (vec![(0, 1 << 63), (1, 1 << 63)], does_not_fit),         // SHM-16
+        (vec![(0, !(PAGE - 1)), (1, !(PAGE - 1))], does_not_fit), // SHM-16
     ] {
         let mut setup = Setup::default();
         setup.offer.regions = regions;
         let (handshake, backend) = setup.connect();
         let error = backend.device(handshake.unwrap()).err().unwrap().to_string();
-        assert!(error.contains("shared memory region"), "{error}");
+        assert!(error.contains("shared memory region") && error.contains(reason), "{error}");
     }
 }
 

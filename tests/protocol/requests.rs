@@ -2,15 +2,18 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 
 use hotslot::memory::Access;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot_test_support::bench::*;
+use hotslot_test_support::files::memfd_with;
 use hotslot_test_support::wire::{Leash, MMap, NEED_REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, message};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use vmm_sys_util::eventfd::EventFd;
 
 const EINVAL: i64 = -(libc::EINVAL as i64);
@@ -20,6 +23,8 @@ const ERANGE: i64 = -(libc::ERANGE as i64);
 const EOVERFLOW: i64 = -(libc::EOVERFLOW as i64);
 const EBADF: i64 = -(libc::EBADF as i64);
 const EACCES: i64 = -(libc::EACCES as i64);
+const EPERM: i64 = -(libc::EPERM as i64);
+const ENOSPC: i64 = -(libc::ENOSPC as i64);
 
 const READ_WRITE: u64 = 1;
 
@@ -84,6 +89,35 @@ fn a_read_only_descriptor_serves_reading_only() {
 }
 
 #[test]
+fn a_file_that_its_owner_sealed_against_writing_serves_reading_only() {
+    // SHM-41
+    let bench = Setup::default().start();
+    let file = memfd_with(MemfdFlags::ALLOW_SEALING, PAGE);
+    fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
+    assert_eq!(bench.map(MMap { flags: READ_WRITE, ..page_at(0) }, &file), EPERM);
+    bench.assert_works();
+}
+
+#[test]
+fn huge_pages_are_mapped_as_a_whole_or_not_at_all() {
+    // SHM-47, SHM-50: mmap(2) would round a part up to the whole page, over what is behind it in the window.
+    const HUGE: u64 = 2 << 20;
+    let mut setup = Setup::default();
+    setup.offer.regions = vec![(0, 2 * HUGE), (7, PAGE)];
+    let bench = setup.start();
+    let file = memfd_with(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, 2 * HUGE);
+    let place = |shm_offset, len, fd_offset| MMap { shm_offset, len, fd_offset, ..MMap::default() };
+    for (offset, len, fd_offset) in
+        [(0, PAGE, 0), (0, HUGE + 1, 0), (PAGE, HUGE, 0), (0, HUGE, PAGE), (0, HUGE - PAGE, 0)]
+    {
+        assert_eq!(bench.map(place(offset, len, fd_offset), &file), EINVAL, "{offset:#x} {len:#x}");
+        assert_eq!(bench.guest().count(), 0);
+    }
+    // Most machines have none to give.
+    assert!([0, -i64::from(libc::ENOMEM)].contains(&bench.map(place(HUGE, HUGE, HUGE), &file)));
+}
+
+#[test]
 fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
     let bench = Setup::default().start();
     let file = file_of(1, 1);
@@ -98,10 +132,15 @@ fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
         (MMap { shm_offset: top, ..page }, ERANGE),                // SHM-31, SHM-50
         (MMap { shm_offset: top, len: u64::MAX, ..page }, ERANGE), // SHM-31, SHM-50
         (MMap { len: u64::MAX, ..page }, ERANGE),                  // SHM-31
+        (MMap { shm_offset: PAGE, len: REGION, ..page }, ERANGE),  // SHM-31
+        (MMap { shm_offset: 1 << 63, ..page }, ERANGE),            // SHM-31, SHM-50
         (MMap { fd_offset: top, ..page }, EOVERFLOW),              // SHM-32
         (MMap { fd_offset: (1 << 63) - PAGE, ..page }, EOVERFLOW), // SHM-32
+        (MMap { fd_offset: 1 << 63, ..page }, EOVERFLOW),          // SHM-32
         (MMap { shm_offset: 1, ..page }, EINVAL),                  // SHM-33
+        (MMap { shm_offset: PAGE + 1, ..page }, EINVAL),           // SHM-33
         (MMap { fd_offset: 2048, ..page }, EINVAL),                // SHM-33
+        (MMap { fd_offset: PAGE - 1, ..page }, EINVAL),            // SHM-33
         (MMap { flags: 2, ..page }, EINVAL),                       // SHM-42
         (MMap { flags: READ_WRITE | 1 << 63, ..page }, EINVAL),    // SHM-42
     ];
@@ -133,7 +172,7 @@ fn overlaps_are_refused_and_neighbours_are_not() {
     let bench = Setup::default().start();
     let place = |page, pages| MMap { len: pages * PAGE, ..page_at(page) };
     assert_eq!(bench.map(place(4, 4), &file_of(4, 1)), 0);
-    for (page, pages) in [(4, 4), (0, 5), (7, 2), (5, 1), (0, 64)] {
+    for (page, pages) in [(4, 4), (0, 5), (3, 2), (3, 6), (7, 2), (4, 1), (5, 1), (7, 1), (0, 64)] {
         assert_eq!(bench.map(place(page, pages), &file_of(4, 2)), EEXIST); // SHM-35
     }
     assert_eq!(bench.map_page(3, 2), 0); // SHM-36
@@ -172,15 +211,17 @@ fn what_is_no_mappable_file_is_refused() {
     let event = EventFd::new(0).unwrap();
     // SAFETY: the descriptor is new, and nobody else's.
     let event = unsafe { OwnedFd::from_raw_fd(event.into_raw_fd()) };
-    let fds: [OwnedFd; 5] = [
-        pipe,
-        socket.into(),
-        File::open("/").unwrap().into(),
-        File::open("/dev/zero").unwrap().into(),
-        event,
+    let path_only = File::options().read(true).custom_flags(libc::O_PATH).open("/proc/self/exe").unwrap();
+    let fds: [(OwnedFd, i64); 6] = [
+        (pipe, EINVAL),
+        (socket.into(), EINVAL),
+        (File::open("/").unwrap().into(), EINVAL),
+        (File::open("/dev/zero").unwrap().into(), EINVAL),
+        (event, EINVAL),
+        (path_only.into(), EBADF),
     ];
-    for fd in &fds {
-        assert_eq!(bench.map(page_at(0), fd), EINVAL);
+    for (fd, errno) in &fds {
+        assert_eq!(bench.map(page_at(0), fd), *errno);
     }
     drop(fds);
     leash.wait_until_closed(); // SHM-27
@@ -250,17 +291,40 @@ fn a_file_may_be_longer_or_shorter_than_its_mapping() {
 
 #[test]
 fn more_mappings_than_allowed_fail_one_by_one() {
-    // SHM-48
+    // SHM-48: over all regions.
     let mut setup = Setup::default();
     setup.quota = 3;
     let bench = setup.start();
-    let answers: Vec<_> = (0..5).map(|page| bench.map_page(page, page as u8 + 1)).collect();
-    let full = -i64::from(libc::ENOSPC);
-    assert_eq!(answers, [0, 0, 0, full, full]);
+    let elsewhere = MMap { shmid: 7, ..page_at(0) };
+    assert_eq!(bench.map(elsewhere, &file_of(1, 9)), 0);
+    let answers: Vec<_> = (0..4).map(|page| bench.map_page(page, page as u8 + 1)).collect();
+    assert_eq!(answers, [0, 0, ENOSPC, ENOSPC]);
+    assert_eq!(bench.map(MMap { shmid: 7, ..page_at(1) }, &file_of(1, 9)), ENOSPC);
     assert_eq!(bench.unmap(page_at(1)), 0);
     assert_eq!(bench.map_page(4, 5), 0);
+    assert_eq!(bench.map_page(5, 6), ENOSPC);
     let seen: Vec<_> = (0..5).map(|page| bench.reads(0, page * PAGE)).collect();
-    assert_eq!(seen, [Some(1), None, Some(3), None, Some(5)]);
+    assert_eq!((seen, bench.reads(7, 0)), (vec![Some(1), None, None, None, Some(5)], Some(9)));
+    // A reset frees all of them.
+    bench.reset();
+    bench.start().unwrap();
+    let answers: Vec<_> = (0..4).map(|page| bench.map_page(page, page as u8 + 1)).collect();
+    assert_eq!(answers, [0, 0, 0, ENOSPC]);
+}
+
+#[test]
+fn a_machine_without_slots_fails_one_request_and_leaves_nothing_behind() {
+    // SHM-48, SHM-49
+    let bench = Setup::default().start();
+    assert_eq!(bench.map_page(0, 1), 0);
+    bench.guest().no_slots.store(true, Ordering::Relaxed);
+    assert_eq!(bench.map_page(1, 2), ENOSPC);
+    assert_eq!((bench.sees(0).len(), bench.reads(0, 0)), (1, Some(1)));
+    bench.guest().no_slots.store(false, Ordering::Relaxed);
+    assert_eq!(bench.map_page(1, 2), 0);
+    assert_eq!(bench.reads(0, PAGE), Some(2));
+    bench.reset();
+    assert_eq!(bench.guest().count(), 0);
 }
 
 #[test]

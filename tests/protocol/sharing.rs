@@ -36,7 +36,7 @@ impl Devices {
 
     fn add(&mut self, mut setup: Setup) -> Setup {
         setup.windows = windows(self.count);
-        setup.member = Some(self.sharing.join(&format!("device {}", self.count)));
+        setup.member = Some(self.sharing.join());
         self.count += 1;
         setup
     }

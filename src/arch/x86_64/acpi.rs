@@ -1,9 +1,10 @@
-//! The ACPI tables: how a kernel learns about processors, interrupts and devices that no bus would show it.
+//! The ACPI tables: how a kernel learns about processors, interrupts and devices, which are on no bus that it
+//! could scan.
 //!
 //! Hardware-reduced ACPI (ACPI 6.5, section 4.1): no power-management timer, no system control interrupt, no
-//! legacy registers; a sleep control register, a sleep status register and a reset register are all there is.
-//! What is not there is said, because a kernel that looks for a clock chip or a keyboard controller waits for
-//! it.
+//! legacy registers; only a sleep control register, a sleep status register and a reset register. The tables
+//! also say which legacy devices are absent, because a kernel would wait for a clock chip or a keyboard
+//! controller.
 
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate, Scope, ZERO,
@@ -15,7 +16,6 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
-use thiserror::Error;
 
 use super::layout;
 use crate::memory::PAGE_SIZE;
@@ -24,45 +24,21 @@ const OEM_ID: [u8; 6] = *b"HOTSLT";
 const OEM_TABLE_ID: [u8; 8] = *b"HOTSLOT ";
 const OEM_REVISION: u32 = 1;
 
-/// The sleep type of S5, soft off: what the guest writes to switch itself off, as `\_S5` tells it.
+/// The sleep type of S5, soft off, which the guest finds in `\_S5` and writes to switch itself off.
 pub const SLEEP_TYPE_S5: u8 = 5;
-/// What the guest writes to the reset register.
+/// The value that the guest writes to the reset register.
 pub const RESET_VALUE: u8 = 1;
 
 /// FADT, IAPC_BOOT_ARCH: do not look for a VGA adapter.
 const NO_VGA: u16 = 1 << 2;
-/// FADT, IAPC_BOOT_ARCH: there is no CMOS clock. Without it Linux waits a second for one.
+/// FADT, IAPC_BOOT_ARCH: there is no CMOS clock. Without this bit Linux waits a second for one.
 const NO_CMOS_RTC: u16 = 1 << 5;
 
-/// A virtio-mmio device for the tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VirtioDevice {
-    /// The guest physical address of its register page, below 4 GiB.
-    pub registers: u64,
-    /// Its global system interrupt.
-    pub gsi: u32,
-}
-
-/// Why the tables cannot be made.
-#[derive(Debug, Error)]
-pub enum AcpiError {
-    /// They would run into what follows.
-    #[error("the ACPI tables take {size} bytes, more than the {space} that are there for them")]
-    TooLarge {
-        /// What they take.
-        size: usize,
-        /// What is there.
-        space: u64,
-    },
-}
-
-/// The tables in one piece, for the guest address `base`; the root pointer comes first.
-pub fn tables(base: u64, vcpus: u32, devices: &[VirtioDevice]) -> Result<Vec<u8>, AcpiError> {
-    let mut tables = Tables {
-        base,
-        // The root pointer comes last in time, because it needs the address of what it points to.
-        bytes: vec![0; Rsdp::len()],
-    };
+/// The tables in one piece, for the guest address `base`; the root pointer comes first. They fit into
+/// [`layout::ACPI_SPACE`] with at most [`layout::MAX_VCPUS`] processors and [`layout::MAX_DEVICES`] devices.
+pub fn tables(base: u64, vcpus: u32, devices: usize) -> Vec<u8> {
+    // The root pointer is filled in last, because it holds the address of the XSDT.
+    let mut tables = Tables { base, bytes: vec![0; Rsdp::len()] };
     let dsdt = tables.add(&dsdt(devices));
     let fadt = tables.add(&fadt(dsdt));
     let madt = tables.add(&madt(vcpus));
@@ -72,10 +48,7 @@ pub fn tables(base: u64, vcpus: u32, devices: &[VirtioDevice]) -> Result<Vec<u8>
     let xsdt = tables.add(&xsdt);
     let mut bytes = tables.bytes;
     bytes[..Rsdp::len()].copy_from_slice(&to_bytes(&Rsdp::new(OEM_ID, xsdt)));
-    if bytes.len() as u64 > layout::ACPI_SPACE {
-        return Err(AcpiError::TooLarge { size: bytes.len(), space: layout::ACPI_SPACE });
-    }
-    Ok(bytes)
+    bytes
 }
 
 struct Tables {
@@ -84,7 +57,7 @@ struct Tables {
 }
 
 impl Tables {
-    /// Appends a table on a 16-byte boundary, and says where in the guest it is.
+    /// Appends a table on a 16-byte boundary. Gives its guest address.
     fn add(&mut self, table: &dyn Aml) -> u64 {
         self.bytes.resize(self.bytes.len().next_multiple_of(16), 0);
         let address = self.base + self.bytes.len() as u64;
@@ -99,7 +72,7 @@ fn to_bytes(aml: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// The fixed description: what is there, what is not, and the power registers.
+/// The fixed description: which legacy devices are absent, and where the power registers are.
 fn fadt(dsdt: u64) -> impl Aml {
     let register = |number: u16| {
         let port = layout::ACPI_POWER + number;
@@ -110,7 +83,7 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless)
-        // There is a fixed button unless these are set.
+        // Without these flags the machine would have fixed power and sleep buttons.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
@@ -132,19 +105,18 @@ fn madt(vcpus: u32) -> impl Aml {
     for id in 0..vcpus.min(layout::MAX_VCPUS) as u8 {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
-    // Its id is only a name, which must not be a processor's where the APIC bus of old is meant; there is
-    // none.
+    // The id may be a local APIC's, too: only on the APIC bus of old processors it had to differ.
     madt.add_structure(IoApic::new(0, layout::IOAPIC as u32, 0));
     madt
 }
 
 /// The devices.
-fn dsdt(devices: &[VirtioDevice]) -> Sdt {
+fn dsdt(devices: usize) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut aml = Vec::new();
     let mut children = [serial_port(), pvpanic()].concat();
-    for (number, device) in devices.iter().enumerate() {
-        children.extend(virtio_device(number, device));
+    for (number, (address, gsi)) in (0..devices).map_while(layout::virtio_device).enumerate() {
+        children.extend(virtio_device(number, address, gsi));
     }
     Scope::new("\\_SB_".into(), vec![&Raw(children)]).to_aml_bytes(&mut aml);
     sleep_state_s5().to_aml_bytes(&mut aml);
@@ -152,7 +124,7 @@ fn dsdt(devices: &[VirtioDevice]) -> Sdt {
     dsdt
 }
 
-/// AML that is made already.
+/// AML bytes.
 struct Raw(Vec<u8>);
 
 impl Aml for Raw {
@@ -161,13 +133,13 @@ impl Aml for Raw {
     }
 }
 
-/// An interrupt as all devices here have it: a pulse (edge) upwards, nobody else's.
+/// The kind of interrupt that all devices here have: edge-triggered, active high, not shared.
 fn interrupt(gsi: u32) -> Interrupt {
     let (consumer, edge, active_low, shared) = (true, true, false, false);
     Interrupt::new(consumer, edge, active_low, shared, gsi)
 }
 
-/// `\_S5`: the sleep type for "off", for both of ACPI's possible registers.
+/// `\_S5`: the sleep type for "off", for both of ACPI's sleep control registers.
 fn sleep_state_s5() -> impl Aml {
     Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
 }
@@ -196,9 +168,9 @@ fn pvpanic() -> Vec<u8> {
     ))
 }
 
-/// LNRO0005 is the id under which Linux (and QEMU) know virtio-mmio devices.
-fn virtio_device(number: usize, device: &VirtioDevice) -> Vec<u8> {
-    let registers = Memory32Fixed::new(true, device.registers as u32, PAGE_SIZE as u32);
+/// LNRO0005 is the id of virtio-mmio devices in Linux and QEMU.
+fn virtio_device(number: usize, address: u64, gsi: u32) -> Vec<u8> {
+    let registers = Memory32Fixed::new(true, address as u32, PAGE_SIZE as u32);
     to_bytes(&Device::new(
         Path::new(&format!("V{number:03}")),
         vec![
@@ -206,7 +178,7 @@ fn virtio_device(number: usize, device: &VirtioDevice) -> Vec<u8> {
             &Name::new("_UID".into(), &number),
             // Its accesses to memory are coherent with the processors' caches.
             &Name::new("_CCA".into(), &ONE),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&registers, &interrupt(device.gsi)])),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&registers, &interrupt(gsi)])),
         ],
     ))
 }
@@ -216,13 +188,6 @@ mod tests {
     use super::*;
 
     const BASE: u64 = layout::ACPI;
-
-    fn devices(count: usize) -> Vec<VirtioDevice> {
-        (0..count)
-            .map(|number| layout::virtio_device(number).unwrap())
-            .map(|(registers, gsi)| VirtioDevice { registers, gsi })
-            .collect()
-    }
 
     fn u32_at(bytes: &[u8], at: usize) -> u32 {
         u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
@@ -260,7 +225,7 @@ mod tests {
     #[test]
     fn a_kernel_finds_each_table_and_its_checksum() {
         for (vcpus, count) in [(1, 0), (4, 1), (layout::MAX_VCPUS, layout::MAX_DEVICES)] {
-            let bytes = tables(BASE, vcpus, &devices(count)).unwrap();
+            let bytes = tables(BASE, vcpus, count);
             walk(&bytes);
             assert!(bytes.len() as u64 <= layout::ACPI_SPACE);
         }
@@ -268,7 +233,7 @@ mod tests {
 
     #[test]
     fn the_fadt_says_what_is_not_there() {
-        let bytes = tables(BASE, 1, &[]).unwrap();
+        let bytes = tables(BASE, 1, 0);
         let [fadt, ..] = walk(&bytes);
         // ACPI 6.5, table 5.9: IAPC_BOOT_ARCH at 109, Flags at 112, RESET_REG at 116, SLEEP_CONTROL_REG at
         // 244.
@@ -283,7 +248,7 @@ mod tests {
 
     #[test]
     fn the_madt_has_a_local_apic_for_each_processor() {
-        let bytes = tables(BASE, 3, &[]).unwrap();
+        let bytes = tables(BASE, 3, 0);
         let [_, madt, _] = walk(&bytes);
         assert_eq!(u32_at(madt, 36), 0xfee0_0000);
         let apics: Vec<_> = madt[44..44 + 3 * 8]
@@ -297,7 +262,7 @@ mod tests {
 
     #[test]
     fn the_dsdt_describes_each_device_with_its_registers_and_interrupt() {
-        let bytes = tables(BASE, 1, &devices(2)).unwrap();
+        let bytes = tables(BASE, 1, 2);
         let [_, _, dsdt] = walk(&bytes);
         let find = |what: &[u8]| dsdt.windows(what.len()).filter(|window| *window == what).count();
         assert_eq!(find(b"LNRO0005\0"), 2);

@@ -1,7 +1,6 @@
-//! What CPUID answers: what KVM supports, with each processor's identity and the machine's topology filled
-//! in.
+//! The guest's CPUID: what KVM supports, with each processor's identity and the machine's topology filled in.
 //!
-//! The topology is one package of N cores with one thread each; a core has its own caches but the last. Intel
+//! The topology is one package of N cores with one thread each, which share the last-level cache only. Intel
 //! SDM, volume 2, CPUID; AMD APM, volume 3, appendix E.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
@@ -44,7 +43,7 @@ impl Topology {
 /// CPUID of the processor with APIC id `id`, out of what KVM `supported`.
 pub fn of_vcpu(supported: &CpuId, topology: Topology, id: u32) -> CpuId {
     let mut entries = supported.as_slice().to_vec();
-    // These are lists of levels: they are made anew, where KVM knows them at all.
+    // These leaves are lists of levels; where KVM has them, they are replaced as a whole.
     for leaf in [0xb, 0x1f] {
         if let Some(at) = entries.iter().position(|entry| entry.function == leaf) {
             entries.retain(|entry| entry.function != leaf);
@@ -57,37 +56,23 @@ pub fn of_vcpu(supported: &CpuId, topology: Topology, id: u32) -> CpuId {
         patch(entry, topology, id);
     }
     if !entries.iter().any(|entry| entry.function == 0x4000_0000) {
-        let [ebx, ecx, edx] = KVM_SIGNATURE;
-        entries.push(kvm_cpuid_entry2 {
-            function: 0x4000_0000,
-            eax: 0x4000_0001,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        });
-        entries.push(kvm_cpuid_entry2 {
-            function: 0x4000_0001,
-            eax: KVM_FEATURE_CLOCKSOURCE2,
-            ..Default::default()
-        });
+        let features = (0x4000_0001, KVM_FEATURE_CLOCKSOURCE2, [0; 3]);
+        for (function, eax, [ebx, ecx, edx]) in [(0x4000_0000, 0x4000_0001, KVM_SIGNATURE), features] {
+            entries.push(kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() });
+        }
     }
     CpuId::from_entries(&entries).unwrap_or_else(|_| supported.clone())
 }
 
-/// The number of bits of a guest physical address. 36, the least that a 64-bit processor has, where it is not
-/// said.
+/// The number of bits of a guest physical address. Without leaf 0x80000008: 36, the least of any 64-bit
+/// processor.
 pub fn physical_address_bits(supported: &CpuId) -> u32 {
-    supported
-        .as_slice()
-        .iter()
-        .find(|entry| entry.function == 0x8000_0008)
-        // Bits 23:16 are the guest's, where a nested machine has less than its host.
-        .map(|entry| match entry.eax >> 16 & 0xff {
-            0 => entry.eax & 0xff,
-            guest => guest,
-        })
-        .unwrap_or(36)
+    let sizes = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    // Bits 23:16 are the guest's, where they are fewer than the host's (a nested machine).
+    sizes.map_or(36, |entry| match entry.eax >> 16 & 0xff {
+        0 => entry.eax & 0xff,
+        guest => guest,
+    })
 }
 
 fn patch(entry: &mut kvm_cpuid_entry2, topology: Topology, id: u32) {

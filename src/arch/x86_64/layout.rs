@@ -1,9 +1,9 @@
 //! Every fixed address, I/O port and interrupt of the machine, with its arithmetic.
 //!
 //! ```text
-//!             0  RAM: boot structures below 1 MiB, the kernel where it wants to be, the initramfs at the top
-//!         3 GiB  hole: device registers, IOAPIC, local APICs, KVM's own pages
-//!         4 GiB  RAM: what is beyond 3 GiB
+//!             0  RAM: boot structures below 1 MiB, the kernel at its own address, the initramfs at the top
+//!         3 GiB  gap: device registers, IOAPIC, local APICs, KVM's own pages
+//!         4 GiB  RAM beyond 3 GiB
 //!   end of RAM,
 //!    up to 1 GiB  windows of shared memory regions
 //! ```
@@ -17,7 +17,7 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 /// The global descriptor table: 4 descriptors of 8 bytes. Above the real-mode interrupt table and BIOS data
-/// (0x500 bytes), which nobody writes here but a kernel may expect to own.
+/// (0x500 bytes), which nothing writes here but a kernel may expect to own.
 pub const GDT: u64 = 0x500;
 /// The boot parameters ("zero page") of Linux' boot protocol: one page.
 pub const BOOT_PARAMS: u64 = 28 * KIB;
@@ -34,7 +34,7 @@ pub const LOW_RAM_END: u64 = 639 * KIB;
 pub const ACPI: u64 = 896 * KIB;
 /// The space for them. A table for 254 processors takes 2 KiB, a device 64 bytes.
 pub const ACPI_SPACE: u64 = RESET_VECTOR - ACPI;
-/// Where a processor starts after a reset, and a kernel jumps that wants the BIOS to reset the machine: the
+/// Where a processor starts after a reset, and where a kernel jumps to let the BIOS reset the machine: the
 /// last 16 bytes below 1 MiB.
 pub const RESET_VECTOR: u64 = MIB - RESET_VECTOR_LEN;
 /// The space there.
@@ -42,13 +42,13 @@ pub const RESET_VECTOR_LEN: u64 = 16;
 /// Where RAM goes on, and the lowest place for a kernel.
 pub const HIGH_RAM: u64 = MIB;
 
-/// Where RAM below 4 GiB ends at the latest, and the hole starts.
-pub const HOLE: u64 = 3 * GIB;
-/// Where the hole ends, and RAM goes on.
-pub const HOLE_END: u64 = 4 * GIB;
+/// Where RAM below 4 GiB ends at the latest, and the gap without RAM starts.
+pub const GAP: u64 = 3 * GIB;
+/// Where the gap ends, and RAM goes on.
+pub const GAP_END: u64 = 4 * GIB;
 
 /// The first virtio-mmio register block. Each is a page of its own, so that it can be a memory slot.
-pub const VIRTIO_REGISTERS: u64 = HOLE + 256 * MIB;
+pub const VIRTIO_REGISTERS: u64 = GAP + 256 * MIB;
 /// The IOAPIC's registers; KVM has them there.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// The number of its inputs: global system interrupts 0 to 23.
@@ -57,7 +57,7 @@ pub const IOAPIC_INPUTS: u32 = 24;
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Four pages that KVM uses itself on Intel processors: below where a BIOS would be mapped (256 KiB below 4
 /// GiB).
-pub const KVM_PAGES: u64 = HOLE_END - 256 * KIB - KVM_PAGES_LEN;
+pub const KVM_PAGES: u64 = GAP_END - 256 * KIB - KVM_PAGES_LEN;
 /// An identity map and three pages of TSS.
 pub const KVM_PAGES_LEN: u64 = 4 * PAGE_SIZE;
 
@@ -82,8 +82,8 @@ pub const ACPI_POWER_LEN: u16 = 3;
 /// The last of them: the reset register.
 pub const ACPI_RESET: u16 = ACPI_POWER + 2;
 
-/// The first interrupt for devices. Those below belong to what PCs always had there, COM1 among it; with
-/// hardware-reduced ACPI those above do not.
+/// The first interrupt for devices. Those below are the legacy devices' of a PC, COM1's among them; with
+/// hardware-reduced ACPI those above are free.
 pub const FIRST_DEVICE_GSI: u32 = 5;
 /// How many devices can be attached: one interrupt each. 24 - 5 = 19.
 pub const MAX_DEVICES: usize = (IOAPIC_INPUTS - FIRST_DEVICE_GSI) as usize;
@@ -100,7 +100,7 @@ pub fn virtio_device(index: usize) -> Option<(u64, u32)> {
 /// Where the windows of shared memory regions can start, for RAM that ends at `ram_end`: the next GiB, and
 /// never below 4 GiB, so that huge pages of every size fit.
 pub fn windows_start(ram_end: u64) -> u64 {
-    ram_end.max(HOLE_END).next_multiple_of(GIB)
+    ram_end.max(GAP_END).next_multiple_of(GIB)
 }
 
 /// The fixed part of the machine, for `--print-layout`.
@@ -134,13 +134,13 @@ const MEMORY: [(&str, u64, u64); 13] = [
     ("kernel command line", CMDLINE, CMDLINE_SPACE),
     ("ACPI tables", ACPI, ACPI_SPACE),
     ("reset vector", RESET_VECTOR, RESET_VECTOR_LEN),
-    ("RAM, with the kernel and the initramfs", HIGH_RAM, HOLE - HIGH_RAM),
+    ("RAM, with the kernel and the initramfs", HIGH_RAM, GAP - HIGH_RAM),
     ("virtio devices' registers, a page each", VIRTIO_REGISTERS, MAX_DEVICES as u64 * PAGE_SIZE),
     ("IOAPIC", IOAPIC, PAGE_SIZE),
     ("local APICs", LOCAL_APIC, PAGE_SIZE),
     ("KVM's own pages", KVM_PAGES, KVM_PAGES_LEN),
-    ("RAM beyond 3 GiB, as far as there is", HOLE_END, 0),
-    ("then, from the next GiB on: windows of shared memory regions", HOLE_END, 0),
+    ("RAM beyond 3 GiB, as far as there is", GAP_END, 0),
+    ("then, from the next GiB on: windows of shared memory regions", GAP_END, 0),
 ];
 
 const PORTS: [(&str, u16, u16); 6] = [
@@ -174,12 +174,12 @@ mod tests {
     }
 
     #[test]
-    fn boot_structures_are_in_low_ram_and_registers_in_the_hole() {
+    fn boot_structures_are_in_low_ram_and_registers_in_the_gap() {
         for (name, start, len) in &MEMORY[..4] {
             assert!(start + len <= LOW_RAM_END, "{name}");
         }
         for (name, start, len) in &MEMORY[7..11] {
-            assert!(HOLE <= *start && start + len <= HOLE_END, "{name}");
+            assert!(GAP <= *start && start + len <= GAP_END, "{name}");
             assert_eq!(start % PAGE_SIZE, 0, "{name}");
         }
         const { assert!(LOW_RAM_END <= ACPI && RESET_VECTOR + RESET_VECTOR_LEN <= HIGH_RAM) };
@@ -198,7 +198,7 @@ mod tests {
     #[test]
     fn windows_start_above_all_ram() {
         assert_eq!(windows_start(128 * MIB), 4 * GIB);
-        assert_eq!(windows_start(HOLE), 4 * GIB);
+        assert_eq!(windows_start(GAP), 4 * GIB);
         assert_eq!(windows_start(4 * GIB + 4096), 5 * GIB);
         assert_eq!(windows_start(7 * GIB), 7 * GIB);
     }

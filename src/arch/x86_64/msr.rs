@@ -1,14 +1,13 @@
-//! Model specific registers that do not start at their reset value: what a BIOS would have set.
+//! The model-specific registers that a BIOS would have set before it starts the kernel.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
-/// IA32_MTRR_DEF_TYPE, the memory type where no range register says another (Intel SDM, volume 3, section
-/// 12.11.2.1).
+/// IA32_MTRR_DEF_TYPE, the memory type outside all range registers (Intel SDM, volume 3, section 12.11.2.1).
 const MTRR_DEF_TYPE: u32 = 0x2ff;
 /// Its bit that switches the memory type range registers on.
 const MTRR_ENABLE: u64 = 1 << 11;
-/// Its memory type write-back. Without it a kernel takes all memory for uncached: it would map the windows of
-/// shared memory regions so, and write slowly to what is a file in the host's page cache.
+/// Its memory type write-back. Without it a kernel would map the windows of shared memory regions uncached,
+/// and access files in the host's page cache slowly.
 const MTRR_WRITE_BACK: u64 = 6;
 
 /// IA32_MISC_ENABLE.

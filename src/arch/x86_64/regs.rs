@@ -6,7 +6,7 @@
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
 
-use super::layout::{GDT, HOLE_END, PAGE_TABLES, RESET_VECTOR_LEN};
+use super::layout::{BOOT_PARAMS, GAP_END, GDT, PAGE_TABLES, RESET_VECTOR_LEN};
 use crate::memory::PAGE_SIZE;
 
 /// The selector of the code segment: `__BOOT_CS`.
@@ -14,9 +14,9 @@ const CODE: u16 = 0x10;
 /// The selector of all data segments: `__BOOT_DS`.
 const DATA: u16 = 0x18;
 
-/// A descriptor's type: code, may be read, accessed.
+/// A segment descriptor's type: code, may be read, accessed.
 const TYPE_CODE: u8 = 0b1011;
-/// A descriptor's type: data, may be written, accessed.
+/// A segment descriptor's type: data, may be written, accessed.
 const TYPE_DATA: u8 = 0b0011;
 
 const CR0_PE: u64 = 1 << 0;
@@ -30,16 +30,16 @@ const RFLAGS_RESERVED: u64 = 1 << 1;
 
 const PTE_PRESENT: u64 = 1 << 0;
 const PTE_WRITABLE: u64 = 1 << 1;
-/// In a page directory: a page of 2 MiB and no table.
+/// In a page directory: a page of 2 MiB instead of a table.
 const PTE_HUGE: u64 = 1 << 7;
 
 /// General registers: at `entry`, with RSI at the boot parameters.
-pub fn general(entry: u64, boot_params: u64) -> kvm_regs {
-    kvm_regs { rip: entry, rsi: boot_params, rflags: RFLAGS_RESERVED, ..Default::default() }
+pub fn general(entry: u64) -> kvm_regs {
+    kvm_regs { rip: entry, rsi: BOOT_PARAMS, rflags: RFLAGS_RESERVED, ..Default::default() }
 }
 
-/// Long mode with the tables that [`page_tables`] and [`gdt`] make; what it does not concern stays as in
-/// `reset`, the processor's state at reset.
+/// Long mode with the tables of [`page_tables`] and [`gdt`]; all else stays as in `reset`, the processor's
+/// state at reset.
 pub fn system(reset: kvm_sregs) -> kvm_sregs {
     let mut sregs = reset;
     sregs.cs = segment(CODE, TYPE_CODE);
@@ -47,7 +47,7 @@ pub fn system(reset: kvm_sregs) -> kvm_sregs {
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.gdt.base = GDT;
     sregs.gdt.limit = (size_of_val(&gdt()) - 1) as u16;
-    // No interrupt can be taken before the kernel made its own table.
+    // The kernel makes its own table before it enables interrupts.
     (sregs.idt.base, sregs.idt.limit) = (0, 0);
     sregs.cr3 = PAGE_TABLES;
     sregs.cr4 = CR4_PAE;
@@ -65,69 +65,63 @@ pub fn floating_point() -> kvm_fpu {
 fn segment(selector: u16, type_: u8) -> kvm_segment {
     let code = selector == CODE;
     kvm_segment {
-        base: 0,
         limit: u32::MAX,
         selector,
         type_,
         present: 1,
-        dpl: 0,
         db: (!code).into(),
         s: 1,
         l: code.into(),
         g: 1,
-        avl: 0,
-        unusable: 0,
-        padding: 0,
+        ..Default::default()
     }
 }
 
-/// The segment descriptor for the table in memory (Intel SDM, volume 3, section 3.4.5): what the processor
-/// would load if the kernel loaded the selector again.
-fn descriptor(segment: &kvm_segment) -> u64 {
+/// The segment descriptor for the table in memory (Intel SDM, volume 3, section 3.4.5), which the processor
+/// loads when the kernel loads the selector again. The base and the privilege level are 0.
+fn segment_descriptor(segment: &kvm_segment) -> u64 {
     // The limit counts pages, because g is set: its highest 20 bits remain.
-    let (limit, base) = (u64::from(segment.limit >> 12), u64::from(segment.base as u32));
+    let limit = u64::from(segment.limit >> 12);
     let flags = u64::from(segment.type_)
         | u64::from(segment.s) << 4
-        | u64::from(segment.dpl) << 5
         | u64::from(segment.present) << 7
-        | u64::from(segment.avl) << 12
         | u64::from(segment.l) << 13
         | u64::from(segment.db) << 14
         | u64::from(segment.g) << 15;
-    (limit & 0xffff) | (base & 0xff_ffff) << 16 | flags << 40 | (limit >> 16) << 48 | (base >> 24) << 56
+    (limit & 0xffff) | flags << 40 | (limit >> 16) << 48
 }
 
-/// The global descriptor table, for [`GDT`]: two empty descriptors, code, data.
+/// The global descriptor table, for [`GDT`]: two empty entries, code, data.
 pub fn gdt() -> [u64; 4] {
-    [0, 0, descriptor(&segment(CODE, TYPE_CODE)), descriptor(&segment(DATA, TYPE_DATA))]
+    let [code, data] = [segment(CODE, TYPE_CODE), segment(DATA, TYPE_DATA)];
+    [0, 0, segment_descriptor(&code), segment_descriptor(&data)]
 }
 
 /// The page tables for [`PAGE_TABLES`], one after the other: the first 4 GiB at their own addresses in pages
-/// of 2 MiB (not every processor has those of 1 GiB). One root, one table of GiBs, four of 2 MiB pages: 6
-/// pages.
+/// of 2 MiB (some processors have none of 1 GiB). One root, one table of GiBs, four of 2 MiB pages: 6 pages.
 pub fn page_tables() -> Vec<u64> {
     const ENTRIES: usize = (PAGE_SIZE / 8) as usize;
     let page = |number: u64| PAGE_TABLES + number * PAGE_SIZE;
     let table = |address: u64| address | PTE_PRESENT | PTE_WRITABLE;
-    let gibs = HOLE_END >> 30;
+    let gibs = GAP_END >> 30;
     let mut entries = vec![0; 2 * ENTRIES];
     entries[0] = table(page(1));
     for gib in 0..gibs {
         entries[ENTRIES + gib as usize] = table(page(2 + gib));
     }
-    let huge_pages = (0..HOLE_END).step_by(2 << 20);
+    let huge_pages = (0..GAP_END).step_by(2 << 20);
     entries.extend(huge_pages.map(|address| table(address) | PTE_HUGE));
     entries
 }
 
-/// Real-mode code for [`super::layout::RESET_VECTOR`] that writes `value` to the reset register at `port`. A
-/// kernel that finds hardware-reduced ACPI and no EFI jumps there for a reboot, whatever the reset register
-/// is for: Linux does, unless its command line says `reboot=acpi`.
+/// Real-mode code for [`super::layout::RESET_VECTOR`] that writes `value` to the reset register at `port`.
+/// Linux with hardware-reduced ACPI and without EFI jumps there for a reboot, although there is a reset
+/// register, unless its command line says `reboot=acpi`.
 pub fn reset_vector(port: u16, value: u8) -> [u8; RESET_VECTOR_LEN as usize] {
     const HLT: u8 = 0xf4;
     let mut code = [HLT; RESET_VECTOR_LEN as usize];
     let [low, high] = port.to_le_bytes();
-    // mov dx, port; mov al, value; out dx, al; then hlt for ever, which is never reached.
+    // mov dx, port; mov al, value; out dx, al; then hlt, which is never reached.
     code[..6].copy_from_slice(&[0xba, low, high, 0xb0, value, 0xee]);
     code
 }
@@ -159,7 +153,7 @@ mod tests {
         for address in [0, 0x7000, 0x100_0000, 0xc000_0000, 0xffff_ffff] {
             assert_eq!(translate(&tables, address), Some(address));
         }
-        assert_eq!(translate(&tables, HOLE_END), None);
+        assert_eq!(translate(&tables, GAP_END), None);
     }
 
     #[test]

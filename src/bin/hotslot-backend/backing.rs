@@ -1,6 +1,6 @@
 //! The file that is a device's memory: which files can be, and how much of one is mapped.
 //!
-//! Called by `pmem`, once, before it listens; `blk` opens its file here, too.
+//! Called by `pmem` and, to open its file, by `blk`, before they listen.
 
 use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
@@ -9,16 +9,15 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use hotslot::size::parse as parse_size;
+use hotslot::size;
 
-const OPEN_READ: &str = "open for reading";
-const OPEN_WRITE: &str = "open for reading and writing";
+use crate::error::Error;
 
 const PAGE: u64 = 4096;
-/// Linux refuses a pmem region whose ends are not multiples of 2 MiB ("misaligned, unable to map": the
-/// sub-section, in which the kernel hands out `struct page`s), so a region is rounded up to that unless
-/// `--size` names its size.
-const LINUX_UNIT: u64 = 2 << 20;
+/// Linux' unit of `struct page`s, the sub-section: it refuses a pmem region or a DAX window whose ends are
+/// not multiples of 2 MiB ("misaligned, unable to map"). So a region is rounded up to that unless `--size`
+/// names its size.
+pub const LINUX_UNIT: u64 = 2 << 20;
 
 /// Which file, and how much of it.
 #[derive(clap::Args)]
@@ -30,44 +29,12 @@ pub struct Args {
 
     /// Size of the memory (4096, 64K, 16M, 8G), exactly; a shorter or missing file is extended to it,
     /// sparsely, unless --read-only; of a longer file the guest sees the beginning
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size: Option<u64>,
 
     /// Let the guest read only; the file is neither created nor extended, and needs no write permission
     #[arg(long)]
     read_only: bool,
-}
-
-/// Why a file cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error("there is no file {path:?}")]
-    NoFile { path: PathBuf, read_only: bool },
-    #[error("{path:?} is a {kind}; only a regular file can be served")]
-    NotRegular { path: PathBuf, kind: &'static str },
-    #[error("{path:?} is empty, so the memory would have no size")]
-    Empty { path: PathBuf, read_only: bool },
-    #[error("--size {0} is not a multiple of the page size, {PAGE}, or is zero")]
-    BadSize(u64),
-    #[error("{path:?} has {len} bytes, more than a region can have")]
-    TooLong { path: PathBuf, len: u64 },
-    #[error("cannot {what} {path:?}")]
-    File { what: &'static str, path: PathBuf, source: io::Error },
-}
-
-impl Error {
-    /// What the user could do.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Error::NoFile { read_only: false, .. } => Some("--size SIZE creates it"),
-            Error::Empty { read_only: false, .. } => Some("--size SIZE extends it"),
-            Error::NotRegular { kind: "block device", .. } => {
-                Some("serve a disk through a vhost-user block back-end")
-            }
-            Error::File { what: OPEN_WRITE, .. } => Some("--read-only needs no write permission"),
-            _ => None,
-        }
-    }
 }
 
 /// The file, and how much of it is the memory.
@@ -91,16 +58,11 @@ impl Backing {
     pub fn open(args: &Args) -> Result<Self, Error> {
         let path = args.file.clone();
         let read_only = args.read_only;
-        let failed = |what| {
-            let path = path.clone();
-            move |source| Error::File { what, path, source }
-        };
-
         if let Some(size) = args.size.filter(|size| *size == 0 || size % PAGE != 0) {
-            return Err(Error::BadSize(size));
+            return Err(Error::BadSize { size, page: PAGE });
         }
-        let file = open_file(&path, read_only, !read_only && args.size.is_some())?;
-        let mut file_len = file.metadata().map_err(failed("look at"))?.len();
+        let hint = (!read_only).then_some("--size SIZE creates it");
+        let (file, mut file_len) = open_file(&path, read_only, !read_only && args.size.is_some(), hint)?;
 
         let size = match args.size {
             Some(size) => size,
@@ -110,23 +72,22 @@ impl Backing {
                 .ok_or(Error::TooLong { path: path.clone(), len: file_len })?,
         };
         if !read_only && args.size.is_some() && file_len < size {
-            file.set_len(size).map_err(failed("extend"))?;
+            file.set_len(size).map_err(failed("extend", &path, None))?;
             file_len = size;
         }
         Ok(Backing { file: Arc::new(file), path, size, file_len, read_only })
     }
 
-    /// For messages.
     pub fn access(&self) -> &'static str {
         if self.read_only { "read-only" } else { "read-write" }
     }
 
-    /// What works, but perhaps not as expected.
+    /// What the user may not expect.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         if self.file_len < self.size && !self.read_only {
             notes.push(format!(
-                "the last {} bytes of the memory lie past the end of the file: what the guest writes there is lost \
+                "the last {} bytes of the memory lie past the end of the file: the guest's writes there are lost \
                  (--size {} extends the file)",
                 self.size - self.file_len,
                 self.size
@@ -148,37 +109,41 @@ impl Display for Backing {
     }
 }
 
-/// Opens a regular file, for reading only or for writing, too; creates it where `create` says so.
+/// Opens a regular file, for reading only or for writing, too; creates it where `create` says so. Returns its
+/// length, too.
 ///
 /// # Errors
 ///
-/// See [`Error`].
-pub fn open_file(path: &Path, read_only: bool, create: bool) -> Result<File, Error> {
-    let failed = |what| {
-        let path = path.to_owned();
-        move |source| Error::File { what, path, source }
+/// See [`Error`]; `missing` is the hint for a file that is not there.
+pub fn open_file(
+    path: &Path,
+    read_only: bool,
+    create: bool,
+    missing: Option<&'static str>,
+) -> Result<(File, u64), Error> {
+    // Not opened yet: an open of a FIFO waits, and an open of a device may have any effect.
+    let exists = match fs::metadata(path) {
+        Ok(metadata) => match kind_if_not_regular(metadata.file_type()) {
+            Some(kind) => return Err(Error::NotRegular { path: path.to_owned(), kind }),
+            None => true,
+        },
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("look at", path, None)(e)),
+        Err(_) if !create => return Err(Error::NoFile { path: path.to_owned(), hint: missing }),
+        Err(_) => false,
     };
-    // Looked at before it is opened: opening a FIFO waits, and opening a device may do anything.
-    let missing = match fs::metadata(path) {
-        Ok(metadata) => {
-            if let Some(kind) = kind_if_not_regular(metadata.file_type()) {
-                let path = path.to_owned();
-                return Err(Error::NotRegular { path, kind });
-            }
-            false
-        }
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("look at")(e)),
-        Err(_) if !create => {
-            let path = path.to_owned();
-            return Err(Error::NoFile { path, read_only });
-        }
-        Err(_) => true,
+    let (action, hint) = match read_only {
+        true => ("open for reading", None),
+        false => ("open for reading and writing", Some("--read-only needs no write permission")),
     };
-    OpenOptions::new().read(true).write(!read_only).create(missing).open(path).map_err(failed(if read_only {
-        OPEN_READ
-    } else {
-        OPEN_WRITE
-    }))
+    let file = OpenOptions::new().read(true).write(!read_only).create(!exists).open(path);
+    let file = file.map_err(failed(action, path, hint))?;
+    let metadata = file.metadata().map_err(failed("look at", path, None))?;
+    Ok((file, metadata.len()))
+}
+
+fn failed(action: &'static str, path: &Path, hint: Option<&'static str>) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::File { action, path, hint, source }
 }
 
 fn kind_if_not_regular(kind: fs::FileType) -> Option<&'static str> {

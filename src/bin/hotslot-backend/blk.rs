@@ -3,12 +3,13 @@
 //! VIRTIO 1.2, section 5.2. Called by `main`. Data go straight between the file and the guest's memory, by
 //! read(2) and write(2) on the guest's buffers.
 //!
-//! It maps nothing itself. But a guest may hand it memory that another device's back-end mapped, for O_DIRECT
-//! between a file of a DAX file system and this disk. A front-end that shares those mappings adds them to our
-//! memory by ADD_MEM_REG (protocol feature CONFIGURE_MEM_SLOTS); without, or after a REM_MEM_REG, such a
-//! buffer is at an address that does not exist here, and its request fails. What was shared may end past the
-//! end of its file: the system calls answer EFAULT where a load or store of ours would raise SIGBUS. We touch
-//! only the driver's own structures so: rings, headers and status, which are never in a file.
+//! It has no mappings of its own. But a guest's buffer may be in memory that another device's back-end
+//! mapped: O_DIRECT between a file of a DAX file system and this disk. A front-end that shares those mappings
+//! adds them to this back-end's memory by ADD_MEM_REG (protocol feature CONFIGURE_MEM_SLOTS). Without that,
+//! or after a REM_MEM_REG, such a buffer is at an address that does not exist here, and its request fails. A
+//! shared mapping may reach past the end of its file. There read(2) and write(2) fail with EFAULT, but a load
+//! or store would raise SIGBUS. Loads and stores reach only the driver's own structures, which are never in a
+//! file: rings, headers and status.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -18,35 +19,29 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FallocateFlags;
-use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VringMutex};
+use vhost::vhost_user::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, virtio_blk_config,
 };
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
+
+use hotslot::report::{say, with_causes};
 
 use crate::backing;
-use crate::requests::{Request, Requests, session_has_ended};
-use crate::server::{self, Memory};
-use hotslot::report::say;
+use crate::complaints::Complaints;
+use crate::device::{self, Device, Memory, Request, Taken};
+use crate::error::{Error, MAKE_DISK};
+use crate::server;
 
 const NAME: &str = "blk";
 
-/// Queue 0 is the request queue, and there is no other; 1 is the crate's, for events of its own.
-const REQUEST_QUEUE: u16 = 0;
-const NUM_QUEUES: u16 = 1;
-const END_EVENT: u16 = NUM_QUEUES + 1;
-const QUEUE_SIZE: usize = 1024;
-
-/// The unit of every address on the disk, and the blocks that we tell the driver of.
+/// The unit of every address on the disk, and the block size in the configuration space.
 const SECTOR: u64 = 512;
-/// Buffers in a request beside header and status: what fits in a queue of 128, which no driver goes below.
+/// Buffers in a request besides header and status: 128, the smallest queue that drivers use, less two.
 const SEG_MAX: u32 = 126;
 /// Ranges in a request to discard or zero, and sectors in a range (1 GiB).
 const MAX_RANGES: u32 = 32;
@@ -59,8 +54,7 @@ const RANGE: usize = 16;
 
 /// Disk whose contents are a regular file (VIRTIO block)
 ///
-/// The guest sees the file as /dev/vdX, in sectors of 512 bytes; what is left at the file's end does not
-/// count.
+/// The guest sees the file as /dev/vdX, in sectors of 512 bytes; an incomplete sector at its end is left out.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -75,44 +69,11 @@ pub struct Args {
     read_only: bool,
 }
 
-/// Why there is no disk, or no longer.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(transparent)]
-    File(#[from] backing::Error),
-    #[error("{path:?} has {len} bytes, less than a sector of {SECTOR}")]
-    TooShort { path: PathBuf, len: u64 },
-    #[error(transparent)]
-    Server(#[from] server::Error),
-}
-
-impl Error {
-    /// The exit status: 2 where another command line would have helped.
-    pub fn status(&self) -> u8 {
-        match self {
-            Error::File(_) | Error::TooShort { .. } => 2,
-            Error::Server(e) => e.status(),
-        }
-    }
-
-    /// What the user could do.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Error::File(backing::Error::NoFile { .. }) | Error::TooShort { .. } => {
-                Some("truncate -s SIZE PATH makes an empty disk")
-            }
-            Error::File(backing::Error::NotRegular { .. }) => None,
-            Error::File(e) => e.hint(),
-            Error::Server(e) => e.hint(),
-        }
-    }
-}
-
 /// Runs the back-end until it is told to end.
 ///
 /// # Errors
 ///
-/// See [`Error`]: all but sessions and descriptors is found out before it listens.
+/// See [`Error`]; a wrong command line or file is found before the socket exists.
 pub fn run(args: &Args) -> Result<(), Error> {
     let disk = Disk::open(&args.file, args.read_only)?;
     let listening = server::listen(&args.server)?;
@@ -122,8 +83,9 @@ pub fn run(args: &Args) -> Result<(), Error> {
         disk.sectors,
         if disk.read_only { "read-only" } else { "read-write" }
     ));
-    server::serve(NAME, listening, move |memory| Ok(Blk::new(disk.clone(), memory)))?;
-    Ok(())
+    server::serve(NAME, listening, move |memory, complaints| {
+        Ok(Blk { disk: disk.clone(), memory, complaints, driver_flushes: AtomicBool::new(false) })
+    })
 }
 
 /// The file, and how much of it is the disk.
@@ -137,15 +99,11 @@ struct Disk {
 
 impl Disk {
     fn open(path: &Path, read_only: bool) -> Result<Self, Error> {
-        let file = backing::open_file(path, read_only, false)?;
-        let metadata = file.metadata().map_err(|source| backing::Error::File {
-            what: "look at",
-            path: path.to_owned(),
-            source,
-        })?;
-        match metadata.len() {
-            len @ ..SECTOR => Err(Error::TooShort { path: path.to_owned(), len }),
-            len => Ok(Disk { file: Arc::new(file), path: path.to_owned(), sectors: len / SECTOR, read_only }),
+        let (file, len) = backing::open_file(path, read_only, false, Some(MAKE_DISK))?;
+        let path = path.to_owned();
+        match len {
+            ..SECTOR => Err(Error::TooShort { path, len, sector: SECTOR }),
+            _ => Ok(Disk { file: Arc::new(file), path, sectors: len / SECTOR, read_only }),
         }
     }
 
@@ -158,7 +116,7 @@ impl Disk {
         Ok(sector * SECTOR)
     }
 
-    /// The name of the file, as far as it fits: what `GET_ID` answers.
+    /// The answer to `GET_ID`: the name of the file, cut to the size of an id.
     fn id(&self) -> [u8; VIRTIO_BLK_ID_BYTES as usize] {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let name = self.path.file_name().unwrap_or_default().as_encoded_bytes();
@@ -168,7 +126,7 @@ impl Disk {
     }
 }
 
-/// Why a request fails. The driver gets a status byte; what is more its fault than ours is said on stderr.
+/// Why a request fails. The driver gets a status byte, stderr the sentence.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error("a request has the unknown type {0}")]
@@ -196,12 +154,12 @@ impl Failure {
     }
 }
 
-/// Buffers in the order of a request's descriptors: address and length.
+/// A request's buffers in their order: address and length.
 struct Buffers(Vec<(GuestAddress, usize)>);
 
 impl Buffers {
     fn len(&self) -> usize {
-        // A chain of descriptors has at most 2^32 bytes: the crate ends it there.
+        // At most 2^32: the crate ends a chain of ring descriptors there.
         self.0.iter().map(|(_, len)| len).sum()
     }
 
@@ -222,7 +180,7 @@ impl Buffers {
         (Buffers(front), Buffers(back))
     }
 
-    /// Copies out of the driver's own memory.
+    /// Copies one of the driver's own structures.
     fn read<const N: usize>(&self, memory: &GuestMemoryMmap) -> Result<[u8; N], GuestMemoryError> {
         let mut bytes = [0; N];
         let mut at = 0;
@@ -236,60 +194,16 @@ impl Buffers {
 }
 
 /// The device, for one front-end.
-///
-/// The session's thread calls everything but `handle_event`, which runs on the crate's worker thread.
 struct Blk {
     disk: Disk,
-    requests: Requests,
-    /// Whether the driver knows that it has to flush. One that does not expects what it wrote to be durable.
+    memory: Memory,
+    complaints: Arc<Complaints>,
+    /// Whether the driver accepted VIRTIO_BLK_F_FLUSH. If not, each write must be durable before it is
+    /// answered.
     driver_flushes: AtomicBool,
-    was_asked: AtomicBool,
 }
 
 impl Blk {
-    fn new(disk: Disk, memory: Memory) -> Self {
-        Blk {
-            disk,
-            requests: Requests::new(NAME, memory),
-            driver_flushes: AtomicBool::new(false),
-            was_asked: AtomicBool::new(false),
-        }
-    }
-
-    /// Executes a request. Returns how many bytes of its buffers were written.
-    ///
-    /// Without room for the status there is none, and nothing is done.
-    fn answer(&self, request: Request) -> u32 {
-        let memory = request.memory();
-        let buffers = |writable| {
-            let all = request.clone().filter(|d| d.is_write_only() == writable);
-            Buffers(all.map(|d| (d.addr(), d.len() as usize)).collect())
-        };
-        let (readable, writable) = (buffers(false), buffers(true));
-        let Some(data_len) = writable.len().checked_sub(1) else {
-            self.requests.complain("a request has no room for its status");
-            return 0;
-        };
-        let (data, status_at) = writable.split(data_len);
-        let (written, status) = match self.execute(memory, readable, &data) {
-            Ok(written) => (written, VIRTIO_BLK_S_OK),
-            Err(failure) => {
-                self.requests.complain(crate::chain(&failure));
-                (0, failure.status())
-            }
-        };
-        let [(status_at, _)] = status_at.0[..] else {
-            return 0;
-        };
-        match memory.write_obj(status as u8, status_at) {
-            Ok(()) => written + 1,
-            Err(e) => {
-                self.requests.complain(format_args!("the status of a request has no valid place: {e}"));
-                0
-            }
-        }
-    }
-
     /// Returns how many bytes of `writable` were written.
     fn execute(
         &self,
@@ -343,14 +257,14 @@ impl Blk {
         }
     }
 
-    /// The file's position is ours: one thread reads and writes.
+    /// Sets the file's position, which only this queue's thread uses.
     fn seek(&self, sector: u64, len: usize) -> Result<(), Failure> {
         let start = self.disk.range(sector, len as u64)?;
         let seek = self.disk.file.as_ref().seek(SeekFrom::Start(start));
         seek.map(drop).map_err(|e| self.file_failure(e))
     }
 
-    /// Discards or zeroes the ranges that the request's data name.
+    /// Discards or zeroes the ranges in the request's data.
     fn ranges(&self, memory: &GuestMemoryMmap, mut data: Buffers, kind: u32) -> Result<(), Failure> {
         if !data.len().is_multiple_of(RANGE) || data.len() > RANGE * MAX_RANGES as usize {
             return Err(Failure::Short);
@@ -380,7 +294,7 @@ impl Blk {
         Ok(())
     }
 
-    /// After a change of the file.
+    /// The file was changed: makes it durable if the driver does not flush.
     fn written(&self) -> Result<(), Failure> {
         match self.driver_flushes.load(Ordering::Relaxed) {
             true => Ok(()),
@@ -401,7 +315,7 @@ impl Blk {
     }
 
     /// The configuration space, section 5.2.4.
-    fn config(&self) -> [u8; size_of::<virtio_blk_config>()] {
+    fn config_space(&self) -> [u8; size_of::<virtio_blk_config>()] {
         let mut space = [0; size_of::<virtio_blk_config>()];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
         put(offset_of!(virtio_blk_config, capacity), &self.disk.sectors.to_le_bytes());
@@ -421,93 +335,62 @@ impl Blk {
     }
 }
 
-impl server::Device for Blk {
-    fn end_event(&self) -> u16 {
-        END_EVENT
-    }
-
-    fn was_asked(&self) -> bool {
-        self.was_asked.load(Ordering::Relaxed)
-    }
-}
-
-impl VhostUserBackend for Blk {
-    type Bitmap = ();
-    type Vring = VringMutex;
-
-    fn num_queues(&self) -> usize {
-        NUM_QUEUES.into()
-    }
-
-    fn max_queue_size(&self) -> usize {
-        QUEUE_SIZE
-    }
+impl Device for Blk {
+    type Request = Request;
 
     fn features(&self) -> u64 {
-        self.was_asked.store(true, Ordering::Relaxed);
         let access = match self.disk.read_only {
             true => 1 << VIRTIO_BLK_F_RO,
             false => (1 << VIRTIO_BLK_F_DISCARD) | (1 << VIRTIO_BLK_F_WRITE_ZEROES),
         };
-        (1 << VIRTIO_F_VERSION_1)
-            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
-            | (1 << VIRTIO_RING_F_EVENT_IDX)
-            | (1 << VIRTIO_BLK_F_SEG_MAX)
-            | (1 << VIRTIO_BLK_F_BLK_SIZE)
-            | (1 << VIRTIO_BLK_F_FLUSH)
-            | access
-            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        (1 << VIRTIO_BLK_F_SEG_MAX) | (1 << VIRTIO_BLK_F_BLK_SIZE) | (1 << VIRTIO_BLK_F_FLUSH) | access
     }
 
-    /// Called at SET_FEATURES, with what the driver accepted.
     fn acked_features(&self, features: u64) {
         self.driver_flushes.store(features & (1 << VIRTIO_BLK_F_FLUSH) != 0, Ordering::Relaxed);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
-    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        // The crate has limited both to 4 KiB.
-        let rest = self.config().into_iter().skip(offset as usize);
-        rest.chain(std::iter::repeat(0)).take(size as usize).collect()
+    fn config(&self) -> Vec<u8> {
+        self.config_space().to_vec()
     }
 
-    /// Called when the memory has changed: at SET_MEM_TABLE, ADD_MEM_REG and REM_MEM_REG. Returns when
-    /// nothing is being done in the memory of before.
-    fn update_memory(&self, _memory: Memory) -> io::Result<()> {
-        self.requests.wait();
-        Ok(())
+    fn take(&self, queue: &mut Queue) -> Taken<Request> {
+        device::take(queue, &self.memory)
     }
 
-    /// Called at GET_VRING_BASE, with the queue stopped: returns when nothing of it is in flight.
-    fn stop_vring(&self, _index: u32) -> io::Result<()> {
-        self.requests.wait();
-        Ok(())
-    }
-
-    /// Called at RESET_DEVICE, with the queue disabled.
-    fn reset_device(&self) {
-        self.requests.wait();
-    }
-
-    fn set_event_idx(&self, _enabled: bool) {
-        // The crate has told the queue.
-    }
-
-    /// Called by the worker for a kick, and at the end of the session. An error ends the worker.
-    fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], _: usize) -> io::Result<()> {
-        match (event, vrings.first()) {
-            (REQUEST_QUEUE, Some(vring)) => {
-                self.requests.answer(vring, |request| self.answer(request));
-                Ok(())
+    /// A request without room for its status is not executed.
+    fn answer(&self, request: Request) -> u32 {
+        let memory = request.memory();
+        let buffers = |writable| {
+            let all = request.clone().filter(|d| d.is_write_only() == writable);
+            Buffers(all.map(|d| (d.addr(), d.len() as usize)).collect())
+        };
+        let (readable, writable) = (buffers(false), buffers(true));
+        let Some(data_len) = writable.len().checked_sub(1) else {
+            self.complaints.say("a request has no room for its status");
+            return 0;
+        };
+        let (data, status_at) = writable.split(data_len);
+        let (written, status) = match self.execute(memory, readable, &data) {
+            Ok(written) => (written, VIRTIO_BLK_S_OK),
+            Err(failure) => {
+                self.complaints.say(with_causes(&failure));
+                (0, failure.status())
             }
-            _ => Err(session_has_ended()),
+        };
+        let [(status_at, _)] = status_at.0[..] else {
+            return 0;
+        };
+        match memory.write_obj(status as u8, status_at) {
+            Ok(()) => written + 1,
+            Err(e) => {
+                self.complaints.say(format_args!("the status of a request has no valid place: {e}"));
+                0
+            }
         }
     }
 }

@@ -2,60 +2,52 @@
 //!
 //! VIRTIO 1.2, section 5.19, with VIRTIO_PMEM_F_SHMEM_REGION: the memory is shared memory region 0, into
 //! which the front-end maps the file (vhost-user SHMEM_MAP). So loads and stores of the guest reach the
-//! file's page cache without us; what is left to do here is to map it at each start of the device, and to
-//! flush. Called by `main`.
+//! file's page cache directly. This back-end only has it mapped at each start of the device, and flushes it.
+//! Called by `main`.
 //!
-//! The mapping is asked for inside SET_MEM_TABLE, the one message of a start that the `vhost-user-backend`
-//! crate passes on, so that it exists before the driver sees the device run. A front-end drops it at a device
-//! reset.
+//! SHMEM_MAP is sent during SET_MEM_TABLE, the one message of a start that the `vhost-user-backend` crate
+//! passes on, so that the mapping exists before the driver sees the device run. A front-end removes it at a
+//! device reset.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags, VhostUserShMemConfig};
-use vhost::vhost_user::{
-    Backend, VhostUserFrontendReqHandler, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
-};
-use vhost_user_backend::{VhostUserBackend, VringMutex};
+use vhost::vhost_user::Backend;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::Queue;
 use vm_memory::{GuestAddressSpace, Le32};
-use vmm_sys_util::epoll::EventSet;
+
+use hotslot::report::say;
 
 use crate::backing::{self, Backing};
-use crate::requests::{Request, Requests, lock, refusal, session_has_ended};
-use crate::server::{self, Memory};
-use hotslot::report::say;
+use crate::channel::Channel;
+use crate::complaints::Complaints;
+use crate::device::{self, Device, Memory, Request, Taken};
+use crate::error::Error;
+use crate::server;
 
 const NAME: &str = "pmem";
 
-/// Feature bit: the memory is shared memory region 0, and not a range named in the configuration space.
+/// Feature bit: the memory is shared memory region 0, not a range named in the configuration space (whose
+/// fields `start` and `size` are then 0, section 5.19.4).
 const VIRTIO_PMEM_F_SHMEM_REGION: u32 = 0;
-const VIRTIO_PMEM_SHMEM_REGION_ID: u8 = 0;
 /// The only request type. Its answer is 0 for success and -1 for failure (section 5.19.6).
 const VIRTIO_PMEM_REQ_TYPE_FLUSH: u32 = 0;
 const RET_OK: u32 = 0;
 const RET_FAILED: u32 = -1i32 as u32;
 
-/// Queue 0 is the request queue, and there is no other; 1 is the crate's, for events of its own.
-const REQUEST_QUEUE: u16 = 0;
-const NUM_QUEUES: u16 = 1;
-const END_EVENT: u16 = NUM_QUEUES + 1;
-/// Linux keeps one request per flushing thread in flight; 64 is plenty.
-const QUEUE_SIZE: usize = 1024;
-
-/// How long SET_MEM_TABLE waits for the answer to SHMEM_MAP. A front-end that serves our requests only once
-/// it has the answer to its own gets that answer after this time, and the mapping a moment later.
-const MAP_PATIENCE: Duration = Duration::from_secs(2);
+/// For the answer to SHMEM_MAP, during SET_MEM_TABLE. Some front-ends serve the backend channel only once
+/// they have the answer to SET_MEM_TABLE: they get it after this time, and SHMEM_MAP succeeds a moment later.
+const MAP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Persistent memory whose contents are a regular file (VIRTIO pmem)
 ///
 /// The guest sees the file as /dev/pmemN (Linux 6.9 or later) and can mount it with DAX. The memory has the
-/// size of the file, rounded up to 2 MiB because Linux takes no other; what lies past the end of the file
-/// reads as zero, and what is written there is lost.
+/// size of the file, rounded up to 2 MiB because Linux takes no other. Bytes past the end of the file read as
+/// zero, and writes to them are lost.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -65,38 +57,11 @@ pub struct Args {
     backing: backing::Args,
 }
 
-/// Why there is no device, or no longer.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(transparent)]
-    Backing(#[from] backing::Error),
-    #[error(transparent)]
-    Server(#[from] server::Error),
-}
-
-impl Error {
-    /// The exit status: 2 where another command line would have helped.
-    pub fn status(&self) -> u8 {
-        match self {
-            Error::Backing(_) => 2,
-            Error::Server(e) => e.status(),
-        }
-    }
-
-    /// What the user could do.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Error::Backing(e) => e.hint(),
-            Error::Server(e) => e.hint(),
-        }
-    }
-}
-
 /// Runs the back-end until it is told to end.
 ///
 /// # Errors
 ///
-/// See [`Error`]: all but sessions and descriptors is found out before it listens.
+/// See [`Error`]; a wrong command line or file is found before the socket exists.
 pub fn run(args: &Args) -> Result<(), Error> {
     let backing = Backing::open(&args.backing)?;
     let listening = server::listen(&args.server)?;
@@ -104,133 +69,62 @@ pub fn run(args: &Args) -> Result<(), Error> {
     for note in backing.notes() {
         say(format_args!("{NAME}: note: {note}"));
     }
-    server::serve(NAME, listening, move |memory| Ok(Pmem::new(backing.clone(), memory)))?;
-    Ok(())
+    server::serve(NAME, listening, move |memory, complaints| {
+        Ok(Pmem {
+            backing: backing.clone(),
+            memory,
+            complaints,
+            channel: Arc::default(),
+            mapped: Arc::default(),
+        })
+    })
 }
 
 /// The device, for one front-end.
-///
-/// The session's thread calls everything but `handle_event`, which runs on the crate's worker thread.
 struct Pmem {
     backing: Backing,
     memory: Memory,
-    requests: Requests,
-    /// Our requests to the front-end. Held only to copy the handle, never while an answer is awaited.
-    channel: Mutex<Option<Backend>>,
-    /// Whether the mapping was made and no reset was told since.
+    complaints: Arc<Complaints>,
+    channel: Arc<Channel>,
+    /// Whether SHMEM_MAP succeeded since the last reset.
     mapped: Arc<AtomicBool>,
-    was_asked: AtomicBool,
 }
 
 impl Pmem {
-    fn new(backing: Backing, memory: Memory) -> Self {
-        Pmem {
-            backing,
-            requests: Requests::new(NAME, memory.clone()),
-            memory,
-            channel: Mutex::new(None),
-            mapped: Arc::default(),
-            was_asked: AtomicBool::new(false),
-        }
-    }
-
     /// Has the front-end map the file into region 0.
     ///
-    /// Where it is mapped already, because SET_MEM_TABLE came again without a reset, the front-end refuses,
-    /// and all is well: it is the same file at the same place. To unmap first would open a hole under a
-    /// running guest.
+    /// If SET_MEM_TABLE came again without a reset, the file is mapped already: the front-end refuses, and
+    /// nothing is wrong. An UNMAP first would open a hole under a running guest.
     fn map(&self) {
-        let Some(channel) = lock(&self.channel).clone() else {
-            say(format_args!("{NAME}: cannot map: the front-end gave no back-end channel"));
-            return;
-        };
         let (done, answered) = mpsc::channel();
-        let mapped = Arc::clone(&self.mapped);
-        let backing = self.backing.clone();
-        // A thread of its own, so that what waits here can stop waiting: the crate cannot.
+        let (channel, mapped, backing) =
+            (Arc::clone(&self.channel), Arc::clone(&self.mapped), self.backing.clone());
+        // On a thread of its own, because the crate cannot wait with a time limit.
         let spawned = thread::Builder::new().name("shmem-map".to_owned()).spawn(move || {
-            let flags = if backing.read_only {
-                VhostUserMMapFlags::empty()
-            } else {
-                VhostUserMMapFlags::WRITABLE
-            };
-            let request = VhostUserMMap {
-                shmid: VIRTIO_PMEM_SHMEM_REGION_ID,
-                fd_offset: 0,
-                shm_offset: 0,
-                len: backing.size,
-                flags: flags.bits(),
-                ..Default::default()
-            };
-            match channel.shmem_map(&request, backing.file.as_ref()) {
-                Ok(_) => mapped.store(true, Ordering::Release),
+            match channel.map(0, backing.size, (&backing.file, 0), !backing.read_only) {
+                Ok(()) => mapped.store(true, Ordering::Release),
                 Err(e) => say(format_args!(
-                    "{NAME}: SHMEM_MAP of region {VIRTIO_PMEM_SHMEM_REGION_ID}, offset 0, {} bytes, {}, failed: {}{}",
-                    backing.size,
-                    backing.access(),
-                    refusal(&e),
+                    "{NAME}: {e}{}",
                     if mapped.load(Ordering::Acquire) {
-                        " (it was mapped before, and no reset was told since: all is well if it still is)"
+                        " (it was mapped before, and there was no reset since, so it should still be mapped)"
                     } else {
                         ""
                     }
                 )),
             }
-            // Nobody listens any more if it took too long.
+            // After a timeout the receiver is gone.
             let _ = done.send(());
         });
-        match spawned.map(|_| answered.recv_timeout(MAP_PATIENCE)) {
+        match spawned.map(|_| answered.recv_timeout(MAP_TIMEOUT)) {
             Ok(Err(mpsc::RecvTimeoutError::Timeout)) => {
-                say(format_args!("{NAME}: no answer to SHMEM_MAP within {MAP_PATIENCE:?}; going on without"));
+                say(format_args!("{NAME}: no answer to SHMEM_MAP within {MAP_TIMEOUT:?}; going on without"));
             }
             Ok(_) => {}
-            Err(e) => say(format_args!("{NAME}: cannot map: no thread to wait for the answer: {e}")),
+            Err(e) => say(format_args!("{NAME}: cannot start the thread for SHMEM_MAP: {e}")),
         }
     }
 
-    /// Executes a request. Returns how many bytes of its buffers were written.
-    ///
-    /// `struct virtio_pmem_req { le32 type; }`, readable, then `struct virtio_pmem_resp { le32 ret; }`,
-    /// writable, in as many descriptors as the driver likes. Without room for the answer there is none, and
-    /// nothing is done.
-    fn answer(&self, request: Request) -> u32 {
-        let memory = self.memory.memory();
-        let mut answer = match request.clone().writer(&memory) {
-            Ok(answer) if answer.available_bytes() >= size_of::<Le32>() => answer,
-            Ok(_) => {
-                self.requests.complain("a request has no room for its answer");
-                return 0;
-            }
-            Err(e) => {
-                self.requests.complain(format_args!("the answer of a request has no valid place: {e}"));
-                return 0;
-            }
-        };
-        let ret = match request.reader(&memory).map(|mut request| request.read_obj::<Le32>()) {
-            Ok(Ok(kind)) if kind.to_native() == VIRTIO_PMEM_REQ_TYPE_FLUSH => self.flush(),
-            Ok(Ok(kind)) => {
-                self.requests.complain(format_args!("a request has the unknown type {}", kind.to_native()));
-                RET_FAILED
-            }
-            Ok(Err(e)) => {
-                self.requests.complain(format_args!("a request is too short: {e}"));
-                RET_FAILED
-            }
-            Err(e) => {
-                self.requests.complain(format_args!("a request is not in the guest's memory: {e}"));
-                RET_FAILED
-            }
-        };
-        match answer.write_obj(Le32::from(ret)) {
-            Ok(()) => size_of::<Le32>() as u32,
-            Err(e) => {
-                self.requests.complain(format_args!("cannot write an answer: {e}"));
-                0
-            }
-        }
-    }
-
-    /// Makes what the guest wrote durable.
+    /// Makes the guest's writes durable.
     fn flush(&self) -> u32 {
         if self.backing.read_only {
             return RET_OK;
@@ -238,45 +132,20 @@ impl Pmem {
         match self.backing.file.sync_data() {
             Ok(()) => RET_OK,
             Err(e) => {
-                self.requests.complain(format_args!("cannot flush {:?}: {e}", self.backing.path));
+                self.complaints.say(format_args!("cannot flush {:?}: {e}", self.backing.path));
                 RET_FAILED
             }
         }
     }
 }
 
-impl server::Device for Pmem {
-    fn end_event(&self) -> u16 {
-        END_EVENT
-    }
-
-    fn was_asked(&self) -> bool {
-        self.was_asked.load(Ordering::Relaxed)
-    }
-}
-
-impl VhostUserBackend for Pmem {
-    type Bitmap = ();
-    type Vring = VringMutex;
-
-    fn num_queues(&self) -> usize {
-        NUM_QUEUES.into()
-    }
-
-    fn max_queue_size(&self) -> usize {
-        QUEUE_SIZE
-    }
+impl Device for Pmem {
+    type Request = Request;
 
     fn features(&self) -> u64 {
-        self.was_asked.store(true, Ordering::Relaxed);
-        (1 << VIRTIO_F_VERSION_1)
-            | (1 << VIRTIO_PMEM_F_SHMEM_REGION)
-            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
-            | (1 << VIRTIO_RING_F_EVENT_IDX)
-            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        1 << VIRTIO_PMEM_F_SHMEM_REGION
     }
 
-    /// Called at SET_FEATURES, with what the driver accepted.
     fn acked_features(&self, features: u64) {
         let driver_is_there = features & (1 << VIRTIO_F_VERSION_1) != 0;
         if driver_is_there && features & (1 << VIRTIO_PMEM_F_SHMEM_REGION) == 0 {
@@ -287,62 +156,65 @@ impl VhostUserBackend for Pmem {
         }
     }
 
-    fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::BACKEND_SEND_FD
-            | VhostUserProtocolFeatures::SHMEM
+    fn shared_memory(&self) -> Option<u64> {
+        Some(self.backing.size)
     }
 
-    fn get_shmem_config(&self) -> io::Result<VhostUserShMemConfig> {
-        Ok(VhostUserShMemConfig::new(1, &[self.backing.size]))
+    fn connect(&self, backend: Backend) {
+        self.channel.connect(backend);
     }
 
-    /// `start` and `size` are zero, and so is all else: where the memory is, only the front-end knows
-    /// (section 5.19.4).
-    fn get_config(&self, _offset: u32, size: u32) -> Vec<u8> {
-        // The crate has limited the size to 4 KiB.
-        vec![0; size as usize]
-    }
-
-    fn set_backend_req_fd(&self, channel: Backend) {
-        *lock(&self.channel) = Some(channel);
-    }
-
-    /// Called at SET_MEM_TABLE: the device is started, or the guest's memory changed.
-    fn update_memory(&self, _memory: Memory) -> io::Result<()> {
-        // An error would end the session; a device without its memory can still say what is wrong.
+    /// Never fails: that would end the session, while a device without its memory can still tell the driver.
+    fn memory_changed(&self, _memory: &Memory) -> io::Result<()> {
         self.map();
         Ok(())
     }
 
-    /// Called at GET_VRING_BASE, with the queue stopped: returns when nothing of it is in flight.
-    fn stop_vring(&self, _index: u32) -> io::Result<()> {
-        self.requests.wait();
-        Ok(())
-    }
-
-    /// Called at RESET_DEVICE, with the queue disabled. The front-end removes the mapping.
-    fn reset_device(&self) {
-        self.requests.wait();
+    fn reset(&self) {
         self.mapped.store(false, Ordering::Release);
     }
 
-    fn set_event_idx(&self, _enabled: bool) {
-        // The crate has told the queue.
+    fn take(&self, queue: &mut Queue) -> Taken<Request> {
+        device::take(queue, &self.memory)
     }
 
-    /// Called by the worker for a kick, and at the end of the session. An error ends the worker.
-    fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], _: usize) -> io::Result<()> {
-        match (event, vrings.first()) {
-            (REQUEST_QUEUE, Some(vring)) => {
-                self.requests.answer(vring, |request| self.answer(request));
-                Ok(())
+    /// `struct virtio_pmem_req { le32 type; }`, readable, then `struct virtio_pmem_resp { le32 ret; }`,
+    /// writable, in as many buffers as the driver likes. A request without room for the answer is not
+    /// executed.
+    fn answer(&self, request: Request) -> u32 {
+        let memory = self.memory.memory();
+        let mut answer = match request.clone().writer(&memory) {
+            Ok(answer) if answer.available_bytes() >= size_of::<Le32>() => answer,
+            Ok(_) => {
+                self.complaints.say("a request has no room for its answer");
+                return 0;
             }
-            _ => Err(session_has_ended()),
+            Err(e) => {
+                self.complaints.say(format_args!("the answer of a request has no valid place: {e}"));
+                return 0;
+            }
+        };
+        let ret = match request.reader(&memory).map(|mut request| request.read_obj::<Le32>()) {
+            Ok(Ok(kind)) if kind.to_native() == VIRTIO_PMEM_REQ_TYPE_FLUSH => self.flush(),
+            Ok(Ok(kind)) => {
+                self.complaints.say(format_args!("a request has the unknown type {}", kind.to_native()));
+                RET_FAILED
+            }
+            Ok(Err(e)) => {
+                self.complaints.say(format_args!("a request is too short: {e}"));
+                RET_FAILED
+            }
+            Err(e) => {
+                self.complaints.say(format_args!("a request is not in the guest's memory: {e}"));
+                RET_FAILED
+            }
+        };
+        match answer.write_obj(Le32::from(ret)) {
+            Ok(()) => size_of::<Le32>() as u32,
+            Err(e) => {
+                self.complaints.say(format_args!("cannot write an answer: {e}"));
+                0
+            }
         }
     }
 }

@@ -1,13 +1,12 @@
 //! The socket of a back-end, and one front-end after another on it.
 //!
 //! vhost-user, "Communication": the back-end listens, a front-end connects, and the end of the connection is
-//! the end of the session. Called by each device's `run`; what a device does is in its own module.
+//! the end of the session. Called by each device's `run`.
 //!
-//! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts and waits for each
-//! session; the `vhost-user-backend` crate adds, for each session, one that reads the socket and one that
-//! reads the queues.
+//! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts connections and waits
+//! for the end of each session; the `vhost-user-backend` crate adds, for each session, one that reads the
+//! socket and one for each queue.
 
-use hotslot::report::say;
 use std::fmt::Display;
 use std::fs;
 use std::io;
@@ -15,18 +14,22 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
 use vhost::vhost_user::{Error as ProtocolError, Listener};
-use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringMutex};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// The guest's memory as the front-end describes it; empty until its first SET_MEM_TABLE.
-pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+use hotslot::report::say;
+
+use crate::complaints::Complaints;
+use crate::device::{Adapter, Device, Memory};
+use crate::error::Error;
+use crate::lock::lock;
 
 /// `sun_path` of `sockaddr_un` has 108 bytes, one of which is the terminating zero.
 const SOCKET_PATH_MAX: usize = 107;
@@ -35,7 +38,7 @@ const SOCKET_PATH_MAX: usize = 107;
 #[derive(clap::Args)]
 #[group(skip)]
 pub struct Options {
-    /// Unix socket to listen on; left-overs of a dead back-end are removed, and so is the socket at the end
+    /// Unix socket to listen on; one that a dead back-end left behind is replaced; removed at the end
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
 
@@ -44,56 +47,7 @@ pub struct Options {
     once: bool,
 }
 
-/// What the server asks of a device, besides being one. One value serves one front-end.
-pub trait Device: VhostUserBackend<Bitmap = (), Vring = VringMutex> {
-    /// The number that [`VhostUserBackend::handle_event`] is given when the worker thread is to end: it has
-    /// to return an error then. The crate reserves 0 to the number of queues.
-    fn end_event(&self) -> u16;
-
-    /// Whether the front-end asked for anything at all. One that did not was only looking whether someone
-    /// listens.
-    fn was_asked(&self) -> bool;
-}
-
-/// Why nothing is served, or nothing any more.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(
-        "the socket path {path:?} has {len} bytes, more than the {SOCKET_PATH_MAX} that fit in a socket address"
-    )]
-    PathTooLong { path: PathBuf, len: usize },
-    #[error("cannot listen on {0:?}: another process is listening there")]
-    InUse(PathBuf),
-    #[error("cannot listen on {0:?}: there is a file that is not a socket")]
-    NotASocket(PathBuf),
-    #[error("cannot listen on {path:?}")]
-    Bind { path: PathBuf, source: io::Error },
-    #[error("cannot set up {what}")]
-    SetUp { what: &'static str, source: io::Error },
-    #[error("{0}")]
-    Session(String),
-}
-
-impl Error {
-    /// The exit status: 2 where another command line would have helped.
-    pub fn status(&self) -> u8 {
-        match self {
-            Error::SetUp { .. } | Error::Session(_) => 1,
-            _ => 2,
-        }
-    }
-
-    /// What the user could do.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Error::PathTooLong { .. } => Some("a path relative to the working directory may be shorter"),
-            Error::InUse(_) => Some("each back-end needs a socket of its own"),
-            _ => None,
-        }
-    }
-}
-
-/// A listening socket; its file goes when this does. From its making on, SIGINT and SIGTERM end
+/// A listening socket, whose file is removed when this is dropped. From now on SIGINT and SIGTERM end
 /// [`serve_with`] only.
 pub struct Listening {
     listener: UnixListener,
@@ -105,14 +59,15 @@ pub struct Listening {
 ///
 /// # Errors
 ///
-/// See [`Error`]; nothing is left behind, and nothing but a socket on which nobody listens is removed.
+/// See [`Error`]; nothing is left behind. Of existing files, only a socket on which no process listens is
+/// removed.
 pub fn listen(options: &Options) -> Result<Listening, Error> {
     let path = &options.socket;
     let bind_error = |source| Error::Bind { path: path.clone(), source };
 
     let len = path.as_os_str().len();
     if len > SOCKET_PATH_MAX {
-        return Err(Error::PathTooLong { path: path.clone(), len });
+        return Err(Error::PathTooLong { path: path.clone(), len, max: SOCKET_PATH_MAX });
     }
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
@@ -128,18 +83,18 @@ pub fn listen(options: &Options) -> Result<Listening, Error> {
             Err(e) => return Err(bind_error(e)),
         },
     }
-    // Before there is a socket: whoever sees it, or reads that we listen, may send a signal.
+    // Before there is a socket: a process that sees it may send a signal at once.
     end_event();
     for signal in [libc::SIGINT, libc::SIGTERM] {
         register_signal_handler(signal, on_signal)
-            .map_err(|e| Error::SetUp { what: "the signal handlers", source: e.into() })?;
+            .map_err(|e| Error::set_up("the signal handlers")(e.into()))?;
     }
     let listener = UnixListener::bind(path).map_err(bind_error)?;
     let file = SocketFile::new(path).map_err(bind_error)?;
     Ok(Listening { listener, once: options.once, file })
 }
 
-/// The name of our socket in the file system.
+/// The socket's name in the file system, and the device and inode number that it had at first.
 struct SocketFile {
     path: PathBuf,
     id: (u64, u64),
@@ -163,7 +118,7 @@ impl Display for Listening {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // Someone may have removed ours and started a successor under the same name.
+        // A successor may have replaced it by its own under the same name.
         if Self::id(&self.path).ok() == Some(self.id) {
             let _ = fs::remove_file(&self.path);
         }
@@ -174,7 +129,7 @@ impl Drop for SocketFile {
 static END: OnceLock<EventFd> = OnceLock::new();
 
 extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // An atomic load and a write(2): both may be done in a signal handler.
+    // An atomic load and a write(2): both are async-signal-safe.
     if let Some(end) = END.get() {
         let _ = end.write(1);
     }
@@ -193,109 +148,105 @@ fn end_event() -> &'static EventFd {
 /// Those of [`serve_with`] and of `make`.
 pub fn serve<D, F>(name: &'static str, listening: Listening, mut make: F) -> Result<(), Error>
 where
-    D: Device + 'static,
-    F: FnMut(Memory) -> Result<D, Error> + Send + 'static,
+    D: Device,
+    F: FnMut(Memory, Arc<Complaints>) -> Result<D, Error> + Send + 'static,
 {
-    let listener = listening
-        .listener
-        .try_clone()
-        .map_err(|source| Error::SetUp { what: "the listening socket", source })?;
+    let listener = listening.listener.try_clone().map_err(Error::set_up("the listening socket"))?;
     let mut listener = Listener::from(listener);
     serve_with(name, listening, move |_| session(name, &mut listener, &mut make))
 }
 
-/// Calls `session`, which accepts and serves one front-end, again and again, on a thread of its own, until
-/// SIGINT or SIGTERM; with `--once`, until the first front-end that asked for anything has disconnected.
+/// Until SIGINT or SIGTERM, calls `session` again and again, which accepts and serves one front-end, on a
+/// thread of its own. With `--once`, until the first front-end that sent a request has disconnected.
 ///
 /// # Errors
 ///
-/// A socket that cannot be accepted from, threads or descriptors that cannot be made; with `--once` also a
-/// session that ended otherwise than by a hang-up.
+/// A failed accept, threads or descriptors that cannot be made; with `--once` also a session that ended
+/// otherwise than by a hang-up.
 pub fn serve_with<F>(name: &'static str, listening: Listening, mut session: F) -> Result<(), Error>
 where
-    F: FnMut(&UnixListener) -> Result<Session, Error> + Send + 'static,
+    F: FnMut(&UnixListener) -> Result<Ended, Error> + Send + 'static,
 {
-    let set_up = |what| move |source| Error::SetUp { what, source };
     let end = end_event();
 
     let Listening { listener, once, file: _file } = listening;
-    let outcome = Arc::new(Mutex::new(None));
-    let outcome_of_thread = Arc::clone(&outcome);
+    let served = Arc::new(Mutex::new(None));
+    let result_of_thread = Arc::clone(&served);
     thread::Builder::new()
         .name("front-ends".to_owned())
         .spawn(move || {
             let result = loop {
                 match session(&listener) {
-                    Ok(Session::NothingAsked) => {}
-                    Ok(Session::Ended) if once => break Ok(()),
-                    Ok(Session::Ended) => {}
-                    Ok(Session::Broken(why)) if once => break Err(Error::Session(why)),
-                    Ok(Session::Broken(why)) => {
+                    Ok(Ended::NothingAsked) => {}
+                    Ok(Ended::HungUp) if once => break Ok(()),
+                    Ok(Ended::HungUp) => {}
+                    Ok(Ended::Broken(why)) if once => break Err(Error::Session(why)),
+                    Ok(Ended::Broken(why)) => {
                         say(format_args!("{name}: {why}; waiting for the next front-end"))
                     }
                     Err(e) => break Err(e),
                 }
             };
-            *outcome_of_thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+            *lock(&result_of_thread) = Some(result);
             let _ = end.write(1);
         })
-        .map_err(set_up("the thread that serves front-ends"))?;
+        .map_err(Error::set_up("the thread that serves front-ends"))?;
 
     while let Err(e) = end.read() {
         if e.kind() != io::ErrorKind::Interrupted {
-            return Err(set_up("the wait for signals")(e));
+            return Err(Error::set_up("the wait for signals")(e));
         }
     }
     // A session in progress ends with the process: its front-end sees a hang-up.
-    outcome.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or(Ok(()))
+    lock(&served).take().unwrap_or(Ok(()))
 }
 
 /// How a session ended.
-pub enum Session {
-    /// The peer hung up without a request.
+pub enum Ended {
+    /// The front-end hung up without a request.
     NothingAsked,
-    /// The peer hung up.
-    Ended,
-    /// The peer sent what cannot be served.
+    HungUp,
+    /// The front-end sent a request that cannot be served.
     Broken(String),
 }
 
 /// Accepts one front-end and serves it until it disconnects.
 ///
-/// The daemon is a new one each time: the crate's keeps who owns it, and would refuse the second SET_OWNER.
-fn session<D: Device + 'static>(
+/// With a daemon of its own: the crate's would refuse the second SET_OWNER.
+fn session<D: Device>(
     name: &'static str,
     listener: &mut Listener,
-    make: &mut impl FnMut(Memory) -> Result<D, Error>,
-) -> Result<Session, Error> {
+    make: &mut impl FnMut(Memory, Arc<Complaints>) -> Result<D, Error>,
+) -> Result<Ended, Error> {
     let memory = Memory::new(GuestMemoryMmap::new());
-    let device = Arc::new(make(memory.clone())?);
-    let end_worker = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
-        .map_err(|source| Error::SetUp { what: "an eventfd", source })?;
+    let complaints = Arc::new(Complaints::of(name));
+    let device = make(memory.clone(), Arc::clone(&complaints))?;
+    let device = Arc::new(Adapter::new(device, complaints));
+    let end_worker =
+        EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(Error::set_up("an eventfd"))?;
     let mut daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(&device), memory)
         .map_err(|e| Error::Session(format!("cannot set up a session: {e}")))?;
 
-    // The crate's own way to end its worker (`exit_event`) loses a descriptor each time.
+    // The crate's own way to end its threads (`exit_event`) leaks a descriptor each time.
     for worker in daemon.get_epoll_handlers() {
         if let Err(source) =
-            worker.register_listener(end_worker.as_raw_fd(), EventSet::IN, device.end_event().into())
+            worker.register_listener(end_worker.as_raw_fd(), EventSet::IN, device.end_event())
         {
-            // Its drop would wait for a worker that nobody can end.
+            // Its drop would wait for a thread that cannot be ended.
             std::mem::forget(daemon);
-            return Err(Error::SetUp { what: "the end of a session", source });
+            return Err(Error::set_up("the end of a session")(source));
         }
     }
 
     let result = daemon.start(listener).and_then(|()| daemon.wait());
+    // The daemon's drop, at the end of this function, waits for its threads.
     let _ = end_worker.write(1);
-    drop(daemon);
-
     match result {
         Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => {
-            Ok(if device.was_asked() { Session::Ended } else { Session::NothingAsked })
+            Ok(if device.was_asked() { Ended::HungUp } else { Ended::NothingAsked })
         }
         Err(DaemonError::HandleRequest(e)) => {
-            Ok(Session::Broken(format!("a request of the front-end cannot be served: {e}")))
+            Ok(Ended::Broken(format!("a request of the front-end cannot be served: {e}")))
         }
         Err(e) => Err(Error::Session(e.to_string())),
     }

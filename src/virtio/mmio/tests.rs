@@ -11,7 +11,7 @@ use crate::virtio::register_page::BLOCK_SIZE;
 use crate::virtio::status::{ACKNOWLEDGE, DRIVER_OK, FAILED};
 
 const BLK_SIZE: u64 = 1 << 6;
-const OFFERED: u64 = VERSION_1 | RING_RESET | RING_PACKED | BLK_SIZE;
+const OFFERED: u64 = VERSION_1 | RING_RESET | BLK_SIZE;
 /// The largest sizes; there is no queue 1.
 const SIZES: [u16; 3] = [256, 0, 64];
 const REGIONS: [(u8, u64, u64); 3] =
@@ -68,10 +68,10 @@ impl Fake {
                 assert_eq!(features & VERSION_1, VERSION_1);
                 script.started = Some(Vec::new());
                 for queue in queues {
-                    self.start_one(&mut script, queue, *features & RING_PACKED != 0);
+                    self.start_one(&mut script, queue);
                 }
             }
-            StartQueue(queue) => self.start_one(&mut script, queue, true),
+            StartQueue(queue) => self.start_one(&mut script, queue),
             Stop(index) => {
                 let queues = script.started.as_mut().expect("running");
                 assert!(queues.contains(index), "queue {index} is not started");
@@ -84,12 +84,12 @@ impl Fake {
         if std::mem::take(&mut script.fail) { Err("the back-end left".into()) } else { Ok(()) }
     }
 
-    fn start_one(&self, script: &mut Script, queue: &Setup, packed: bool) {
+    fn start_one(&self, script: &mut Script, queue: &Setup) {
         let (index, size, descriptors, driver_area, device_area) = *queue;
         let queues = script.started.as_mut().expect("running");
         assert!(!queues.contains(&index), "queue {index} started twice");
         assert!(size > 0 && size <= self.sizes[usize::from(index)]);
-        assert!(packed || size.is_power_of_two());
+        assert!(size.is_power_of_two());
         assert_eq!((descriptors % 16, driver_area % 2, device_area % 4), (0, 0, 0));
         queues.push(index);
     }
@@ -165,7 +165,7 @@ impl Guest {
     fn peek(&self, offset: usize) -> u32 {
         assert!(offset + 4 <= BLOCK_SIZE);
         // SAFETY: inside the page that `self` keeps alive, into which nobody has a reference.
-        unsafe { self.page.host_ptr().add(offset).cast::<u32>().read_volatile() }
+        unsafe { self.page.host_ptr().wrapping_add(offset).cast::<u32>().read_volatile() }
     }
 
     fn read(&self, register: Register) -> u32 {
@@ -304,7 +304,7 @@ fn a_stock_driver_finds_negotiates_and_starts_the_device() {
 #[test]
 fn an_unload_as_linux_does_it_is_a_reset_and_queues_that_stay_unready() {
     let guest = Guest::new();
-    guest.live(OFFERED & !RING_PACKED);
+    guest.live(OFFERED);
     guest.write(Status, 0);
     for index in 0..3 {
         guest.write(QueueSel, index);
@@ -359,9 +359,12 @@ fn features_are_kept_as_negotiated() {
 
 #[test]
 fn features_that_need_another_transport_are_not_offered() {
-    let guest = Guest::with(VERSION_1 | NOT_OVER_MMIO, &SIZES).unwrap();
+    let guest = Guest::with(VERSION_1 | NOT_CARRIED, &SIZES).unwrap();
     guest.write(DeviceFeaturesSel, 1);
     assert_eq!(guest.read(DeviceFeatures), 1);
+    for bit in (33..64).filter(|bit| NOT_CARRIED & 1 << bit != 0) {
+        assert!(!guest.negotiate(VERSION_1 | 1 << bit), "{bit}");
+    }
 }
 
 #[test]
@@ -438,14 +441,6 @@ fn a_queue_that_is_ready_or_comes_before_features_ok_is_not_configured() {
 }
 
 #[test]
-fn a_packed_queue_has_its_own_rules() {
-    let guest = Guest::new();
-    assert!(guest.negotiate(VERSION_1 | RING_PACKED));
-    assert!(!guest.enable((0, 100, 0x1000, 0x2002, 0x3000)));
-    assert!(guest.enable((0, 100, 0x1000, 0x2004, 0x3000)));
-}
-
-#[test]
 fn queue_ready_0_stops_one_queue() {
     let guest = Guest::new();
     assert!(guest.negotiate(VERSION_1));
@@ -461,7 +456,7 @@ fn queue_ready_0_stops_one_queue() {
     assert_eq!(guest.calls(), [Stop(0)]);
 }
 
-/// SHM-74: a queue's reset is not the device's, which is what removes mappings.
+/// SHM-74: only a reset of the device removes mappings, not one of a queue.
 #[test]
 fn a_ring_reset_stops_the_queue_and_it_can_be_enabled_again() {
     let guest = Guest::new();
@@ -543,7 +538,7 @@ fn shared_memory_regions_stay_where_they_are_across_a_reset() {
 #[test]
 fn a_reset_clears_everything_before_the_write_returns() {
     let guest = Guest::new();
-    guest.live(OFFERED & !RING_PACKED);
+    guest.live(OFFERED);
     guest.interrupt.config_changed(&[9; 20]);
     guest.script.lock().unwrap().config = vec![5; 8];
     guest.write(DeviceFeaturesSel, 1);
@@ -856,7 +851,7 @@ fn whatever_the_guest_writes_nothing_panics_and_the_registers_stay_true() {
     let (mut starts, mut queue_starts, mut queue_stops) = (0, 0, 0);
     for step in 0..40_000 {
         match random.next() % 16 {
-            // Nonsense of any width at any place.
+            // Random bytes of any width at any place.
             0..3 => {
                 let data = random.next().to_le_bytes();
                 let width = random.next() as usize % 8 + 1;
@@ -872,9 +867,9 @@ fn whatever_the_guest_writes_nothing_panics_and_the_registers_stay_true() {
             10 => guest.fail_next(),
             11 => guest.interrupt.needs_reset(),
             12 => guest.interrupt.config_changed(&random.next().to_le_bytes()),
-            // The way in, so that the nonsense also meets a device that runs.
+            // A regular start, so that random writes also reach a running device.
             13 => {
-                let optional = random.next() & (RING_RESET | RING_PACKED);
+                let optional = random.next() & RING_RESET;
                 if guest.negotiate(VERSION_1 | optional) {
                     guest.enable(FIRST);
                     guest.add_status(DRIVER_OK);

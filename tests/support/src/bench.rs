@@ -6,14 +6,16 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use hotslot::config::device::DeviceSpec;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::memory::shmem::SharedMemory;
 use hotslot::memory::{Access, GuestMapper};
+use hotslot::vhost_user::connect::{self, ConnectError};
 use hotslot::vhost_user::device::VhostUserDevice;
-use hotslot::vhost_user::frontend::{DeviceSpec, Frontend, FrontendError, Handshake};
 use hotslot::vhost_user::memory_table::MemoryTable;
-use hotslot::vhost_user::message::MemoryRegion;
-use hotslot::vhost_user::sharing::Member;
+use hotslot::vhost_user::sharing::Participant;
+use hotslot::vhost_user::wire::frontend::Handshake;
+use hotslot::vhost_user::wire::message::MemoryRegion;
 use hotslot::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use hotslot::virtio::interrupt::Interrupt;
 use hotslot::virtio::register_page::{Register, RegisterPage};
@@ -40,7 +42,7 @@ pub struct Setup {
     pub windows: WindowAllocator,
     /// Whether others see its mappings, and what it is among them.
     pub shares: bool,
-    pub member: Option<Member>,
+    pub member: Option<Participant>,
     /// How many of its requests are served in a second.
     pub rate: Option<u32>,
     script: Script,
@@ -85,7 +87,7 @@ impl Setup {
     }
 
     /// Connects, and learns what the back-end is.
-    pub fn connect(mut self) -> (Result<Handshake, FrontendError>, Unbuilt) {
+    pub fn connect(mut self) -> (Result<Handshake, ConnectError>, Unbuilt) {
         let script = std::mem::replace(&mut self.script, Box::new(|_, _| Answer::Usual));
         let backend = Backend::scripted(self.offer.clone(), script);
         let unbuilt = self.unbuilt(backend);
@@ -141,8 +143,8 @@ impl std::ops::Deref for Unbuilt {
 }
 
 impl Unbuilt {
-    fn connect(&self) -> Result<Handshake, FrontendError> {
-        Frontend::connect(&self.spec, PATIENCE, self.setup.member.is_some())
+    fn connect(&self) -> Result<Handshake, ConnectError> {
+        connect::connect(&self.spec, PATIENCE, self.setup.member.is_some())
     }
 
     /// The device that the back-end makes.

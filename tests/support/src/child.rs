@@ -1,4 +1,5 @@
-//! A program as a child of the test. Every wait for it has an end, and it is killed when the test lets go of it.
+//! A program as a child of the test. Every wait for it has an end, and it is killed when the test lets go of
+//! it.
 
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, mpsc};

@@ -1,11 +1,11 @@
-//! The directory, and how the threads that serve it are kept inside.
+//! The directory, and the rights of the threads that serve it.
 //!
-//! The file system of [`super::passthrough`] never resolves a path: it opens one name at a time, in a
-//! directory that it holds, and follows no link. This is the fence around it, for what that may have missed.
-//! Landlock (Linux 5.19 and later) judges each file that is opened, by where it is, and each change of a
-//! directory; as root the threads are also in a chroot and keep only the capabilities that a file system
-//! needs. Called by [`super`] on the thread that serves, whose children inherit it. The main thread stays as
-//! it was: it waits for a signal and removes the socket.
+//! [`super::directory`] never resolves a path: it opens one name at a time, in a directory that it holds, and
+//! follows no link. This is a second line of defence, should that have a fault. Landlock (Linux 5.19 and
+//! later) checks each open of a file, by where it is, and each change of a directory. Threads of root are
+//! also in a chroot, and keep only the capabilities that a file system needs. Called by [`super`] on the
+//! thread that serves; the threads that it starts inherit this. The main thread keeps its rights: it waits
+//! for a signal and removes the socket.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -20,7 +20,10 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 
-/// What root keeps: to act on files as their owners may, and to create them as a user of the guest.
+use super::credentials::Credentials;
+
+/// The capabilities that root keeps: to act on files as their owners may, and to create them as a user of the
+/// guest.
 const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
@@ -35,12 +38,11 @@ const PROC_SELF_FD: &CStr = c"/proc/self/fd";
 pub struct Root {
     /// Opened with O_PATH.
     pub dir: File,
-    /// `/proc/self/fd`, which is also the working directory: what an O_PATH descriptor refers to is reached
-    /// as its number in there.
+    /// `/proc/self/fd`, which is also the working directory: the file of an O_PATH descriptor is opened by
+    /// the descriptor's number in there.
     pub proc: File,
-    /// Whether files are created with the user of the guest who creates them, or else with ours.
-    pub acts_as_guest: bool,
-    /// What is not as tight as it could be, and why.
+    pub credentials: Credentials,
+    /// What is less strict than it could be, and why.
     pub note: Option<String>,
 }
 
@@ -48,7 +50,7 @@ pub struct Root {
 ///
 /// # Errors
 ///
-/// It is not there, is no directory, or cannot be entered.
+/// It does not exist, is not a directory, or cannot be entered.
 pub fn open(dir: &Path) -> io::Result<File> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let file = rustix::fs::open(dir, flags, Mode::empty())?;
@@ -61,11 +63,11 @@ pub fn open(dir: &Path) -> io::Result<File> {
     Ok(file.into())
 }
 
-/// As many descriptors as the process may have: each file that the guest knows is one.
+/// Raises the limit of file descriptors as far as we may: each file that the guest knows is one.
 pub fn raise_descriptor_limit() {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, ..limit };
-    // With fewer the guest is told ENFILE sooner.
+    // If it fails, the guest gets ENFILE sooner.
     let _ = rustix::process::setrlimit(Resource::Nofile, raised);
 }
 
@@ -73,7 +75,7 @@ pub fn raise_descriptor_limit() {
 ///
 /// # Errors
 ///
-/// There is no /proc, or a step that this system offers was refused. What it does not offer is in
+/// There is no /proc, or the kernel refused a step that it offers. A step that it does not offer is in
 /// [`Root::note`].
 pub fn confine(dir: &File, read_only: bool) -> io::Result<Root> {
     let proc: File =
@@ -82,11 +84,11 @@ pub fn confine(dir: &File, read_only: bool) -> io::Result<Root> {
     let dir = dir.try_clone()?;
     let has = rustix::thread::capabilities(None)?.effective;
 
-    // A root, a working directory and a umask of our own. This flag shares no descriptors anew, which is what
-    // is unsafe about others.
+    // A root, a working directory and a umask of our own. `unshare` is deprecated because of other flags,
+    // which concern file descriptors.
     #[expect(deprecated)]
     rustix::thread::unshare(UnshareFlags::FS)?;
-    // The guest's umask counts.
+    // The guest sends its processes' umasks.
     rustix::process::umask(Mode::empty());
     if has.contains(CapabilitySet::SYS_CHROOT) {
         rustix::process::fchdir(&dir)?;
@@ -94,7 +96,6 @@ pub fn confine(dir: &File, read_only: bool) -> io::Result<Root> {
     }
     rustix::process::fchdir(&proc)?;
 
-    let acts_as_guest = has.contains(CapabilitySet::SETUID | CapabilitySet::SETGID);
     if has.contains(CapabilitySet::SETGID) {
         rustix::thread::set_thread_groups(&[])?;
     }
@@ -107,7 +108,7 @@ pub fn confine(dir: &File, read_only: bool) -> io::Result<Root> {
     let note = restrict(&dir, read_only).err().map(|why| {
         format!("Landlock cannot guard the directory on this kernel ({why}): only our own checks do")
     });
-    Ok(Root { dir, proc, acts_as_guest, note })
+    Ok(Root { dir, proc, credentials: Credentials::of(has), note })
 }
 
 /// Landlock: files of the directory, and no others.
@@ -119,7 +120,7 @@ fn restrict(dir: &File, read_only: bool) -> Result<(), RulesetError> {
         all & !make_bitflags!(AccessFs::{Execute | MakeBlock | IoctlDev})
     };
     Ruleset::default()
-        // Its first version forbids to move files between directories.
+        // Landlock's version 1 has no `Refer`, and forbids all moves between directories.
         .set_compatibility(CompatLevel::HardRequirement)
         .handle_access(AccessFs::Refer)?
         .set_compatibility(CompatLevel::BestEffort)

@@ -1,9 +1,9 @@
 //! The files that the guest knows, by node id, and those that it has open, by handle.
 //!
 //! FUSE: a reply that names a file counts as a lookup of it, and FUSE_FORGET takes lookups back; until the
-//! last one the node id stands for the same file, whatever its name is by then. So each is held with an
-//! O_PATH descriptor, which also keeps its inode number from being used again. Called by
-//! [`super::passthrough`].
+//! last one the node id stands for the same file, even if it is renamed or removed. So each is held by an
+//! O_PATH descriptor, which also keeps the host from reusing its inode number. Called by [`super::directory`]
+//! and [`super::passthrough`].
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
@@ -11,7 +11,10 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex};
 
-use crate::requests::lock;
+use rustix::fs::FileType;
+use rustix::io::Errno;
+
+use crate::lock::lock;
 
 /// FUSE_ROOT_ID.
 pub const ROOT: u64 = 1;
@@ -19,15 +22,14 @@ pub const ROOT: u64 = 1;
 /// A file that the guest knows.
 pub struct Inode {
     pub node: u64,
-    /// Opened with O_PATH: it can neither be read nor written, and opening it did nothing to a device or
+    /// Opened with O_PATH: it can neither be read nor written, and the open had no effect on a device or
     /// FIFO.
     pub path: File,
-    /// `S_IFMT` of its mode.
-    pub kind: u32,
+    pub kind: FileType,
     id: (u64, u64),
 }
 
-/// The files that the guest knows.
+/// The files that the guest knows. Lock order: innermost; no file is opened under it.
 pub struct Inodes(Mutex<Known>);
 
 struct Known {
@@ -55,11 +57,11 @@ impl Inodes {
     pub fn get(&self, node: u64) -> io::Result<Arc<Inode>> {
         match lock(&self.0).by_node.get(&node) {
             Some((inode, _)) => Ok(Arc::clone(inode)),
-            None => Err(io::Error::from_raw_os_error(libc::ESTALE)),
+            None => Err(Errno::STALE.into()),
         }
     }
 
-    /// Counts a lookup of what an O_PATH descriptor refers to.
+    /// Counts a lookup of the file of an O_PATH descriptor.
     ///
     /// # Errors
     ///
@@ -76,7 +78,7 @@ impl Inodes {
         }
         let node = known.next;
         known.next += 1;
-        let inode = Inode { node, path, kind: metadata.mode() & libc::S_IFMT, id };
+        let inode = Inode { node, path, kind: FileType::from_raw_mode(metadata.mode()), id };
         known.by_node.insert(node, (Arc::new(inode), 1));
         known.by_id.insert(id, node);
         Ok((node, metadata))
@@ -107,11 +109,11 @@ impl Inodes {
 pub struct Open {
     pub node: u64,
     pub file: File,
-    /// Held from a seek in a directory to the reading there.
+    /// Held from a seek in a directory to the reading there. Lock order: before `Inodes`.
     pub position: Mutex<()>,
 }
 
-/// What the guest has open.
+/// The files that the guest has open. Lock order: innermost.
 #[derive(Default)]
 pub struct Opens(Mutex<OpensInner>);
 
@@ -137,7 +139,7 @@ impl Opens {
     pub fn get(&self, node: u64, handle: u64) -> io::Result<Arc<Open>> {
         match lock(&self.0).by_handle.get(&handle) {
             Some(open) if open.node == node => Ok(Arc::clone(open)),
-            _ => Err(io::Error::from_raw_os_error(libc::EBADF)),
+            _ => Err(Errno::BADF.into()),
         }
     }
 
@@ -150,7 +152,7 @@ impl Opens {
         Ok(())
     }
 
-    /// All that are open of a file.
+    /// All handles of a file.
     pub fn of(&self, node: u64) -> Vec<Arc<Open>> {
         let inner = lock(&self.0);
         inner.by_handle.values().filter(|open| open.node == node).cloned().collect()

@@ -1,16 +1,15 @@
-//! Requests out of the virtqueues of `vhost-user-backend`, in the terms of fuse-backend-rs.
+//! Requests out of the virtqueues of `vhost-user-backend`, in the types of fuse-backend-rs.
 //!
-//! fuse-backend-rs takes a request as a descriptor chain of an older virtio-queue, in the memory of an older
-//! vm-memory. So the guest's memory is mapped a second time, by the same descriptors, and the older queue
-//! takes the next chain from where the newer one is; the newer one does all the rest. No byte is copied.
-//! Called by [`super`].
+//! fuse-backend-rs takes a request as a chain of ring descriptors of an older virtio-queue, in the memory of
+//! an older vm-memory. So the guest's memory is mapped a second time, from the same file descriptors. An
+//! older queue, made for each request, takes the next chain at the newer one's index; the newer one does the
+//! rest. No byte is copied. Called by [`super`].
 
 use std::io;
 use std::sync::Arc;
 
 use fuse_virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueState, QueueT as _};
 use fuse_vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
-use vhost_user_backend::{VringMutex, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -34,42 +33,26 @@ pub fn map(memory: &vm_memory::GuestMemoryMmap) -> io::Result<Memory> {
     GuestMemoryMmap::from_ranges_with_files(ranges).map(Arc::new).map_err(io::Error::other)
 }
 
-/// The next request, unless the queue is stopped or empty. When it is empty, the driver notifies us of the
-/// next.
+/// The next request of a queue, if there is one.
 ///
 /// # Errors
 ///
 /// A ring that is not in the guest's memory, or makes no sense.
-pub fn next(vring: &VringMutex, memory: &Memory) -> Result<Option<Chain>, Box<dyn std::error::Error>> {
-    let mut state = vring.get_mut();
-    if !state.is_enabled() || !state.get_queue().ready() {
-        return Ok(None);
-    }
-    // Twice, because a request may arrive before notifications are on. A third time would find nothing new,
-    // and a guest whose ring lies half outside its memory would keep us here for ever.
-    for _ in 0..2 {
-        let queue = state.get_queue_mut();
-        let mut older = Queue::try_from(QueueState {
-            max_size: queue.max_size(),
-            next_avail: queue.next_avail(),
-            next_used: queue.next_used(),
-            event_idx_enabled: queue.event_idx_enabled(),
-            size: queue.size(),
-            ready: true,
-            desc_table: queue.desc_table(),
-            avail_ring: queue.avail_ring(),
-            used_ring: queue.used_ring(),
-        })?;
-        let chain = older.iter(Arc::clone(memory))?.next();
-        queue.set_next_avail(older.next_avail());
-        if chain.is_some() {
-            return Ok(chain);
-        }
-        if !state.enable_notification()? {
-            return Ok(None);
-        }
-    }
-    Err(Error::InvalidAvailRingIndex.into())
+pub fn take(queue: &mut virtio_queue::Queue, memory: &Memory) -> Result<Option<Chain>, Error> {
+    let mut older = Queue::try_from(QueueState {
+        max_size: queue.max_size(),
+        next_avail: queue.next_avail(),
+        next_used: queue.next_used(),
+        event_idx_enabled: queue.event_idx_enabled(),
+        size: queue.size(),
+        ready: true,
+        desc_table: queue.desc_table(),
+        avail_ring: queue.avail_ring(),
+        used_ring: queue.used_ring(),
+    })?;
+    let chain = older.iter(Arc::clone(memory))?.next();
+    queue.set_next_avail(older.next_avail());
+    Ok(chain)
 }
 
 /// Reads the first bytes of a request, up to the first that is not in the guest's memory. Returns how many.
@@ -86,8 +69,7 @@ pub fn read_start(chain: Chain, memory: &Memory, bytes: &mut [u8]) -> usize {
     done
 }
 
-/// Writes the first bytes of an answer, or none: says whether it has room for them that is in the guest's
-/// memory.
+/// Writes the first bytes of an answer, all or none: whether there is room for them, in the guest's memory.
 pub fn write_start(chain: Chain, memory: &Memory, bytes: &[u8]) -> bool {
     let mut parts = Vec::new();
     let mut rest = bytes;

@@ -1,9 +1,9 @@
 //! From the bytes of a request to the bytes of its answer.
 //!
-//! fuse-backend-rs decodes FUSE and calls [`super::passthrough`]; here is what it does not decode
-//! (FUSE_TMPFILE, FUSE_SYNCFS, FUSE_COPY_FILE_RANGE, and FUSE_STATFS, whose answer only it could build),
-//! FUSE_DESTROY, whose answer it leaves without a length, the limits on what it is given, and an answer where
-//! it has none. Called by [`super`] on the threads that answer requests.
+//! fuse-backend-rs decodes most of FUSE and calls [`super::passthrough`]. Here are the requests that it does
+//! not decode (FUSE_TMPFILE, FUSE_SYNCFS, FUSE_COPY_FILE_RANGE), FUSE_STATFS, whose answer only it could
+//! build, and FUSE_DESTROY, of whose answer it does not tell the length; a limit to a request's size; and an
+//! error for each request that it does not answer. Called by [`super`] on the threads that answer requests.
 
 use std::fmt::Display;
 use std::io::{self, Read, Write};
@@ -19,11 +19,12 @@ use fuse_backend_rs::api::filesystem::Context;
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writer};
 use fuse_vm_memory::ByteValued;
+use rustix::io::Errno;
 
 use super::dax::{PAGE, Window};
-use super::passthrough::Directory;
+use super::directory::Directory;
 use super::queue::{self, Chain, Memory};
-use crate::requests::Complaints;
+use crate::complaints::Complaints;
 
 /// Opcodes that are newer than fuse-backend-rs.
 const FUSE_SYNCFS: u32 = 50;
@@ -32,7 +33,7 @@ const FUSE_TMPFILE: u32 = 51;
 /// A request has a header, arguments and at most the data of one write.
 const MAX_REQUEST: usize = MAX_BUFFER_SIZE as usize + (64 << 10);
 
-/// The file system of one front-end, behind its requests.
+/// Answers the requests of one front-end.
 pub struct Requester {
     server: Server<Arc<Directory>>,
     directory: Arc<Directory>,
@@ -46,7 +47,7 @@ impl Requester {
         Requester { server: Server::new(Arc::clone(&directory)), directory, window, complaints }
     }
 
-    /// The front-end has reset the device: nothing is open, known or mapped.
+    /// The front-end has reset the device and removed all mappings: closes and forgets all.
     pub fn reset(&self) {
         if let Some(window) = &self.window {
             window.forget();
@@ -64,21 +65,21 @@ impl Requester {
 
     fn try_answer(&self, chain: &Chain, memory: &Memory) -> Result<u32, Refused> {
         let unreachable =
-            |e| Refused { error: libc::EFAULT, why: format!("a request is not in the guest's memory: {e}") };
-        let senseless = |why| Refused { error: libc::EINVAL, why };
+            |e| Refused { error: Errno::FAULT, why: format!("a request is not in the guest's memory: {e}") };
+        let invalid = |why| Refused { error: Errno::INVAL, why };
         let request = Reader::from_descriptor_chain(&**memory, chain.clone()).map_err(unreachable)?;
         let mut answer = VirtioFsWriter::new(&**memory, chain.clone()).map_err(unreachable)?;
         let len = request.available_bytes();
         if len > MAX_REQUEST {
-            return Err(senseless(format!("a request has {len} bytes, more than {MAX_REQUEST}")));
+            return Err(invalid(format!("a request has {len} bytes, more than {MAX_REQUEST}")));
         }
         let header: InHeader = request
             .clone()
             .read_obj()
-            .map_err(|_| senseless(format!("a request is too short for its header: {len} bytes")))?;
+            .map_err(|_| invalid(format!("a request is too short for its header: {len} bytes")))?;
         let of_request = |what: &str, e: &dyn Display| {
             let InHeader { unique, opcode, .. } = header;
-            senseless(format!("request {unique} with opcode {opcode} {what}: {e}"))
+            invalid(format!("request {unique} with opcode {opcode} {what}: {e}"))
         };
         let no_room = |e: io::Error| of_request("has no room for its answer", &e);
 
@@ -100,18 +101,22 @@ impl Requester {
 
     /// Answers a request with an error, and says why. Returns how many bytes were written.
     ///
-    /// Of the request and its answer, this needs no more than can be reached. Without a header an answer
-    /// would do harm: Linux before 7.1 finds zeros in its place. It takes the error for 0, which is success,
-    /// and the length of what follows for 0 - 16; that is how much it then tells a program that it has read.
+    /// It uses only those buffers of the request that are in the guest's memory. Without this answer Linux
+    /// before 7.1 would find zeros in place of its header. It would take the error for 0, which is success,
+    /// and the length of the data for 0 - 16, and a program would be told that it has read so many bytes.
     fn refuse(&self, chain: Chain, memory: &Memory, refused: &Refused) -> u32 {
         let mut header = InHeader::default();
         let reached = queue::read_start(chain.clone(), memory, header.as_mut_slice());
-        // A field of which a part is missing is 0. Linux knows an answer by its buffer: from 7.1 on it
-        // compares `unique` too, and makes EIO of an answer that has another, which is an error all the same.
+        // A field of which a part is missing is 0. Linux finds the request of an answer by its buffer. From
+        // 7.1 on it also compares `unique`: if they differ, the request fails with EIO, which is an error,
+        // too.
         header.as_mut_slice()[reached / 8 * 8..].fill(0);
         let silent = wants_no_answer(&header);
-        let answer =
-            OutHeader { len: size_of::<OutHeader>() as u32, error: -refused.error, unique: header.unique };
+        let answer = OutHeader {
+            len: size_of::<OutHeader>() as u32,
+            error: -refused.error.raw_os_error(),
+            unique: header.unique,
+        };
         let answered = !silent && queue::write_start(chain, memory, answer.as_slice());
         let why = &refused.why;
         if answered || silent {
@@ -122,7 +127,7 @@ impl Requester {
         if answered { answer.len } else { 0 }
     }
 
-    /// The answer to what fuse-backend-rs does not decode.
+    /// The answer to a request that fuse-backend-rs does not decode.
     fn answer_ours<'a>(&self, header: &InHeader, mut request: Reader<'a>) -> Option<io::Result<Vec<u8>>> {
         let body = |request: &mut Reader<'a>| request.read_exact(&mut [0; size_of::<InHeader>()]);
         let answer = match header.opcode {
@@ -164,7 +169,7 @@ impl Requester {
 
     fn copy_file_range(&self, header: &InHeader, args: CopyFileRangeIn) -> io::Result<Vec<u8>> {
         if args.flags != 0 {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            return Err(Errno::INVAL.into());
         }
         let size = self.directory.copy(
             (header.nodeid, args.fh_in, args.offset_in),
@@ -182,25 +187,26 @@ impl Requester {
     }
 }
 
-/// Why a request gets no more than an error.
+/// Why a request is answered with an error.
 struct Refused {
-    /// For the guest: its number.
-    error: i32,
+    /// For the guest.
+    error: Errno,
     /// For the user.
     why: String,
 }
 
-/// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING for those who have one of these. It would
-/// be given a descriptor's number, without the file that it is of: [`Directory`] has both, and the window.
+/// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING only where there is one of these. It
+/// would be given the number of a file descriptor that it does not own; so [`Directory`] uses the window
+/// itself.
 struct HasWindow;
 
 impl FsCacheReqHandler for HasWindow {
     fn map(&mut self, _: u64, _: u64, _: u64, _: u64, _: RawFd) -> io::Result<()> {
-        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+        Err(Errno::NOSYS.into())
     }
 
     fn unmap(&mut self, _: Vec<RemovemappingOne>) -> io::Result<()> {
-        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+        Err(Errno::NOSYS.into())
     }
 }
 
@@ -208,7 +214,7 @@ impl FsCacheReqHandler for HasWindow {
 fn reply(answer: &mut VirtioFsWriter, header: &InHeader, result: io::Result<Vec<u8>>) -> io::Result<usize> {
     let (error, body) = match result {
         Ok(body) => (0, body),
-        Err(e) => (-e.raw_os_error().unwrap_or(libc::EIO), Vec::new()),
+        Err(e) => (-e.raw_os_error().unwrap_or(Errno::IO.raw_os_error()), Vec::new()),
     };
     let len = size_of::<OutHeader>() + body.len();
     let header =
@@ -217,7 +223,7 @@ fn reply(answer: &mut VirtioFsWriter, header: &InHeader, result: io::Result<Vec<
     Ok(len)
 }
 
-/// In an answer to FUSE_INIT: mappings begin at pages. fuse-backend-rs leaves it zero, which means at any
+/// Adds to an answer to FUSE_INIT that mappings begin at pages. fuse-backend-rs leaves the field zero: at any
 /// byte.
 fn set_map_alignment(answer: &mut VirtioFsWriter, written: usize) -> io::Result<()> {
     let at = size_of::<OutHeader>() + offset_of!(InitOut, map_alignment);
@@ -235,5 +241,5 @@ fn wants_no_answer(header: &InHeader) -> bool {
 }
 
 fn malformed(_: io::Error) -> io::Error {
-    io::Error::from_raw_os_error(libc::EINVAL)
+    Errno::INVAL.into()
 }

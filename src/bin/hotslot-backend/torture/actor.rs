@@ -1,62 +1,65 @@
-//! The thread that asks the front-end for things, so that the main socket is served meanwhile.
+//! The thread that sends requests to the front-end and waits for the answers, while the main socket is
+//! served.
+//!
+//! Started by `session` for each connection.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
-use super::cases::{CASES, try_case};
-use super::channel::{Agreed, Channel, Gone};
-use super::plan::What;
+use super::cases::CASES;
+use super::channel::{Channel, ChannelError, Negotiated};
+use super::plan::Action;
 use super::shared::Shared;
 use super::streams;
+use super::trial::try_case;
 use super::wire::Wire;
 
-/// What it is told to do.
 pub enum Job {
-    /// This is the backend channel from now on.
-    Channel(Arc<Wire>, Agreed),
+    /// From now on this is the backend channel.
+    Channel(Arc<Wire>, Negotiated),
     /// The device was started: map the pattern.
     Pattern,
-    /// Something of the plan.
-    Do(What),
+    /// Carry out a `--do`.
+    Do(Action),
 }
 
-/// A job, and whom to tell that it is done.
+/// A job, and where to send that it is done.
 pub struct Order {
     pub job: Job,
     pub done: Option<Sender<()>>,
 }
 
-/// Carries out orders until nobody gives any, or the session is over.
-pub fn run(orders: &Receiver<Order>, shared: &Arc<Shared>, read_write: bool) {
+/// Carries out orders until the session drops the sender, or is over.
+pub fn run(orders: &Receiver<Order>, shared: &Arc<Shared>) {
     let mut channel = None;
     while let Ok(Order { job, done }) = orders.recv() {
         if shared.is_over() {
             return;
         }
         match (job, &mut channel) {
-            (Job::Channel(wire, agreed), _) => {
-                channel = Some(Channel::new(wire, agreed, Arc::clone(shared)));
+            (Job::Channel(wire, negotiated), _) => {
+                channel = Some(Channel::new(wire, negotiated, Arc::clone(shared)));
             }
             (_, None) => shared.report.line("there is no backend channel that could be used"),
             (job, Some(open)) => {
                 let result = match job {
-                    Job::Do(what) => act(what, open),
-                    _ => open.map_pattern(read_write),
+                    Job::Do(action) => act(action, open),
+                    _ => open.map_pattern(),
                 };
-                if let Err(gone) = result {
-                    shared.report.line(format_args!("nothing more is asked on this backend channel: {gone}"));
+                if let Err(error) = result {
+                    shared.report.line(format_args!("no more requests on this backend channel: {error}"));
                     channel = None;
                 }
             }
         }
-        // Nobody waits any more where it took too long.
+        // The session may have stopped waiting.
         let _ = done.map(|done| done.send(()));
     }
 }
 
-fn act(what: What, channel: &mut Channel) -> Result<(), Gone> {
-    match what {
-        What::Everything => {
+fn act(action: Action, channel: &mut Channel) -> Result<(), ChannelError> {
+    match action {
+        Action::Everything => {
             let mut tried = 0;
             let result = CASES.iter().try_for_each(|case| {
                 tried += 1;
@@ -67,15 +70,15 @@ fn act(what: What, channel: &mut Channel) -> Result<(), Gone> {
             report.line(format_args!("everything: {tried} of {all} cases tried; so far: {report}"));
             result
         }
-        What::Case(case) => try_case(case, channel),
-        What::Stream(stream) => streams::run(stream, channel),
-        What::Truncate(how) => streams::truncate(how, channel),
-        // Those are the session's.
-        What::End(_)
-        | What::Silence
-        | What::Mute
-        | What::Answer(_)
-        | What::ShmemConfig(_)
-        | What::QueueNum(_) => Ok(()),
+        Action::Case(case) => try_case(case, channel),
+        Action::Stream(stream) => streams::run(stream, channel),
+        Action::Truncate(how) => streams::truncate(how, channel),
+        // The session carries these out.
+        Action::End(_)
+        | Action::Silence
+        | Action::Mute
+        | Action::Answer(_)
+        | Action::ShmemConfig(_)
+        | Action::QueueNum(_) => Ok(()),
     }
 }

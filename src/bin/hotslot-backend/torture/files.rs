@@ -1,5 +1,5 @@
-//! What is handed to the front-end: files whose contents tell their place, and descriptors that cannot be
-//! mapped.
+//! The file descriptors that are sent to the front-end: of files whose words name their own offset, and of
+//! objects that cannot be mapped.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -29,7 +29,7 @@ pub fn read_only(file: &File) -> io::Result<OwnedFd> {
     Ok(File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?.into())
 }
 
-/// Both ends of a pipe, the one to read from first.
+/// The reading and the writing end of a pipe.
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(pipe_with(PipeFlags::CLOEXEC)?)
 }

@@ -1,33 +1,38 @@
-//! A back-end that misbehaves on demand, to test front-ends with: any front-end, for all it knows is the
-//! protocol.
+//! A back-end that misbehaves on demand, to test front-ends with. It uses nothing but the protocol, so it
+//! works with any front-end.
 //!
-//! Reading order: `plan` (what can be done, and when), `session` (the main socket), `cases` (requests that
-//! have a verdict), `streams` (what may end the channel), `channel` and `actor` (how requests are made),
-//! `rings` (the device itself), `wire` (bytes), `files` (what is mapped), `report` (what is printed),
-//! `shared` (between the two threads).
+//! Reading order: `plan` and `moment` (`--do`: an action and its time), `session` (the main socket),
+//! `answers` (wrong ones), `cases` and `trial` (requests that have a verdict), `streams` (what may end the
+//! channel), `actor` (the thread of the backend channel) and `channel`, `rings` (the device itself), `wire`
+//! (bytes), `files` (what is mapped), `report` (what is printed), `shared` (between the two threads).
 
 mod actor;
+mod answers;
 mod cases;
 mod channel;
 mod files;
+mod moment;
 mod plan;
 mod report;
 mod rings;
 mod session;
 mod shared;
 mod streams;
+mod trial;
 mod wire;
 
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hotslot::size;
+
 use self::plan::{OTHERS, Step};
 use self::report::Report;
-use self::session::Ended;
 use self::shared::Device;
 use self::wire::{F_PROTOCOL_FEATURES, protocol};
-use crate::server;
+use crate::error::Error;
+use crate::server::{self, Ended};
 
 const NAME: &str = "torture";
 
@@ -38,8 +43,8 @@ const VERSION_1: u64 = 1 << 32;
 ///
 /// Without --do it is a well-behaved entropy device with shared memory: it maps a pattern (64-bit
 /// little-endian words, 2^32 plus their offset) at the beginning of region 0 when it is started, fills what
-/// its queue is given with random bytes, and forgets everything at a reset. Each --do makes it do something
-/// else at some time. It prints, on stdout, what it did and what came back, and a verdict where the
+/// its queue is given with random bytes, and forgets everything at a reset. Each --do adds an action at a
+/// certain time. It prints, on stdout, what it did and what the front-end answered, and a verdict where the
 /// specification is clear.
 #[derive(clap::Args)]
 #[command(after_long_help = after_help())]
@@ -73,15 +78,15 @@ pub struct Args {
     #[arg(long)]
     read_write: bool,
 
-    /// What to do, and when; may be given several times (--help lists all)
+    /// Action, and when; may be given several times (--help lists all)
     #[arg(long = "do", value_name = "WHAT[=ARG][@WHEN]")]
     steps: Vec<Step>,
 
-    /// How long the front-end may take for an answer on the backend channel, or to take a request
+    /// Time limit for the front-end to answer on the backend channel, or to take a request there
     #[arg(long, value_name = "SECONDS", default_value_t = 2.0, value_parser = parse_seconds)]
     patience: f32,
 
-    /// Pairs of requests a second in --do flood; as many as are answered unless given
+    /// Pairs of requests a second in --do flood; no limit unless given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rate: Option<u32>,
 
@@ -95,11 +100,11 @@ WHEN is one of
   start          once the device was started (the default)
   kick           when the guest kicked a queue
   reset          at a reset of the device after a start
-  MESSAGE        when this message of the front-end came, as in SET_MEM_TABLE
-  MAP, UNMAP     when we send one: for die, hang-up and close-channel
+  MESSAGE        at this message of the front-end, as in SET_MEM_TABLE
+  MAP, UNMAP     when the back-end sends one: for die, hang-up and close-channel
 then #N for its Nth time in a connection (the first, unless given) or #all, and one of
   :before        before it is answered, or sent (for messages of the front-end, and reset, the default)
-  :half          after half of the answer, or of our request
+  :half          after half of the answer, or of the back-end's request
   :sent          after it was sent, without reading the answer (for MAP and UNMAP the default)
   :after         after it was answered
 
@@ -112,11 +117,11 @@ Examples:
 The exit status is 1 if a verdict was `NOT as specified`, 2 for a wrong command line; --once ends with the first front-end.";
 
 fn parse_region(text: &str) -> Result<(u8, u64), String> {
-    let (id, size) = text.split_once('=').ok_or("expected ID=SIZE, as in 0=4M".to_owned())?;
+    let (id, bytes) = text.split_once('=').ok_or("expected ID=SIZE, as in 0=4M".to_owned())?;
     let id = id.parse().map_err(|_| format!("`{id}` is no id: give 0 to 255"))?;
-    let size = crate::backing::parse_size(size).map_err(|error| error.to_string())?;
+    let size = size::parse(bytes).map_err(|error| error.to_string())?;
     if size == 0 {
-        return Err("a region of size 0 is none".to_owned());
+        return Err("a region cannot have size 0".to_owned());
     }
     Ok((id, size))
 }
@@ -129,37 +134,6 @@ fn parse_mask(text: &str) -> Result<u64, String> {
 fn parse_seconds(text: &str) -> Result<f32, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.001..=3600.0).contains(seconds));
     seconds.ok_or_else(|| format!("`{text}` is no number of seconds from 0.001 to 3600"))
-}
-
-/// Why it ended, unless all went well.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(transparent)]
-    Server(#[from] server::Error),
-    #[error("region {0} is given twice")]
-    RegionTwice(u8),
-    #[error("the front-end did not do as specified, {0} times")]
-    NotAsSpecified(u32),
-}
-
-impl Error {
-    /// The exit status: 2 where another command line would have helped.
-    pub fn status(&self) -> u8 {
-        match self {
-            Error::Server(e) => e.status(),
-            Error::RegionTwice(_) => 2,
-            Error::NotAsSpecified(_) => 1,
-        }
-    }
-
-    /// What the user could do.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
-            Error::Server(e) => e.hint(),
-            Error::RegionTwice(_) => None,
-            Error::NotAsSpecified(_) => Some("each is a line with NOT in it, on stdout"),
-        }
-    }
 }
 
 /// Runs the back-end until it is told to end.
@@ -177,7 +151,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     if regions.is_empty() {
         regions.push((0, 4 << 20));
     }
-    let usual = protocol::MQ
+    let well_behaved = protocol::MQ
         | protocol::REPLY_ACK
         | protocol::BACKEND_REQ
         | protocol::CONFIG
@@ -187,16 +161,16 @@ pub fn run(args: &Args) -> Result<(), Error> {
         | 1 << args.shmem_bit;
     let device = Device {
         features: VERSION_1 | F_PROTOCOL_FEATURES | args.features,
-        protocol_features: args.protocol_features.unwrap_or(usual),
+        protocol_features: args.protocol_features.unwrap_or(well_behaved),
         shmem_bit: args.shmem_bit,
         queues: args.queues,
         regions,
         read_write: args.read_write,
-        patience: Duration::from_secs_f32(args.patience),
+        timeout: Duration::from_secs_f32(args.patience),
         rate: args.rate,
         trace: args.trace,
     };
-    let steps = Arc::new(args.steps.clone());
+    let steps = args.steps.clone();
     let listening = server::listen(&args.server)?;
     report.line(format_args!("{listening}"));
     let report_of_sessions = Arc::clone(&report);
@@ -213,20 +187,15 @@ pub fn run(args: &Args) -> Result<(), Error> {
 fn session(
     listener: &UnixListener,
     device: &Device,
-    steps: &Arc<Vec<Step>>,
+    steps: &[Step],
     report: &Arc<Report>,
-) -> Result<server::Session, server::Error> {
-    let (socket, _) =
-        listener.accept().map_err(|source| server::Error::SetUp { what: "a connection", source })?;
-    Ok(match session::serve(socket, device, steps, report) {
-        Ended::NothingAsked => server::Session::NothingAsked,
-        Ended::HungUp => server::Session::Ended,
-        Ended::Broken(why) => server::Session::Broken(why),
-    })
+) -> Result<Ended, Error> {
+    let (socket, _) = listener.accept().map_err(Error::set_up("a connection"))?;
+    Ok(session::serve(socket, device, steps, report))
 }
 
 /// Everything that --do can do, and when.
-// Inlined into what clap derives, it costs the compiler minutes (see Cargo.toml).
+// Inlined into the code that clap derives, it costs the compiler minutes (see Cargo.toml).
 #[inline(never)]
 fn after_help() -> String {
     let entry =

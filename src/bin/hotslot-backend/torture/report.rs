@@ -1,4 +1,4 @@
-//! What is printed: a line for each thing done and what came back, and verdicts, which are counted.
+//! What is printed: a line for each action and the front-end's answer, and verdicts, which are counted.
 
 use std::fmt::{self, Display};
 use std::io::{self, Write};
@@ -12,22 +12,22 @@ pub struct Report {
     wrong: AtomicU32,
 }
 
-/// How a front-end did.
+/// What a case says about a front-end.
 pub enum Verdict {
     AsSpecified,
-    /// The specification does not say; nothing was lost.
+    /// The specification does not say what is correct.
     LeftOpen,
-    /// What it did instead.
+    /// What the front-end did instead.
     Wrong(String),
-    /// Why there is none.
+    /// Why there is no verdict.
     None(&'static str),
 }
 
 impl Report {
     /// Prints a line.
     pub fn line(&self, line: impl Display) {
-        // A reader that is gone does not matter; `println!` would panic. A newline flushes Rust's stdout.
-        let _nobody_reads = writeln!(io::stdout(), "{line}");
+        // Unlike `println!`, this does not panic when stdout is closed. A newline flushes Rust's stdout.
+        let _closed = writeln!(io::stdout(), "{line}");
     }
 
     /// Prints a verdict, and counts it. `duty` is what the specification says.
@@ -50,7 +50,7 @@ impl Report {
         }
     }
 
-    /// How many did not do as specified.
+    /// The number of cases that did not go as specified.
     pub fn wrong(&self) -> u32 {
         self.wrong.load(Ordering::Relaxed)
     }
@@ -64,12 +64,12 @@ impl Display for Report {
     }
 }
 
-/// The answer to a request of the back-end, as a person reads it.
+/// The answer to a request of the back-end, for the report.
 pub struct Answer(pub u64);
 
 impl Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Any value but 0 is a failure; -errno is what most front-ends send.
+        // Any value but 0 is a failure; most front-ends send -errno.
         match (self.0, i32::try_from((self.0 as i64).wrapping_neg())) {
             (0, _) => f.write_str("done"),
             (_, Ok(errno @ 1..=4095)) => match errno_name(errno) {
@@ -88,9 +88,9 @@ fn errno_name(errno: i32) -> Option<&'static str> {
         };
     }
     let names: &[(i32, &str)] = names! {
-        EPERM ENOENT EIO ENXIO E2BIG EBADF EAGAIN ENOMEM EACCES EFAULT EBUSY EEXIST ENODEV EISDIR EINVAL ENFILE EMFILE
-        ETXTBSY EFBIG ENOSPC ESPIPE EROFS EDOM ERANGE ENOSYS EPROTO EBADMSG EOVERFLOW EBADFD EMSGSIZE EOPNOTSUPP
-        EADDRINUSE ENOBUFS ETIMEDOUT EALREADY ECANCELED
+        EPERM ENOENT EIO ENXIO E2BIG EBADF EAGAIN ENOMEM EACCES EFAULT EBUSY EEXIST ENODEV EISDIR EINVAL
+        ENFILE EMFILE ETXTBSY EFBIG ENOSPC ESPIPE EROFS EDOM ERANGE ENOSYS EPROTO EBADMSG EOVERFLOW EBADFD
+        EMSGSIZE EOPNOTSUPP EADDRINUSE ENOBUFS ETIMEDOUT EALREADY ECANCELED
     };
     let known = names.iter().find(|(number, _)| *number == errno);
     known.map(|(_, name)| *name)

@@ -1,4 +1,4 @@
-//! The device's queues: an entropy device (VIRTIO 5.4), which fills what it is given with random bytes.
+//! The device's queues: an entropy device (VIRTIO 5.4), which fills the driver's buffers with random bytes.
 //!
 //! vhost-user, "Starting and stopping rings" and "Multiple queue support". Called by `session`, on its
 //! thread.
@@ -17,7 +17,7 @@ const MAX_SIZE: u16 = 32768;
 /// In the payload of SET_VRING_KICK and SET_VRING_CALL: no descriptor comes with it.
 const NO_FD: u64 = 1 << 8;
 
-/// A part of the guest's memory, as SET_MEM_TABLE describes it.
+/// A part of the guest's memory, from SET_MEM_TABLE.
 struct Area {
     guest: u64,
     len: u64,
@@ -37,11 +37,11 @@ pub struct Rings {
     rings: Vec<Ring>,
     memory: Option<GuestMemoryMmap>,
     areas: Vec<Area>,
-    /// Whether a ring has to be enabled to run: where VHOST_USER_F_PROTOCOL_FEATURES was negotiated.
-    enable_counts: bool,
+    /// Whether a ring must be enabled to run: if VHOST_USER_F_PROTOCOL_FEATURES was negotiated.
+    needs_enable: bool,
 }
 
-/// What a front-end, or its guest, did wrong.
+/// What the front-end or its guest did wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
     #[error("there is no queue {0}")]
@@ -65,7 +65,7 @@ impl Rings {
             rings: (0..count).map(|_| ring()).collect::<Result<_, RingError>>()?,
             memory: None,
             areas: Vec::new(),
-            enable_counts: false,
+            needs_enable: false,
         })
     }
 
@@ -79,8 +79,8 @@ impl Rings {
     }
 
     /// SET_FEATURES: whether rings start disabled.
-    pub fn set_enable_counts(&mut self, counts: bool) {
-        self.enable_counts = counts;
+    pub fn set_needs_enable(&mut self, needed: bool) {
+        self.needs_enable = needed;
     }
 
     /// Whether any ring is started.
@@ -88,7 +88,7 @@ impl Rings {
         self.rings.iter().any(|ring| ring.kick.is_some())
     }
 
-    /// The kick descriptors of the started rings, and whose they are.
+    /// The index and the kick descriptor of each started ring.
     pub fn kicks(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> {
         let rings = self.rings.iter().enumerate();
         rings.filter_map(|(index, ring)| Some((index, ring.kick.as_ref()?.as_fd())))
@@ -174,14 +174,14 @@ impl Rings {
         Ok(())
     }
 
-    /// GET_VRING_BASE: stops the ring. Gives the index of the next request that it would have taken.
+    /// GET_VRING_BASE: stops the ring. Returns the index of the next request that it would have taken.
     pub fn stop(&mut self, index: u32) -> Result<u16, RingError> {
         let ring = self.ring(index)?;
         ring.stop();
         Ok(ring.queue.next_avail())
     }
 
-    /// Takes a kick.
+    /// Reads the kick.
     pub fn take_kick(&mut self, index: usize) -> Result<(), RingError> {
         let Some(ring) = self.rings.get_mut(index) else {
             return Ok(());
@@ -189,7 +189,7 @@ impl Rings {
         let kick = ring.kick.as_mut().map(|kick| kick.read_exact(&mut [0; 8]));
         match kick {
             Some(Err(error)) if error.kind() != io::ErrorKind::WouldBlock => {
-                // It would never be silent again.
+                // It would be ready to read for ever.
                 ring.kick = None;
                 Err(error.into())
             }
@@ -197,11 +197,11 @@ impl Rings {
         }
     }
 
-    /// Completes what is in the rings that run.
+    /// Completes all requests in the rings that run.
     pub fn complete(&mut self) -> Result<(), RingError> {
         let Some(memory) = &self.memory else { return Ok(()) };
         for ring in &mut self.rings {
-            if ring.kick.is_some() && (ring.enabled || !self.enable_counts) {
+            if ring.kick.is_some() && (ring.enabled || !self.needs_enable) {
                 ring.complete(memory)?;
             }
         }
@@ -236,7 +236,7 @@ impl Ring {
     }
 }
 
-/// The queue and the descriptor of SET_VRING_KICK or SET_VRING_CALL.
+/// The queue and the file descriptor of SET_VRING_KICK or SET_VRING_CALL.
 fn event(message: &mut Message) -> Result<(u32, Option<OwnedFd>), RingError> {
     let value = message.quad(0);
     let (index, fd) = ((value & 0xff) as u32, message.fds.pop());

@@ -1,9 +1,11 @@
 //! One front-end, from its connection to its end: the main socket (vhost-user, "Front-end message types").
 //!
-//! Each message is understood, what is to be done before its answer is done, it is answered, and what is to
-//! be done after that is done. Without a plan it is a well-behaved entropy device with shared memory.
+//! For each message: the steps due before its answer, the answer, the steps due after it. Without any `--do`
+//! this is a well-behaved entropy device with shared memory. Called by [`super`] on the thread that accepts
+//! connections.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -12,34 +14,29 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::retry_on_intr;
 
 use super::actor::{self, Job, Order};
-use super::channel::Agreed;
+use super::answers::{BadConfig, WrongAnswer};
+use super::channel::Negotiated;
 use super::files;
-use super::plan::{Absurd, Event, Moment, Step, What, WrongAnswer};
-use super::report::{Report, Verdict};
+use super::moment::{Event, Moment};
+use super::plan::{Action, Step};
+use super::report::Report;
 use super::rings::{RingError, Rings};
 use super::shared::{Device, Shared};
 use super::wire::{self, Message, Name, Wire, WireError, flags, message, protocol, quads, words};
+use crate::server::Ended;
 
-/// How long an answer waits for what is to be done before it. A front-end may serve the backend channel only
-/// once it has the answer to its own message.
-const BEFORE_PATIENCE: Duration = Duration::from_secs(5);
+/// For the steps that are due before an answer: after this time it is sent anyway. A front-end may serve the
+/// backend channel only once it has the answer to its own message.
+const BEFORE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a front-end may take to make room for an answer.
-const SEND_PATIENCE: Duration = Duration::from_secs(10);
+/// For the front-end to take an answer.
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a session ended.
-pub enum Ended {
-    /// Without a message.
-    NothingAsked,
-    HungUp,
-    Broken(String),
-}
-
-/// A session.
 struct Session<'a> {
-    device: &'a Device,
+    steps: &'a [Step],
     main: Arc<Wire>,
     shared: Arc<Shared>,
     orders: Sender<Order>,
@@ -50,14 +47,18 @@ struct Session<'a> {
     /// Whether the device was started since its last reset.
     was_started: bool,
     muted: bool,
-    /// What was done wrong on the main socket, until it is known what the front-end makes of it.
+    /// What was done wrong on the main socket, until the front-end reacts.
     done_wrong: Option<String>,
 }
 
 /// Serves a front-end until it disconnects.
-pub fn serve(socket: UnixStream, device: &Device, steps: &Arc<Vec<Step>>, report: &Arc<Report>) -> Ended {
+pub fn serve(socket: UnixStream, device: &Device, steps: &[Step], report: &Arc<Report>) -> Ended {
     let main = Arc::new(Wire::new(socket));
-    let shared = Shared::new(Arc::clone(report), Arc::clone(steps), device, Arc::clone(&main));
+    let ends = steps.iter().filter_map(|step| match step.action {
+        Action::End(end) => Some((step.when, end)),
+        _ => None,
+    });
+    let shared = Shared::new(Arc::clone(report), device, ends.collect(), Arc::clone(&main));
     let shared = Arc::new(shared);
     let rings = match Rings::new(device.queues) {
         Ok(rings) => rings,
@@ -65,10 +66,10 @@ pub fn serve(socket: UnixStream, device: &Device, steps: &Arc<Vec<Step>>, report
     };
     let (orders, received) = mpsc::channel();
     thread::scope(|scope| {
-        let (shared_of_actor, read_write) = (Arc::clone(&shared), device.read_write);
-        scope.spawn(move || actor::run(&received, &shared_of_actor, read_write));
+        let shared_of_actor = Arc::clone(&shared);
+        scope.spawn(move || actor::run(&received, &shared_of_actor));
         let mut session = Session {
-            device,
+            steps,
             main,
             shared,
             orders,
@@ -91,27 +92,27 @@ impl Session<'_> {
     fn run(&mut self) -> Ended {
         let mut asked = false;
         loop {
-            let kicked = match self.wait() {
-                Ok(Ready { main: true, .. }) => match self.main.receive(None) {
-                    Ok(message) => {
-                        asked = true;
-                        match self.handle(message) {
-                            Ok(()) => continue,
-                            Err(WireError::Closed) => return Ended::HungUp,
-                            Err(error) => return Ended::Broken(error.to_string()),
-                        }
-                    }
-                    Err(WireError::Closed) if asked => return Ended::HungUp,
-                    Err(WireError::Closed) => return Ended::NothingAsked,
-                    Err(error) => return Ended::Broken(error.to_string()),
-                },
-                Ok(Ready { kicked, .. }) => kicked,
+            match self.step(&mut asked) {
+                Ok(()) => {}
+                Err(WireError::Closed) if asked => return Ended::HungUp,
+                Err(WireError::Closed) => return Ended::NothingAsked,
                 Err(error) => return Ended::Broken(error.to_string()),
-            };
-            for index in kicked {
-                self.kicked(index);
             }
         }
+    }
+
+    /// Handles one message, or else the kicks that have come.
+    fn step(&mut self, asked: &mut bool) -> Result<(), WireError> {
+        let ready = self.wait()?;
+        if ready.main {
+            let message = self.main.receive(None)?;
+            *asked = true;
+            return self.handle(message);
+        }
+        for index in ready.kicked {
+            self.kicked(index);
+        }
+        Ok(())
     }
 
     /// Waits for a message or a kick.
@@ -119,15 +120,7 @@ impl Session<'_> {
         let kicks: Vec<_> = self.rings.kicks().collect();
         let fds = kicks.iter().map(|(_, fd)| *fd).chain([self.main.as_fd()]);
         let mut polled: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-        loop {
-            match poll(&mut polled, None) {
-                Err(rustix::io::Errno::INTR) => {}
-                result => {
-                    result?;
-                    break;
-                }
-            };
-        }
+        retry_on_intr(|| poll(&mut polled, None))?;
         let ready: Vec<_> = polled.iter().map(|entry| !entry.revents().is_empty()).collect();
         let kicked = kicks.iter().zip(&ready).filter(|(_, ready)| **ready);
         Ok(Ready {
@@ -150,7 +143,7 @@ impl Session<'_> {
 
     fn handle(&mut self, mut message: Message) -> Result<(), WireError> {
         let id = message.request;
-        if self.device.trace {
+        if self.shared.device.trace {
             let (size, fds) = (message.payload.len(), message.fds.len());
             self.say(format_args!("<- {} ({size} bytes, {fds} descriptors)", Name(id)));
         }
@@ -170,7 +163,7 @@ impl Session<'_> {
         if started {
             self.shared.start();
             self.was_started = true;
-            self.order(Job::Pattern, Some(BEFORE_PATIENCE));
+            self.order(Job::Pattern, Some(BEFORE_TIMEOUT));
         }
         match answer {
             Some(payload) => self.send(id, events[0].1, &payload)?,
@@ -185,20 +178,20 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Does what a message says. Gives the payload of the answer, if one is due.
+    /// Carries out a message. Returns the payload of the answer, if one is due.
     fn answer(&mut self, message: &mut Message) -> Option<Vec<u8>> {
         let result = match message.request {
-            wire::GET_FEATURES => return Some(quads([self.device.features])),
-            wire::GET_PROTOCOL_FEATURES => return Some(quads([self.device.protocol_features])),
+            wire::GET_FEATURES => return Some(quads([self.shared.device.features])),
+            wire::GET_PROTOCOL_FEATURES => return Some(quads([self.shared.device.protocol_features])),
             wire::GET_QUEUE_NUM => {
-                let absurd = self.find(|what| match what {
-                    What::QueueNum(number) => Some(number),
+                let announced = self.find(|action| match action {
+                    Action::QueueNum(number) => Some(number),
                     _ => None,
                 });
-                if let Some(number) = absurd {
+                if let Some(number) = announced {
                     self.did_wrong(format!("queue-num: announced {number} queues"));
                 }
-                return Some(quads([absurd.unwrap_or(self.device.queues.into())]));
+                return Some(quads([announced.unwrap_or(self.shared.device.queues.into())]));
             }
             wire::GET_SHMEM_CONFIG => return Some(self.shmem_config()),
             wire::GET_STATUS => return Some(quads([self.status])),
@@ -229,26 +222,26 @@ impl Session<'_> {
         due.then(|| quads([u64::from(result.is_err())]))
     }
 
-    /// A message that by itself has no answer.
+    /// Carries out a message that is answered only where NEED_REPLY asks for it.
     fn obey(&mut self, request: u32, message: &mut Message) -> Result<(), RingError> {
         match request {
             wire::SET_FEATURES => {
-                self.rings.set_enable_counts(message.quad(0) & wire::F_PROTOCOL_FEATURES != 0);
+                self.rings.set_needs_enable(message.quad(0) & wire::F_PROTOCOL_FEATURES != 0);
                 Ok(())
             }
             wire::SET_PROTOCOL_FEATURES => {
-                self.protocol_acked = message.quad(0) & self.device.protocol_features;
+                self.protocol_acked = message.quad(0) & self.shared.device.protocol_features;
                 Ok(())
             }
             wire::SET_BACKEND_REQ_FD => {
                 let fd = message.fds.pop().ok_or(RingError::Payload)?;
                 let channel = Arc::new(Wire::new(fd.into()));
                 self.shared.set_channel(Arc::clone(&channel));
-                let agreed = Agreed {
+                let negotiated = Negotiated {
                     reply_ack: self.has(protocol::REPLY_ACK),
-                    shmem: self.has(1 << self.device.shmem_bit),
+                    shmem: self.has(1 << self.shared.device.shmem_bit),
                 };
-                self.order(Job::Channel(channel, agreed), None);
+                self.order(Job::Channel(channel, negotiated), None);
                 Ok(())
             }
             wire::SET_MEM_TABLE => self.rings.set_memory(message),
@@ -269,7 +262,7 @@ impl Session<'_> {
                 }
                 Ok(())
             }
-            // Nothing of it concerns us.
+            // This device has no use for the others.
             _ => Ok(()),
         }
     }
@@ -280,25 +273,27 @@ impl Session<'_> {
     }
 
     fn shmem_config(&mut self) -> Vec<u8> {
-        let absurd = self.find(|what| match what {
-            What::ShmemConfig(absurd) => Some(absurd),
-            _ => None,
-        });
-        let regions = &self.device.regions;
-        let (count, regions) = match absurd {
-            None => (regions.len() as u32, regions.clone()),
-            Some(absurd) => {
-                self.did_wrong(format!("shmem-config: answered GET_SHMEM_CONFIG absurdly ({absurd:?})"));
-                absurd.answer(regions)
-            }
-        };
+        let config = self.bad_config();
+        if let Some(config) = config {
+            self.did_wrong(format!("shmem-config: answered GET_SHMEM_CONFIG wrongly ({config:?})"));
+        }
+        let regions = &self.shared.device.regions;
+        let right = || (regions.len() as u32, regions.clone());
+        let (count, regions) = config.map_or_else(right, |config| config.answer(regions));
         wire::shmem_config(count, &regions)
     }
 
-    /// Says so where the plan has something for an answer that the front-end does not ask for.
+    fn bad_config(&self) -> Option<BadConfig> {
+        self.find(|action| match action {
+            Action::ShmemConfig(config) => Some(config),
+            _ => None,
+        })
+    }
+
+    /// Reports a step that concerns an answer for which the front-end did not ask.
     fn note_missing_answer(&self, event: Event, nth: u32) {
         let planned = self.find_at(event, nth, |step| {
-            let concerns_answer = matches!(step.what, What::Silence | What::Answer(_));
+            let concerns_answer = matches!(step.action, Action::Silence | Action::Answer(_));
             (concerns_answer || step.when.moment == Moment::Half).then_some(step.when)
         });
         if let (Some(when), Event::Frontend(id)) = (planned, event) {
@@ -307,86 +302,71 @@ impl Session<'_> {
         }
     }
 
-    /// Answers, rightly unless the plan says otherwise.
+    /// Answers: rightly, unless a step is due.
     fn send(&mut self, id: u32, nth: u32, payload: &[u8]) -> Result<(), WireError> {
         let event = Event::Frontend(id);
-        let wrong = self.find_at(event, nth, |step| match step.what {
-            What::Answer(wrong) => Some(wrong),
-            _ => None,
-        });
-        let silent = self.find_at(event, nth, |step| matches!(step.what, What::Silence).then_some(()));
-        let reply = flags::VERSION_1 | flags::REPLY;
+        let silent = self.find_at(event, nth, |step| matches!(step.action, Action::Silence).then_some(()));
         if self.muted || silent.is_some() {
             self.did_wrong(format!("silence: did not answer {}", Name(id)));
             return Ok(());
         }
-        if self.shared.ends(event, nth, Moment::Half).next().is_some() {
-            let bytes = message(id, reply, payload);
-            self.main.send(&bytes[..bytes.len() / 2], &[], SEND_PATIENCE)?;
+        let wrong = self.find_at(event, nth, |step| match step.action {
+            Action::Answer(wrong) => Some(wrong),
+            _ => None,
+        });
+        let right = || message(id, flags::VERSION_1 | flags::REPLY, payload);
+        if self.shared.ends_at(event, nth, Moment::Half) {
+            let bytes = right();
+            self.main.send(&bytes[..bytes.len() / 2], &[], SEND_TIMEOUT)?;
             self.shared.end(event, nth, Moment::Half);
             return Ok(());
         }
-        let Some(wrong) = wrong else {
-            return self.main.send(&message(id, reply, payload), &[], SEND_PATIENCE);
-        };
-        self.did_wrong(format!("answer: answered {} wrongly ({wrong:?})", Name(id)));
-        let mut payload = payload.to_vec();
-        let mut header = (id, reply);
-        match wrong {
-            WrongAnswer::Short => drop(payload.pop()),
-            WrongAnswer::Long => payload.extend([0; 8]),
-            WrongAnswer::Id => header.0 += 1,
-            WrongAnswer::Error if is_acknowledged(id) => payload = quads([1]),
-            WrongAnswer::Error => payload.clear(),
-            WrongAnswer::Request => header.1 &= !flags::REPLY,
-            WrongAnswer::Version => header.1 = flags::VERSION_2 | flags::REPLY,
-            WrongAnswer::Fd | WrongAnswer::Half => {}
+        if let Some(wrong) = wrong {
+            self.did_wrong(format!("answer: answered {} wrongly ({wrong:?})", Name(id)));
         }
-        let bytes = message(header.0, header.1, &payload);
-        match wrong {
-            WrongAnswer::Half => self.main.send(&bytes[..bytes.len() / 2], &[], SEND_PATIENCE),
-            WrongAnswer::Fd => {
-                let fd = files::device()?;
-                self.main.send(&bytes, &[fd.as_fd()], SEND_PATIENCE)
-            }
-            _ => self.main.send(&bytes, &[], SEND_PATIENCE),
-        }
+        let bytes = wrong.map_or_else(right, |wrong| wrong.bytes(id, payload));
+        let file = (wrong == Some(WrongAnswer::Fd)).then(files::device).transpose()?;
+        let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+        self.main.send(&bytes, &fds, SEND_TIMEOUT)
     }
 
-    /// Does what the plan has for this moment, apart from answers.
+    /// Carries out the steps that are due at this moment, except those that concern answers.
     fn moment(&mut self, event: Event, nth: u32, moment: Moment) {
         if moment != Moment::Half {
             self.shared.end(event, nth, moment);
         }
-        let steps = Arc::clone(&self.shared.steps);
-        for step in steps.iter().filter(|step| step.when.is(event, nth, moment)) {
-            match step.what {
-                What::Mute => {
-                    self.say(format_args!("mute: answers nothing any more {}", step.when));
+        for step in self.steps.iter().filter(|step| step.when.is(event, nth, moment)) {
+            match step.action {
+                Action::Mute => {
+                    self.say(format_args!("mute: from now on answers nothing ({})", step.when));
                     self.muted = true;
                 }
-                What::Everything | What::Case(_) | What::Stream(_) | What::Truncate(_) => {
-                    let patience = (moment == Moment::Before).then_some(BEFORE_PATIENCE);
-                    self.order(Job::Do(step.what), patience);
+                Action::Everything | Action::Case(_) | Action::Stream(_) | Action::Truncate(_) => {
+                    let timeout = (moment == Moment::Before).then_some(BEFORE_TIMEOUT);
+                    self.order(Job::Do(step.action), timeout);
                 }
                 // `Shared::end`, `send` and `answer` do these.
-                What::End(_) | What::Silence | What::Answer(_) | What::ShmemConfig(_) | What::QueueNum(_) => {
-                }
+                Action::End(_)
+                | Action::Silence
+                | Action::Answer(_)
+                | Action::ShmemConfig(_)
+                | Action::QueueNum(_) => {}
             }
         }
     }
 
-    /// Has the other thread do something; waits for it if it is to be done before something else.
-    fn order(&self, job: Job, patience: Option<Duration>) {
+    /// Has the other thread do a job; with a timeout, waits for it.
+    fn order(&self, job: Job, timeout: Option<Duration>) {
         if self.muted {
             return;
         }
         let (done, is_done) = mpsc::channel();
-        let done = patience.map(|_| done);
-        // It ends only with the session.
+        let done = timeout.map(|_| done);
+        // The other thread ends only with the session.
         let _ = self.orders.send(Order { job, done });
-        if let Some(patience) = patience {
-            let _too_late_is_late = is_done.recv_timeout(patience);
+        if let Some(timeout) = timeout {
+            // Done or not: the session goes on.
+            let _ = is_done.recv_timeout(timeout);
         }
     }
 
@@ -400,15 +380,12 @@ impl Session<'_> {
         self.protocol_acked & feature != 0
     }
 
-    fn find<T>(&self, pick: impl Fn(What) -> Option<T>) -> Option<T> {
-        self.shared.steps.iter().find_map(|step| pick(step.what))
+    fn find<T>(&self, pick: impl Fn(Action) -> Option<T>) -> Option<T> {
+        self.steps.iter().find_map(|step| pick(step.action))
     }
 
     fn find_at<T>(&self, event: Event, nth: u32, pick: impl Fn(&Step) -> Option<T>) -> Option<T> {
-        let answers =
-            |step: &&Step| step.when.event == event && step.when.nth.is_none_or(|wanted| wanted == nth);
-        let mut steps = self.shared.steps.iter().filter(answers);
-        steps.find_map(pick)
+        self.steps.iter().filter(|step| step.when.is_event(event, nth)).find_map(pick)
     }
 
     fn did_wrong(&mut self, what: String) {
@@ -416,60 +393,29 @@ impl Session<'_> {
         self.done_wrong = Some(what);
     }
 
-    fn say(&self, line: impl std::fmt::Display) {
+    fn say(&self, line: impl Display) {
         self.shared.report.line(line);
     }
 
-    /// The front-end is gone: what that says about what we did.
+    /// The session is over: reports how it ended, and how the front-end reacted to wrong answers.
     fn finish(&mut self, ended: &Ended) {
         if let Some(what) = self.done_wrong.take() {
             self.say(format_args!("{what}: then the front-end closed the connection"));
         }
-        let absurd = self.find(|what| match what {
-            What::ShmemConfig(absurd) => Some(absurd),
-            _ => None,
-        });
         let asked = self.counts.contains_key(&Event::Frontend(wire::GET_SHMEM_CONFIG));
-        let started = self.counts.contains_key(&Event::Start);
-        if let (Some(absurd), true) = (absurd, asked) {
-            let (verdict, duty) = match (absurd, started) {
-                (Absurd::Count, _) => (Verdict::LeftOpen, "refuses what contradicts itself"),
-                (Absurd::All, true) => (Verdict::AsSpecified, ""),
-                (Absurd::All, false) => (
-                    Verdict::Wrong("it did not start the device".to_owned()),
-                    "works with 256 regions (vhost-user, GET_SHMEM_CONFIG)",
-                ),
-                (_, false) => (Verdict::AsSpecified, ""),
-                (_, true) => (
-                    Verdict::Wrong("it started the device".to_owned()),
-                    "refuses sizes that cannot be (vhost-user, GET_SHMEM_CONFIG: multiples of the page size)",
-                ),
-            };
+        if let (Some(config), true) = (self.bad_config(), asked) {
+            let (verdict, duty) = config.verdict(self.counts.contains_key(&Event::Start));
             self.shared.report.verdict("shmem-config", &verdict, duty);
         }
         match ended {
             Ended::NothingAsked => {}
-            Ended::HungUp => self.say("the front-end is gone"),
+            Ended::HungUp => self.say("the front-end hung up"),
             Ended::Broken(why) => self.say(format_args!("the session cannot go on: {why}")),
         }
     }
 }
 
-/// Whether the answer to a message is a u64 that is 0 for success.
-fn is_acknowledged(id: u32) -> bool {
-    !matches!(
-        id,
-        wire::GET_FEATURES
-            | wire::GET_PROTOCOL_FEATURES
-            | wire::GET_QUEUE_NUM
-            | wire::GET_SHMEM_CONFIG
-            | wire::GET_STATUS
-            | wire::GET_CONFIG
-            | wire::GET_VRING_BASE
-    )
-}
-
-/// What is there to be read.
+/// What can be read.
 struct Ready {
     main: bool,
     kicked: Vec<usize>,

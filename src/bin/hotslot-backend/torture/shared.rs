@@ -1,16 +1,28 @@
-//! What the session's two threads know together: the plan, the regions, and what became of the device.
+//! What the session's two threads share: the device's settings, its state, both sockets, and when they end.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::process::{Signal, getpid, kill_process};
 
-use super::plan::{End, Event, Moment, Step, What};
+use super::moment::{Event, Moment, When};
 use super::report::Report;
 use super::wire::Wire;
+use crate::lock::lock;
 
-/// What the device is.
+/// What is to end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum End {
+    /// This process, by SIGKILL.
+    Die,
+    /// Both sockets.
+    HangUp,
+    /// The backend channel.
+    CloseChannel,
+}
+
+/// The device's settings, from the command line.
 #[derive(Clone, Debug)]
 pub struct Device {
     pub features: u64,
@@ -18,13 +30,13 @@ pub struct Device {
     /// The protocol feature bit that means SHMEM.
     pub shmem_bit: u32,
     pub queues: u16,
-    /// Shared memory regions: id and size. As they are, not as they may be announced.
+    /// Id and size of each shared memory region. A `--do` may announce others.
     pub regions: Vec<(u8, u64)>,
     /// Whether the pattern is mapped read-write.
     pub read_write: bool,
-    /// How long the front-end may take for an answer on the backend channel, or to take a request.
-    pub patience: Duration,
-    /// Pairs of requests a second, in a flood.
+    /// For the front-end to answer on the backend channel, or to take a request there.
+    pub timeout: Duration,
+    /// Pairs of requests a second in a flood; `None`: no limit.
     pub rate: Option<u32>,
     /// Whether each message is printed.
     pub trace: bool,
@@ -33,10 +45,11 @@ pub struct Device {
 /// One session.
 pub struct Shared {
     pub report: Arc<Report>,
-    pub steps: Arc<Vec<Step>>,
     pub device: Device,
+    /// Each `--do` that ends something.
+    ends: Vec<(When, End)>,
     main: Arc<Wire>,
-    /// Innermost lock; held to copy the handle.
+    /// Lock order: innermost; held while the socket is replaced or shut down.
     channel: Mutex<Option<Arc<Wire>>>,
     resets: AtomicU32,
     stops: AtomicU32,
@@ -45,11 +58,11 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub fn new(report: Arc<Report>, steps: Arc<Vec<Step>>, device: &Device, main: Arc<Wire>) -> Self {
+    pub fn new(report: Arc<Report>, device: &Device, ends: Vec<(When, End)>, main: Arc<Wire>) -> Self {
         Shared {
             report,
-            steps,
             device: device.clone(),
+            ends,
             main,
             channel: Mutex::new(None),
             resets: AtomicU32::new(0),
@@ -59,14 +72,14 @@ impl Shared {
         }
     }
 
-    /// The size of a region; 0 where there is none.
+    /// The size of a region; 0 if there is none.
     pub fn region_size(&self, shmid: u8) -> u64 {
         let region = self.device.regions.iter().find(|(id, _)| *id == shmid);
         region.map_or(0, |(_, size)| *size)
     }
 
     pub fn set_channel(&self, channel: Arc<Wire>) {
-        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+        *lock(&self.channel) = Some(channel);
     }
 
     /// The device runs.
@@ -74,13 +87,13 @@ impl Shared {
         self.running.store(true, Ordering::Release);
     }
 
-    /// A ring was stopped; the device no longer runs as a whole.
+    /// The last running ring was stopped.
     pub fn stop(&self) {
         self.running.store(false, Ordering::Release);
         self.stops.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The device was reset: nothing is mapped any more.
+    /// The device was reset: the front-end has removed all mappings.
     pub fn reset(&self) {
         self.stop();
         self.resets.fetch_add(1, Ordering::AcqRel);
@@ -91,7 +104,8 @@ impl Shared {
         self.resets.load(Ordering::Acquire)
     }
 
-    /// How often it was stopped, if it runs: as long as this does not change, our requests are to be served.
+    /// How often the device was stopped, if it runs now. While this value stays the same, the front-end must
+    /// serve our requests.
     pub fn run(&self) -> Option<u32> {
         let stops = self.stops.load(Ordering::Acquire);
         self.running.load(Ordering::Acquire).then_some(stops)
@@ -102,32 +116,29 @@ impl Shared {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// The session is over: wakes who waits for an answer.
+    /// The session is over: wakes the thread that waits for an answer on the backend channel.
     pub fn finish(&self) {
         self.ended.store(true, Ordering::Release);
         self.close_channel();
         self.main.hang_up();
     }
 
-    /// What is to end at this moment.
-    pub fn ends(&self, event: Event, nth: u32, moment: Moment) -> impl Iterator<Item = (&Step, End)> {
-        let due = move |step: &&Step| step.when.is(event, nth, moment);
-        self.steps.iter().filter(due).filter_map(|step| match step.what {
-            What::End(end) => Some((step, end)),
-            _ => None,
-        })
+    fn ends(&self, event: Event, nth: u32, moment: Moment) -> impl Iterator<Item = &(When, End)> {
+        self.ends.iter().filter(move |(when, _)| when.is(event, nth, moment))
+    }
+
+    /// Whether something is to end at this moment.
+    pub fn ends_at(&self, event: Event, nth: u32, moment: Moment) -> bool {
+        self.ends(event, nth, moment).next().is_some()
     }
 
     /// Ends what is to end at this moment. True if anything did.
     pub fn end(&self, event: Event, nth: u32, moment: Moment) -> bool {
-        let mut any = false;
-        for (step, end) in self.ends(event, nth, moment) {
-            any = true;
-            let when = step.when;
+        for (when, end) in self.ends(event, nth, moment) {
             match end {
                 End::Die => {
                     self.report.line(format_args!("die: SIGKILL {when}"));
-                    // Nothing of ours runs after it.
+                    // The process runs no further.
                     let _ = kill_process(getpid(), Signal::KILL);
                 }
                 End::HangUp => {
@@ -140,11 +151,11 @@ impl Shared {
                 }
             }
         }
-        any
+        self.ends_at(event, nth, moment)
     }
 
     fn close_channel(&self) {
-        if let Some(channel) = &*self.channel.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(channel) = &*lock(&self.channel) {
             channel.hang_up();
         }
     }

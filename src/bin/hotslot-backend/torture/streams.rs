@@ -1,23 +1,53 @@
-//! What happens on the backend channel and may end it: messages that are none, and more of them than anybody
-//! asked for.
+//! Actions on the backend channel after which the front-end may close it: malformed messages, and floods of
+//! messages.
+//!
+//! Called by `actor`.
 
 use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::channel::{Channel, Gone, Outcome};
+use clap::ValueEnum;
+
+use super::channel::{Channel, ChannelError, Outcome};
 use super::files::{self, PAGE};
-use super::plan::{Stream, Truncate};
 use super::report::Answer;
 use super::wire::{MAP, MMap, UNMAP, flags, message, words};
 
-/// Requests of a flood that are under way at a time: they, and their answers, fit in a socket's buffers.
+/// What is sent on the backend channel, and may end it.
+#[derive(Clone, Copy, Debug)]
+pub enum Stream {
+    /// This many bytes of a MAP, and no more.
+    Stall(usize),
+    /// A MAP in version 2 of the protocol.
+    Version,
+    /// A MAP with the reply flag.
+    ReplyFlag,
+    /// A header that announces a payload of this size.
+    Oversized(u32),
+    /// This many pairs of MAP and UNMAP, whose answers are read; `None`: until the session ends.
+    Flood(Option<u64>),
+    /// This many requests that fail, whose answers are not read.
+    FloodUnread(Option<u64>),
+}
+
+/// How a file is cut.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum Truncate {
+    Nothing,
+    Half,
+    /// To nothing, page by page.
+    Pages,
+}
+
+/// Pairs of requests in a flood that are unanswered at a time: they and their answers fit in a socket's
+/// buffers.
 const WINDOW: u64 = 32;
-/// How long a page takes to go, when a file goes page by page.
+/// Between the pages, when a file is cut page by page.
 const PAGE_BY_PAGE: Duration = Duration::from_millis(5);
 
-/// Does it, and says what came of it.
-pub fn run(stream: Stream, channel: &mut Channel) -> Result<(), Gone> {
+/// Carries the action out, and reports what the front-end did.
+pub fn run(stream: Stream, channel: &mut Channel) -> Result<(), ChannelError> {
     let good = MMap { shm_offset: channel.pattern_len(), len: PAGE, ..MMap::default() };
     let asks = flags::VERSION_1 | flags::NEED_REPLY;
     match stream {
@@ -26,10 +56,8 @@ pub fn run(stream: Stream, channel: &mut Channel) -> Result<(), Gone> {
             let file = files::file(2, PAGE)?;
             channel.send(&bytes[..count], &[file.as_fd()])?;
             let size = bytes.len();
-            channel
-                .shared
-                .report
-                .line(format_args!("stall: {count} of the {size} bytes of a MAP, and nothing any more"));
+            let report = &channel.shared.report;
+            report.line(format_args!("stall: {count} of the {size} bytes of a MAP, and no more"));
             observe(channel, "stall")
         }
         Stream::Version => {
@@ -49,7 +77,7 @@ pub fn run(stream: Stream, channel: &mut Channel) -> Result<(), Gone> {
     }
 }
 
-fn send_bad(channel: &mut Channel, name: &str, what: &str, bytes: &[u8]) -> Result<(), Gone> {
+fn send_bad(channel: &mut Channel, name: &str, what: &str, bytes: &[u8]) -> Result<(), ChannelError> {
     let file = files::file(2, PAGE)?;
     let fd = file.as_fd();
     channel.send(bytes, &[fd])?;
@@ -57,17 +85,17 @@ fn send_bad(channel: &mut Channel, name: &str, what: &str, bytes: &[u8]) -> Resu
     observe(channel, name)
 }
 
-/// Says what the front-end does: nothing, an answer, or an end. After this the channel is out of step.
-fn observe(channel: &Channel, name: &str) -> Result<(), Gone> {
+/// Reports what the front-end does: nothing, an answer, or a hang-up. After this the channel cannot be used.
+fn observe(channel: &Channel, name: &str) -> Result<(), ChannelError> {
     let report = &channel.shared.report;
-    match channel.wire.receive(Some(channel.shared.device.patience)) {
+    match channel.wire.receive(Some(channel.shared.device.timeout)) {
         Ok(reply) => report.line(format_args!("{name}: {}", Answer(reply.quad(0)))),
-        Err(error) => report.line(format_args!("{name}: {}", Gone::from(error))),
+        Err(error) => report.line(format_args!("{name}: {}", ChannelError::from(error))),
     }
-    Err(Gone::Spoilt("what was sent is no message"))
+    Err(ChannelError::Unusable("a malformed message was sent"))
 }
 
-fn flood(channel: &mut Channel, good: MMap, pairs: Option<u64>) -> Result<(), Gone> {
+fn flood(channel: &mut Channel, good: MMap, pairs: Option<u64>) -> Result<(), ChannelError> {
     let file = files::file(2, PAGE)?;
     let start = Instant::now();
     let pairs = pairs.unwrap_or(u64::MAX);
@@ -108,7 +136,7 @@ fn flood(channel: &mut Channel, good: MMap, pairs: Option<u64>) -> Result<(), Go
     result
 }
 
-fn flood_unread(channel: &mut Channel, count: Option<u64>) -> Result<(), Gone> {
+fn flood_unread(channel: &mut Channel, count: Option<u64>) -> Result<(), ChannelError> {
     let count = count.unwrap_or(u64::MAX);
     let request = message(UNMAP, flags::VERSION_1 | flags::NEED_REPLY, &MMap::default().bytes());
     let mut sent = 0;
@@ -120,23 +148,23 @@ fn flood_unread(channel: &mut Channel, count: Option<u64>) -> Result<(), Gone> {
     let report = &channel.shared.report;
     match &result {
         Ok(()) => report.line(format_args!("flood-unread: the front-end took all {sent} requests")),
-        Err(Gone::Silent(patience)) => report.line(format_args!(
+        Err(ChannelError::Timeout(timeout)) => report.line(format_args!(
             "flood-unread: the front-end took {sent} requests, then no more for {} s",
-            patience.as_secs_f32()
+            timeout.as_secs_f32()
         )),
         Err(gone) => {
             report.line(format_args!("flood-unread: the front-end took {sent} requests; then: {gone}"))
         }
     }
-    if let Err(Gone::Closed) = result {
+    if let Err(ChannelError::Closed) = result {
         return result;
     }
-    // The answers that it has for us would be taken for those to later requests.
-    Err(Gone::Spoilt("answers were left unread"))
+    // A later request would read the answer to one of these.
+    Err(ChannelError::Unusable("answers were left unread"))
 }
 
 /// Cuts the file of the pattern.
-pub fn truncate(how: Truncate, channel: &Channel) -> Result<(), Gone> {
+pub fn truncate(how: Truncate, channel: &Channel) -> Result<(), ChannelError> {
     let report = &channel.shared.report;
     let Some(file) = channel.pattern() else {
         report.line("truncate: the pattern is not mapped, so there is nothing to cut");
@@ -144,9 +172,9 @@ pub fn truncate(how: Truncate, channel: &Channel) -> Result<(), Gone> {
     };
     let len = channel.pattern_len();
     let (to, step) = match how {
-        Truncate::ToNothing => (0, len),
-        Truncate::ToHalf => (len / 2 / PAGE * PAGE, len),
-        Truncate::PageByPage => (0, PAGE),
+        Truncate::Nothing => (0, len),
+        Truncate::Half => (len / 2 / PAGE * PAGE, len),
+        Truncate::Pages => (0, PAGE),
     };
     let mut now = len;
     while now > to {

@@ -1,8 +1,8 @@
 //! vhost-user as bytes on a socket (vhost-user, "Communication", "Message Specification"), in the machine's
 //! byte order.
 //!
-//! Made by hand, because a crate that keeps the rules cannot break them. Sending sends whatever it is given;
-//! receiving takes messages apart without judging them. `session` and `channel` use it.
+//! Without a crate, since a crate keeps the rules that are to be broken here. Any bytes can be sent, and
+//! received messages are not checked. `session` and `channel` use it.
 
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
@@ -20,7 +21,7 @@ use rustix::net::{
 
 /// Bytes of a header: u32 request, u32 flags, u32 size of the payload.
 pub const HEADER_LEN: usize = 12;
-/// The largest payload that we take: more than any message of the protocol has.
+/// The largest payload that is received: more than any message of the protocol has.
 const MAX_PAYLOAD: u32 = 64 << 10;
 /// The most descriptors that Linux puts into one message (SCM_MAX_FD).
 const MAX_FDS: usize = 253;
@@ -51,7 +52,7 @@ pub mod protocol {
 /// VHOST_USER_F_PROTOCOL_FEATURES, among the virtio feature bits.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
-/// Requests of the front-end that we know, without VHOST_USER_: id and name.
+/// The front-end's requests, without VHOST_USER_: id and name.
 const FRONTEND_REQUESTS: &[(u32, &str)] = &[
     (GET_FEATURES, "GET_FEATURES"),
     (SET_FEATURES, "SET_FEATURES"),
@@ -116,7 +117,7 @@ pub fn frontend_request_names() -> impl Iterator<Item = &'static str> {
     FRONTEND_REQUESTS.iter().map(|(_, name)| *name)
 }
 
-/// A request of the front-end as a person reads it.
+/// The name of a request of the front-end, for the report.
 pub struct Name(pub u32);
 
 impl fmt::Display for Name {
@@ -175,7 +176,7 @@ pub fn shmem_config(nregions: u32, regions: &[(u8, u64)]) -> Vec<u8> {
     [words([nregions, 0]), quads(sizes)].concat()
 }
 
-/// A message as it came.
+/// A received message.
 #[derive(Debug)]
 pub struct Message {
     pub request: u32,
@@ -202,11 +203,11 @@ impl Message {
     }
 }
 
-/// Why nothing came, or nothing could be sent.
+/// Why nothing was received or sent.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
     #[error("nothing within {0:?}")]
-    Silence(Duration),
+    Timeout(Duration),
     #[error("the front-end closed the connection")]
     Closed,
     #[error("the front-end announced a payload of {0} bytes")]
@@ -241,32 +242,26 @@ impl Wire {
         Wire(socket)
     }
 
-    /// Sends bytes in one sendmsg(2), with descriptors; waits for room no longer than `patience`. Says how
-    /// many bytes the socket took.
-    pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>], patience: Duration) -> Result<(), WireError> {
-        self.0.set_write_timeout(Some(patience))?;
+    /// Sends bytes, with file descriptors at the first of them; waits for room no longer than `timeout`.
+    pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>], timeout: Duration) -> Result<(), WireError> {
+        self.0.set_write_timeout(Some(timeout))?;
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() {
             control.push(SendAncillaryMessage::ScmRights(fds));
         }
-        let sent = loop {
-            match sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => return Err(WireError::Silence(patience)),
-                sent => break sent?,
-            }
-        };
-        (&self.0).write_all(&bytes[sent..]).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => WireError::Silence(patience),
+        let sent =
+            retry_on_intr(|| sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL));
+        let result = sent.map_err(io::Error::from).and_then(|sent| (&self.0).write_all(&bytes[sent..]));
+        result.map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => WireError::Timeout(timeout),
             _ => error.into(),
         })
     }
 
-    /// The next message; waits for it, and then for the rest of it, no longer than `patience`, if any is
-    /// given.
-    pub fn receive(&self, patience: Option<Duration>) -> Result<Message, WireError> {
-        let deadline = patience.map(|patience| (Instant::now() + patience, patience));
+    /// The next message. Waits for all of it no longer than `timeout`, if one is given.
+    pub fn receive(&self, timeout: Option<Duration>) -> Result<Message, WireError> {
+        let deadline = timeout.map(|timeout| (Instant::now() + timeout, timeout));
         let mut header = [0; HEADER_LEN];
         let mut fds = Vec::new();
         let mut count = 0;
@@ -307,23 +302,22 @@ impl Wire {
         Ok(message)
     }
 
-    /// Waits until there is something to read, or the end.
+    /// Waits until there is something to read, or the peer has hung up.
     fn wait(&self, deadline: Option<(Instant, Duration)>) -> Result<(), WireError> {
         loop {
-            let timeout = deadline.map(|(deadline, _)| deadline.saturating_duration_since(Instant::now()));
-            let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
-            let mut polled = [PollFd::new(&self.0, PollFlags::IN)];
-            match (poll(&mut polled, timeout.as_ref()), deadline) {
+            let left = deadline.map(|(deadline, _)| deadline.saturating_duration_since(Instant::now()));
+            let left = left.and_then(|left| Timespec::try_from(left).ok());
+            match (poll(&mut [PollFd::new(&self.0, PollFlags::IN)], left.as_ref()), deadline) {
                 (Err(rustix::io::Errno::INTR), _) => {}
-                (Ok(0), Some((_, patience))) => return Err(WireError::Silence(patience)),
+                (Ok(0), Some((_, timeout))) => return Err(WireError::Timeout(timeout)),
                 (ready, _) => return Ok(ready.map(drop)?),
             }
         }
     }
 
-    /// The end of the connection, though the process lives.
+    /// Ends the connection.
     pub fn hang_up(&self) {
-        // It fails only where the peer was faster.
+        // It fails only if the peer hung up first.
         let _ = self.0.shutdown(Shutdown::Both);
     }
 }

@@ -1,5 +1,6 @@
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -237,13 +238,16 @@ fn what_has_no_room_at_once_is_sent_in_pieces_with_its_descriptors_once() {
     let payload: Vec<u8> = (0..1 << 20).map(|n: u32| (n >> 8) as u8).collect();
     let header = Header::request(21, payload.len(), false);
     let (a, _) = file();
-    let (mut read, mut fds) = (Vec::new(), 0);
+    let (mut read, mut fds) = (Vec::<u8>::new(), 0);
     std::thread::scope(|scope| {
         let sent = scope.spawn(|| ours.send(header, &payload, &[a.as_fd()], Deadline::after(SOON)));
-        let whole = HEADER_LEN + payload.len();
+        let whole = Header::LEN + payload.len();
         while read.len() < whole {
-            wait(theirs.as_fd(), libc::POLLIN, Deadline::after(SOON)).unwrap();
-            fds += receive_some(&theirs, &mut read, 1 << 16).unwrap().fds.len();
+            wait(theirs.as_fd(), PollFlags::IN, Deadline::after(SOON)).unwrap();
+            let mut piece = [0; 1 << 16];
+            let received = receive_some(&theirs, &mut piece).unwrap();
+            read.extend(&piece[..received.count]);
+            fds += received.fds.len();
         }
         sent.join().unwrap().unwrap();
     });

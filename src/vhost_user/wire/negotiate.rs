@@ -3,21 +3,29 @@
 //! `frontend` asks the back-end and calls [`negotiate`]; no I/O happens here.
 
 use thiserror::Error;
-use virtio_bindings::virtio_config::{
-    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_NOTIF_CONFIG_DATA, VIRTIO_F_NOTIFICATION_DATA, VIRTIO_F_RING_PACKED,
-    VIRTIO_F_RING_RESET, VIRTIO_F_SR_IOV, VIRTIO_F_VERSION_1,
-};
+use virtio_bindings::virtio_config::{VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1};
 
-use super::kind::DeviceKind;
 use super::message::{F_LOG_ALL, F_PROTOCOL_FEATURES, protocol_features as protocol};
 
-/// What a back-end offers.
-#[derive(Clone, Copy, Debug)]
-pub struct Offer {
-    /// The answer to GET_FEATURES.
-    pub features: u64,
-    /// The answer to GET_PROTOCOL_FEATURES; 0 where it must not be asked (SHM-2).
-    pub protocol_features: u64,
+/// What a device needs of its back-end.
+#[derive(Clone, Debug)]
+pub struct Needs {
+    /// The device type, as messages call it.
+    pub device_type: String,
+    /// Feature bits without which the device is of no use: name and mask.
+    pub features: &'static [(&'static str, u64)],
+    /// Whether the device is of no use without its configuration space.
+    pub config: bool,
+    /// The size of the configuration space in bytes; `None` where the type's is not known.
+    pub config_len: Option<usize>,
+    /// Whether the device is of no use without shared memory.
+    pub shmem: bool,
+    /// The protocol feature bit that means SHMEM to this back-end (SHM-1).
+    pub shmem_bit: u32,
+    /// Whether the back-end is to be told of single ranges of memory (SHM-80).
+    pub memory_slots: bool,
+    /// The number of queues.
+    pub queues: u16,
 }
 
 /// What was agreed. The default is nothing: that is how a connection starts.
@@ -29,18 +37,14 @@ pub struct Agreement {
     pub backend_features: u64,
     /// What SET_PROTOCOL_FEATURES says; `None` where it must not be sent (SHM-2).
     pub protocol_features: Option<u64>,
-    shmem: bool,
+    /// Whether SHMEM was agreed on, under whatever bit it has for this device.
+    pub shmem: bool,
 }
 
 impl Agreement {
     /// Whether a protocol feature, given as its mask, was agreed on.
     pub fn has(&self, feature: u64) -> bool {
         self.protocol_features.is_some_and(|acked| acked & feature == feature)
-    }
-
-    /// Whether SHMEM was, under whatever bit it has for this device.
-    pub fn has_shmem(&self) -> bool {
-        self.shmem
     }
 
     /// The feature bits to tell the back-end of those that the driver accepted.
@@ -50,26 +54,22 @@ impl Agreement {
 }
 
 /// Why a back-end cannot be used.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[allow(missing_docs)]
 pub enum NegotiationError {
     /// A back-end for legacy drivers only.
     #[error("the back-end does not offer VIRTIO_F_VERSION_1 (its features are {0:#x})")]
     NoVersion1(u64),
-    /// The device type cannot do without a feature.
-    #[error("the back-end does not offer {feature}, which a {kind} device needs (it offers {offered:#x})")]
-    Missing {
-        /// What is missing.
-        feature: &'static str,
-        /// The device type.
-        kind: DeviceKind,
-        /// The features, or protocol features, that it does offer.
-        offered: u64,
-    },
+    /// The device type cannot do without a feature; `offered` has the features, or protocol features, that
+    /// the back-end does offer.
+    #[error(
+        "the back-end does not offer {feature}, which a {device_type} device needs (it offers {offered:#x})"
+    )]
+    Missing { feature: &'static str, device_type: String, offered: u64 },
 }
 
 impl NegotiationError {
-    /// The bit that could mean SHMEM in what the back-end offers instead (SHM-1), where that is what is
-    /// missing.
+    /// Where SHMEM is missing: the draft's bit for it that the back-end offers instead (SHM-1).
     pub fn draft_bit(&self) -> Option<u32> {
         match *self {
             NegotiationError::Missing { feature: SHMEM_FEATURE, offered, .. } => {
@@ -85,38 +85,25 @@ const SHMEM_FEATURE: &str = "protocol feature SHMEM";
 /// Feature bits of the transport that the front-end provides by itself, whatever the back-end offers.
 const OURS: u64 = 1 << VIRTIO_F_RING_RESET;
 
-/// Feature bits that are not passed on to the driver.
-const NOT_PASSED_ON: u64 = F_PROTOCOL_FEATURES
-    | F_LOG_ALL
-    // There is no IOMMU, and no PCI.
-    | 1 << VIRTIO_F_ACCESS_PLATFORM
-    | 1 << VIRTIO_F_SR_IOV
-    // A notification that carries data would not match the ioeventfd of its queue.
-    | 1 << VIRTIO_F_NOTIFICATION_DATA
-    | 1 << VIRTIO_F_NOTIF_CONFIG_DATA
-    // A packed ring starts with other ring indices than those that we give a back-end.
-    | 1 << VIRTIO_F_RING_PACKED;
+/// Feature bits that are between us and the back-end. Those that the transport cannot carry, such as
+/// VIRTIO_F_RING_PACKED, are for the transport to leave out.
+const NOT_FOR_THE_DRIVER: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
 
-/// Agrees with a back-end for a device of type `kind`, whose SHMEM bit is `shmem_bit` (SHM-1). `sees_others`:
-/// it is to be told of other devices' mappings (SHM-80).
-pub fn negotiate(
-    offer: Offer,
-    kind: DeviceKind,
-    shmem_bit: u32,
-    sees_others: bool,
-) -> Result<Agreement, NegotiationError> {
-    let Offer { features, protocol_features: offered } = offer;
+/// Agrees with a back-end whose answer to GET_FEATURES was `features`, and to GET_PROTOCOL_FEATURES
+/// `offered`; 0 where it must not be asked (SHM-2).
+pub fn negotiate(features: u64, offered: u64, needs: &Needs) -> Result<Agreement, NegotiationError> {
     if features & 1 << VIRTIO_F_VERSION_1 == 0 {
         return Err(NegotiationError::NoVersion1(features));
     }
-    for &(feature, mask) in kind.required_features() {
-        if features & mask == 0 {
-            return Err(NegotiationError::Missing { feature, kind, offered: features });
-        }
+    let missing = |feature, offered| {
+        Err(NegotiationError::Missing { feature, device_type: needs.device_type.clone(), offered })
+    };
+    if let Some((feature, _)) = needs.features.iter().find(|(_, mask)| features & mask == 0) {
+        return missing(feature, features);
     }
     let has_protocol = features & F_PROTOCOL_FEATURES != 0;
-    // The back-end channel exists for SHMEM; without BACKEND_REQ there is no SHMEM (SHM-4).
-    let shmem_mask = 1u64 << shmem_bit;
+    // SHMEM's requests come on the backend channel: no SHMEM without BACKEND_REQ (SHM-4).
+    let shmem_mask = 1u64 << needs.shmem_bit;
     let shmem = has_protocol && offered & shmem_mask != 0 && offered & protocol::BACKEND_REQ != 0;
     let wanted = protocol::MQ
         | protocol::REPLY_ACK
@@ -125,23 +112,20 @@ pub fn negotiate(
         | protocol::CONFIG
         | protocol::RESET_DEVICE
         | protocol::STATUS
-        | if sees_others { protocol::CONFIGURE_MEM_SLOTS } else { 0 }
+        | if needs.memory_slots { protocol::CONFIGURE_MEM_SLOTS } else { 0 }
         | if shmem { shmem_mask } else { 0 };
     let acked = if has_protocol { offered & wanted } else { 0 };
-
-    let missing = |feature| NegotiationError::Missing { feature, kind, offered };
-    if kind.needs_shmem() && !shmem {
-        let feature = match offered & shmem_mask {
-            0 => SHMEM_FEATURE,
-            _ => "protocol feature BACKEND_REQ",
+    if needs.shmem && !shmem {
+        return match offered & shmem_mask {
+            0 => missing(SHMEM_FEATURE, offered),
+            _ => missing("protocol feature BACKEND_REQ", offered),
         };
-        return Err(missing(feature));
     }
-    if kind.needs_config() && acked & protocol::CONFIG == 0 {
-        return Err(missing("protocol feature CONFIG"));
+    if needs.config && acked & protocol::CONFIG == 0 {
+        return missing("protocol feature CONFIG", offered);
     }
     Ok(Agreement {
-        guest_features: features & !NOT_PASSED_ON | OURS,
+        guest_features: features & !NOT_FOR_THE_DRIVER | OURS,
         backend_features: features,
         protocol_features: has_protocol.then_some(acked),
         shmem,
@@ -154,14 +138,20 @@ mod tests {
 
     const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 
-    fn agree(
-        features: u64,
-        protocol_features: u64,
-        kind: &str,
-        bit: u32,
-    ) -> Result<Agreement, NegotiationError> {
-        let offer = Offer { features, protocol_features };
-        negotiate(offer, kind.parse().unwrap(), bit, false)
+    const FEATURE: (&str, u64) = ("VIRTIO_PMEM_F_SHMEM_REGION", 1 << 0);
+
+    /// A device that needs nothing.
+    fn needs() -> Needs {
+        Needs {
+            device_type: "rng".to_string(),
+            features: &[],
+            config: false,
+            config_len: Some(0),
+            shmem: false,
+            shmem_bit: 22,
+            memory_slots: false,
+            queues: 1,
+        }
     }
 
     #[test]
@@ -179,8 +169,8 @@ mod tests {
             (with_protocol, 0, 22, Some(0), false),                    // SHM-3
             (VERSION_1, u64::MAX, 22, None, false),                    // SHM-2
         ] {
-            let agreement = agree(features, offered, "rng", bit).unwrap();
-            assert_eq!((agreement.protocol_features, agreement.has_shmem()), (acked, shmem), "{offered:#x}");
+            let agreement = negotiate(features, offered, &Needs { shmem_bit: bit, ..needs() }).unwrap();
+            assert_eq!((agreement.protocol_features, agreement.shmem), (acked, shmem), "{offered:#x}");
             for mask in (0..64).map(|bit| 1 << bit) {
                 assert_eq!(agreement.has(mask), acked.unwrap_or(0) & mask != 0); // SHM-3
             }
@@ -190,23 +180,20 @@ mod tests {
     #[test]
     fn memory_slots_are_agreed_on_only_where_they_are_of_use() {
         // SHM-80
-        for (offered, sees_others, agreed) in
+        for (offered, memory_slots, agreed) in
             [(1 << 15, true, true), (1 << 15, false, false), (0, true, false)]
         {
-            let offer = Offer { features: VERSION_1 | F_PROTOCOL_FEATURES, protocol_features: offered };
-            let agreement = negotiate(offer, "rng".parse().unwrap(), 22, sees_others).unwrap();
+            let needs = Needs { memory_slots, ..needs() };
+            let agreement = negotiate(VERSION_1 | F_PROTOCOL_FEATURES, offered, &needs).unwrap();
             assert_eq!(agreement.has(protocol::CONFIGURE_MEM_SLOTS), agreed);
         }
     }
 
     #[test]
-    fn the_driver_is_offered_what_the_back_end_and_the_transport_can_do() {
-        let agreement = agree(u64::MAX, 0, "rng", 22).unwrap();
-        for bit in [26, 30, 33, 34, 37, 38, 39] {
-            assert_eq!(agreement.guest_features >> bit & 1, 0, "bit {bit}");
-        }
-        assert_eq!(agreement.guest_features | NOT_PASSED_ON, u64::MAX);
-        let least = agree(VERSION_1, 0, "rng", 22).unwrap();
+    fn the_driver_is_offered_what_the_back_end_can_do() {
+        let agreement = negotiate(u64::MAX, 0, &needs()).unwrap();
+        assert_eq!(agreement.guest_features, !(1 << 26 | 1 << 30));
+        let least = negotiate(VERSION_1, 0, &needs()).unwrap();
         assert_eq!(least.guest_features, VERSION_1 | 1 << VIRTIO_F_RING_RESET);
         // RING_RESET is ours, PROTOCOL_FEATURES is between us and the back-end.
         assert_eq!(least.features_for_backend(least.guest_features), VERSION_1);
@@ -216,18 +203,20 @@ mod tests {
     #[test]
     fn a_back_end_without_what_the_device_needs_is_refused_by_its_name() {
         let (both, shmem) = (VERSION_1 | F_PROTOCOL_FEATURES, 1 << 5 | 1 << 22);
-        for (features, offered, kind, what) in [
-            (F_PROTOCOL_FEATURES, shmem, "rng", "VIRTIO_F_VERSION_1"),
-            (both, shmem, "pmem", "VIRTIO_PMEM_F_SHMEM_REGION"),
-            (both | 1, 1 << 5, "pmem", "SHMEM"),
-            (both | 1, 1 << 22, "pmem", "BACKEND_REQ"),
-            (VERSION_1 | 1, 0, "pmem", "SHMEM"),
-            (both, shmem, "blk", "CONFIG"),
+        let (rng, blk) = (needs(), Needs { config: true, ..needs() });
+        let pmem = Needs { features: &[FEATURE], shmem: true, ..needs() };
+        for (features, offered, needs, what) in [
+            (F_PROTOCOL_FEATURES, shmem, &rng, "VIRTIO_F_VERSION_1"),
+            (both, shmem, &pmem, "VIRTIO_PMEM_F_SHMEM_REGION"),
+            (both | 1, 1 << 5, &pmem, "SHMEM"),
+            (both | 1, 1 << 22, &pmem, "BACKEND_REQ"),
+            (VERSION_1 | 1, 0, &pmem, "SHMEM"),
+            (both, shmem, &blk, "CONFIG"),
         ] {
-            let error = agree(features, offered, kind, 22).unwrap_err().to_string();
+            let error = negotiate(features, offered, needs).unwrap_err().to_string();
             assert!(error.contains(what), "{error}");
         }
-        agree(both | 1, shmem, "pmem", 22).unwrap();
-        agree(both, 1 << 9, "blk", 22).unwrap();
+        negotiate(both | 1, shmem, &pmem).unwrap();
+        negotiate(both, 1 << 9, &blk).unwrap();
     }
 }

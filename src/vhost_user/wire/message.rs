@@ -1,43 +1,138 @@
-//! The vhost-user wire format: headers, ids, feature bits and payload layouts (vhost-user specification,
-//! "Message Specification" and "Communication"). Everything is in the machine's own byte order.
+//! The vhost-user wire format: ids, feature bits, and each header and payload as a type (vhost-user
+//! specification, "Message Specification" and "Communication"). Everything is in the machine's own byte
+//! order.
 //!
-//! Pure data: `connection` moves these bytes, `frontend` and `backend_channel` give them meaning.
+//! Pure data: `connection` moves these bytes, `frontend` and `channel` give them meaning.
 
-/// Bytes of a message's header.
-pub const HEADER_LEN: usize = 12;
-
-/// The largest payload we take. The largest that the protocol has for us is [`SHMEM_CONFIG_LEN`]; more than
-/// this is no message but noise (SHM-64).
+/// The largest payload we take, in bytes. The largest that a back-end may send us is a [`ShmemConfig`]; a
+/// header that announces more than this is noise (SHM-64).
 pub const MAX_PAYLOAD: usize = 4096;
-
-/// Bytes of a MAP or UNMAP payload (SHM-25).
-pub const MMAP_LEN: usize = 40;
-
-/// Bytes of a GET_SHMEM_CONFIG reply (SHM-11).
-pub const SHMEM_CONFIG_LEN: usize = 8 + 8 * 256;
-
-/// Bytes of the u64 that most replies are.
-pub const U64_LEN: usize = 8;
 
 /// The most file descriptors that one message can carry (the kernel's SCM_MAX_FD).
 pub const MAX_FDS: usize = 253;
 
-/// The request bits of a header's flags.
+/// A value with a fixed layout: its fields one after the other.
+pub trait Layout: Sized {
+    /// Its size in bytes.
+    const LEN: usize;
+
+    /// Appends it to `bytes`.
+    fn put(&self, bytes: &mut Vec<u8>);
+
+    /// Takes it off the front of `bytes`; `None` where there is less.
+    fn take(bytes: &mut &[u8]) -> Option<Self>;
+
+    /// To the wire.
+    fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(Self::LEN);
+        self.put(&mut bytes);
+        bytes
+    }
+
+    /// From the wire; `None` for a wrong size.
+    fn decode(mut bytes: &[u8]) -> Option<Self> {
+        if bytes.len() == Self::LEN { Self::take(&mut bytes) } else { None }
+    }
+}
+
+macro_rules! integers {
+    ($($integer:ident)*) => {
+        $(impl Layout for $integer {
+            const LEN: usize = size_of::<$integer>();
+
+            fn put(&self, bytes: &mut Vec<u8>) {
+                bytes.extend(self.to_ne_bytes());
+            }
+
+            fn take(bytes: &mut &[u8]) -> Option<Self> {
+                let (field, rest) = bytes.split_first_chunk()?;
+                *bytes = rest;
+                Some($integer::from_ne_bytes(*field))
+            }
+        })*
+    };
+}
+
+integers! { u8 u32 u64 }
+
+impl<T: Layout + Copy + Default, const N: usize> Layout for [T; N] {
+    const LEN: usize = N * T::LEN;
+
+    fn put(&self, bytes: &mut Vec<u8>) {
+        self.iter().for_each(|field| field.put(bytes));
+    }
+
+    fn take(bytes: &mut &[u8]) -> Option<Self> {
+        let mut fields = [T::default(); N];
+        for field in &mut fields {
+            *field = T::take(bytes)?;
+        }
+        Some(fields)
+    }
+}
+
+/// Defines structs together with their [`Layout`]. The fields have the specification's names.
+macro_rules! layouts {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* })*) => {$(
+        $(#[$doc])*
+        #[allow(missing_docs)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub struct $name {
+            $(pub $field: $type,)*
+        }
+
+        impl Layout for $name {
+            const LEN: usize = 0 $(+ <$type>::LEN)*;
+
+            fn put(&self, bytes: &mut Vec<u8>) {
+                $(self.$field.put(bytes);)*
+            }
+
+            fn take(bytes: &mut &[u8]) -> Option<Self> {
+                Some($name { $($field: <$type>::take(bytes)?,)* })
+            }
+        }
+    )*};
+}
+
+layouts! {
+    /// A message's header. `request` is its id, also in the reply; `size` is that of the payload, in bytes.
+    Header { request: u32, flags: u32, size: u32 }
+
+    /// The payload of MAP and UNMAP (struct VhostUserMMap, SHM-25). Offsets and the length are in bytes; the
+    /// padding is ignored (SHM-26).
+    MMap { shmid: u8, padding: [u8; 7], fd_offset: u64, shm_offset: u64, len: u64, flags: u64 }
+
+    /// The payload of a GET_SHMEM_CONFIG reply (struct VhostUserShMemConfig, SHM-11). `nregions` is how many
+    /// of the sizes, in bytes, the back-end says are not 0; the index of a size is the region's id.
+    ShmemConfig { nregions: u32, padding: u32, sizes: [u64; 256] }
+
+    /// A range of guest memory, `size` bytes: an entry of SET_MEM_TABLE, or all of a [`SingleRegion`]. It is
+    /// at the guest physical address `guest_addr`, for ring addresses at `user_addr`, and in its file at
+    /// `mmap_offset`.
+    MemoryRegion { guest_addr: u64, size: u64, user_addr: u64, mmap_offset: u64 }
+
+    /// The payload of ADD_MEM_REG and REM_MEM_REG.
+    SingleRegion { padding: u64, region: MemoryRegion }
+
+    /// What SET_VRING_NUM, SET_VRING_BASE and SET_VRING_ENABLE say of a ring, and GET_VRING_BASE's reply.
+    VringState { index: u32, value: u32 }
+
+    /// The payload of SET_VRING_ADDR: where the parts of a ring are, by [`MemoryRegion::user_addr`]; the
+    /// guest physical address `log` is for migration.
+    VringAddr { index: u32, flags: u32, descriptor_table: u64, used_ring: u64, available_ring: u64, log: u64 }
+
+    /// The first part of a GET_CONFIG or SET_CONFIG payload; `size` bytes of the configuration space follow.
+    /// `flags` is 0 for a driver's access.
+    ConfigHeader { offset: u32, size: u32, flags: u32 }
+}
+
+/// The bits of a header's flags.
 mod flags {
     pub const VERSION: u32 = 0x1;
     pub const VERSION_MASK: u32 = 0x3;
     pub const REPLY: u32 = 1 << 2;
     pub const NEED_REPLY: u32 = 1 << 3;
-}
-
-/// A message's header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Header {
-    /// The request's id; a reply has its request's.
-    pub request: u32,
-    flags: u32,
-    /// Bytes of the payload.
-    pub size: u32,
 }
 
 impl Header {
@@ -65,21 +160,6 @@ impl Header {
     /// Whether the sender asks for an answer to a request that by itself has none.
     pub fn needs_reply(&self) -> bool {
         self.flags & flags::NEED_REPLY != 0
-    }
-
-    /// From the wire.
-    pub fn decode(bytes: &[u8; HEADER_LEN]) -> Self {
-        let mut fields = Fields::new(bytes);
-        Header { request: fields.u32(), flags: fields.u32(), size: fields.u32() }
-    }
-
-    /// To the wire.
-    pub fn encode(&self) -> [u8; HEADER_LEN] {
-        let mut bytes = [0; HEADER_LEN];
-        for (chunk, field) in bytes.chunks_exact_mut(4).zip([self.request, self.flags, self.size]) {
-            chunk.copy_from_slice(&field.to_ne_bytes());
-        }
-        bytes
     }
 }
 
@@ -150,165 +230,47 @@ ids! {
     }
 }
 
-/// Protocol feature bits (VHOST_USER_PROTOCOL_F_...), as masks.
+/// Protocol feature bits (VHOST_USER_PROTOCOL_F_...), as masks. SHMEM has no fixed bit: see SHM-1.
+#[allow(missing_docs)]
 pub mod protocol_features {
-    /// The back-end has several queues, and tells how many.
+    /// GET_QUEUE_NUM.
     pub const MQ: u64 = 1 << 0;
-    /// Requests may ask for an answer.
     pub const REPLY_ACK: u64 = 1 << 3;
     /// The backend channel.
     pub const BACKEND_REQ: u64 = 1 << 5;
-    /// The configuration space is the back-end's.
     pub const CONFIG: u64 = 1 << 9;
     /// Messages on the backend channel may carry file descriptors.
     pub const BACKEND_SEND_FD: u64 = 1 << 10;
-    /// RESET_DEVICE.
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG.
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
-    /// SET_STATUS.
     pub const STATUS: u64 = 1 << 16;
-    /// SHMEM's bit in the merged specification; drafts had 20 and 21 (SHM-1).
-    pub const SHMEM_BIT: u32 = 22;
 }
 
-/// VHOST_USER_F_PROTOCOL_FEATURES: among the virtio feature bits, says that there are protocol features.
+/// VHOST_USER_F_PROTOCOL_FEATURES, one of the virtio feature bits: the back-end has protocol features.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
-/// VHOST_F_LOG_ALL: among the virtio feature bits, for migration.
+/// VHOST_F_LOG_ALL, one of the virtio feature bits: for migration.
 pub const F_LOG_ALL: u64 = 1 << 26;
-
-/// The payload of MAP and UNMAP (struct VhostUserMMap).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MMap {
-    /// The shared memory region's id.
-    pub shmid: u8,
-    /// The offset in the file, in bytes.
-    pub fd_offset: u64,
-    /// The offset in the region, in bytes.
-    pub shm_offset: u64,
-    /// The length in bytes.
-    pub len: u64,
-    /// Bit 0: read-write.
-    pub flags: u64,
-}
 
 impl MMap {
     /// The flag that asks for a mapping which the guest can write to.
     pub const READ_WRITE: u64 = 1 << 0;
-
-    /// From the wire. Padding is ignored (SHM-26); `None` for any other size than 40 bytes (SHM-25).
-    pub fn decode(payload: &[u8]) -> Option<Self> {
-        let payload: &[u8; MMAP_LEN] = payload.try_into().ok()?;
-        let mut fields = Fields::new(payload);
-        let [shmid, _padding @ ..] = fields.u64().to_ne_bytes();
-        Some(MMap {
-            shmid,
-            fd_offset: fields.u64(),
-            shm_offset: fields.u64(),
-            len: fields.u64(),
-            flags: fields.u64(),
-        })
-    }
 }
 
-/// The payload of a GET_SHMEM_CONFIG reply (struct VhostUserShMemConfig).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ShmemConfig {
-    /// How many regions the back-end says that it has.
-    pub nregions: u32,
-    /// Bytes of each region; the index is its id, 0 means none.
-    pub sizes: Vec<u64>,
+/// The payload of SET_MEM_TABLE.
+pub fn memory_table(regions: &[MemoryRegion]) -> Vec<u8> {
+    let [count, padding] = [regions.len() as u32, 0];
+    let mut bytes = [count, padding].encode();
+    regions.iter().for_each(|region| region.put(&mut bytes));
+    bytes
 }
 
-impl ShmemConfig {
-    /// From the wire; `None` for a wrong size.
-    pub fn decode(payload: &[u8]) -> Option<Self> {
-        if payload.len() != SHMEM_CONFIG_LEN {
-            return None;
-        }
-        let mut fields = Fields::new(payload);
-        let nregions = fields.u32();
-        let _padding = fields.u32();
-        Some(ShmemConfig { nregions, sizes: (0..256).map(|_| fields.u64()).collect() })
-    }
-}
-
-/// One entry of SET_MEM_TABLE, or all of ADD_MEM_REG and REM_MEM_REG.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryRegion {
-    /// Guest physical address.
-    pub guest_addr: u64,
-    /// Bytes.
-    pub size: u64,
-    /// The address that ring addresses are given in.
-    pub user_addr: u64,
-    /// Where it starts in its file descriptor.
-    pub mmap_offset: u64,
-}
-
-/// Builds a payload field by field.
-#[derive(Default)]
-pub struct Payload(Vec<u8>);
-
-impl Payload {
-    /// Appends a u32.
-    pub fn u32(mut self, value: u32) -> Self {
-        self.0.extend(value.to_ne_bytes());
-        self
-    }
-
-    /// Appends a u64.
-    pub fn u64(mut self, value: u64) -> Self {
-        self.0.extend(value.to_ne_bytes());
-        self
-    }
-
-    /// Appends bytes.
-    pub fn bytes(mut self, bytes: &[u8]) -> Self {
-        self.0.extend(bytes);
-        self
-    }
-
-    /// Appends a memory region.
-    pub fn region(self, region: &MemoryRegion) -> Self {
-        self.u64(region.guest_addr).u64(region.size).u64(region.user_addr).u64(region.mmap_offset)
-    }
-}
-
-impl std::ops::Deref for Payload {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-/// Reads a payload field by field. What is beyond its end reads as 0: callers check the size first.
-struct Fields<'a>(&'a [u8]);
-
-impl<'a> Fields<'a> {
-    fn new(bytes: &'a [u8]) -> Self {
-        Fields(bytes)
-    }
-
-    fn take<const N: usize>(&mut self) -> [u8; N] {
-        match self.0.split_first_chunk() {
-            Some((field, rest)) => {
-                self.0 = rest;
-                *field
-            }
-            None => [0; N],
-        }
-    }
-
-    fn u32(&mut self) -> u32 {
-        u32::from_ne_bytes(self.take())
-    }
-
-    fn u64(&mut self) -> u64 {
-        u64::from_ne_bytes(self.take())
-    }
+/// The payload of GET_CONFIG or SET_CONFIG: a driver's access to `data.len()` bytes.
+pub fn config(offset: u32, data: &[u8]) -> Vec<u8> {
+    let mut bytes = ConfigHeader { offset, size: data.len() as u32, flags: 0 }.encode();
+    bytes.extend(data);
+    bytes
 }
 
 #[cfg(test)]
@@ -323,7 +285,7 @@ mod tests {
         assert_eq!(Header::request(5, 40, true).encode(), bytes([5, 0x9, 40]));
         assert_eq!(Header::reply(9, 8).encode(), bytes([9, 0x5, 8]));
         for flags in 0..16 {
-            let header = Header::decode(&bytes([1, flags, 2]));
+            let header = Header::decode(&bytes([1, flags, 2])).unwrap();
             let expected = (flags % 4, flags / 4 % 2 == 1, flags / 8 == 1);
             assert_eq!((header.version(), header.is_reply(), header.needs_reply()), expected);
             assert_eq!((header.request, header.size), (1, 2));
@@ -332,12 +294,13 @@ mod tests {
 
     #[test]
     fn a_map_has_its_fields_where_the_specification_puts_them() {
-        let mut payload = [0xee; MMAP_LEN];
+        let mut payload = [0xee; MMap::LEN];
         payload[0] = 0xfe;
         for (at, value) in [(8, 1u64), (16, 2), (24, 3), (32, 4)] {
             payload[at..at + 8].copy_from_slice(&value.to_ne_bytes());
         }
-        let expected = MMap { shmid: 0xfe, fd_offset: 1, shm_offset: 2, len: 3, flags: 4 };
+        let expected =
+            MMap { shmid: 0xfe, padding: [0xee; 7], fd_offset: 1, shm_offset: 2, len: 3, flags: 4 };
         assert_eq!(MMap::decode(&payload), Some(expected)); // SHM-26
         // SHM-25
         assert_eq!(MMap::decode(&payload[..39]), None);
@@ -347,7 +310,7 @@ mod tests {
 
     #[test]
     fn a_layout_has_a_count_padding_and_256_sizes() {
-        let mut payload = vec![0; SHMEM_CONFIG_LEN];
+        let mut payload = vec![0; ShmemConfig::LEN];
         payload[..8].copy_from_slice(&[2u32.to_ne_bytes(), [0xff; 4]].concat());
         payload[8..16].copy_from_slice(&5u64.to_ne_bytes());
         payload[2048..].copy_from_slice(&6u64.to_ne_bytes());

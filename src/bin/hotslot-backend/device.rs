@@ -1,0 +1,274 @@
+//! A device with virtqueues, and its adapter to the `vhost-user-backend` crate.
+//!
+//! [`Device`] is what `pmem`, `blk` and `fs` differ in; [`Adapter`] is what they share: the features of the
+//! queues, the threads, the requests one after another (VIRTIO 1.2, section 2.7), and the waits at a stop, a
+//! reset and a change of memory. One value of each serves one front-end. Called by `server`.
+
+use std::error::Error;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vhost::vhost_user::message::VhostUserShMemConfig;
+use vhost::vhost_user::{Backend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::complaints::Complaints;
+use crate::lock::lock;
+
+/// The guest's memory as the front-end describes it; empty until its first SET_MEM_TABLE.
+pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// A request: its buffers, and the guest's memory when it was taken out of the queue.
+pub type Request = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
+
+/// A request, or none, and the index of its first ring descriptor. An error is a ring that makes no sense.
+pub type Taken<R> = Result<Option<(u16, R)>, Box<dyn Error>>;
+
+/// A request of 1 MiB takes a ring descriptor a page, and a few.
+const QUEUE_SIZE: usize = 1024;
+
+/// A type of device. The session's thread calls all methods but [`Device::take`] and [`Device::answer`],
+/// which the threads of the queues call.
+pub trait Device: Send + Sync + 'static {
+    type Request;
+
+    /// Feature bits of the device type.
+    fn features(&self) -> u64 {
+        0
+    }
+
+    /// SET_FEATURES: what the driver accepted, of the bits above and of those of the queues.
+    fn acked_features(&self, _features: u64) {}
+
+    /// Protocol features besides those that all devices have and those that shared memory needs.
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::empty()
+    }
+
+    fn queues(&self) -> u16 {
+        1
+    }
+
+    /// The configuration space; the bytes behind it read as zero.
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Size of shared memory region 0, if there is one.
+    fn shared_memory(&self) -> Option<u64> {
+        None
+    }
+
+    /// SET_BACKEND_REQ_FD, which comes only where there is shared memory.
+    fn connect(&self, _backend: Backend) {}
+
+    /// SET_MEM_TABLE, ADD_MEM_REG or REM_MEM_REG: the device is started, or the guest's memory changed. Must
+    /// not wait for a request that waits for the front-end. An error ends the session.
+    fn memory_changed(&self, _memory: &Memory) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// RESET_DEVICE: no request is being answered, and the front-end removes all mappings.
+    fn reset(&self) {}
+
+    /// The next request of a queue.
+    fn take(&self, queue: &mut Queue) -> Taken<Self::Request>;
+
+    /// Executes a request. Returns how many bytes of its buffers were written.
+    fn answer(&self, request: Self::Request) -> u32;
+}
+
+/// [`Device::take`] for the devices whose requests are [`Request`]s.
+pub fn take(queue: &mut Queue, memory: &Memory) -> Taken<Request> {
+    let request = queue.iter(memory.memory())?.next();
+    Ok(request.map(|request| (request.head_index(), request)))
+}
+
+/// A device, as the `vhost-user-backend` crate calls it.
+pub struct Adapter<D> {
+    device: D,
+    complaints: Arc<Complaints>,
+    /// One for each queue: held by its thread while a request is answered, and taken to wait for that. Lock
+    /// order: outermost; the crate's lock of the queue is inside.
+    answering: Vec<Mutex<()>>,
+    was_asked: AtomicBool,
+}
+
+impl<D: Device> Adapter<D> {
+    pub fn new(device: D, complaints: Arc<Complaints>) -> Self {
+        let answering = (0..device.queues()).map(|_| Mutex::new(())).collect();
+        Adapter { device, complaints, answering, was_asked: AtomicBool::new(false) }
+    }
+
+    /// The event that ends the threads of the queues, whose `handle_event` then fails. The crate uses 0 to
+    /// the number of queues.
+    pub fn end_event(&self) -> u64 {
+        self.answering.len() as u64 + 1
+    }
+
+    /// Whether the front-end asked for anything. One that did not only tried whether a back-end listens.
+    pub fn was_asked(&self) -> bool {
+        self.was_asked.load(Ordering::Relaxed)
+    }
+
+    /// Answers the requests of a queue until it is empty.
+    fn answer(&self, answering: &Mutex<()>, vring: &VringMutex) -> Result<(), Box<dyn Error>> {
+        loop {
+            // Anew for each request: a thread that waits must not wait for all requests of a busy guest.
+            let _answering = lock(answering);
+            let Some((head, request)) = self.next(vring)? else {
+                return Ok(());
+            };
+            let written = self.device.answer(request);
+            // The requests behind it may have come with the same kick.
+            if let Err(e) = hand_back(vring, head, written) {
+                self.complaints.say(format_args!("request {head} cannot be handed back: {e}"));
+            }
+        }
+    }
+
+    /// The next request, unless the queue is stopped or empty. If it is empty, the driver will notify us of
+    /// the next.
+    fn next(&self, vring: &VringMutex) -> Taken<D::Request> {
+        let mut state = vring.get_mut();
+        if !state.is_enabled() || !state.get_queue().ready() {
+            return Ok(None);
+        }
+        // Twice, because a request may arrive before notifications are on. A third time would find nothing
+        // new, and a guest whose ring lies half outside its memory would keep us here for ever.
+        for _ in 0..2 {
+            let request = self.device.take(state.get_queue_mut())?;
+            if request.is_some() || !state.enable_notification()? {
+                return Ok(request);
+            }
+        }
+        Err(QueueError::InvalidAvailRingIndex.into())
+    }
+
+    /// Returns when the requests that are being answered have their answers. Later ones see the queues and
+    /// the memory as they are now.
+    fn wait(&self) {
+        for answering in &self.answering {
+            drop(lock(answering));
+        }
+    }
+}
+
+/// Hands a request back to the driver, with `written` bytes of answer.
+fn hand_back(vring: &VringMutex, head: u16, written: u32) -> Result<(), Box<dyn Error>> {
+    let mut state = vring.get_mut();
+    state.add_used(head, written)?;
+    if state.needs_notification()? {
+        state.signal_used_queue()?;
+    }
+    Ok(())
+}
+
+impl<D: Device> VhostUserBackend for Adapter<D> {
+    type Bitmap = ();
+    type Vring = VringMutex;
+
+    fn num_queues(&self) -> usize {
+        self.answering.len()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        QUEUE_SIZE
+    }
+
+    /// Bit i of number n: thread n serves queue i.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.answering.len()).map(|queue| 1 << queue).collect()
+    }
+
+    fn features(&self) -> u64 {
+        self.was_asked.store(true, Ordering::Relaxed);
+        (1 << VIRTIO_F_VERSION_1)
+            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
+            | (1 << VIRTIO_RING_F_EVENT_IDX)
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+            | self.device.features()
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.device.acked_features(features);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        let mut features = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | self.device.protocol_features();
+        if self.device.shared_memory().is_some() {
+            features |= VhostUserProtocolFeatures::BACKEND_REQ
+                | VhostUserProtocolFeatures::BACKEND_SEND_FD
+                | VhostUserProtocolFeatures::SHMEM;
+        }
+        features
+    }
+
+    fn get_shmem_config(&self) -> io::Result<VhostUserShMemConfig> {
+        let sizes: Vec<u64> = self.device.shared_memory().into_iter().collect();
+        Ok(VhostUserShMemConfig::new(sizes.len() as u32, &sizes))
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        // The crate has limited both to 4 KiB.
+        let rest = self.device.config().into_iter().skip(offset as usize);
+        rest.chain(std::iter::repeat(0)).take(size as usize).collect()
+    }
+
+    fn set_backend_req_fd(&self, backend: Backend) {
+        self.device.connect(backend);
+    }
+
+    /// Returns when nothing is being done in the memory of before. But requests of a device with shared
+    /// memory may be waiting for the front-end, which waits for this: they keep their memory until they are
+    /// done.
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        self.device.memory_changed(&memory)?;
+        if self.device.shared_memory().is_none() {
+            self.wait();
+        }
+        Ok(())
+    }
+
+    /// Called at GET_VRING_BASE, with the queue stopped.
+    fn stop_vring(&self, index: u32) -> io::Result<()> {
+        if let Some(answering) = self.answering.get(index as usize) {
+            drop(lock(answering));
+        }
+        Ok(())
+    }
+
+    /// Called with the queues disabled.
+    fn reset_device(&self) {
+        self.wait();
+        self.device.reset();
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The crate has told the queues.
+    }
+
+    /// Called by a queue's thread, which knows its queue as number 0, for a kick and at the end of the
+    /// session. An error ends the thread.
+    fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], thread: usize) -> io::Result<()> {
+        match (event, vrings.first(), self.answering.get(thread)) {
+            (0, Some(vring), Some(answering)) => {
+                if let Err(e) = self.answer(answering, vring) {
+                    self.complaints.say(format_args!("queue {thread} is broken: {e}"));
+                }
+                Ok(())
+            }
+            _ => Err(io::Error::other("the session has ended")),
+        }
+    }
+}

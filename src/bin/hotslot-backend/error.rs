@@ -1,0 +1,77 @@
+//! Why a back-end does not serve, or no longer does: for all devices. `main` prints it and ends with its
+//! status.
+
+use std::io;
+use std::path::PathBuf;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the socket path {path:?} has {len} bytes, more than the {max} that fit in a socket address")]
+    PathTooLong { path: PathBuf, len: usize, max: usize },
+    #[error("cannot listen on {0:?}: another process is listening there")]
+    InUse(PathBuf),
+    #[error("cannot listen on {0:?}: there is a file that is not a socket")]
+    NotASocket(PathBuf),
+    #[error("cannot listen on {path:?}")]
+    Bind { path: PathBuf, source: io::Error },
+
+    #[error("there is no file {path:?}")]
+    NoFile { path: PathBuf, hint: Option<&'static str> },
+    #[error("{path:?} is a {kind}; only a regular file can be served")]
+    NotRegular { path: PathBuf, kind: &'static str },
+    #[error("{path:?} is empty, so the memory would have no size")]
+    Empty { path: PathBuf, read_only: bool },
+    #[error("--size {size} is not a multiple of the page size, {page}, or is zero")]
+    BadSize { size: u64, page: u64 },
+    #[error("{path:?} has {len} bytes, more than a region can have")]
+    TooLong { path: PathBuf, len: u64 },
+    #[error("{path:?} has {len} bytes, less than a sector of {sector}")]
+    TooShort { path: PathBuf, len: u64, sector: u64 },
+    #[error("cannot {action} {path:?}")]
+    File { action: &'static str, path: PathBuf, hint: Option<&'static str>, source: io::Error },
+    #[error("cannot serve the directory {path:?}")]
+    Directory { path: PathBuf, source: io::Error },
+    #[error("region {0} is given twice")]
+    RegionTwice(u8),
+
+    #[error("cannot set up {what}")]
+    SetUp { what: &'static str, source: io::Error },
+    #[error("{0}")]
+    Session(String),
+    #[error("the front-end did not do as specified, {0} times")]
+    NotAsSpecified(u32),
+}
+
+/// How a user makes a disk.
+pub const MAKE_DISK: &str = "truncate -s SIZE PATH makes an empty disk";
+
+impl Error {
+    /// The exit status: 2 if another command line helps.
+    pub fn status(&self) -> u8 {
+        match self {
+            Error::SetUp { .. } | Error::Session(_) | Error::NotAsSpecified(_) => 1,
+            _ => 2,
+        }
+    }
+
+    /// What the user can do.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Error::PathTooLong { .. } => Some("a path relative to the working directory may be shorter"),
+            Error::InUse(_) => Some("each back-end needs a socket of its own"),
+            Error::NoFile { hint, .. } | Error::File { hint, .. } => *hint,
+            Error::NotRegular { kind: "block device", .. } => {
+                Some("another vhost-user block back-end can serve it as a disk")
+            }
+            Error::Empty { read_only: false, .. } => Some("--size SIZE extends it"),
+            Error::TooShort { .. } => Some(MAKE_DISK),
+            Error::NotAsSpecified(_) => Some("each is a line with NOT in it, on stdout"),
+            _ => None,
+        }
+    }
+
+    /// For `map_err`: what could not be set up.
+    pub fn set_up(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::SetUp { what, source }
+    }
+}

@@ -1,0 +1,317 @@
+//! The directory, for one guest: how its files are found, opened, listed, made and removed.
+//!
+//! A file is reached from a directory that is held, by one name: no path, and no link is followed. From then
+//! on it is held itself, by an O_PATH descriptor. What that descriptor does not allow is done with its number
+//! in `/proc/self/fd`, never with the name, which may mean another file by then. Only regular files and
+//! directories are opened. Called by [`super::passthrough`].
+
+use std::ffi::CStr;
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use fuse_backend_rs::abi::fuse_abi::{Attr, OpenOptions, stat64};
+use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom};
+use rustix::io::Errno;
+
+use super::confine::Root;
+use super::dax::Window;
+use super::inodes::{Inode, Inodes, Open, Opens, ROOT};
+use crate::lock::lock;
+
+/// The most bytes of names that are read from a directory at a time.
+const NAMES: u32 = 32 << 10;
+
+/// The flags of an open that are passed on. Not O_DIRECT, which would make demands on the guest's buffers,
+/// nor O_PATH, O_TMPFILE and O_CREAT, which would make it another operation.
+///
+/// Nor O_APPEND: without DAX the guest's kernel writes back what a program stored through a mapping, at its
+/// offset and by any handle that can write; with O_APPEND the host would ignore that offset and add the data
+/// to the end. A write says by itself whether it appends. So a file of the host that may only be appended to
+/// (`chattr +a`) is not opened for writing.
+const OPEN_FLAGS: OFlags = OFlags::RWMODE.union(OFlags::TRUNC).union(OFlags::SYNC).union(OFlags::DSYNC);
+
+/// How long the guest may cache.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    /// The guest asks each time and caches no data; without DAX it cannot share memory through a file
+    None,
+    /// Names and attributes for a second; data until a file is opened after it changed
+    Auto,
+    /// Everything: for a directory that only the guest changes
+    Always,
+}
+
+impl Cache {
+    pub fn timeout(self) -> Duration {
+        match self {
+            Cache::None => Duration::ZERO,
+            Cache::Auto => Duration::from_secs(1),
+            Cache::Always => Duration::from_secs(24 * 3600),
+        }
+    }
+}
+
+/// The directory, for one guest. Several threads use it at a time.
+pub struct Directory {
+    pub(super) root: Arc<Root>,
+    pub(super) read_only: bool,
+    pub(super) cache: Cache,
+    pub(super) inodes: Inodes,
+    pub(super) opens: Opens,
+    pub(super) window: Option<Arc<Window>>,
+}
+
+/// The reply to FUSE_CREATE, in the types of fuse-backend-rs.
+pub type Opened = (Entry, Option<u64>, OpenOptions, Option<u32>);
+
+impl Directory {
+    /// # Errors
+    ///
+    /// The directory's attributes cannot be read.
+    pub fn new(
+        root: Arc<Root>,
+        read_only: bool,
+        cache: Cache,
+        window: Option<Arc<Window>>,
+    ) -> io::Result<Self> {
+        Ok(Directory {
+            inodes: Inodes::new(&root.dir)?,
+            root,
+            read_only,
+            cache,
+            opens: Opens::default(),
+            window,
+        })
+    }
+
+    /// A session of the guest begins or ends: closes, forgets and unmaps all.
+    pub fn clear(&self) {
+        self.opens.clear();
+        self.inodes.clear();
+        if let Some(window) = &self.window {
+            window.empty();
+        }
+    }
+
+    pub fn check_writable(&self) -> io::Result<()> {
+        if self.read_only {
+            return Err(Errno::ROFS.into());
+        }
+        Ok(())
+    }
+
+    /// Opens a file that the guest knows.
+    pub fn open_inode(&self, inode: &Inode, flags: OFlags) -> io::Result<File> {
+        match inode.kind {
+            FileType::RegularFile | FileType::Directory => Ok(self.reopen(&inode.path, flags)?),
+            FileType::Symlink => Err(Errno::LOOP.into()),
+            // The guest's kernel opens devices, FIFOs and sockets itself.
+            _ => Err(Errno::NXIO.into()),
+        }
+    }
+
+    pub fn reopen(&self, file: &File, flags: OFlags) -> io::Result<File> {
+        let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
+        Ok(rustix::fs::openat(&self.root.proc, number(file), flags, Mode::empty())?.into())
+    }
+
+    /// Opens a regular file for writing, or finds it open for that: it may have become read-only since. Git
+    /// creates files that are read-only from the beginning.
+    pub fn open_for_writing(&self, inode: &Inode) -> io::Result<File> {
+        if inode.kind != FileType::RegularFile {
+            return Err(Errno::INVAL.into());
+        }
+        let opened = self.open_inode(inode, OFlags::RDWR);
+        if !is_denied(&opened) {
+            return opened;
+        }
+        let mut opens = self.opens.of(inode.node).into_iter();
+        match opens.find(|open| access(open) == OFlags::RDWR) {
+            Some(open) => open.file.try_clone(),
+            None => opened,
+        }
+    }
+
+    /// Opens a regular file to be mapped, and says whether for writing.
+    ///
+    /// Linux maps for reading first and asks for the same range again when it writes. A new mapping would
+    /// then open a hole under the threads that read. So a file that can be written is mapped for writing at
+    /// once. Other back-ends, with which a front-end may share the mapping, need that anyway. The exception
+    /// are programs that no process of the guest has open for writing: the host runs no program that is open
+    /// for writing.
+    pub fn open_for_mapping(&self, inode: &Inode, writes: bool) -> io::Result<(File, bool)> {
+        let is_program = inode.path.metadata()?.mode() & 0o111 != 0;
+        let is_written = || {
+            let opens = self.opens.of(inode.node);
+            opens.iter().any(|open| access(open) != OFlags::RDONLY)
+        };
+        if writes || !self.read_only && (!is_program || is_written()) {
+            let opened = self.open_for_writing(inode);
+            if writes || !is_denied(&opened) {
+                return Ok((opened?, true));
+            }
+        }
+        Ok((self.open_inode(inode, OFlags::RDONLY)?, false))
+    }
+
+    /// The flags for an open of the guest.
+    pub fn open_flags(&self, flags: u32) -> io::Result<OFlags> {
+        let flags = OFlags::from_bits_retain(flags) & OPEN_FLAGS;
+        if flags & OFlags::RWMODE != OFlags::RDONLY || flags.contains(OFlags::TRUNC) {
+            self.check_writable()?;
+        }
+        Ok(flags)
+    }
+
+    pub fn open_options(&self) -> OpenOptions {
+        match self.cache {
+            Cache::None => OpenOptions::DIRECT_IO,
+            Cache::Auto => OpenOptions::empty(),
+            Cache::Always => OpenOptions::KEEP_CACHE,
+        }
+    }
+
+    /// Counts a lookup of the file of an O_PATH descriptor.
+    fn entry(&self, path: File) -> io::Result<Entry> {
+        let (inode, metadata) = self.inodes.insert(path)?;
+        Ok(Entry {
+            inode,
+            generation: 0,
+            attr: attributes(&metadata),
+            attr_flags: 0,
+            attr_timeout: self.cache.timeout(),
+            entry_timeout: self.cache.timeout(),
+        })
+    }
+
+    pub fn find(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let path = rustix::fs::openat(&parent.path, one_name(name)?, flags, Mode::empty())?;
+        self.entry(path.into())
+    }
+
+    /// The reply for a file that was just created and opened.
+    pub fn opened(&self, file: File) -> io::Result<Opened> {
+        let entry = self.entry(self.reopen(&file, OFlags::PATH)?)?;
+        let handle = self.opens.insert(entry.inode, file);
+        Ok((entry, Some(handle), self.open_options(), None))
+    }
+
+    /// Reads a directory from `offset` on, until `add` returns 0. At an error behind the first name it stops:
+    /// the guest's next request meets the error.
+    pub fn read_directory(
+        &self,
+        node: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add: &mut dyn FnMut(&Inode, DirEntry, &CStr) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let inode = self.inodes.get(node)?;
+        let open = self.opens.get(node, handle)?;
+        let mut buffer = Vec::with_capacity(size.min(NAMES) as usize);
+        let _position = lock(&open.position);
+        rustix::fs::seek(&open.file, SeekFrom::Start(offset))?;
+        let mut names = RawDir::new(&open.file, buffer.spare_capacity_mut());
+        let mut first = true;
+        while let Some(name) = names.next() {
+            let added = name.map_err(io::Error::from).and_then(|name| {
+                let entry = DirEntry {
+                    ino: if node == ROOT && name.file_name() == c".." {
+                        inode.path.metadata()?.ino()
+                    } else {
+                        name.ino()
+                    },
+                    offset: name.next_entry_cookie(),
+                    type_: name.file_type().as_raw_mode() >> 12,
+                    name: name.file_name().to_bytes(),
+                };
+                add(&inode, entry, name.file_name())
+            });
+            match added {
+                Ok(0) => break,
+                Ok(_) => first = false,
+                Err(e) if first => return Err(e),
+                Err(_) => break,
+            }
+        }
+        Ok(())
+    }
+
+    pub fn create_node(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        make: impl FnOnce(&File, &CStr) -> rustix::io::Result<()>,
+    ) -> io::Result<Entry> {
+        self.check_writable()?;
+        let parent = self.inodes.get(parent)?;
+        let name = one_name(name)?;
+        {
+            let _acting = self.root.credentials.act_as(context)?;
+            make(&parent.path, name)?;
+        }
+        self.find(&parent, name)
+    }
+
+    pub fn remove(&self, parent: u64, name: &CStr, flags: AtFlags) -> io::Result<()> {
+        self.check_writable()?;
+        let parent = self.inodes.get(parent)?;
+        Ok(rustix::fs::unlinkat(&parent.path, one_name(name)?, flags)?)
+    }
+}
+
+/// The attributes of a file, in the types of fuse-backend-rs.
+pub fn attributes(metadata: &Metadata) -> stat64 {
+    // FUSE has the same widths, but for device numbers, whose upper half is zero on Linux.
+    Attr {
+        ino: metadata.ino(),
+        size: metadata.size(),
+        blocks: metadata.blocks(),
+        atime: metadata.atime() as u64,
+        mtime: metadata.mtime() as u64,
+        ctime: metadata.ctime() as u64,
+        atimensec: metadata.atime_nsec() as u32,
+        mtimensec: metadata.mtime_nsec() as u32,
+        ctimensec: metadata.ctime_nsec() as u32,
+        mode: metadata.mode(),
+        nlink: metadata.nlink() as u32,
+        uid: metadata.uid(),
+        gid: metadata.gid(),
+        rdev: metadata.rdev() as u32,
+        blksize: metadata.blksize() as u32,
+        flags: 0,
+    }
+    .into()
+}
+
+/// The name of a descriptor in `/proc/self/fd`.
+pub fn number(file: &File) -> String {
+    file.as_raw_fd().to_string()
+}
+
+/// A name that refers to an entry of a directory, and to nothing elsewhere.
+pub fn one_name(name: &CStr) -> io::Result<&CStr> {
+    match name.to_bytes() {
+        b"" | b"." | b".." => Err(Errno::INVAL.into()),
+        bytes if bytes.contains(&b'/') => Err(Errno::INVAL.into()),
+        _ => Ok(name),
+    }
+}
+
+fn is_denied<T>(result: &io::Result<T>) -> bool {
+    const DENIED: [Errno; 4] = [Errno::ACCESS, Errno::PERM, Errno::ROFS, Errno::TXTBSY];
+    matches!(result, Err(e) if Errno::from_io_error(e).is_some_and(|errno| DENIED.contains(&errno)))
+}
+
+/// How a file is open: O_RDONLY, O_WRONLY or O_RDWR.
+fn access(open: &Open) -> OFlags {
+    rustix::fs::fcntl_getfl(&open.file).map_or(OFlags::RDONLY, |flags| flags & OFlags::RWMODE)
+}

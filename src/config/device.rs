@@ -1,0 +1,280 @@
+//! A device as the user asks for it: `PATH,type=TYPE[,KEY=VALUE]...`.
+//!
+//! [`KEYS`] has each key once. The parser, the error messages and the help text are made of it.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+use crate::virtio::kind::{self, DeviceKind, UnknownKind};
+
+/// The largest queue that a driver may choose where the user does not say otherwise: what most of QEMU's
+/// devices have.
+const QUEUE_SIZE: u16 = 256;
+
+/// SHMEM's protocol feature bit in the merged specification; drafts had 20 and 21 (SHM-1).
+const SHMEM_BIT: u32 = 22;
+
+/// A device of the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSpec {
+    /// Its name in messages.
+    pub name: String,
+    /// The socket that its back-end listens on.
+    pub socket: PathBuf,
+    /// The device type.
+    pub kind: DeviceKind,
+    /// The number of queues; `None` for what is usual for the type.
+    pub queues: Option<u16>,
+    /// The largest queue size that the driver may choose: a power of two up to 32768.
+    pub queue_size: u16,
+    /// The protocol feature bit that means SHMEM: 22, or 20 or 21 for a back-end built from a draft (SHM-1).
+    pub shmem_bit: u32,
+    /// Whether other devices' back-ends see what this one's maps (SHM-80).
+    pub share_shmem: bool,
+    /// How many requests of the backend channel are served in a second; `None` for as many as come (SHM-66).
+    pub shmem_rate: Option<NonZeroU32>,
+}
+
+/// A key of a device string.
+struct Key {
+    name: &'static str,
+    /// The value in the help text.
+    value: &'static str,
+    /// What the value must be.
+    wanted: &'static str,
+    help: &'static str,
+    /// Sets the value; `None` where it is not as wanted.
+    set: fn(&mut DeviceSpec, &str) -> Option<()>,
+}
+
+/// `type` is needed to make a [`DeviceSpec`]; the parser reads it first.
+const TYPE: &str = "type";
+
+const KEYS: &[Key] = &[
+    Key {
+        name: TYPE,
+        value: "TYPE",
+        wanted: "a device type",
+        help: "what the device is",
+        set: |spec, text| text.parse().map(|kind| spec.kind = kind).ok(),
+    },
+    Key {
+        name: "name",
+        value: "NAME",
+        wanted: "what messages call the device",
+        help: "instead of the socket's file name",
+        set: |spec, text| (!text.is_empty()).then(|| spec.name = text.to_string()),
+    },
+    Key {
+        name: "queues",
+        value: "N",
+        wanted: "a number from 1 to 256",
+        help: "how many queues it has, if not as many as is usual for the type",
+        set: |spec, text| number(text, 1..=256).map(|count| spec.queues = Some(count)),
+    },
+    Key {
+        name: "queue-size",
+        value: "N",
+        wanted: "a power of two up to 32768",
+        help: "the largest queue that the driver may choose, if not 256",
+        set: |spec, text| {
+            let size = number(text, 1..=32768).filter(|size: &u16| size.is_power_of_two());
+            size.map(|size| spec.queue_size = size)
+        },
+    },
+    Key {
+        name: "shmem-bit",
+        value: "N",
+        wanted: "22, or a draft's 20 or 21",
+        help: "the protocol feature bit that means SHMEM to the back-end",
+        set: |spec, text| number(text, 20..=22).map(|bit| spec.shmem_bit = bit),
+    },
+    Key {
+        name: "share-shmem",
+        value: "on",
+        wanted: "on or off",
+        help: "shows what this device's back-end maps to the back-ends of the other devices, so that the guest can use \
+               it for their requests (O_DIRECT from a DAX file to a disk)",
+        set: |spec, text| {
+            match text {
+                "on" => spec.share_shmem = true,
+                "off" => spec.share_shmem = false,
+                _ => return None,
+            }
+            Some(())
+        },
+    },
+    Key {
+        name: "shmem-rate",
+        value: "N",
+        wanted: "a number of requests a second, from 1",
+        help: "carries out no more than N requests of this device's back-end to map or unmap in a second, evenly \
+               spread: each holds up the guest's processors for a moment. Without it there is no limit",
+        set: |spec, text| text.parse().map(|rate| spec.shmem_rate = Some(rate)).ok(),
+    },
+];
+
+/// A number in a range.
+fn number<T: FromStr + PartialOrd>(text: &str, range: std::ops::RangeInclusive<T>) -> Option<T> {
+    text.parse().ok().filter(|number| range.contains(number))
+}
+
+/// The help text of the option that takes a device string.
+pub fn help() -> String {
+    let mut text = format!(
+        "Add a virtio device whose back-end listens on a Unix socket\n\n\
+         PATH is the socket, TYPE is one of {}, or a number from 1 to 255. Can be given several times; the guest finds \
+         the devices in this order.\n\nKeys:",
+        kind::names()
+    );
+    for Key { name, value, wanted, help, .. } in KEYS {
+        text += &format!("\n  {name}={value}: {help} ({wanted})");
+    }
+    text
+}
+
+/// Why a text is not a device string.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum DeviceStringError {
+    #[error("no socket path: a device is PATH,type=TYPE and then further KEY=VALUE")]
+    NoPath,
+    #[error("no type for the device at {0}: add type=fs, type=pmem, ... or type=NUMBER")]
+    NoType(PathBuf),
+    #[error("`{0}` is not of the form KEY=VALUE")]
+    NotAPair(String),
+    #[error("unknown key `{0}`: known are {known}", known = names())]
+    UnknownKey(String),
+    #[error("`{0}` is given twice")]
+    Twice(&'static str),
+    #[error(transparent)]
+    Type(#[from] UnknownKind),
+    #[error("`{value}` is not a good {key}: it is {wanted}")]
+    BadValue { key: &'static str, value: String, wanted: &'static str },
+}
+
+fn names() -> String {
+    KEYS.iter().map(|key| key.name).collect::<Vec<_>>().join(", ")
+}
+
+impl FromStr for DeviceSpec {
+    type Err = DeviceStringError;
+
+    fn from_str(text: &str) -> Result<Self, DeviceStringError> {
+        let find = |name| KEYS.iter().find(|key| key.name == name);
+        let mut parts = text.split(',');
+        let path = parts.next().unwrap_or_default();
+        // A path with an equals sign is possible; a forgotten path is more likely.
+        let is_key = path.split_once('=').is_some_and(|(name, _)| find(name).is_some());
+        if path.is_empty() || is_key {
+            return Err(DeviceStringError::NoPath);
+        }
+        let mut given: Vec<(&Key, &str)> = Vec::new();
+        for part in parts {
+            let (name, value) =
+                part.split_once('=').ok_or_else(|| DeviceStringError::NotAPair(part.into()))?;
+            let key = find(name).ok_or_else(|| DeviceStringError::UnknownKey(name.into()))?;
+            if given.iter().any(|(other, _)| other.name == key.name) {
+                return Err(DeviceStringError::Twice(key.name));
+            }
+            given.push((key, value));
+        }
+        let socket = PathBuf::from(path);
+        let kind = given.iter().find(|(key, _)| key.name == TYPE);
+        let (_, kind) = kind.ok_or_else(|| DeviceStringError::NoType(socket.clone()))?;
+        let mut spec = DeviceSpec {
+            name: socket.file_name().unwrap_or(socket.as_os_str()).to_string_lossy().into_owned(),
+            socket,
+            kind: kind.parse()?,
+            queues: None,
+            queue_size: QUEUE_SIZE,
+            shmem_bit: SHMEM_BIT,
+            share_shmem: false,
+            shmem_rate: None,
+        };
+        for (&Key { name, wanted, set, .. }, value) in given {
+            set(&mut spec, value).ok_or_else(|| DeviceStringError::BadValue {
+                key: name,
+                value: value.into(),
+                wanted,
+            })?;
+        }
+        Ok(spec)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_in_short_and_at_length() {
+        let device: DeviceSpec = "/run/pmem.sock,type=pmem".parse().unwrap();
+        assert_eq!(
+            device,
+            DeviceSpec {
+                socket: "/run/pmem.sock".into(),
+                kind: "pmem".parse().unwrap(),
+                name: "pmem.sock".into(),
+                queues: None,
+                queue_size: QUEUE_SIZE,
+                shmem_bit: 22,
+                share_shmem: false,
+                shmem_rate: None,
+            }
+        );
+        let device: DeviceSpec =
+            "a=b.sock,queues=3,type=26,share-shmem=on,queue-size=128,shmem-bit=20,shmem-rate=100,name=share"
+                .parse()
+                .unwrap();
+        assert!(device.share_shmem);
+        assert_eq!(device.shmem_rate, NonZeroU32::new(100));
+        let device_off: DeviceSpec = "a,type=fs,share-shmem=off".parse().unwrap();
+        assert!(!device_off.share_shmem);
+        assert_eq!(device.socket, PathBuf::from("a=b.sock"));
+        assert_eq!((device.kind.id(), device.name.as_str()), (26, "share"));
+        assert_eq!((device.queues, device.queue_size, device.shmem_bit), (Some(3), 128, 20));
+    }
+
+    #[test]
+    fn wrong_devices_are_refused_by_name() {
+        for (text, part) in [
+            ("", "no socket path"),
+            (",type=fs", "no socket path"),
+            ("type=fs", "no socket path"),
+            ("a.sock", "no type for the device at a.sock"),
+            ("a.sock,type=disk", "`disk` is no device type"),
+            ("a.sock,type=0", "`0` is no device type"),
+            ("a.sock,type=fs,colour=red", "unknown key `colour`"),
+            ("a.sock,type=fs,queues", "`queues` is not of the form"),
+            ("a.sock,type=fs,queues=0", "`0` is not a good queues"),
+            ("a.sock,type=fs,queues=257", "`257` is not a good queues"),
+            ("a.sock,type=fs,queue-size=100", "`100` is not a good queue-size"),
+            ("a.sock,type=fs,shmem-bit=19", "`19` is not a good shmem-bit"),
+            ("a.sock,type=fs,name=", "`` is not a good name"),
+            ("a.sock,type=fs,type=fs", "`type` is given twice"),
+            (
+                "a.sock,type=fs,reconnect=5",
+                "unknown key `reconnect`: known are type, name, queues, queue-size",
+            ),
+            ("a.sock,type=fs,share-shmem=yes", "`yes` is not a good share-shmem: it is on or off"),
+            ("a.sock,type=fs,shmem-rate=0", "`0` is not a good shmem-rate"),
+            ("a.sock,type=fs,shmem-rate=-1", "`-1` is not a good shmem-rate"),
+            ("a.sock,share-shmem=on,type=fs,share-shmem=on", "`share-shmem` is given twice"),
+        ] {
+            let error = text.parse::<DeviceSpec>().unwrap_err().to_string();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_help_has_every_key_and_every_named_type() {
+        let help = help();
+        for part in ["shmem-bit=N", "22, or a draft's 20 or 21", "share-shmem=on", "blk, console", "pmem"] {
+            assert!(help.contains(part), "{help}");
+        }
+    }
+}

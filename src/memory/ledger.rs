@@ -1,0 +1,173 @@
+//! The ledger of one device's shared memory regions: what is mapped, and whether something may be mapped next
+//! (SHM-29 to SHM-36, SHM-48, SHM-51, SHM-52, SHM-75). It changes nothing but itself.
+//!
+//! `memory::shmem` asks it first, then carries the request out, then records it here.
+
+use std::collections::BTreeMap;
+
+use super::error::ShmemError;
+use super::{Access, PAGE_SIZE};
+
+/// The name of a mapping: the region's id, and the offset in the region where it starts, in bytes.
+pub(super) type Key = (u8, u64);
+
+/// The regions and mappings of one device. The ledger's user keeps a `T` with each mapping.
+pub(super) struct Ledger<T> {
+    /// In bytes, by region.
+    sizes: BTreeMap<u8, u64>,
+    /// Those of a region are disjoint. [`Self::insert`] adds to them; the ledger's user removes from them.
+    pub mappings: BTreeMap<Key, Mapping<T>>,
+    /// How many mappings there may be at a time, over all regions.
+    quota: usize,
+    /// Mappings ever made.
+    made: u64,
+    /// Whether anything may be mapped.
+    pub gate_open: bool,
+}
+
+/// The record of a live mapping.
+pub(super) struct Mapping<T> {
+    /// As the back-end gave it: not always whole pages (SHM-34).
+    len: u64,
+    pub file_offset: u64,
+    pub access: Access,
+    /// No other mapping ever made has it.
+    pub number: u64,
+    pub kept: T,
+}
+
+impl<T> Mapping<T> {
+    /// The length of the whole pages that back it.
+    pub fn span_len(&self) -> u64 {
+        // No overflow: `admit` has found these pages inside the region.
+        self.len.next_multiple_of(PAGE_SIZE)
+    }
+}
+
+impl<T> Ledger<T> {
+    /// Regions of these sizes, whole pages each, without mappings; the gate is open.
+    pub fn new(sizes: impl IntoIterator<Item = (u8, u64)>, quota: usize) -> Self {
+        let sizes = sizes.into_iter().collect();
+        Ledger { sizes, mappings: BTreeMap::new(), quota, made: 0, gate_open: true }
+    }
+
+    /// Whether `len` bytes of a file, from `file_offset` on, may be mapped at `key`. Gives the length of the
+    /// whole pages that back them.
+    pub fn admit(&self, key: Key, len: u64, file_offset: u64) -> Result<u64, ShmemError> {
+        let (shmid, shm_offset) = key;
+        if !self.gate_open {
+            return Err(ShmemError::GateClosed);
+        }
+        let &size = self.sizes.get(&shmid).ok_or(ShmemError::NoRegion(shmid))?;
+        if len == 0 {
+            return Err(ShmemError::Empty);
+        }
+        for (name, offset) in [("offset in the region", shm_offset), ("offset in the file", file_offset)] {
+            if offset % PAGE_SIZE != 0 {
+                return Err(ShmemError::Unaligned(name, offset));
+            }
+        }
+        let Some(end) = shm_offset.checked_add(len).filter(|&end| end <= size) else {
+            return Err(ShmemError::OutOfBounds { shmid, shm_offset, len, size });
+        };
+        let span_len = len.next_multiple_of(PAGE_SIZE);
+        if file_offset.checked_add(span_len).is_none_or(|end| i64::try_from(end).is_err()) {
+            return Err(ShmemError::FileRange { file_offset, len });
+        }
+        if let Some((&(_, other), before)) = self.mappings.range((shmid, 0)..(shmid, end)).next_back()
+            && other + before.span_len() > shm_offset
+        {
+            return Err(ShmemError::Overlap { shmid, shm_offset, len, other });
+        }
+        if self.mappings.len() >= self.quota {
+            return Err(ShmemError::Quota(self.quota));
+        }
+        Ok(span_len)
+    }
+
+    /// Records a mapping that [`Self::admit`] has allowed.
+    pub fn insert(&mut self, key: Key, len: u64, file_offset: u64, access: Access, kept: T) {
+        self.mappings.insert(key, Mapping { len, file_offset, access, number: self.made, kept });
+        self.made += 1;
+    }
+
+    /// The mapping that an UNMAP names: all of it, by the length that it was made with.
+    pub fn named(&self, key: Key, len: u64) -> Result<&Mapping<T>, ShmemError> {
+        let (shmid, shm_offset) = key;
+        if !self.sizes.contains_key(&shmid) {
+            return Err(ShmemError::NoRegion(shmid));
+        }
+        let mapping = self.mappings.get(&key).filter(|mapping| mapping.len == len);
+        mapping.ok_or(ShmemError::NoMapping { shmid, shm_offset, len })
+    }
+
+    /// What is free around a place: where that starts, and its length in bytes. It is 0 for a place at the
+    /// start of a region where something is mapped.
+    pub fn hole(&self, (shmid, offset): Key) -> (Key, u64) {
+        let before = self.mappings.range((shmid, 0)..(shmid, offset)).next_back();
+        let start = before.map_or(0, |(&(_, start), mapping)| start + mapping.span_len());
+        let after = self.mappings.range((shmid, offset)..=(shmid, u64::MAX)).next();
+        let size = self.sizes.get(&shmid).copied().unwrap_or(0);
+        let end = after.map_or(size, |(&(_, start), _)| start);
+        ((shmid, start), end - start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = PAGE_SIZE;
+
+    /// A region of 16 pages, with two pages from 2 on and one page at 9 mapped.
+    fn ledger() -> Ledger<()> {
+        let mut ledger = Ledger::new([(0, 16 * PAGE), (7, PAGE)], 3);
+        for (offset, len) in [(2 * PAGE, PAGE + 1), (9 * PAGE, PAGE)] {
+            assert_eq!(ledger.admit((0, offset), len, 0).unwrap(), len.next_multiple_of(PAGE));
+            ledger.insert((0, offset), len, 0, Access::ReadOnly, ());
+        }
+        ledger
+    }
+
+    #[test]
+    fn a_hole_reaches_from_one_mapping_to_the_next() {
+        let mut ledger = ledger();
+        for (at, hole) in [(0, (0, 2)), (1, (0, 2)), (4, (4, 5)), (8, (4, 5)), (10, (10, 6)), (15, (10, 6))] {
+            assert_eq!(ledger.hole((0, at * PAGE)), ((0, hole.0 * PAGE), hole.1 * PAGE), "{at}");
+        }
+        ledger.mappings.remove(&(0, 2 * PAGE));
+        assert_eq!(ledger.hole((0, 2 * PAGE)), ((0, 0), 9 * PAGE));
+        assert_eq!((ledger.hole((7, 0)), ledger.hole((3, 0))), (((7, 0), PAGE), ((3, 0), 0)));
+    }
+
+    #[test]
+    fn a_refusal_records_nothing_and_no_number_is_given_twice() {
+        let mut ledger = ledger();
+        ledger.admit((0, 3 * PAGE), PAGE, 0).unwrap_err();
+        ledger.admit((7, PAGE), PAGE, 0).unwrap_err();
+        assert!(ledger.named((0, 2 * PAGE), 2 * PAGE).is_err());
+        assert_eq!((ledger.mappings.len(), ledger.mappings[&(0, 9 * PAGE)].number), (2, 1));
+        ledger.mappings.remove(&(0, 9 * PAGE));
+        ledger.insert((0, 9 * PAGE), PAGE, 0, Access::ReadOnly, ());
+        assert_eq!(ledger.mappings[&(0, 9 * PAGE)].number, 2);
+    }
+
+    #[test]
+    fn what_was_not_refused_is_inside_its_region_and_overlaps_nothing() {
+        // SHM-31, SHM-35, SHM-50: all numbers around the edges, with a ledger that is never changed.
+        let ledger = ledger();
+        let edges = [0, 1, 2, 3, 4, 8, 9, 10, 15, 16, 17, u64::MAX / PAGE];
+        let numbers =
+            || edges.iter().flat_map(|edge| [edge * PAGE, edge * PAGE + 1, (edge * PAGE).wrapping_sub(1)]);
+        let taken = [2, 3, 9];
+        for (offset, len) in numbers().flat_map(|offset| numbers().map(move |len| (offset, len))) {
+            let end = u128::from(offset) + u128::from(len);
+            let pages = || offset / PAGE..u64::try_from(end.div_ceil(PAGE.into())).unwrap();
+            let right = len > 0
+                && offset % PAGE == 0
+                && end <= u128::from(16 * PAGE)
+                && pages().all(|page| !taken.contains(&page));
+            assert_eq!(ledger.admit((0, offset), len, 0).is_ok(), right, "{offset:#x} {len:#x}");
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! What a device does among those that see each other's mappings: it shares and withdraws, and waits until
+//! the others were told; it is told, and is given up where that fails.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use thiserror::Error;
+
+use super::super::link::Link;
+use super::super::wire::frontend::{Conversation, FrontendError};
+use super::super::wire::message::MemoryRegion;
+use super::state::{Change, Device, Recipient, State};
+use crate::memory::shmem::MappingInfo;
+use crate::memory::{Access, PAGE_SIZE};
+
+/// How long a recipient may take to answer ADD_MEM_REG or REM_MEM_REG.
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a MAP waits in all until the recipients know of it. Longer than [`ANSWER_TIMEOUT`]: a silent
+/// recipient is given up by then.
+const MAP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long an UNMAP, or a reset, waits in all until the recipients have let go. More than [`ANSWER_TIMEOUT`]
+/// twice, so that a recipient which itself waits for a silent one outlives it.
+const LET_GO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long to wait for a back-end which may be waiting for us.
+const CIRCLE_TIMEOUT: Duration = Duration::from_millis(20);
+
+/// Why a recipient is cut off although it broke no rule that we know of.
+#[derive(Debug, Error)]
+#[error("it could not be told within {} s to let go of another device's memory", LET_GO_TIMEOUT.as_secs())]
+struct KeepsMemory;
+
+/// What all devices of a machine see of each other's mappings.
+pub struct Sharing {
+    /// How many files each owner may keep open here.
+    max_files: usize,
+    /// Lock order: after a device's inbox or main socket; innermost. Held for a look, never while a peer is
+    /// waited for.
+    table: Mutex<Table>,
+    /// A recipient was told, something is due, or a device left.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Table {
+    state: State,
+    /// Of the recipients; the indices are those of [`State::devices`].
+    links: Vec<Option<Arc<Link>>>,
+}
+
+/// Why a mapping is not shared: its owner has so many other files open here.
+#[derive(Debug, Error)]
+#[error("{0} of its files are shared, and no more can be kept open: other back-ends do not see this one")]
+pub struct TooManyFiles(usize);
+
+impl Sharing {
+    /// Without devices. Each owner may keep `max_files` open files here; what it maps of more is
+    /// not shared.
+    pub fn new(max_files: usize) -> Arc<Self> {
+        Arc::new(Sharing { max_files, table: Mutex::default(), changed: Condvar::new() })
+    }
+
+    /// Adds a device.
+    pub fn join(self: &Arc<Self>) -> Participant {
+        let mut table = self.lock();
+        table.state.devices.push(Device::default());
+        table.links.push(None);
+        Participant { sharing: Arc::clone(self), id: table.links.len() - 1 }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A device whose mappings others see. When it is dropped the device is gone, and so are its mappings; that
+/// waits for no recipient.
+pub struct Owner(pub Participant);
+
+impl Owner {
+    /// All of the owner's mappings are gone: others have let go of them when this returns. Called on a vCPU's
+    /// thread at a reset, which holds no main socket then.
+    pub fn withdraw_all(&self) {
+        let addresses = self.0.sharing.lock().state.withdraw_all(self.0.id);
+        if !addresses.is_empty() {
+            self.0.wait_until_let_go(&addresses, false);
+        }
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let Participant { sharing, id } = &self.0;
+        let state = &mut sharing.lock().state;
+        state.devices[*id].has_left = true;
+        state.withdraw_all(*id);
+        sharing.changed.notify_all();
+    }
+}
+
+/// A device, among those that see each other's mappings.
+#[derive(Clone)]
+pub struct Participant {
+    sharing: Arc<Sharing>,
+    id: usize,
+}
+
+impl Participant {
+    /// The owner made a mapping of `file`, at `host` in this process: others see it when this returns, as far
+    /// as they can. A back-end that does not see it answers with an I/O error if the guest uses it there.
+    ///
+    /// Called on the owner's channel thread, under its inbox lock, after the mapping was made and before it
+    /// is answered.
+    pub fn share(&self, mapping: &MappingInfo, host: u64, file: OwnedFd) -> Result<(), TooManyFiles> {
+        let address = mapping.guest.start();
+        if !is_for_both(mapping, &file) {
+            log::debug!(
+                "the mapping at {address:#x} is not shared: its file cannot be mapped for reading and writing"
+            );
+            return Ok(());
+        }
+        let file = File::from(file);
+        let Ok(metadata) = file.metadata() else { return Ok(()) };
+        let inode = (metadata.dev(), metadata.ino());
+        let region = MemoryRegion {
+            guest_addr: address,
+            size: mapping.guest.len(),
+            user_addr: host,
+            mmap_offset: mapping.file_offset,
+        };
+        let max_files = self.sharing.max_files;
+        if !self.sharing.lock().state.share(self.id, region, inode, file.into(), max_files) {
+            return Err(TooManyFiles(max_files));
+        }
+        self.sharing.changed.notify_all();
+        for (recipient, _) in self.wait_until_told(&[address], MAP_TIMEOUT, true) {
+            if let Some(link) = self.link_of(recipient) {
+                link.log.warn(format_args!(
+                    "the back-end is busy, and learns of another device's mapping at {address:#x} only later"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The owner's mapping at this guest address is gone: others have let go of it when this returns.
+    ///
+    /// Called as [`Self::share`] is, after the guest lost the mapping and before that is answered.
+    pub fn withdraw(&self, address: u64) {
+        if self.sharing.lock().state.withdraw(self.id, address) {
+            self.wait_until_let_go(&[address], true);
+        }
+    }
+
+    /// Whether others are to see the mapping at this guest address.
+    pub fn is_shared(&self, address: u64) -> bool {
+        self.sharing.lock().state.live.contains_key(&address)
+    }
+
+    fn wait_until_let_go(&self, addresses: &[u64], on_channel: bool) {
+        self.sharing.changed.notify_all();
+        for (recipient, is_circle) in self.wait_until_told(addresses, LET_GO_TIMEOUT, on_channel) {
+            // In a circle it is told as soon as this returns; if that fails, its update thread gives it up.
+            if let Some(link) = self.link_of(recipient).filter(|_| !is_circle) {
+                link.give_up(&KeepsMemory);
+            }
+        }
+    }
+
+    /// Waits until all recipients were told of what is due at these addresses. Returns those that were not,
+    /// and whether that was to end a circle. `on_channel`: the owner's back-end waits for us meanwhile.
+    fn wait_until_told(&self, addresses: &[u64], timeout: Duration, on_channel: bool) -> Vec<(usize, bool)> {
+        let deadline = Instant::now() + timeout;
+        let mut late = Vec::new();
+        let mut table = self.sharing.lock();
+        for recipient in 0..table.state.devices.len() {
+            if !table.state.is_being_told(recipient, addresses) {
+                continue;
+            }
+            let is_circle = on_channel && table.state.waits_for(recipient, self.id);
+            let left = match is_circle {
+                true => CIRCLE_TIMEOUT,
+                false => deadline.saturating_duration_since(Instant::now()),
+            };
+            if on_channel && !is_circle {
+                table.state.devices[self.id].waits_for = Some(recipient);
+            }
+            let waited = self
+                .sharing
+                .changed
+                .wait_timeout_while(table, left, |table| table.state.is_being_told(recipient, addresses));
+            table = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if on_channel {
+                table.state.devices[self.id].waits_for = None;
+            }
+            if table.state.is_being_told(recipient, addresses) {
+                late.push((recipient, is_circle));
+            }
+        }
+        late
+    }
+
+    /// Makes it a recipient whose back-end can be told of `room` mappings.
+    pub(super) fn see_others(&self, room: usize, link: Arc<Link>) {
+        let mut table = self.sharing.lock();
+        table.links[self.id] = Some(link);
+        table.state.devices[self.id].sees = Some(Recipient::new(room));
+    }
+
+    /// The recipient is no longer one.
+    pub(super) fn see_nothing(&self) {
+        let mut table = self.sharing.lock();
+        table.links[self.id] = None;
+        table.state.devices[self.id].sees = None;
+        self.sharing.changed.notify_all();
+    }
+
+    /// SET_MEM_TABLE has made the recipient's back-end forget whatever it was told: tells it all there is.
+    /// Called while it is started, on a vCPU's thread that has the main socket; what becomes due meanwhile is
+    /// for the update thread.
+    pub fn tell_all(&self, to: &mut Conversation<'_>) -> Result<(), FrontendError> {
+        let due = self.sharing.lock().state.restart(self.id);
+        for _ in 0..due {
+            self.tell_next(to)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the recipient the next thing that is due. A recipient that cannot be told, or does not let go,
+    /// is given up.
+    pub(super) fn tell_next(&self, to: &mut Conversation<'_>) -> Result<(), FrontendError> {
+        let mut table = self.sharing.lock();
+        let (change, link) = (table.state.next_change(self.id), table.links[self.id].clone());
+        drop(table);
+        if let (Some(change), Some(link)) = (&change, link) {
+            let told = match change {
+                Change::Add(shared) => to.add_memory(&shared.region, shared.file.as_fd()),
+                Change::Remove(region) => to.remove_memory(region),
+                Change::LeaveOut { address, told } => {
+                    link.log.warn(format_args!(
+                        "the back-end knows {told} mappings of other devices, and cannot be told of more: it does not see                          the one at {address:#x}"
+                    ));
+                    Ok(())
+                }
+            };
+            let is_refused = match (&told, change) {
+                (Ok(()), _) => false,
+                // It is not told of this mapping again before its next start.
+                (Err(error @ FrontendError::Refused { .. }), Change::Add(shared)) => {
+                    let address = shared.region.guest_addr;
+                    link.log.warn(format_args!(
+                        "{error}: it does not see another device's mapping at {address:#x}"
+                    ));
+                    true
+                }
+                (Err(error), _) => {
+                    // First cut off, then no longer waited for.
+                    link.give_up(error);
+                    self.forget();
+                    return told;
+                }
+            };
+            self.sharing.lock().state.record(self.id, change, is_refused);
+        }
+        // Also where nothing had to be told: what was due may have become nothing.
+        self.sharing.changed.notify_all();
+        Ok(())
+    }
+
+    /// The recipient is lost.
+    pub(super) fn forget(&self) {
+        if let Some(recipient) = self.sharing.lock().state.recipient(self.id) {
+            recipient.forget();
+        }
+        self.sharing.changed.notify_all();
+    }
+
+    /// Waits until something is due for the recipient; false once it is none any more.
+    pub(super) fn wait_for_work(&self) -> bool {
+        let idle = self.sharing.changed.wait_while(self.sharing.lock(), |table| {
+            table.state.recipient(self.id).is_some_and(|recipient| recipient.due.is_empty())
+        });
+        idle.unwrap_or_else(PoisonError::into_inner).state.recipient(self.id).is_some()
+    }
+
+    fn link_of(&self, recipient: usize) -> Option<Arc<Link>> {
+        self.sharing.lock().links[recipient].clone()
+    }
+}
+
+/// Whether others can map the file as they do: for reading and writing.
+fn is_for_both(mapping: &MappingInfo, file: &OwnedFd) -> bool {
+    if mapping.access == Access::ReadWrite {
+        return true;
+    }
+    // Neither how it was opened nor its seals tell for sure; trying does.
+    let (len, both) = (PAGE_SIZE as usize, ProtFlags::READ | ProtFlags::WRITE);
+    // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing of this process has.
+    let page = unsafe { mmap(std::ptr::null_mut(), len, both, MapFlags::SHARED, file, mapping.file_offset) };
+    // SAFETY: the page was mapped above, for this function alone.
+    page.is_ok_and(|page| unsafe { munmap(page, len) }.is_ok())
+}

@@ -1,0 +1,74 @@
+//! What the back-end asks for on the backend channel, done: mappings in its device's shared memory, which
+//! others see where the user wants that.
+
+use std::error::Error;
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use super::sharing::Participant;
+use super::wire::channel::{Channel, Handler};
+use super::wire::message::MMap;
+use crate::memory::Access;
+use crate::memory::shmem::{MapRequest, SharedMemory, ShmemError};
+use crate::report::{MisuseLog, with_causes};
+
+/// A device's backend channel.
+///
+/// Lock order of its inbox: before `SharedMemory`'s and `Sharing`'s. With `share-shmem=on` it is held while
+/// other back-ends are told, too: a reset, which drains the channel, finds each mapping shared or not begun,
+/// and a range is not mapped again before all have let go of it. `sharing` says why that wait ends.
+pub type BackendChannel = Channel<ShmemHandler>;
+
+/// Maps and unmaps in one device's shared memory.
+pub struct ShmemHandler {
+    log: MisuseLog,
+    shmem: Arc<SharedMemory>,
+    sharing: Option<Participant>,
+}
+
+impl ShmemHandler {
+    /// For the device `name`; `sharing` is what it is to those that see its mappings (SHM-80).
+    pub fn new(name: &str, shmem: Arc<SharedMemory>, sharing: Option<Participant>) -> Self {
+        ShmemHandler { log: MisuseLog::new(name), shmem, sharing }
+    }
+}
+
+impl Handler for ShmemHandler {
+    type Error = ShmemError;
+
+    fn map(&self, request: &MMap, file: OwnedFd) -> Result<(), ShmemError> {
+        let &MMap { shmid, shm_offset, len, fd_offset: file_offset, flags, .. } = request;
+        let access = match flags & MMap::READ_WRITE {
+            0 => Access::ReadOnly,
+            _ => Access::ReadWrite,
+        };
+        self.shmem.map(&MapRequest { shmid, shm_offset, len, file: file.as_fd(), file_offset, access })?;
+        // After the guest's mapping, and before the answer: the guest hands no page to a device that does not
+        // know it.
+        if let Some(sharing) = &self.sharing
+            && let Some((mapping, host)) = self.shmem.mapping(shmid, shm_offset)
+            && let Err(error) = sharing.share(&mapping, host, file)
+        {
+            self.log.warn(format_args!("{error}"));
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, request: &MMap) -> Result<(), ShmemError> {
+        let &MMap { shmid, shm_offset, len, .. } = request;
+        self.shmem.unmap(shmid, shm_offset, len)?;
+        if let (Some(sharing), Some(region)) = (&self.sharing, self.shmem.region(shmid)) {
+            sharing.withdraw(region.start() + shm_offset);
+        }
+        Ok(())
+    }
+
+    fn errno(error: &ShmemError) -> i32 {
+        error.errno()
+    }
+
+    fn refused(&self, request: fmt::Arguments<'_>, why: &dyn Error) {
+        self.log.warn(format_args!("{request} is refused: {}", with_causes(why)));
+    }
+}

@@ -1,0 +1,357 @@
+//! The back-end's requests, on the backend channel (vhost-user "Back-end message types"): SHMEM_MAP and
+//! SHMEM_UNMAP. A [`Handler`] carries them out.
+//!
+//! A device's own thread serves the channel from the moment the back-end has its end (SHM-68). At a reset the
+//! vCPU thread serves what is still queued (SHM-71). Each well framed request is answered if it asks for it,
+//! however wrong it is (SHM-63); one that is not well framed ends the channel (SHM-64).
+
+use std::error::Error;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::connection::{Connection, ConnectionError, Deadline, Message};
+use super::message::{BackendRequest, Header, Layout, MMap, protocol_features as protocol};
+use super::negotiate::Agreement;
+
+/// How long a back-end may leave a full socket of answers unread (SHM-66).
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Carries out a back-end's requests.
+///
+/// All methods are called on the thread that serves the channel, under its lock: one request at a time. None
+/// may wait for the same back-end (SHM-67).
+pub trait Handler {
+    /// Why a request is not carried out.
+    type Error: Error + 'static;
+
+    /// SHMEM_MAP; the flags are known ones. The guest can see the mapping when this returns (SHM-60). The
+    /// handler closes the file, or keeps it.
+    fn map(&self, request: &MMap, file: OwnedFd) -> Result<(), Self::Error>;
+
+    /// SHMEM_UNMAP. No vCPU can reach the file when this returns (SHM-56).
+    fn unmap(&self, request: &MMap) -> Result<(), Self::Error>;
+
+    /// The errno value that the back-end is told (SHM-58): positive, never 0.
+    fn errno(error: &Self::Error) -> i32;
+
+    /// A request is refused, for this reason or by one of the methods above. For the log.
+    fn refused(&self, request: fmt::Arguments<'_>, why: &dyn Error);
+}
+
+/// Why the channel cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The stream ended, or is out of step.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    /// SHM-64.
+    #[error("the back-end sent a reply (to message {0}) on the backend channel, where only requests belong")]
+    Reply(u32),
+}
+
+/// Why a request is refused.
+#[derive(Debug, thiserror::Error)]
+enum Refusal<E: Error + 'static> {
+    /// SHM-63.
+    #[error("its id is unknown")]
+    Unknown,
+    /// SHM-6.
+    #[error("SHMEM was not negotiated")]
+    NotNegotiated,
+    /// SHM-25.
+    #[error("its payload has {0} bytes, not {len}", len = MMap::LEN)]
+    Size(usize),
+    /// SHM-27, SHM-54.
+    #[error("{got} file descriptors came with it, not {expected}")]
+    Descriptors { got: usize, expected: usize },
+    /// SHM-48.
+    #[error("this process has no room for its file descriptor")]
+    DescriptorLost,
+    /// SHM-42.
+    #[error("it has unknown flags ({0:#x})")]
+    Flags(u64),
+    /// SHM-71.
+    #[error("the device is reset: mappings are refused until it is started again")]
+    Stale,
+    #[error(transparent)]
+    Handler(E),
+}
+
+/// Our end of a backend channel.
+pub struct Channel<H> {
+    handler: H,
+    reply_ack: bool,
+    shmem: bool,
+    /// To wait on without the lock.
+    socket: Arc<UnixStream>,
+    /// Lock order: before every lock of the handler's. Held while requests are handled, which waits for no
+    /// answer of the back-end; for room in its socket no longer than [`ANSWER_TIMEOUT`]. So a reset, which
+    /// drains the channel, finds each request either carried out or not begun.
+    inbox: Mutex<Inbox>,
+}
+
+struct Inbox {
+    connection: Connection,
+    /// Whether the message that is half here was begun before the device was last reset.
+    stale: bool,
+    /// SHM-64: after an error nothing more is served, on whichever thread.
+    ended: bool,
+}
+
+impl<H: Handler> Channel<H> {
+    /// Serves `socket`, as agreed.
+    pub fn new(agreement: &Agreement, socket: UnixStream, handler: H) -> Self {
+        let connection = Connection::new(socket, MMap::LEN);
+        Channel {
+            handler,
+            reply_ack: agreement.has(protocol::REPLY_ACK),
+            shmem: agreement.shmem,
+            socket: Arc::clone(connection.socket()),
+            inbox: Mutex::new(Inbox { connection, stale: false, ended: false }),
+        }
+    }
+
+    /// The socket, to wait on and to shut down: then the back-end sees a hang-up, and an answer that waits
+    /// for room is given up.
+    pub fn socket(&self) -> &Arc<UnixStream> {
+        &self.socket
+    }
+
+    /// Handles the next request, if all of it is there, and those that were read with it; never waits for
+    /// more. Afterwards the socket tells when there is more. Reads at most once, so that a busy back-end
+    /// cannot hold the lock.
+    pub fn serve(&self) -> Result<(), ChannelError> {
+        let mut inbox = self.lock();
+        while self.serve_one(&mut inbox)? && inbox.connection.has_message() {}
+        Ok(())
+    }
+
+    /// Handles the next request, if all of it is there; never waits for it. Tells whether it was: others may
+    /// have been read with it, of which the socket does not tell.
+    pub fn serve_request(&self) -> Result<bool, ChannelError> {
+        self.serve_one(&mut self.lock())
+    }
+
+    /// Handles all that is queued now, as far as `deadline` allows, and not what a back-end adds meanwhile. A
+    /// request of which only a part is here is refused when the rest comes (SHM-71). The caller has made the
+    /// handler refuse SHMEM_MAP, so that none of it leaves a mapping behind.
+    pub fn drain(&self, deadline: Deadline) -> Result<(), ChannelError> {
+        let mut inbox = self.lock();
+        let end = inbox.connection.end_of_queue()?;
+        while inbox.connection.position() < end && !deadline.has_passed() && self.serve_one(&mut inbox)? {}
+        inbox.stale = inbox.connection.position() < end;
+        Ok(())
+    }
+
+    /// Handles the next request. False where there is none, or not all of it.
+    fn serve_one(&self, inbox: &mut Inbox) -> Result<bool, ChannelError> {
+        if inbox.ended {
+            return Err(ConnectionError::HungUp.into());
+        }
+        let served = self.serve_next(inbox);
+        inbox.ended = served.is_err();
+        served
+    }
+
+    fn serve_next(&self, inbox: &mut Inbox) -> Result<bool, ChannelError> {
+        let Some(message) = inbox.connection.try_receive()? else {
+            return Ok(false);
+        };
+        let stale = std::mem::take(&mut inbox.stale);
+        let (request, needs_reply) = (message.header.request, message.header.needs_reply());
+        if message.header.is_reply() {
+            return Err(ChannelError::Reply(request));
+        }
+        let result = if stale { Err(Refusal::Stale) } else { self.handle(message) };
+        if let Err(refusal) = &result {
+            match BackendRequest::from_id(request) {
+                Some(known) => self.handler.refused(format_args!("{known}"), refusal),
+                None => self.handler.refused(format_args!("backend request {request}"), refusal),
+            }
+        }
+        if needs_reply && self.reply_ack {
+            // SHM-58: 0, or a negative errno as a u64.
+            let value = result.map_or_else(|refusal| i64::from(-errno::<H>(&refusal)) as u64, |()| 0);
+            let header = Header::reply(request, u64::LEN);
+            inbox.connection.send(header, &value.encode(), &[], Deadline::after(ANSWER_TIMEOUT))?;
+        }
+        Ok(true)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The message's descriptors are closed when this returns, whatever it returns (SHM-27, SHM-46): all but
+    /// the one that the handler took.
+    fn handle(&self, mut message: Message) -> Result<(), Refusal<H::Error>> {
+        let request = BackendRequest::from_id(message.header.request).ok_or(Refusal::Unknown)?;
+        if !self.shmem {
+            return Err(Refusal::NotNegotiated);
+        }
+        let payload = MMap::decode(&message.payload).ok_or(Refusal::Size(message.payload.len()))?;
+        let got = message.fds.len();
+        let handled = match request {
+            BackendRequest::ShmemMap if message.fds_lost => return Err(Refusal::DescriptorLost),
+            BackendRequest::ShmemMap => match message.fds.pop() {
+                Some(_) if got == 1 && payload.flags & !MMap::READ_WRITE != 0 => {
+                    return Err(Refusal::Flags(payload.flags));
+                }
+                Some(file) if got == 1 => self.handler.map(&payload, file),
+                _ => return Err(Refusal::Descriptors { got, expected: 1 }),
+            },
+            BackendRequest::ShmemUnmap if got > 0 || message.fds_lost => {
+                return Err(Refusal::Descriptors { got: got.max(1), expected: 0 });
+            }
+            BackendRequest::ShmemUnmap => self.handler.unmap(&payload),
+        };
+        handled.map_err(Refusal::Handler)
+    }
+}
+
+fn errno<H: Handler>(refusal: &Refusal<H::Error>) -> i32 {
+    match refusal {
+        Refusal::Unknown | Refusal::NotNegotiated => libc::EOPNOTSUPP,
+        Refusal::Size(_) => libc::EPROTO,
+        Refusal::Descriptors { .. } => libc::EBADF,
+        Refusal::DescriptorLost => libc::EMFILE,
+        Refusal::Flags(_) => libc::EINVAL,
+        Refusal::Stale => libc::EBUSY,
+        Refusal::Handler(error) => H::errno(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::io::Write;
+    use std::net::Shutdown;
+    use std::os::fd::AsFd;
+
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    use super::*;
+
+    /// Nothing here comes as far as a handler.
+    struct Nothing;
+
+    impl Handler for Nothing {
+        type Error = Infallible;
+
+        fn map(&self, _: &MMap, _: OwnedFd) -> Result<(), Infallible> {
+            Ok(())
+        }
+
+        fn unmap(&self, _: &MMap) -> Result<(), Infallible> {
+            Ok(())
+        }
+
+        fn errno(error: &Infallible) -> i32 {
+            match *error {}
+        }
+
+        fn refused(&self, _: fmt::Arguments<'_>, _: &dyn Error) {}
+    }
+
+    fn channel() -> (Channel<Nothing>, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Channel::new(&Agreement::default(), ours, Nothing), theirs)
+    }
+
+    fn is_readable(socket: impl AsFd) -> bool {
+        poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&Timespec::default())).unwrap() == 1
+    }
+
+    #[test]
+    fn the_lock_is_free_between_reads_however_much_there_is() {
+        // SHM-66: requests of 12 bytes, so that a read never ends with one. The lock is taken for a read at a
+        // time.
+        let (channel, mut theirs) = channel();
+        theirs.write_all(&Header::request(50, 0, false).encode().repeat(1000)).unwrap();
+        channel.serve().unwrap();
+        assert!(is_readable(channel.socket()), "not all at once");
+        for _ in 0..1000 {
+            channel.serve().unwrap();
+        }
+        let inbox = channel.lock();
+        assert_eq!(inbox.connection.position(), 12_000);
+        assert_eq!(inbox.connection.end_of_queue().unwrap(), 12_000);
+    }
+
+    #[test]
+    fn a_drain_takes_everything_and_remembers_what_was_begun() {
+        // SHM-71
+        let (channel, mut theirs) = channel();
+        let request = Header::request(50, 0, false).encode();
+        theirs.write_all(&request.repeat(1000)).unwrap();
+        channel.drain(Deadline::after(Duration::from_secs(20))).unwrap();
+        assert!(!is_readable(channel.socket()) && !channel.lock().stale);
+        theirs.write_all(&request[..5]).unwrap();
+        channel.drain(Deadline::after(Duration::from_secs(20))).unwrap();
+        assert!(!is_readable(channel.socket()) && channel.lock().stale);
+        theirs.write_all(&request[5..]).unwrap();
+        channel.serve().unwrap();
+        assert!(!channel.lock().stale);
+    }
+
+    #[test]
+    fn nothing_is_served_after_what_ended_the_channel() {
+        // SHM-64: whether the device's thread finds it or a reset.
+        let (mut channel, mut theirs) = channel();
+        channel.reply_ack = true;
+        let (reply, request) = (Header::reply(50, 0), Header::request(50, 0, true));
+        theirs.write_all(&[reply.encode(), request.encode()].concat()).unwrap();
+        let drain = || channel.drain(Deadline::after(Duration::from_secs(20)));
+        assert!(matches!(drain(), Err(ChannelError::Reply(50))));
+        for ended in [drain(), channel.serve()] {
+            assert!(matches!(ended, Err(ChannelError::Connection(ConnectionError::HungUp))));
+        }
+        assert!(!is_readable(&theirs), "an answer");
+    }
+
+    #[test]
+    fn a_drain_ends_where_the_queue_did_when_it_began() {
+        // SHM-66, SHM-71: or whoever sends all the time keeps a reset waiting until its deadline.
+        let (channel, mut theirs) = channel();
+        let requests = Header::request(50, 0, false).encode().repeat(1000);
+        let mut sent = 0;
+        theirs.set_nonblocking(true).unwrap();
+        while let Ok(count) = theirs.write(&requests[sent % Header::LEN..]) {
+            sent += count;
+        }
+        theirs.set_nonblocking(false).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                // From where it was cut off.
+                let _ = theirs.write_all(&requests[sent % Header::LEN..]);
+                while theirs.write_all(&requests).is_ok() {}
+            });
+            channel.drain(Deadline::after(Duration::from_secs(20))).unwrap();
+            channel.socket().shutdown(Shutdown::Both).unwrap();
+        });
+        let position = channel.lock().connection.position() as usize;
+        assert!((sent..sent + Header::LEN).contains(&position), "{position} of {sent}");
+    }
+
+    #[test]
+    fn who_waits_for_room_is_woken_when_the_channel_is_shut_down() {
+        // SHM-66
+        let (mut channel, mut theirs) = channel();
+        channel.reply_ack = true;
+        theirs.write_all(&Header::request(50, 0, true).encode().repeat(5000)).unwrap();
+        let channel = &channel;
+        std::thread::scope(|scope| {
+            let served = scope.spawn(move || channel.drain(Deadline::after(Duration::from_secs(20))));
+            let patience = Deadline::after(Duration::from_secs(20));
+            while !is_readable(&theirs) && !patience.has_passed() {
+                std::thread::yield_now();
+            }
+            channel.socket().shutdown(Shutdown::Both).unwrap();
+            let ended = served.join().unwrap();
+            assert!(matches!(ended, Err(ChannelError::Connection(ConnectionError::HungUp))));
+        });
+    }
+}

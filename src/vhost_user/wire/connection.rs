@@ -1,0 +1,308 @@
+//! One vhost-user socket: whole messages in and out, with their file descriptors, never blocking past a
+//! deadline.
+//!
+//! `frontend` uses it for the main socket, `channel` for the backend channel. A message of the usual size is
+//! one recvmsg(2), in however many writes it was sent (SHM-65).
+//!
+//! # Which message a descriptor belongs to
+//!
+//! The kernel ends a recvmsg(2) after data that came with descriptors, so descriptors belong to the message
+//! that holds the last byte of the read they came with. That stays true when a read ends in the middle of the
+//! next message.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, ioctl_fionread};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use thiserror::Error;
+
+use super::message::{Header, Layout, MAX_FDS, MAX_PAYLOAD};
+
+/// Why a socket cannot be used any more. After any of these the stream is out of step: it must be closed.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum ConnectionError {
+    /// The peer closed the socket between two messages: no error by itself.
+    #[error("the back-end hung up")]
+    HungUp,
+    /// The peer closed the socket inside a message (SHM-64).
+    #[error("the back-end hung up inside a message, after {0} bytes of it")]
+    HungUpInside(usize),
+    /// SHM-64.
+    #[error("the back-end sent message {request} in version {version} of the protocol, not 1")]
+    Version { request: u32, version: u32 },
+    /// SHM-64.
+    #[error(
+        "the back-end announced {size} bytes of payload for message {request}: the limit is {MAX_PAYLOAD}"
+    )]
+    Oversized { request: u32, size: u32 },
+    /// The peer did not send, or did not take, what it should have in time (SHM-66).
+    #[error("the back-end did not answer within {} ms", .0.as_millis())]
+    TimedOut(Duration),
+    #[error("the socket failed")]
+    Io(#[source] io::Error),
+}
+
+/// A moment until which to wait, and the time limit that it came from.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline {
+    at: Instant,
+    limit: Duration,
+}
+
+impl Deadline {
+    /// `limit` from now.
+    pub fn after(limit: Duration) -> Self {
+        Deadline { at: Instant::now() + limit, limit }
+    }
+
+    /// The time until then, for poll(2); `None` once it has passed.
+    pub fn time_left(&self) -> Option<Timespec> {
+        let left = self.at.saturating_duration_since(Instant::now());
+        let (tv_sec, tv_nsec) = (left.as_secs() as i64, left.subsec_nanos().into());
+        (!left.is_zero()).then_some(Timespec { tv_sec, tv_nsec })
+    }
+
+    /// Whether it has passed.
+    pub fn has_passed(&self) -> bool {
+        self.time_left().is_none()
+    }
+}
+
+/// A message as it came.
+#[derive(Debug)]
+pub struct Message {
+    /// Its header; the version is 1.
+    pub header: Header,
+    /// Its payload, of the size that the header says.
+    pub payload: Vec<u8>,
+    /// The file descriptors that came with it, close-on-exec (SHM-28), closed when dropped (SHM-27).
+    pub fds: Vec<OwnedFd>,
+    /// Whether more descriptors came than this process could take (SHM-48), or than one sendmsg(2) carries.
+    pub fds_lost: bool,
+}
+
+/// A connected socket, and what was read from it beyond the messages given out.
+#[derive(Debug)]
+pub struct Connection {
+    socket: Arc<UnixStream>,
+    /// How much to ask for when nothing is known of the next message.
+    usual: usize,
+    buffer: Vec<u8>,
+    /// Position in the stream of `buffer`'s first byte.
+    position: u64,
+    /// The descriptors that arrived with a read, by the stream position at which that read ended.
+    descriptors: VecDeque<Descriptors>,
+}
+
+#[derive(Debug)]
+struct Descriptors {
+    position: u64,
+    fds: Vec<OwnedFd>,
+    lost: bool,
+}
+
+impl Connection {
+    /// Takes a connected socket over. Most of its messages to us have `usual_payload` bytes of payload.
+    pub fn new(socket: UnixStream, usual_payload: usize) -> Self {
+        Connection {
+            socket: Arc::new(socket),
+            usual: Header::LEN + usual_payload,
+            buffer: Vec::new(),
+            position: 0,
+            descriptors: VecDeque::new(),
+        }
+    }
+
+    /// The socket, to wait on and to shut down.
+    pub fn socket(&self) -> &Arc<UnixStream> {
+        &self.socket
+    }
+
+    /// Sends a whole message, or fails at the deadline.
+    pub fn send(
+        &self,
+        header: Header,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Deadline,
+    ) -> Result<(), ConnectionError> {
+        debug_assert_eq!(header.size as usize, payload.len());
+        let bytes = [&header.encode(), payload].concat();
+        let mut sent = 0;
+        while sent < bytes.len() {
+            let mut space = [MaybeUninit::uninit(); CONTROL_LEN];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            // Descriptors go with the first byte, once.
+            if sent == 0 && !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+                return Err(ConnectionError::Io(io::ErrorKind::InvalidInput.into()));
+            }
+            let rest = [IoSlice::new(&bytes[sent..])];
+            match sendmsg(&self.socket, &rest, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(count) => sent += count,
+                Err(Errno::AGAIN) => wait(self.socket.as_fd(), PollFlags::OUT, deadline)?,
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ConnectionError::HungUp),
+                Err(error) => return Err(ConnectionError::Io(error.into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a whole message, until the deadline.
+    pub fn receive(&mut self, deadline: Deadline) -> Result<Message, ConnectionError> {
+        loop {
+            if let Some(message) = self.try_receive()? {
+                return Ok(message);
+            }
+            wait(self.socket.as_fd(), PollFlags::IN, deadline)?;
+        }
+    }
+
+    /// The next message, if all of it is there; never waits.
+    pub fn try_receive(&mut self) -> Result<Option<Message>, ConnectionError> {
+        loop {
+            if let Some(message) = self.take_message()? {
+                return Ok(Some(message));
+            }
+            if !self.read_more()? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Where the next message starts: bytes of the stream that were given out as messages.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Where what the peer has sent so far ends, in the same count.
+    pub fn end_of_queue(&self) -> Result<u64, ConnectionError> {
+        let queued = ioctl_fionread(&self.socket).map_err(|error| ConnectionError::Io(error.into()))?;
+        Ok(self.position + self.buffer.len() as u64 + queued)
+    }
+
+    /// Whether the next call of [`Self::try_receive`] need not read.
+    pub fn has_message(&self) -> bool {
+        // An error in the header is for `try_receive` to report.
+        self.buffer.len() >= Header::LEN && self.needed().map_or(true, |needed| needed <= self.buffer.len())
+    }
+
+    /// Bytes that the next message has, as far as known.
+    fn needed(&self) -> Result<usize, ConnectionError> {
+        let Some(header) = Header::take(&mut &self.buffer[..]) else {
+            return Ok(Header::LEN);
+        };
+        let Header { request, size, .. } = header;
+        if header.version() != 1 {
+            return Err(ConnectionError::Version { request, version: header.version() });
+        }
+        match usize::try_from(size) {
+            Ok(payload) if payload <= MAX_PAYLOAD => Ok(Header::LEN + payload),
+            _ => Err(ConnectionError::Oversized { request, size }),
+        }
+    }
+
+    fn take_message(&mut self) -> Result<Option<Message>, ConnectionError> {
+        let needed = self.needed()?;
+        let Some(mut payload) = self.buffer.get(..needed) else {
+            return Ok(None);
+        };
+        let Some(header) = Header::take(&mut payload) else {
+            return Ok(None);
+        };
+        let mut message = Message { header, payload: payload.to_vec(), fds: Vec::new(), fds_lost: false };
+        self.buffer.drain(..needed);
+        self.position += needed as u64;
+        let ours = self.descriptors.iter().take_while(|arrived| arrived.position <= self.position).count();
+        for arrived in self.descriptors.drain(..ours) {
+            message.fds.extend(arrived.fds);
+            message.fds_lost |= arrived.lost;
+        }
+        Ok(Some(message))
+    }
+
+    /// One recvmsg(2). False where nothing is there now.
+    fn read_more(&mut self) -> Result<bool, ConnectionError> {
+        let start = self.buffer.len();
+        self.buffer.resize(self.needed()?.max(self.usual), 0);
+        let received = receive_some(&self.socket, &mut self.buffer[start..]);
+        let count = received.as_ref().map_or(0, |received| received.count);
+        self.buffer.truncate(start + count);
+        let mut received = match received {
+            Ok(Received { count: 0, .. }) | Err(Errno::PIPE | Errno::CONNRESET) => {
+                return Err(match start {
+                    0 => ConnectionError::HungUp,
+                    count => ConnectionError::HungUpInside(count),
+                });
+            }
+            Ok(received) => received,
+            Err(Errno::AGAIN) => return Ok(false),
+            Err(Errno::INTR) => return Ok(true),
+            Err(error) => return Err(ConnectionError::Io(error.into())),
+        };
+        if !received.fds.is_empty() || received.fds_lost {
+            // Each byte of a message can bring MAX_FDS descriptors: without a limit, a back-end could leave
+            // this process none for others.
+            let waiting: usize = self.descriptors.iter().map(|waiting| waiting.fds.len()).sum();
+            if waiting + received.fds.len() > MAX_FDS {
+                received.fds.clear();
+                received.fds_lost = true;
+            }
+            let position = self.position + self.buffer.len() as u64;
+            let Received { fds, fds_lost: lost, .. } = received;
+            self.descriptors.push_back(Descriptors { position, fds, lost });
+        }
+        Ok(true)
+    }
+}
+
+/// Waits until the socket is ready for `events`, or the deadline.
+fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) -> Result<(), ConnectionError> {
+    while let Some(left) = deadline.time_left() {
+        match poll(&mut [PollFd::from_borrowed_fd(socket, events)], Some(&left)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(ConnectionError::Io(error.into())),
+        }
+    }
+    Err(ConnectionError::TimedOut(deadline.limit))
+}
+
+/// Room for `MAX_FDS` descriptors as a control message.
+const CONTROL_LEN: usize = rustix::cmsg_space!(ScmRights(MAX_FDS));
+
+struct Received {
+    count: usize,
+    fds: Vec<OwnedFd>,
+    fds_lost: bool,
+}
+
+/// Fills the beginning of `bytes`.
+fn receive_some(socket: &UnixStream, bytes: &mut [u8]) -> Result<Received, Errno> {
+    let mut space = [MaybeUninit::uninit(); CONTROL_LEN];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags)?;
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    // MSG_CTRUNC: the kernel closed descriptors for which this process had no room.
+    Ok(Received { count: received.bytes, fds, fds_lost: received.flags.contains(ReturnFlags::CTRUNC) })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,363 @@
+//! Our requests on the main socket (vhost-user "Front-end message types"): the handshake, then starting and
+//! stopping rings. Every wait has a deadline.
+//!
+//! [`Frontend::handshake`] finds out what the back-end is. From then on each [`Conversation`] is a few
+//! requests with one deadline, made by one thread at a time.
+
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::connection::{Connection, ConnectionError, Deadline};
+use super::message::{
+    self, ConfigHeader, F_PROTOCOL_FEATURES, FrontendRequest, Header, Layout, MemoryRegion, ShmemConfig,
+    SingleRegion, VringAddr, VringState, protocol_features as protocol,
+};
+use super::negotiate::{Agreement, Needs, NegotiationError, negotiate};
+
+/// How long a back-end may take to answer a request of the set-up.
+const SETUP_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// VHOST_USER_MAX_CONFIG_SIZE: the most that GET_CONFIG can ask for, in bytes.
+const MAX_CONFIG: usize = 256;
+
+/// Why a request did not succeed.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum FrontendError {
+    /// The stream broke, or the back-end is silent.
+    #[error("{request} failed")]
+    Connection { request: FrontendRequest, source: ConnectionError },
+    /// SHM-12.
+    #[error("the back-end answered {request} with {got} instead of {expected}")]
+    WrongReply { request: FrontendRequest, got: String, expected: String },
+    #[error("the back-end refused {request} (it answered {value:#x})")]
+    Refused { request: FrontendRequest, value: u64 },
+    #[error(transparent)]
+    Negotiation(#[from] NegotiationError),
+    #[error("the back-end has {available} queues, and the device is to have {wanted}")]
+    Queues { available: u64, wanted: u16 },
+    /// SHM-14.
+    #[error("the back-end announces {announced} shared memory regions, but {counted} have a size")]
+    RegionCount { announced: u32, counted: usize },
+}
+
+impl FrontendError {
+    /// Whether the connection is of no use any more: the stream is broken, out of step, or the back-end is
+    /// silent.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, FrontendError::Connection { .. } | FrontendError::WrongReply { .. })
+    }
+}
+
+/// A connected back-end that we agreed with.
+#[derive(Debug)]
+pub struct Frontend {
+    connection: Connection,
+    agreement: Agreement,
+}
+
+/// What the handshake learns from a back-end.
+#[derive(Debug)]
+pub struct Handshake {
+    /// The connection.
+    pub frontend: Frontend,
+    /// The number of queues.
+    pub queues: u16,
+    /// The configuration space: zeroes where the back-end has none, empty where it has none and the device
+    /// type is unknown.
+    pub config: Vec<u8>,
+    /// Size in bytes of each shared memory region; the index is its id, 0 means none. Empty without SHMEM.
+    pub region_sizes: Vec<u64>,
+    /// How many ranges of memory the back-end can be told of in all, RAM among them; `None` where it cannot
+    /// be told of single ones (CONFIGURE_MEM_SLOTS), or need not be.
+    pub memory_slots: Option<u64>,
+}
+
+/// One ring as the driver set it up. Addresses are in the space of [`MemoryRegion::user_addr`].
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub struct Ring<'a> {
+    pub index: u16,
+    pub size: u16,
+    pub descriptor_table: u64,
+    pub available_ring: u64,
+    pub used_ring: u64,
+    /// Signalled for an available buffer.
+    pub kick: BorrowedFd<'a>,
+    /// The back-end signals it for a used buffer.
+    pub call: BorrowedFd<'a>,
+}
+
+impl Frontend {
+    /// Finds out what the back-end behind a connected socket is, and agrees with it.
+    pub fn handshake(socket: UnixStream, needs: &Needs) -> Result<Handshake, FrontendError> {
+        let nothing_yet = Agreement::default();
+        let connection = Connection::new(socket, u64::LEN);
+        let mut frontend = Frontend { connection, agreement: nothing_yet };
+        let agreement = frontend.set_up().negotiate(needs)?;
+        frontend.agreement = agreement;
+        frontend.set_up().check_queues(needs.queues)?;
+        let region_sizes = frontend.set_up().region_sizes()?;
+        let config = frontend.set_up().config(needs.config_len)?;
+        let memory_slots = match agreement.has(protocol::CONFIGURE_MEM_SLOTS) {
+            true => Some(frontend.set_up().memory_slots()?),
+            false => None,
+        };
+        Ok(Handshake { frontend, queues: needs.queues, config, region_sizes, memory_slots })
+    }
+
+    /// What was agreed.
+    pub fn agreement(&self) -> &Agreement {
+        &self.agreement
+    }
+
+    /// The main socket, to wait on and to shut down.
+    pub fn socket(&self) -> &Arc<UnixStream> {
+        self.connection.socket()
+    }
+
+    /// Begins to talk to the back-end; all of it ends at the deadline.
+    pub fn converse(&mut self, deadline: Deadline) -> Conversation<'_> {
+        Conversation { connection: &mut self.connection, agreement: &self.agreement, deadline }
+    }
+
+    fn set_up(&mut self) -> Conversation<'_> {
+        self.converse(Deadline::after(SETUP_REPLY_TIMEOUT))
+    }
+
+    /// Gives the back-end its end of the backend channel (SHM-7). The other end must be served already: the
+    /// back-end may send requests before it answers this one (SHM-67). The caller closes its copy, so that
+    /// the back-end's death is seen (SHM-8).
+    pub fn set_backend_channel(&mut self, theirs: BorrowedFd<'_>) -> Result<(), FrontendError> {
+        self.set_up().tell(FrontendRequest::SetBackendReqFd, &[], &[theirs])
+    }
+}
+
+/// Requests with one deadline.
+pub struct Conversation<'a> {
+    connection: &'a mut Connection,
+    agreement: &'a Agreement,
+    deadline: Deadline,
+}
+
+impl Conversation<'_> {
+    fn negotiate(&mut self, needs: &Needs) -> Result<Agreement, FrontendError> {
+        self.tell(FrontendRequest::SetOwner, &[], &[])?;
+        let features = self.ask(FrontendRequest::GetFeatures, &[])?;
+        let offered = match features & F_PROTOCOL_FEATURES {
+            0 => 0,
+            _ => self.ask(FrontendRequest::GetProtocolFeatures, &[])?,
+        };
+        let agreement = negotiate(features, offered, needs)?;
+        if let Some(acked) = agreement.protocol_features {
+            // Before the agreement holds: a back-end need not know NEED_REPLY yet.
+            self.tell(FrontendRequest::SetProtocolFeatures, &acked.encode(), &[])?;
+        }
+        Ok(agreement)
+    }
+
+    fn check_queues(&mut self, wanted: u16) -> Result<(), FrontendError> {
+        if self.agreement.has(protocol::MQ) {
+            let available = self.ask(FrontendRequest::GetQueueNum, &[])?;
+            if available < u64::from(wanted) {
+                return Err(FrontendError::Queues { available, wanted });
+            }
+        }
+        Ok(())
+    }
+
+    /// SHM-10 to SHM-14.
+    fn region_sizes(&mut self) -> Result<Vec<u64>, FrontendError> {
+        if !self.agreement.shmem {
+            return Ok(Vec::new());
+        }
+        let ShmemConfig { nregions, sizes, .. } = self.ask(FrontendRequest::GetShmemConfig, &[])?;
+        let counted = sizes.iter().filter(|&&size| size > 0).count();
+        if counted as u64 != u64::from(nregions) {
+            return Err(FrontendError::RegionCount { announced: nregions, counted });
+        }
+        Ok(sizes.to_vec())
+    }
+
+    fn config(&mut self, known_len: Option<usize>) -> Result<Vec<u8>, FrontendError> {
+        let len = known_len.unwrap_or(MAX_CONFIG);
+        if len == 0 || !self.agreement.has(protocol::CONFIG) {
+            return Ok(vec![0; known_len.unwrap_or(0)]);
+        }
+        let request = FrontendRequest::GetConfig;
+        let reply = self.exchange(request, &message::config(0, &vec![0; len]))?;
+        match reply.get(ConfigHeader::LEN..) {
+            Some(config) if config.len() == len => Ok(config.to_vec()),
+            // A back-end answers so where its configuration space is smaller.
+            _ if known_len.is_none() => Ok(Vec::new()),
+            _ => Err(wrong_size(request, reply.len(), ConfigHeader::LEN + len)),
+        }
+    }
+
+    fn memory_slots(&mut self) -> Result<u64, FrontendError> {
+        self.ask(FrontendRequest::GetMaxMemSlots, &[])
+    }
+
+    /// Tells the back-end the features and the memory, regions of one file, with which it is to start.
+    pub fn set_features_and_memory(
+        &mut self,
+        accepted: u64,
+        regions: &[MemoryRegion],
+        file: BorrowedFd<'_>,
+    ) -> Result<(), FrontendError> {
+        let features = self.agreement.features_for_backend(accepted);
+        self.tell(FrontendRequest::SetFeatures, &features.encode(), &[])?;
+        let files = vec![file; regions.len()];
+        self.tell(FrontendRequest::SetMemTable, &message::memory_table(regions), &files)
+    }
+
+    /// Tells the back-end of one more range of memory, in `file`; it knows the range when this returns.
+    pub fn add_memory(&mut self, region: &MemoryRegion, file: BorrowedFd<'_>) -> Result<(), FrontendError> {
+        self.change_memory(FrontendRequest::AddMemReg, region, &[file])
+    }
+
+    /// Tells the back-end that it no longer has a range of memory, given as it was told of it; it has let go
+    /// of it when this returns.
+    pub fn remove_memory(&mut self, region: &MemoryRegion) -> Result<(), FrontendError> {
+        self.change_memory(FrontendRequest::RemMemReg, region, &[])
+    }
+
+    fn change_memory(
+        &mut self,
+        request: FrontendRequest,
+        &region: &MemoryRegion,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), FrontendError> {
+        self.tell(request, &SingleRegion { padding: 0, region }.encode(), files)?;
+        if self.agreement.has(protocol::REPLY_ACK) {
+            return Ok(());
+        }
+        // Requests are handled in order: once this one is answered, the one above was handled.
+        self.memory_slots().map(drop)
+    }
+
+    /// Starts a ring, from its first entry on.
+    pub fn start_ring(&mut self, ring: &Ring<'_>) -> Result<(), FrontendError> {
+        let &Ring { size, descriptor_table, available_ring, used_ring, kick, call, .. } = ring;
+        let index = u32::from(ring.index);
+        let state = |value| VringState { index, value }.encode();
+        let addresses = VringAddr { index, flags: 0, descriptor_table, used_ring, available_ring, log: 0 };
+        let event = u64::from(ring.index).encode();
+        self.tell(FrontendRequest::SetVringNum, &state(size.into()), &[])?;
+        self.tell(FrontendRequest::SetVringBase, &state(0), &[])?;
+        self.tell(FrontendRequest::SetVringAddr, &addresses.encode(), &[])?;
+        self.tell(FrontendRequest::SetVringCall, &event, &[call])?;
+        self.tell(FrontendRequest::SetVringKick, &event, &[kick])?;
+        if self.agreement.protocol_features.is_some() {
+            self.tell(FrontendRequest::SetVringEnable, &state(1), &[])?;
+        }
+        Ok(())
+    }
+
+    /// Stops a ring: the back-end no longer uses it when this returns.
+    pub fn stop_ring(&mut self, index: u16) -> Result<(), FrontendError> {
+        let ring = VringState { index: index.into(), value: 0 };
+        let _stopped_at: VringState = self.ask(FrontendRequest::GetVringBase, &ring.encode())?;
+        Ok(())
+    }
+
+    /// Tells the back-end of the device's Status, where that was agreed on (SHM-70).
+    pub fn set_status(&mut self, status: u8) -> Result<(), FrontendError> {
+        match self.agreement.has(protocol::STATUS) {
+            true => self.tell(FrontendRequest::SetStatus, &u64::from(status).encode(), &[]),
+            false => Ok(()),
+        }
+    }
+
+    /// Tells the back-end that the device is reset, in the way or ways that were agreed on (SHM-70).
+    pub fn reset_device(&mut self) -> Result<(), FrontendError> {
+        let reset = match self.agreement.has(protocol::RESET_DEVICE) {
+            true => self.tell(FrontendRequest::ResetDevice, &[], &[]),
+            false => Ok(()),
+        };
+        if reset.as_ref().is_err_and(FrontendError::is_fatal) {
+            return reset;
+        }
+        self.set_status(0)?;
+        reset
+    }
+
+    /// Writes to the configuration space.
+    pub fn set_config(&mut self, offset: u32, data: &[u8]) -> Result<(), FrontendError> {
+        self.tell(FrontendRequest::SetConfig, &message::config(offset, data), &[])
+    }
+
+    /// Sends a request that by itself has no reply. Where REPLY_ACK was agreed on, asks for one and waits for
+    /// it.
+    fn tell(
+        &mut self,
+        request: FrontendRequest,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), FrontendError> {
+        let need_reply = self.agreement.has(protocol::REPLY_ACK);
+        self.send(request, payload, fds, need_reply)?;
+        if !need_reply {
+            return Ok(());
+        }
+        let reply = self.reply(request)?;
+        match decode(request, &reply)? {
+            0 => Ok(()),
+            value => Err(FrontendError::Refused { request, value }),
+        }
+    }
+
+    /// Sends a request that has a reply of a fixed layout.
+    fn ask<T: Layout>(&mut self, request: FrontendRequest, payload: &[u8]) -> Result<T, FrontendError> {
+        let reply = self.exchange(request, payload)?;
+        decode(request, &reply)
+    }
+
+    /// Sends a request that has a reply of any size.
+    fn exchange(&mut self, request: FrontendRequest, payload: &[u8]) -> Result<Vec<u8>, FrontendError> {
+        self.send(request, payload, &[], false)?;
+        self.reply(request)
+    }
+
+    fn send(
+        &self,
+        request: FrontendRequest,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        need_reply: bool,
+    ) -> Result<(), FrontendError> {
+        let header = Header::request(request as u32, payload.len(), need_reply);
+        let sent = self.connection.send(header, payload, fds, self.deadline);
+        sent.map_err(|source| FrontendError::Connection { request, source })
+    }
+
+    /// Waits for a reply; its size is the caller's to check (SHM-12).
+    fn reply(&mut self, request: FrontendRequest) -> Result<Vec<u8>, FrontendError> {
+        let received = self.connection.receive(self.deadline);
+        let message = received.map_err(|source| FrontendError::Connection { request, source })?;
+        let wrong = |got, expected| Err(FrontendError::WrongReply { request, got, expected });
+        let id = message.header.request;
+        if id != request as u32 {
+            return wrong(format!("a message with id {id}"), format!("id {}", request as u32));
+        }
+        if !message.header.is_reply() {
+            return wrong("a request".to_string(), "a reply".to_string());
+        }
+        if !message.fds.is_empty() || message.fds_lost {
+            return wrong(format!("{} file descriptors", message.fds.len()), "none".to_string());
+        }
+        Ok(message.payload)
+    }
+}
+
+fn decode<T: Layout>(request: FrontendRequest, reply: &[u8]) -> Result<T, FrontendError> {
+    T::decode(reply).ok_or_else(|| wrong_size(request, reply.len(), T::LEN))
+}
+
+fn wrong_size(request: FrontendRequest, got: usize, expected: usize) -> FrontendError {
+    FrontendError::WrongReply { request, got: format!("{got} bytes"), expected: format!("{expected} bytes") }
+}

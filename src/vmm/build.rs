@@ -1,0 +1,168 @@
+//! Building a machine: [`Vmm::build`], and its steps in the order in which it takes them.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::CpuId;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::Vmm;
+use super::backends::{self, Backend};
+use super::console::Console;
+use super::error::{VmmError, eventfd, failed_to};
+use super::exit_once::ExitOnce;
+use super::memory_map::MemoryMap;
+use crate::arch::x86_64::boot::Boot;
+use crate::arch::x86_64::cpuid::{self, Topology};
+use crate::arch::x86_64::{acpi, layout, msr, regs};
+use crate::bus::{Bus, BusDevice};
+use crate::config::{Config, SerialLine};
+use crate::devices::debug_exit::DebugExit;
+use crate::devices::i8042::I8042;
+use crate::devices::power::PowerControl;
+use crate::devices::pvpanic::Pvpanic;
+use crate::kvm::slots::Slots;
+use crate::kvm::vcpu::{BootRegisters, Machine, VcpuState};
+use crate::kvm::vm::{Kvm, KvmError, Processor, Vm};
+use crate::memory::Access;
+use crate::memory::alloc::WindowAllocator;
+use crate::memory::missing::MissingPages;
+use crate::memory::ram::Ram;
+use crate::report::Failure;
+
+impl Vmm {
+    /// Builds the machine. Nothing of it runs yet.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with the configuration, its files or the host. Nothing is left behind then.
+    pub fn build(config: &Config) -> Result<Vmm, Box<dyn Failure>> {
+        // The user's configuration: can such a machine exist?
+        check_numbers(config)?;
+        let ram = Ram::new(config.memory, layout::GAP, layout::GAP_END)?;
+        let boot = Boot::plan(&config.kernel, config.initramfs.as_deref(), &config.cmdline, &ram)?;
+
+        // The machine, with its memory.
+        let kvm = Kvm::open()?;
+        kvm.check_vcpus(config.cpus)?;
+        let supported = kvm.supported_cpuid()?;
+        check_address_width(&ram, &supported)?;
+        let vm = Vm::new(&kvm, layout::KVM_PAGES)?;
+        map_ram(vm.slots(), &ram)?;
+
+        // The back-ends: connect and negotiate with each, then place the windows of their shared memory
+        // regions.
+        let backends = backends::connect(config, windows(&ram, &supported), vm.slots())?;
+        let missing_pages = MissingPages::new(backends.iter().map(Backend::shared_memory));
+        let machine = Arc::new(Machine::new(Arc::new(missing_pages)));
+
+        // The devices.
+        let exit = Arc::new(ExitOnce::new()?);
+        let console = attach_serial_port(&machine, &vm, &config.serial, &exit)?;
+        attach_power(&machine.ports, config.debug_exit);
+        let devices = backends::attach(backends, &machine, &vm, &ram)?;
+
+        // What the kernel finds in memory, and the processors that run it.
+        write_acpi_tables(&ram, config)?;
+        log::info!("kernel command line: {}", config.cmdline);
+        let entry = boot.load(&ram)?;
+        let topology = Topology { vcpus: config.cpus, tsc_deadline: kvm.has_tsc_deadline() };
+        let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
+
+        let ram = ram.regions().iter().map(|region| region.guest).collect();
+        Ok(Vmm { vcpus, machine, console, memory_map: MemoryMap { ram, devices }, exit })
+    }
+}
+
+fn check_numbers(config: &Config) -> Result<(), VmmError> {
+    if config.cpus > layout::MAX_VCPUS {
+        return Err(VmmError::TooManyVcpus(config.cpus));
+    }
+    if config.devices.len() > layout::MAX_DEVICES {
+        return Err(VmmError::TooManyDevices(config.devices.len()));
+    }
+    Ok(())
+}
+
+fn check_address_width(ram: &Ram, supported: &CpuId) -> Result<(), VmmError> {
+    let (end, bits) = (ram.end(), cpuid::physical_address_bits(supported));
+    if bits < 64 && end > 1 << bits {
+        return Err(VmmError::AddressWidth { end, bits });
+    }
+    Ok(())
+}
+
+fn map_ram(slots: &Slots, ram: &Ram) -> Result<(), VmmError> {
+    let owner = Arc::new(ram.memory().clone());
+    for region in ram.regions() {
+        // SAFETY: the clone of the memory keeps the region mapped; everything here accesses guest memory
+        // through vm-memory's volatile methods only.
+        unsafe { slots.map_permanent(region.guest, region.host, Access::ReadWrite, owner.clone()) }
+            .map_err(failed_to("give the guest its memory"))?;
+    }
+    Ok(())
+}
+
+/// The guest physical addresses for the windows of shared memory regions.
+fn windows(ram: &Ram, supported: &CpuId) -> WindowAllocator {
+    let limit = 1 << cpuid::physical_address_bits(supported).min(63);
+    WindowAllocator::new(layout::windows_start(ram.end()), limit)
+}
+
+fn attach_serial_port(
+    machine: &Machine,
+    vm: &Vm,
+    line: &SerialLine,
+    exit: &Arc<ExitOnce>,
+) -> Result<Console, Box<dyn Failure>> {
+    let interrupt = eventfd()?;
+    vm.register_irqfd(&interrupt, layout::COM1_GSI)?;
+    let console = Console::open(line, interrupt, Arc::clone(&machine.stopping), Arc::clone(exit))?;
+    insert(&machine.ports, layout::COM1, layout::COM1_LEN, console.port.clone());
+    Ok(console)
+}
+
+/// The devices with which a guest ends the machine.
+fn attach_power(ports: &Bus, debug_exit: bool) {
+    let power = PowerControl { sleep_type_off: acpi::SLEEP_TYPE_S5, reset_value: acpi::RESET_VALUE };
+    insert(ports, layout::ACPI_POWER, layout::ACPI_POWER_LEN, Arc::new(power));
+    insert(ports, layout::I8042, layout::I8042_LEN, Arc::new(I8042));
+    insert(ports, layout::PVPANIC, 1, Arc::new(Pvpanic));
+    if debug_exit {
+        insert(ports, layout::DEBUG_EXIT, 1, Arc::new(DebugExit));
+    }
+}
+
+fn insert(ports: &Bus, first: u16, count: u16, device: Arc<dyn BusDevice>) {
+    ports.insert(first.into(), count.into(), device).expect("invariant: no two ranges in `layout` overlap");
+}
+
+fn write_acpi_tables(ram: &Ram, config: &Config) -> Result<(), VmmError> {
+    let tables = acpi::tables(layout::ACPI, config.cpus, config.devices.len());
+    ram.memory()
+        .write_slice(&tables, GuestAddress(layout::ACPI))
+        .map_err(|error| failed_to("write the ACPI tables to guest memory")(io::Error::other(error)))
+}
+
+/// The first processor starts at the kernel's entry point, the others wait until it starts them.
+fn create_vcpus(
+    vm: &Vm,
+    supported: &CpuId,
+    topology: Topology,
+    entry: u64,
+) -> Result<Vec<(Processor, VcpuState)>, KvmError> {
+    let create = |id| {
+        let processor = vm.create_vcpu(id)?;
+        let boot = match id {
+            0 => Some(BootRegisters {
+                regs: regs::general(entry),
+                sregs: regs::system(processor.system_registers()?),
+                fpu: regs::floating_point(),
+            }),
+            _ => None,
+        };
+        let state = VcpuState { cpuid: cpuid::of_vcpu(supported, topology, id), msrs: msr::initial(), boot };
+        Ok((processor, state))
+    };
+    (0..topology.vcpus).map(create).collect()
+}
