@@ -461,7 +461,7 @@ fn malformed_chains_are_survived() {
     assert!(complaints <= 10, "a guest filled stderr:\n{}", backend.stderr());
 }
 
-/// A ring that lies is no reason to stop for good: a reset makes it right.
+/// After a broken ring the device works again once it is reset.
 #[test]
 fn a_broken_ring_is_survived() {
     let backend = Backend::on_file("pmem", 2 * MIB, "");
@@ -551,7 +551,7 @@ fn a_front_end_that_talks_nonsense_is_dropped_and_the_next_is_served() {
 #[test]
 fn once_ends_after_the_first_front_end() {
     let backend = Backend::on_file("pmem", 2 * MIB, "--once");
-    // Someone who only looks whether it listens is not a front-end.
+    // A connection that sends nothing is not a front-end.
     drop(backend.connect());
     let machine = Machine::connect(&backend);
     machine.map(0);

@@ -254,7 +254,7 @@ fn what_is_unmapped_where_no_address_range_is_left_is_gone_after_the_reset() {
     drop(ballast);
     assert_eq!(areas("self"), idle);
 
-    // Where nobody can have a range any more, not even in exchange for another, the guest's view is right all
+    // At vm.max_map_count even MAP_FIXED over a range of our own fails. Then the guest's view is right all
     // the same; the rest is made good by what comes next.
     bench.start().unwrap();
     map_all();

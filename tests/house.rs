@@ -6,7 +6,7 @@
 //! - `mod x;`, which only says that there is a file;
 //! - `pub use x::Name` of a module's own child: the parent hands the name on, and a file that uses it by the
 //!   parent's path imports the child, where it is defined;
-//! - whatever stands under `#[cfg(test)]`.
+//! - code under `#[cfg(test)]`.
 //!
 //! The rules are functions of file names and texts, so that the tests at the end can show them invented
 //! trees.
@@ -21,12 +21,13 @@ use proc_macro2::{TokenStream, TokenTree};
 use syn::visit::{self, Visit};
 
 /// The first file of each crate, and the name by which other crates know it.
-const CRATES: [(&str, Option<&str>); 6] = [
+const CRATES: [(&str, Option<&str>); 7] = [
     ("src/lib.rs", Some("hotslot")),
     ("src/main.rs", None),
     ("src/bin/hotslot-backend/main.rs", None),
     ("guest/src/lib.rs", Some("hotslot_guest")),
     ("guest/src/main.rs", None),
+    ("tests/contract/src/main.rs", None),
     ("tests/support/src/lib.rs", Some("hotslot_test_support")),
 ];
 

@@ -160,7 +160,7 @@ fn output_is_on_stdout_and_messages_on_stderr() {
         run(hotslot(&kernel).arg("--serial").arg(format!("file={}", file.path().display())));
     assert_eq!((status, stdout.as_str()), (Some(0), ""));
     assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "Hello, guest!");
-    // To nobody.
+    // No device is there.
     let (status, stdout, _) = run(hotslot(&kernel).args(["--serial", "off"]));
     assert_eq!((status, stdout.as_str()), (Some(0), ""));
 }

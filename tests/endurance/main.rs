@@ -118,7 +118,7 @@ impl Bench {
     }
 }
 
-/// Past the test harness: figures are for whoever waits.
+/// Past the test harness, which would keep the figures to itself.
 fn say(text: &str) {
     let _nobody_listens = writeln!(stderr(), "endurance: {text}");
 }

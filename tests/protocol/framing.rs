@@ -1,4 +1,4 @@
-//! Messages in pieces, messages that are none, and peers that stop in the middle.
+//! Messages in pieces, malformed messages, and peers that stop in the middle of one.
 
 use std::os::fd::AsRawFd;
 use std::thread;
@@ -81,7 +81,7 @@ fn several_messages_in_one_read_are_all_answered() {
 }
 
 #[test]
-fn what_is_no_message_ends_the_channel_and_fails_the_device_alone() {
+fn a_malformed_message_ends_the_channel_and_fails_this_device_only() {
     // SHM-64
     let other = Setup::default().start();
     let page = page_at(0).bytes();
@@ -116,7 +116,7 @@ fn what_is_no_message_ends_the_channel_and_fails_the_device_alone() {
 
 #[test]
 fn a_device_that_fails_hangs_up_on_the_main_socket_too() {
-    // SHM-64: nobody could tell its back-end to stop any more.
+    // SHM-64: from now on no request could stop its back-end.
     let bench = Setup::default().start();
     let main = bench.main();
     bench.channel().send(&message(SHMEM_MAP, 0, &[]));
@@ -151,7 +151,7 @@ fn the_end_inside_a_message_fails_the_device_and_between_two_it_does_not() {
 }
 
 #[test]
-fn what_came_before_the_noise_is_done_and_answered() {
+fn requests_before_a_malformed_message_are_carried_out_and_answered() {
     // SHM-61, SHM-64
     let bench = Setup::default().start();
     let channel = bench.channel();
@@ -163,7 +163,7 @@ fn what_came_before_the_noise_is_done_and_answered() {
 }
 
 #[test]
-fn a_peer_that_stalls_inside_a_message_keeps_nobody_waiting() {
+fn a_peer_that_stalls_inside_a_message_delays_no_reset_and_no_other_device() {
     // SHM-66
     let bench = Setup::default().start();
     let other = Setup::default().start();

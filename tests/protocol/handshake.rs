@@ -1,4 +1,5 @@
-//! Connecting and negotiating: what is asked, what is agreed, what is taken for an answer.
+//! Connecting and negotiating: which requests are sent, which features are agreed on, which answers are
+//! accepted.
 
 use hotslot::virtio::device::VirtioDevice;
 use hotslot_test_support::bench::*;
@@ -191,7 +192,7 @@ fn a_count_that_does_not_match_fails_the_set_up() {
 }
 
 #[test]
-fn sizes_that_cannot_be_fail_the_set_up() {
+fn impossible_sizes_fail_the_set_up() {
     let most = 1 << 40;
     let (not_pages, does_not_fit) = ("is not a multiple of the page size", "does not fit into the guest's");
     for (regions, reason) in [
@@ -227,7 +228,7 @@ fn a_back_end_with_fewer_queues_than_the_device_is_refused() {
 }
 
 #[test]
-fn what_is_no_answer_fails_the_set_up_with_the_requests_name() {
+fn a_malformed_answer_fails_the_set_up_and_the_error_names_the_request() {
     // SHM-12
     let good = shmem_config(1, 0, &[(0, PAGE)]);
     let reply = VERSION_1 | REPLY;

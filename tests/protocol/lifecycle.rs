@@ -1,4 +1,4 @@
-//! Start, stop, reset, and the end of a back-end: who is told what, and what becomes of the mappings.
+//! Start, stop, reset, and the end of a back-end: the requests it is sent, and what becomes of the mappings.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -445,8 +445,8 @@ fn a_wrong_answer_to_what_we_ask_cuts_the_back_end_off() {
 }
 
 #[test]
-fn noise_that_is_found_while_the_device_is_reset_fails_it_all_the_same() {
-    // SHM-64, SHM-71: whoever of the two threads reads it.
+fn a_malformed_message_during_a_reset_fails_the_device() {
+    // SHM-64, SHM-71: the vCPU thread or the device's thread may read it.
     for bytes in [message(SHMEM_UNMAP, VERSION_1 | REPLY, &[]), message(SHMEM_UNMAP, 0, &[])] {
         for _ in 0..20 {
             let noise = bytes.clone();

@@ -13,7 +13,7 @@ const EPROTO: i64 = -(libc::EPROTO as i64);
 const EOPNOTSUPP: i64 = -(libc::EOPNOTSUPP as i64);
 
 #[test]
-fn who_does_not_ask_gets_no_answer_but_the_effect() {
+fn a_request_without_need_reply_is_carried_out_and_not_answered() {
     // SHM-59
     let bench = Setup::default().start();
     let channel = bench.channel();
@@ -23,7 +23,7 @@ fn who_does_not_ask_gets_no_answer_but_the_effect() {
     channel.send_with(&message(SHMEM_MAP, VERSION_1, &page_at(0).bytes()), &fd).unwrap(); // fails
     channel.send(&message(SHMEM_UNMAP, VERSION_1, &page_at(5).bytes())); // fails
     channel.send(&message(UNKNOWN, VERSION_1, &[0; 3])); // unknown
-    // The first answer is that of the first who asks.
+    // The first answer is that to the first request with NEED_REPLY.
     assert_eq!(bench.unmap(page_at(9)), -i64::from(libc::ENOENT));
     assert_eq!(bench.reads(0, 0), Some(1));
     channel.send(&message(SHMEM_UNMAP, VERSION_1, &page_at(0).bytes()));
@@ -32,7 +32,7 @@ fn who_does_not_ask_gets_no_answer_but_the_effect() {
 }
 
 #[test]
-fn without_reply_ack_nobody_gets_an_answer() {
+fn without_reply_ack_no_request_is_answered() {
     // SHM-57, SHM-59
     let bench = Setup::default().without(PROTOCOL_F_REPLY_ACK).start();
     let channel = bench.channel();
@@ -48,7 +48,7 @@ fn without_reply_ack_nobody_gets_an_answer() {
 }
 
 #[test]
-fn an_answer_is_twenty_bytes_and_zero_iff_it_was_done() {
+fn an_answer_is_twenty_bytes_and_zero_only_for_success() {
     // SHM-57, SHM-58
     let bench = Setup::default().start();
     let channel = bench.channel();

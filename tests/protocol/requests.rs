@@ -203,7 +203,7 @@ fn only_a_whole_mapping_is_unmapped() {
 }
 
 #[test]
-fn what_is_no_mappable_file_is_refused() {
+fn descriptors_that_are_not_mappable_files_are_refused() {
     // SHM-47
     let bench = Setup::default().start();
     let (pipe, leash) = Leash::new();
@@ -266,11 +266,11 @@ fn a_mapping_outlives_the_back_ends_descriptor_and_needs_none_of_ours() {
     let open = || {
         let open = std::fs::read_dir("/proc/self/fd").unwrap();
         open.filter_map(|entry| std::fs::metadata(entry.ok()?.path()).ok())
-            // memfds have no names, but lengths: nobody else's inode is of this kind, number and length.
+            // A memfd has no name: it is told by inode number, length and link count.
             .filter(|file| file.ino() == inode && file.len() == PAGE && file.nlink() == 0)
             .count()
     };
-    eventually("nobody has the file open", || open() == 0);
+    eventually("the file is open nowhere", || open() == 0);
     assert_eq!(bench.reads(0, 0), Some(6));
 }
 

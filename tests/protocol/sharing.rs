@@ -136,7 +136,7 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
 }
 
 #[test]
-fn each_sees_the_others_and_nobody_sees_its_own() {
+fn each_device_sees_the_mappings_of_others_and_not_its_own() {
     // SHM-79, SHM-80: two that share, one that does not, one that cannot see.
     let mut devices = Devices::new();
     let mut first = devices.owner(Setup::default());
@@ -168,7 +168,7 @@ fn each_sees_the_others_and_nobody_sees_its_own() {
 }
 
 #[test]
-fn without_the_option_nobody_is_asked_for_memory_slots_nor_told_anything() {
+fn without_share_shmem_no_back_end_is_asked_for_memory_slots_or_told_of_mappings() {
     // SHM-80
     let mut setup = Setup::default();
     setup.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
@@ -182,7 +182,7 @@ fn without_the_option_nobody_is_asked_for_memory_slots_nor_told_anything() {
 }
 
 #[test]
-fn a_refused_request_tells_nobody_anything() {
+fn of_a_refused_request_no_recipient_is_told() {
     // SHM-80
     let (owner, other) = pair(Setup::default());
     assert_eq!(owner.map(writable(page_at(0)), &file_of(1, 1)), 0);
@@ -220,7 +220,7 @@ fn a_reset_is_over_when_others_have_let_go_of_everything() {
 }
 
 #[test]
-fn who_starts_later_is_told_after_its_memory_table_and_again_at_each_start() {
+fn a_recipient_is_told_of_live_mappings_after_its_memory_table_at_each_start() {
     // SHM-80: a memory table takes the place of all that a back-end was told.
     let mut devices = Devices::new();
     let (owner, other) =
@@ -273,7 +273,7 @@ fn a_mapping_that_a_back_end_refuses_is_one_that_it_does_not_see() {
 }
 
 #[test]
-fn nobody_is_told_of_more_than_it_has_room_for_and_the_rest_when_there_is() {
+fn a_recipient_is_told_of_what_fits_its_memory_slots_and_of_the_rest_later() {
     // SHM-80: one slot has RAM in it.
     let mut setup = Setup::default();
     setup.offer.slots = 3;
@@ -284,7 +284,7 @@ fn nobody_is_told_of_more_than_it_has_room_for_and_the_rest_when_there_is() {
     let [a, b, c] = [0, 1, 2].map(|page| address(&owner, page));
     assert_eq!(told(&other), [(ADD_MEM_REG, a), (ADD_MEM_REG, b)]);
     assert_eq!(owner.unmap(page_at(3)), 0);
-    assert_eq!(told(&other).len(), 2, "it did not know that one");
+    assert_eq!(told(&other).len(), 2, "it had not been told of that mapping");
     assert_eq!(owner.unmap(page_at(0)), 0);
     eventually("the next one gets the room", || told(&other).len() == 4);
     assert_eq!(told(&other)[2..], [(REM_MEM_REG, a), (ADD_MEM_REG, c)]);
@@ -317,7 +317,7 @@ fn only_what_can_be_mapped_for_reading_and_writing_is_shown() {
 }
 
 #[test]
-fn so_many_files_are_kept_and_no_more() {
+fn at_most_the_configured_number_of_files_is_kept() {
     // SHM-46, SHM-80
     let mut devices = Devices { sharing: Sharing::new(1), count: 0 };
     let (owner, other) =
@@ -350,7 +350,7 @@ fn where_requests_cannot_ask_for_an_answer_one_that_has_an_answer_follows() {
 }
 
 #[test]
-fn who_does_not_answer_is_given_up_and_the_owner_goes_on() {
+fn a_recipient_that_does_not_answer_is_cut_off_and_the_owner_goes_on() {
     // SHM-66, SHM-80. The cases wait at the same time.
     thread::scope(|scope| {
         for (request, bytes) in [
@@ -440,7 +440,7 @@ fn maps_before_it_answers(request: u32, tell: mpsc::Sender<i64>) -> Setup {
 }
 
 #[test]
-fn two_that_wait_for_each_other_both_get_their_answer() {
+fn two_back_ends_that_wait_for_each_other_both_get_their_answer() {
     // SHM-67, SHM-80: each maps, or unmaps, and does not listen before it has its answer, which the other one
     // holds up.
     for first_unmaps in [false, true] {
@@ -485,7 +485,7 @@ fn two_that_wait_for_each_other_both_get_their_answer() {
 }
 
 #[test]
-fn two_that_map_while_both_are_started_do_start() {
+fn two_back_ends_that_map_while_both_are_started_do_start() {
     // SHM-67, SHM-80: each vCPU has the main socket that the other's mapping is to be told on.
     let mut devices = Devices::new();
     let both = Arc::new(Barrier::new(2));
@@ -519,7 +519,7 @@ fn two_that_map_while_both_are_started_do_start() {
 }
 
 #[test]
-fn who_is_busy_learns_later_of_a_mapping_but_must_let_go_in_time() {
+fn a_busy_recipient_learns_of_a_mapping_later_but_must_let_go_in_time() {
     // SHM-66, SHM-80: a vCPU waits for the recipient on its main socket.
     let (resume, is_over) = mpsc::channel::<()>();
     let busy = Arc::new(AtomicBool::new(false));
@@ -580,7 +580,7 @@ fn known(bench: &Bench) -> BTreeMap<u64, u64> {
 }
 
 #[test]
-fn whatever_happens_at_once_what_each_knows_is_what_there_is() {
+fn after_concurrent_maps_resets_and_starts_each_recipient_knows_the_live_mappings() {
     // SHM-71, SHM-80: both share, map and unmap all the time, and are reset and started meanwhile.
     let mut devices = Devices::new();
     let both = [0, 1].map(|_| {

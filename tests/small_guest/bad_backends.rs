@@ -55,7 +55,7 @@ fn run(options: &[&str], meanwhile: impl FnOnce(i32)) -> Ended {
             unsafe { libc::kill(-group, libc::SIGKILL) };
         }
     });
-    // It ends when nobody has stderr any more.
+    // It ends when no process has stderr open any more.
     hotslot.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
     drop(ended);
     let status = hotslot.wait().unwrap();
@@ -85,7 +85,7 @@ fn refused_backend(offer: Offer, kind: &str, words: &[&str]) -> Ended {
 }
 
 #[test]
-fn nobody_listens() {
+fn no_back_end_listens() {
     if !kvm::is_here() {
         return;
     }

@@ -73,7 +73,7 @@ fn a_read_only_mapping_keeps_what_the_guest_writes_from_the_file() {
     on_disk.as_file().write_all_at(&vec![0x5a; 2 * PAGE as usize], 0).unwrap();
     let before = std::fs::read(on_disk.path()).unwrap();
     let read_only = File::open(on_disk.path()).unwrap();
-    // It is the mapping that is read-only, whatever its descriptor could do.
+    // The mapping is read-only, even where its descriptor is open for writing.
     for (start, fd) in [(0, &read_only), (2, on_disk.as_file())] {
         let request = MMap { len: 2 * PAGE, ..page_at(start) };
         assert_eq!(backend.map(request, fd), 0);

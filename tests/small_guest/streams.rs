@@ -1,4 +1,4 @@
-//! hotslot's own input and output, whatever they are: the guest goes on, and the exit status is the guest's.
+//! Every kind of standard input and output of hotslot: the guest goes on, and the exit status is the guest's.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -94,7 +94,7 @@ fn there_is_no_input() {
 }
 
 #[test]
-fn nobody_reads_the_output() {
+fn the_output_cannot_be_written() {
     if !kvm::is_here() {
         return;
     }

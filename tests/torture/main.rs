@@ -1,5 +1,5 @@
 //! `hotslot-backend torture`: against the front-end of the `vhost` crate, which shows that it knows of no
-//! other, and against hotslot with a small guest, which has to survive all of it.
+//! other, and against hotslot with a small guest, which must survive all of it.
 //!
 //! The numbers are those of the contract's assertions.
 

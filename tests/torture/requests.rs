@@ -50,7 +50,7 @@ fn every_request_is_carried_out_or_refused_as_specified() {
         let (_verdict, came) = came.split_last().unwrap();
         assert_eq!(came, answers, "{case}: {output}");
     }
-    // All the rest has a verdict, and not just because something was tried in vain.
+    // Every other request has a verdict, and none because it could not be tried.
     assert_eq!(output.matches(": as specified\n").count(), 37, "{output}");
     assert!(output.contains("46 of 46 cases tried"), "{output}");
     assert!(!output.contains("keeps the descriptor"), "{output}");

@@ -181,7 +181,7 @@ pub struct Bench {
     backend: Backend,
 }
 
-/// The device, while nobody else calls it.
+/// The device, locked.
 pub struct DeviceGuard<'a>(std::sync::MutexGuard<'a, Option<VhostUserDevice>>);
 
 impl std::ops::Deref for DeviceGuard<'_> {

@@ -32,7 +32,7 @@ impl Running {
         Running { child: Arc::new(Mutex::new(child)), said, _alive: None }
     }
 
-    /// Kills it then, so that whatever waits for it goes on, too.
+    /// Kills it after this time, so that a thread which waits for it goes on, too.
     pub fn for_at_most(mut self, time: Duration) -> Running {
         let (alive, dropped) = mpsc::channel();
         let child = Arc::clone(&self.child);
@@ -116,7 +116,7 @@ impl Drop for Running {
 /// Sends a signal to a child that was not waited for.
 pub fn signal_child(child: &mut Child, signal: i32) {
     assert_eq!(child.try_wait().unwrap(), None, "it has ended");
-    // SAFETY: no memory is involved, and the number is still the child's, which nobody has waited for.
+    // SAFETY: no memory is involved, and the number is still the child's, which was not waited for.
     assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
 }
 

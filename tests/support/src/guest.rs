@@ -241,7 +241,7 @@ impl Guest {
         assert_eq!(self.register(register::STATUS), 0);
     }
 
-    /// Takes the device from reset to DRIVER_OK; all has to go well.
+    /// Takes the device from reset to DRIVER_OK; every step must succeed.
     pub fn start_device(&mut self) {
         self.reset_device();
         assert_eq!(self.try_start_device(), RUNNING, "{}", self.log());

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use crate::built::{self, hotslot_backend};
 use crate::child::{self, Running};
 
-/// When the program is killed: then whatever waits for it goes on, such as the front-end of the `vhost`
+/// When the program is killed: a thread that waits for it then goes on, such as the front-end of the `vhost`
 /// crate, which knows no deadlines.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 /// Relative, as socket addresses are short and directories of builds are not.

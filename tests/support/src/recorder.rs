@@ -1,5 +1,4 @@
-//! A machine that remembers what its guest can see. Whose module this is names the types of
-//! `hotslot::memory`.
+//! A machine that records what its guest can see.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -221,7 +221,7 @@ impl Leash {
         (writer.into(), Leash(reader))
     }
 
-    /// Waits until nobody has the descriptor any more.
+    /// Waits until no process has the descriptor open any more.
     pub fn wait_until_closed(&self) {
         let mut poll = [PollFd::new(&self.0, PollFlags::empty())];
         let ready = rustix::event::poll(&mut poll, Some(&PATIENCE.try_into().unwrap())).unwrap();
