@@ -19,7 +19,7 @@ main() {
     -h | --help) usage && return ;;
     neighbour | files) "$1" ;;
     '') neighbour && files ;;
-    *) die "$1: not understood (--help says what is)" ;;
+    *) die "$1: not understood (--help lists what is)" ;;
     esac
 }
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # usage: doctor.sh [--help]
 #
-# Says what this machine has of what the scripts need, and for each lack what to do about it. Changes nothing.
+# Lists what the scripts need, whether this machine has it, and for each lack what to do. Changes nothing.
 #
 # Exit status: 0 when everything needed to boot a guest is here (an emulated host counts), 1 otherwise.
 set -euo pipefail
@@ -26,7 +26,7 @@ DISK_MIB=4096
 
 lacks=0
 
-# What a line begins with says how it is: ok, a lack that a script removes by itself, or one that stops it.
+# Each line begins with ok, with note (a script installs it, or goes on without) or with LACKING (it stops a script).
 ok() { printf '  ok      %s\n' "$*"; }
 note() { printf '  note    %s\n' "$*"; }
 lack() {

@@ -2,7 +2,7 @@
 # usage: fuzz.sh [--seconds N] [TARGET...]
 #
 # Builds and runs the fuzz targets, one after the other: backend_channel, main_socket, registers, device_strings, or
-# those that are named. What each is fed and what must hold is said in its file in fuzz/fuzz_targets.
+# those that are named. The input of each and what must hold are described in its file in fuzz/fuzz_targets.
 #
 #   --seconds N        how long each runs (default: 10)
 #
@@ -10,8 +10,8 @@
 # Installs what is missing (cargo-fuzz goes into target/). Each starts from fuzz/seeds and what it found worth keeping
 # in earlier runs, fuzz/corpus.
 #
-# One line tells of each target; the last one is 'N passed, N failed'. The exit status is 1 when anything failed: then
-# the input is in fuzz/artifacts, and how to run it again is said.
+# It prints one line for each target; the last line is 'N passed, N failed'. The exit status is 1 when anything failed:
+# then the input is in fuzz/artifacts, and a message shows the command that runs it again.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -22,10 +22,10 @@ TRIPLE=x86_64-unknown-linux-gnu
 BINARIES=$TARGET/fuzz/$TRIPLE/release
 LOGS=$TARGET/fuzz/logs
 
-# Bytes of an input, at most: enough for the longest stories, and short ones are found sooner.
+# The most bytes of an input: enough for the longest conversations, and short ones are found sooner.
 MAX_LEN=2048
-# Seconds for one input: longer than all deadlines of the VMM together, so that who waits for one is told of it, even on
-# a busy machine.
+# Seconds for one input: longer than all deadlines of the VMM together, so that a target which waits for one sees its end, even
+# on a busy machine.
 INPUT_TIMEOUT=120
 
 main() {
@@ -38,7 +38,7 @@ main() {
             seconds=$2
             shift
             ;;
-        -*) die "$1: unknown option (--help says which there are)" ;;
+        -*) die "$1: unknown option (--help lists them)" ;;
         *)
             [[ -e $FUZZ/fuzz_targets/$1.rs ]] || die "$1: there is no such target (--help lists them)"
             targets+=("$1")
@@ -51,7 +51,7 @@ main() {
     fi
 
     need cc:gcc c++:g++
-    need_cargo_fuzz
+    need_cargo fuzz "$CARGO_FUZZ_VERSION"
     mkdir -p "$LOGS"
     for target in "${targets[@]}"; do
         if build "$target" && run "$target" "$seconds"; then
@@ -62,15 +62,6 @@ main() {
     done
     echo "$passed passed, $failed failed"
     ((failed == 0))
-}
-
-need_cargo_fuzz() {
-    command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
-    PATH=$TARGET/tools/bin:$PATH
-    command -v cargo-fuzz >/dev/null && return
-    say "installing cargo-fuzz $CARGO_FUZZ_VERSION into $TARGET/tools"
-    cargo install --quiet --locked --version "$CARGO_FUZZ_VERSION" --root "$TARGET/tools" cargo-fuzz </dev/null >&2 ||
-        die "could not install cargo-fuzz"
 }
 
 has_nightly() { rustup toolchain list 2>/dev/null | grep -q '^nightly-'; }
@@ -88,13 +79,13 @@ build() {
     return 1
 }
 
-# Says how it went in one line, on a finding in some more.
+# Prints the result in one line, and some more when there is a finding.
 run() {
     local target=$1 seconds=$2 log=$LOGS/$1.run status=0 counts found
     local corpus=$FUZZ/corpus/$target artifacts=$FUZZ/artifacts/$target
     mkdir -p "$corpus" "$artifacts"
-    # No look for leaks: a thread that is just ending looks like one (its destructors' list). Descriptors and mappings are
-    # counted by the targets themselves.
+    # Without a search for leaks: it takes the list of destructors of a thread that is just ending for one. The targets
+    # themselves count file descriptors and mappings.
     "$BINARIES/$target" -max_total_time="$seconds" -max_len="$MAX_LEN" -timeout="$INPUT_TIMEOUT" -detect_leaks=0 -print_final_stats=1 \
         -artifact_prefix="$artifacts/" "$corpus" "$FUZZ/seeds/$target" </dev/null >"$log" 2>&1 || status=$?
     counts=$(awk '/^stat::number_of_executed_units/ { runs = $2 } /^stat::new_units_added/ { new = $2 }
@@ -109,7 +100,7 @@ run() {
     if [[ -n $found ]]; then
         say "the input is $found; to run it again: $BINARIES/$target $found"
     fi
-    say "all that was said is in $log"
+    say "its whole output is in $log"
     return 1
 }
 

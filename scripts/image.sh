@@ -26,7 +26,7 @@ main() {
         -h | --help) usage && return ;;
         --bare) bare=1 && shift && continue ;;
         --) shift && command=("$@") && break ;;
-        -o | --module | --file | --exec | --command) (($# > 1)) || die "$1 needs a value (--help says which)" ;;
+        -o | --module | --file | --exec | --command) (($# > 1)) || die "$1 needs a value (--help describes it)" ;;
         *) die "$1: unknown option (--help lists them)" ;;
         esac
         case $1 in
@@ -57,7 +57,7 @@ main() {
     if [[ $out == - ]]; then
         pack
     else
-        # Whoever boots the image now keeps the old one, and nobody sees half a file.
+        # A machine that boots from the old image keeps it, and no machine sees half a file.
         local new
         new=$(mktemp "$out.XXXXXX")
         pack >"$new" || { rm -f "$new" && die "could not pack $out"; }
@@ -97,7 +97,7 @@ add_modules() {
     while read -r file; do
         unpack_module "$source/$file" "$stage/usr/lib/modules/$version/$file"
     done < <(sed 's/^[^ ]* //; s/ /\n/g' <<<"$lines" | grep . | sort -u)
-    # A signature that nobody insists on costs an emulated processor 0.7 s to verify.
+    # An emulated processor takes 0.7 s to verify a signature, and this kernel does not require one.
     if grep -qxF '# CONFIG_MODULE_SIG_FORCE is not set' "$kernel/config" 2>/dev/null && command -v strip >/dev/null; then
         find "$stage/usr/lib/modules" -name '*.ko' -exec strip --strip-debug {} +
     fi

@@ -7,7 +7,7 @@
 #   vmlinux   the same, unpacked: an ELF file
 #   modules/  its modules, with modules.dep
 #   config    how it was built (where known)
-#   version   what `uname -r` says there
+#   version   its `uname -r`
 #
 # It is the newest linux-image-*-cloud-amd64-unsigned, 6.12 or later, that apt knows of; it is unpacked, not
 # installed, and kept under target/guest-kernel. The archive is asked again after a week.
@@ -186,7 +186,7 @@ unpack_bzimage() {
     425a68*) filter='bzip2 -dc' && need bzip2:bzip2 ;;
     02214c18) filter='lz4 -dcq' && need lz4:lz4 ;;
     894c5a4f) filter='lzop -dcq' && need lzop:lzop ;;
-    *) die "$file: its payload begins with $magic, which is no compression that this script knows" ;;
+    *) die "$file: its payload begins with $magic, a compression that this script does not know" ;;
     esac
     # shellcheck disable=SC2086 # a command and its options
     tail -c +$((offset + 1)) "$file" | head -c "$length" | $filter >"$out" || true

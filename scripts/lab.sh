@@ -7,18 +7,24 @@
 #   --file PATH        copies this file or directory in, at the same absolute path
 #   --exec PATH        copies this executable in, with its shared libraries, at the same absolute path
 #   --out PATH         copies this file or directory back at the end, from the same absolute path
+#   --share DIR        mounts this directory there, at the same absolute path, by virtio-fs: see below
 #   --memory SIZE      memory of the emulated host, in MiB or with a suffix (default: 2G)
 #   --env NAME=VALUE   adds to COMMAND's environment
 #   --timeout SECONDS  time limit for all of it (default: 300; with --tty none)
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the lab)
 #   --icount           the clock counts instructions: slower, but repeated runs measure the same. For guests with one
-#                      vCPU: Linux with more has not been seen to come up so
+#                      vCPU: no Linux with more vCPUs came up so
 #   --append WORDS     adds to the emulated host's kernel command line
 #   --log FILE         writes the emulated host's kernel log there
-#   --verbose          says when the emulated host is up
+#   --verbose          prints when the emulated host is up
 #
 # COMMAND is copied in with its shared libraries when it is a path, or a name that busybox does not have. It runs as
 # root, in a directory of the same name as this one, in which there is nothing but what --file brought.
+#
+# Both sides of --share have one directory, and COMMAND may do there what you may. This side sees at once what COMMAND
+# writes to a file, and within about half a second what it stores through a shared mapping. COMMAND sees names and
+# attributes that are at most a second old, and the new contents of a file when it opens it, or looks at its attributes,
+# a second after the change. A file in DIR that --file names is not copied.
 #
 # Exit status: COMMAND's (128+n for signal n); 124 at the time limit; 125 when the lab itself failed, with the last
 # lines of the kernel's log on standard error; 126 or 127 when COMMAND cannot be run.
@@ -29,33 +35,38 @@ source "$(dirname "$0")/lib.sh"
 # irqbypass, ccp and kvm come with it.
 BASE_MODULES=(kvm-amd)
 
-# An error of ours must not look like one of COMMAND's.
+# The lab's own errors must differ from COMMAND's exit statuses.
 DIE_STATUS=125
 
 # These choose the guest's kernel; the emulated host's is always the stock one.
 unset KERNEL MODULES
 
 main() {
-    local options=() packed=() limit='' terminal='' path command
+    local options=() packed=() shares=() limit='' terminal='' path command
     while (($#)); do
         case $1 in
         -h | --help) usage && return ;;
         --) shift && break ;;
         --tty) terminal=1 options+=(--tty) && shift && continue ;;
         --icount | --verbose) options+=("$1") && shift && continue ;;
-        --file | --exec | --out | --memory | --env | --timeout | --append | --log) (($# > 1)) || die "$1 needs a value (--help says which)" ;;
+        --file | --exec | --out | --share | --memory | --env | --timeout | --append | --log) (($# > 1)) || die "$1 needs a value (--help describes it)" ;;
         *) die "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
         esac
         case $1 in
         --file) packed+=(--file "$(realpath -s "$2")") ;;
         --exec) packed+=(--exec "$(realpath -s "$2")") ;;
         --out) options+=(--out "$(realpath -ms "$2")") ;;
+        --share)
+            [[ -d $2 ]] || die "--share $2: this is not a directory"
+            [[ $(realpath "$2") != / ]] || die "--share $2: COMMAND would have no files of its own"
+            shares+=("$(realpath "$2")")
+            ;;
         --timeout) limit=$2 ;;
         *) options+=("$1" "$2") ;;
         esac
         shift 2
     done
-    (($#)) || die "there is no COMMAND to run (--help says how)"
+    (($#)) || die "there is no COMMAND to run (--help describes it)"
     need qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio
     [[ -n $limit || -n $terminal ]] || limit=300
     [[ -z $limit ]] || options+=(--timeout "$limit")
@@ -70,7 +81,7 @@ main() {
     else
         path=$(command -v -- "$command") || die "$command: not found, neither here nor in busybox"
     fi
-    # One that is not here may still be there.
+    # A path that does not exist here may exist on the emulated host.
     if [[ -e $path ]]; then
         packed+=(--exec "$path")
     fi
@@ -81,8 +92,13 @@ main() {
     init=$(guest_init) || exit 125
     base=$(base_image "$kernel" "$init") || exit 125
     options+=(--initramfs "$base")
+    for path in "${shares[@]}"; do options+=(--share "$path"); done
+    if ((${#shares[@]})); then
+        cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bin hotslot-backend </dev/null >&2 || exit 125
+        options+=(--backend "$TARGET/release/hotslot-backend")
+    fi
     if ((${#packed[@]})); then
-        # Open, and without a name from now on: nothing to clean up, whatever ends us.
+        # Open, and without a name from now on: nothing is left to clean up, however this ends.
         extra=$(mktemp)
         exec 9<>"$extra"
         rm "$extra"

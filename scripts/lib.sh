@@ -3,7 +3,7 @@
 
 # The project's directory, and where downloads and products are kept.
 PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-# shellcheck disable=SC2034 # used by those who source this
+# shellcheck disable=SC2034 # used by the scripts that source this
 TARGET=$PROJECT/target
 
 # System tools (depmod, mkfs.ext4) are not in every user's PATH.
@@ -61,12 +61,25 @@ host_kind() {
 
 kvm_opens() { (: <>/dev/kvm) 2>/dev/null; }
 
-# What the tests that boot Linux need. Says itself what is missing and cannot be installed; what needs it then fails by
-# itself.
+# Installs what the tests that boot Linux need. `need` reports what is missing and cannot be installed; the tests that
+# need it fail then.
 linux_tools() {
     (need busybox:busybox-static cpio:cpio depmod:kmod mkfs.ext4:e2fsprogs debugfs:e2fsprogs fio:fio \
         qemu-storage-daemon:qemu-system-common) || true
     [[ $(host_kind) == kvm ]] || (need qemu-system-x86_64:qemu-system-x86) || true
+}
+
+# Makes sure that a cargo subcommand is there: `need_cargo NAME VERSION [OPTION]...`, built into target/tools where it is
+# missing.
+need_cargo() {
+    local name=$1 version=$2
+    shift 2
+    command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
+    [[ :$PATH: == *":$TARGET/tools/bin:"* ]] || PATH=$TARGET/tools/bin:$PATH
+    command -v "cargo-$name" >/dev/null && return
+    say "installing cargo-$name $version into $TARGET/tools"
+    cargo install --quiet --locked --version "$version" --root "$TARGET/tools" "$@" "cargo-$name" </dev/null >&2 ||
+        die "could not install cargo-$name"
 }
 
 is_elf() { [[ $(od -An -tx1 -N 4 "$1" 2>/dev/null) == ' 7f 45 4c 46' ]]; }

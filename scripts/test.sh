@@ -1,10 +1,11 @@
 #!/bin/bash
 # usage: test.sh [quick|long]
 #
-# Runs all tests: format, lints, documentation, shell scripts, whether each assertion of the contract has a test; then the
-# tests without a Linux guest (unit, protocol, and small guests on this machine's /dev/kvm), some seconds of each fuzz
-# target, and the tests that boot a stock kernel, on this machine's KVM or on the emulated host of lab.sh. Installs and
-# builds what is missing.
+# Runs all tests: format, lints (of the VMM without its back-ends, too), documentation, shell scripts, dependencies
+# (deny.toml), whether each assertion of the contract has a test; then the tests without a Linux guest (unit, protocol, and
+# small guests on this machine's /dev/kvm), some seconds of each fuzz target, and the tests that boot a stock kernel, on
+# this machine's KVM or on the emulated host of lab.sh. Installs and builds what is missing; the first run builds cargo-deny
+# and cargo-fuzz into target/tools, which takes some minutes.
 #
 #   quick              only what needs no Linux guest and no fuzzing
 #   long               with what takes hours: a million random operations against the model, ten minutes of endurance for
@@ -12,11 +13,14 @@
 #                      of 256 MiB, a quarter of an hour for each fuzz target
 #
 # A step that fails does not stop those after it. The last line is 'N passed, N failed', in which format, lints,
-# documentation, shell scripts, contract and fuzzing count as one test each, and so does a step that could not run; the
-# exit status is 1 when anything failed. REQUIRE_KVM=1 makes a failure of a test that finds no /dev/kvm.
+# documentation, shell scripts, dependencies, contract and fuzzing count as one test each, and so does a step that could not
+# run; the exit status is 1 when anything failed. Known faults of dependencies are checked where the advisory database can
+# be reached, otherwise a message says that they are not. REQUIRE_KVM=1 makes a failure of a test that finds no /dev/kvm.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
+
+CARGO_DENY_VERSION=0.20.2
 
 passed=0
 failed=0
@@ -33,20 +37,22 @@ main() {
         fuzz_seconds=900
         ;;
     '') ;;
-    *) die "$1: not understood (--help says what is)" ;;
+    *) die "$1: not understood (--help lists what is)" ;;
     esac
     cd "$PROJECT"
-    # It says itself what is missing and cannot be installed; what needs it then fails by itself.
+    # `need` reports what is missing and cannot be installed; the steps that need it fail then.
     (need cc:gcc) || true
     command -v cargo >/dev/null || say "there is no cargo: install Rust, see https://rustup.rs"
     say "small guests: $(small_guests)"
 
     check "format" formatted
     check "lints" cargo clippy --workspace --all-targets --locked -- -D warnings
+    check "lints without back-ends" cargo clippy --locked --no-default-features --bin hotslot -- -D warnings
     RUSTDOCFLAGS='-D warnings' check "documentation" cargo doc --workspace --no-deps --document-private-items --locked
     (need shellcheck:shellcheck) || true
-    check "shell scripts" shellcheck -x scripts/*.sh .ci/run benches/*/*.sh tests/linux/*/*.sh
-    # Whether each assertion has a test; that the tests hold is for the tests to say.
+    check "shell scripts" shellcheck -x scripts/*.sh scripts/*/*.sh .ci/run benches/*/*.sh tests/linux/*/*.sh
+    check "dependencies" dependencies
+    # Whether each assertion has a test. Whether the tests pass is seen below.
     check "contract" scripts/contract.sh --list
     local targets
     mapfile -t targets < <(test_targets)
@@ -65,7 +71,20 @@ main() {
     ((failed == 0))
 }
 
-# What the tests will run on, in words.
+# Licences, duplicates, sources, and known faults.
+dependencies() {
+    # In a debug build: quicker to build, quick enough to run.
+    (CARGO_PROFILE_DEV_DEBUG=0 need_cargo deny "$CARGO_DENY_VERSION" --debug) || return 1
+    PATH=$TARGET/tools/bin:$PATH
+    cargo deny --offline check licenses bans sources || return 1
+    if timeout 60 cargo deny fetch db >/dev/null 2>&1; then
+        cargo deny check --disable-fetch advisories
+    else
+        say "the advisory database cannot be reached: known faults of dependencies are not checked"
+    fi
+}
+
+# What the tests run on, in words.
 small_guests() {
     if ! kvm_opens; then
         echo "no /dev/kvm that opens, their tests are skipped"
@@ -123,7 +142,7 @@ tests() {
         failed=$((failed + bad - 1))
         fail "$name"
     elif ((status != 0 || good == 0)); then
-        # It did not build, say.
+        # It did not build, for example.
         fail "$name"
     fi
 }

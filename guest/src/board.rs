@@ -1,13 +1,13 @@
-//! What the guest and the back-end of an endurance test know of each other. `probe hammer` and the tests use
-//! this file, so it depends on nothing.
+//! What the guest and the back-end of an endurance test agree on. `probe hammer` and the tests use this file,
+//! so it depends on nothing.
 //!
 //! The back-end maps files into a window and takes them away again while the guest's processors read and
-//! write there. No lock is shared, so what is right must be told from the words alone, and from the
-//! **board**: a page that both see all the time, in the window of another device.
+//! write there. No lock is shared, so only the words themselves tell what is right, and the **board**: a page
+//! that both see all the time, in the window of another device.
 //!
 //! The window is made of [`PLACES`] places of 8 pages. What is mapped at a place starts with it and is at
-//! most 4 pages long, the rest is never mapped. Each 8-byte word of a file says where in the window it
-//! belongs, who wrote it, and when. A processor only writes the words whose index modulo [`CPUS`] is its
+//! most 4 pages long, the rest is never mapped. Each 8-byte word of a file holds its index in the window, its
+//! writer, and when it was written. A processor only writes the words whose index modulo [`CPUS`] is its
 //! number. While a file is not mapped it is full of [`POISON`].
 //!
 //! ```text
@@ -17,7 +17,7 @@
 //!
 //! For each place the board has a state. The back-end sets it to [`CHANGING`] before it asks for a change,
 //! and to what is the case after the change was answered. So a guest that sees one state before and after its
-//! access knows what the access has to give.
+//! access knows which value the access must give.
 
 /// The processors that take part.
 pub const CPUS: usize = 4;
@@ -73,17 +73,17 @@ pub const fn state(kind: u64, pages: usize, generation: u64) -> u64 {
     generation << 32 | (pages as u64) << 8 | kind
 }
 
-/// Words of the board. The back-end sets `RESET_WANTED` to a new number; the first processor says so in
+/// Words of the board. The back-end sets `RESET_WANTED` to a new number; the first processor copies it to
 /// `RESET_PENDING`, waits for the same number in `RESET_AGREED` (now no state claims anything), resets the
-/// device, looks for what is left of the mappings, starts the device, and says so in `RESET_DONE`.
+/// device, looks for mappings that are left, starts the device, and copies the number to `RESET_DONE`.
 pub const READY: usize = 0;
 pub const RESET_WANTED: usize = 1;
 pub const RESET_PENDING: usize = 2;
 pub const RESET_AGREED: usize = 3;
 pub const RESET_DONE: usize = 4;
-/// Not 0: the guest shall end, with status [`GOOD_END`].
+/// Not 0: the guest must end, with status [`GOOD_END`].
 pub const STOP: usize = 5;
-/// Not 0: the guest's processors shall run with interrupts enabled.
+/// Not 0: the guest's processors must run with interrupts enabled.
 pub const INTERRUPTS: usize = 6;
 /// A word for each place.
 pub const STATES: usize = 256;
@@ -121,8 +121,8 @@ pub const WRITE_BITS: u64 = 3 << 32;
 pub const STATUS: u32 = 0x070;
 pub const SHM_SEL: u32 = 0x0ac;
 pub const SHM_BASE: u32 = 0x0b8;
-/// What is written to which register to start a device that is reset: VIRTIO_F_VERSION_1, and one queue at 16
-/// MiB that nobody will use.
+/// The writes (register, value) that start a device after a reset: VIRTIO_F_VERSION_1, and one queue at 16
+/// MiB that stays unused.
 pub const START: [(u32, u32); 16] = [
     (STATUS, 1),
     (STATUS, 1 | 2),

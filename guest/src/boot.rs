@@ -1,16 +1,20 @@
 //! PID 1: from the kernel's hand-over to the end of the machine.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
+
+use crate::outcome::{Outcome, failed};
 use crate::parameters::{self, Parameters};
-use crate::{Outcome, console, finish, lab, modules, sys};
+use crate::{console, finish, lab, modules, sys};
 
 /// Where `scripts/image.sh` puts a command: its words, each followed by a NUL.
 const COMMAND: &str = "/etc/hotslot/command";
 
-/// What runs when nobody asked for anything.
+/// The command where neither the kernel's command line nor the image names one.
 const SHELL: &str = "/bin/sh";
 
 /// The kernel's file systems: type, place, options.
@@ -32,7 +36,7 @@ const DIRECTORIES: [(&str, u32); 3] = [("/run", 0o755), ("/tmp", 0o1777), ("/roo
 pub fn run() -> ! {
     for (kind, place, options) in MOUNTS {
         // A kernel without one of them (debugfs, say) is still of use.
-        complain(sys::mount(kind, place, options));
+        complain(sys::mount(kind, kind, Path::new(place), options));
     }
     for (place, mode) in DIRECTORIES {
         complain(make_directory(place, mode));
@@ -70,7 +74,7 @@ pub fn run() -> ! {
 fn make_directory(place: &str, mode: u32) -> Outcome<()> {
     fs::create_dir_all(place)
         .and_then(|()| fs::set_permissions(place, fs::Permissions::from_mode(mode)))
-        .map_err(|error| format!("cannot make {place}: {error}"))
+        .map_err(failed("make", Path::new(place)))
 }
 
 /// The command line's command, else the image's, else a shell.
@@ -88,8 +92,8 @@ fn choose_command(parameters: &Parameters) -> Vec<String> {
 }
 
 fn read_parameters() -> Parameters {
-    let line =
-        fs::read_to_string("/proc/cmdline").map_err(|error| format!("cannot read /proc/cmdline: {error}"));
+    let path = Path::new("/proc/cmdline");
+    let line = fs::read_to_string(path).map_err(failed("read", path));
     parameters::parse(&complain(line).unwrap_or_default())
 }
 
@@ -99,10 +103,9 @@ fn take_console() {
     let Ok(console) = OpenOptions::new().read(true).write(true).open("/dev/console") else {
         return;
     };
-    for standard in 0..=2 {
-        // SAFETY: `console` is open; descriptors 0 to 2 are nobody's but ours to replace, nothing runs beside
-        // us yet.
-        unsafe { libc::dup2(console.as_raw_fd(), standard) };
+    let replaced = [dup2_stdin(&console), dup2_stdout(&console), dup2_stderr(&console)];
+    for error in replaced.iter().filter_map(|result| result.err()) {
+        eprintln!("init: cannot use /dev/console: {error}");
     }
 }
 
@@ -115,21 +118,18 @@ fn link_descriptors() {
         ("/proc/self/fd/2", "/dev/stderr"),
     ];
     for (target, link) in links {
-        complain(symlink(target, link).map_err(|error| format!("cannot link {link}: {error}")));
+        complain(symlink(target, link).map_err(failed("link", Path::new(link))));
     }
 }
 
 fn hold_vm() -> Outcome<OwnedFd> {
-    let kvm = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .map_err(|error| format!("cannot open /dev/kvm: {error}"))?;
+    let path = Path::new("/dev/kvm");
+    let kvm = File::options().read(true).write(true).open(path).map_err(failed("open", path))?;
     sys::create_vm(&kvm).map_err(|error| format!("cannot create a machine on /dev/kvm: {error}"))
 }
 
-/// What every command starts with, unless the kernel's command line said otherwise (`NAME=VALUE` there
-/// reaches us).
+/// The environment of every command. The kernel passes each `NAME=VALUE` of its command line to PID 1, and
+/// HOME from there stays.
 fn set_environment() {
     let defaults =
         [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")];
@@ -141,7 +141,7 @@ fn set_environment() {
     }
 }
 
-/// Says what went wrong, and goes on.
+/// Reports an error; the boot goes on.
 fn complain<T>(outcome: Outcome<T>) -> Option<T> {
     outcome.map_err(|sentence| eprintln!("init: {sentence}")).ok()
 }

@@ -3,13 +3,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
-use crate::{Outcome, sys};
+use crate::outcome::Outcome;
+use crate::sys;
 
-/// The command's status where it could not be started, as a shell says it.
+/// The command's status where it could not be started, as a shell gives it.
 const NOT_FOUND: u8 = 127;
 const NOT_EXECUTABLE: u8 = 126;
 
@@ -41,9 +41,9 @@ pub fn run(command: &[String]) -> u8 {
         }
     };
     if let Ok(terminal) = terminal {
-        // SAFETY: an open descriptor that `terminal` owns. What was written has to be out before the power
-        // goes.
-        unsafe { libc::tcdrain(terminal.as_raw_fd()) };
+        // What was written must be out before the power goes. A terminal that failed has nothing left to
+        // write.
+        let _ = rustix::termios::tcdrain(&terminal);
     }
     status
 }

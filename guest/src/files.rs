@@ -1,4 +1,4 @@
-//! The probes of a file system: what its files can do, what is in them, and whether two sides of it see the
+//! The probes of a file system: what its files can do, their contents, and whether two sides of it see the
 //! same.
 //!
 //! Called by [`crate::probe`], in a guest and on the host that shares a directory with it: busybox maps no
@@ -9,29 +9,21 @@ use std::io::{self, BufRead, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::Outcome;
+use rustix::fs::{
+    FallocateFlags, FlockOperation, SeekFrom as Look, XattrFlags, getxattr, listxattr, removexattr, setxattr,
+};
+use rustix::io::Errno;
+use rustix::mm::MapFlags;
+use rustix::process::{Pid, WaitOptions, waitpid};
+
+use crate::map::{Mapping, PAGE, bus_errors, zeroes_on_bus_error};
+use crate::outcome::{Outcome, failed};
 use crate::parameters::number;
-use crate::probe::{Mapping, PAGE};
-use crate::sys::c_string;
 
 const MIB: usize = 1 << 20;
-
-/// Why something does not work: where, and what.
-pub fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> String {
-    let sentence = format!("cannot {what} {}", path.display());
-    move |error| format!("{sentence}: {error}")
-}
-
-/// The answer of a system call that says -1 for an error.
-fn result(value: impl Into<i64>) -> io::Result<i64> {
-    match value.into() {
-        -1 => Err(io::Error::last_os_error()),
-        value => Ok(value),
-    }
-}
 
 fn expect<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Outcome<()> {
     if found == expected { Ok(()) } else { Err(format!("{what}: {found:?} instead of {expected:?}")) }
@@ -44,10 +36,9 @@ fn open(path: &Path) -> Outcome<File> {
     options.open(path).map_err(failed("open", path))
 }
 
-pub fn map(file: &File, path: &Path, writable: bool, flags: libc::c_int) -> Outcome<Mapping> {
-    let length = file.metadata().map_err(failed("look at", path))?.len() as usize;
-    let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
-    Mapping::with(protection, length, flags, Some((file, 0))).map_err(failed("map", path))
+/// All of a file, as a shared mapping.
+fn map(file: &File, path: &Path, writable: bool) -> Outcome<Mapping> {
+    Mapping::whole(file, path, writable, MapFlags::SHARED)
 }
 
 // ------------------------------------------------------------------------------- what files can do
@@ -72,7 +63,7 @@ const CHECKS: [(&str, Check); 14] = [
     ("sparse", sparse),
 ];
 
-/// Does all that files can do, in a directory. What it makes there stays, but for what it is to remove.
+/// Runs each check in a directory. The files that they make stay, but for those that a check removes.
 pub fn all(directory: &str) -> Outcome<String> {
     for (name, check) in CHECKS {
         check(&Path::new(directory).join(name)).map_err(|sentence| format!("{name}: {sentence}"))?;
@@ -130,7 +121,7 @@ fn rename(path: &Path) -> Outcome<()> {
     expect("the directory", names.as_slice(), &["file".into()])
 }
 
-/// A file without a name can be used by who has it open.
+/// A process can use a file that it has open and that has no name any more.
 fn unlink(path: &Path) -> Outcome<()> {
     let mut file = open(path)?;
     file.write_all(b"still there").map_err(failed("write", path))?;
@@ -167,40 +158,25 @@ const NAME: &str = "user.hotslot";
 
 fn attributes(path: &Path) -> Outcome<()> {
     fs::write(path, "").map_err(failed("write", path))?;
-    let (file, name) = (c_string(&path.to_string_lossy())?, c_string(NAME)?);
     let value = b"a value";
-    // SAFETY: strings and bytes are ours and outlive the calls.
-    let set = |flags| unsafe {
-        libc::setxattr(file.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags)
-    };
-    result(set(libc::XATTR_CREATE)).map_err(failed("set an attribute of", path))?;
-    let again = result(set(libc::XATTR_CREATE)).map_err(|error| error.raw_os_error());
-    expect("the same again", again, Err(Some(libc::EEXIST)))?;
+    let set = || setxattr(path, NAME, value, XattrFlags::CREATE);
+    set().map_err(failed("set an attribute of", path))?;
+    expect("the same again", set(), Err(Errno::EXIST))?;
     expect("its value", attribute(path, NAME)?.as_slice(), value)?;
     let mut names = [0; 256];
-    // SAFETY: as above, and the buffer is ours and has the length that is given.
-    let length = unsafe { libc::listxattr(file.as_ptr(), names.as_mut_ptr().cast(), names.len()) };
-    let length = result(length as i64).map_err(failed("list the attributes of", path))?;
-    let is_listed = names[..length as usize].split(|byte| *byte == 0).any(|listed| listed == NAME.as_bytes());
+    let length = listxattr(path, &mut names).map_err(failed("list the attributes of", path))?;
+    let is_listed = names[..length].split(|byte| *byte == 0).any(|listed| listed == NAME.as_bytes());
     expect("whether it is listed", is_listed, true)?;
-    let gone = c_string("user.gone")?;
-    // SAFETY: as above.
-    let result_of_removing = unsafe {
-        libc::setxattr(file.as_ptr(), gone.as_ptr(), value.as_ptr().cast(), 1, 0);
-        libc::removexattr(file.as_ptr(), gone.as_ptr())
-    };
-    result(result_of_removing).map_err(failed("remove an attribute of", path))?;
-    expect("a removed one", attribute(path, "user.gone").is_err(), true)
+    const REMOVED: &str = "user.removed";
+    setxattr(path, REMOVED, b"a", XattrFlags::empty()).map_err(failed("set an attribute of", path))?;
+    removexattr(path, REMOVED).map_err(failed("remove an attribute of", path))?;
+    expect("whether a removed one is there", attribute(path, REMOVED).is_ok(), false)
 }
 
 fn attribute(path: &Path, name: &str) -> Outcome<Vec<u8>> {
-    let (file, name) = (c_string(&path.to_string_lossy())?, c_string(name)?);
     let mut value = vec![0; 256];
-    // SAFETY: the strings are ours and outlive the call; the buffer is ours and has the length that is given.
-    let length =
-        unsafe { libc::getxattr(file.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
-    let length = result(length as i64).map_err(failed("read an attribute of", path))?;
-    value.truncate(length as usize);
+    let length = getxattr(path, name, &mut value[..]).map_err(failed("read an attribute of", path))?;
+    value.truncate(length);
     Ok(value)
 }
 
@@ -212,7 +188,6 @@ pub fn xattr(file: &str, name: &str) -> Outcome<String> {
 
 /// What another process finds.
 fn in_another_process(look: impl FnOnce() -> bool) -> Outcome<bool> {
-    let failed = |error: io::Error| format!("cannot run another process: {error}");
     // SAFETY: this program has one thread here; the child ends without returning.
     let child = unsafe { libc::fork() };
     if child == 0 {
@@ -220,21 +195,23 @@ fn in_another_process(look: impl FnOnce() -> bool) -> Outcome<bool> {
         // SAFETY: it ends the child, whose memory is a copy.
         unsafe { libc::_exit(status) };
     }
-    let child = result(child).map_err(failed)?;
-    let mut status = 0;
-    // SAFETY: the status is ours and outlives the call.
-    result(unsafe { libc::waitpid(child as libc::pid_t, &raw mut status, 0) }).map_err(failed)?;
-    Ok(status == 0)
+    let ended = match Pid::from_raw(child).filter(|_| child > 0) {
+        Some(child) => waitpid(Some(child), WaitOptions::empty()).map_err(io::Error::from),
+        None => Err(io::Error::last_os_error()),
+    };
+    let ended = ended.map_err(|error| format!("cannot run another process: {error}"))?;
+    Ok(ended.is_some_and(|(_, status)| status.exit_status() == Some(0)))
 }
 
 fn flock(path: &Path) -> Outcome<()> {
     let file = open(path)?;
-    // SAFETY: no memory is involved; the descriptor is open.
-    let lock = |file: &File, how| result(unsafe { libc::flock(file.as_raw_fd(), how) });
-    let get = || open(path).is_ok_and(|file| lock(&file, libc::LOCK_EX | libc::LOCK_NB).is_ok());
-    lock(&file, libc::LOCK_EX).map_err(failed("lock", path))?;
+    let get = || {
+        open(path)
+            .is_ok_and(|file| rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok())
+    };
+    rustix::fs::flock(&file, FlockOperation::LockExclusive).map_err(failed("lock", path))?;
     expect("whether another process gets it, too", in_another_process(get)?, false)?;
-    lock(&file, libc::LOCK_UN).map_err(failed("unlock", path))?;
+    rustix::fs::flock(&file, FlockOperation::Unlock).map_err(failed("unlock", path))?;
     expect("whether it does afterwards", in_another_process(get)?, true)
 }
 
@@ -245,7 +222,10 @@ fn fcntl(path: &Path) -> Outcome<()> {
         let mut lock: libc::flock = unsafe { std::mem::zeroed() };
         (lock.l_type, lock.l_start, lock.l_len) = (kind as libc::c_short, start, 100);
         // SAFETY: the structure is ours and outlives the call; the descriptor is open.
-        result(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLK, &raw const lock) })
+        match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLK, &raw const lock) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     };
     let get = |start| move || open(path).is_ok_and(|file| lock(&file, libc::F_WRLCK, start).is_ok());
     lock(&file, libc::F_WRLCK, 1000).map_err(failed("lock", path))?;
@@ -253,19 +233,6 @@ fn fcntl(path: &Path) -> Outcome<()> {
     expect("whether it gets another part", in_another_process(get(1100))?, true)?;
     lock(&file, libc::F_UNLCK, 1000).map_err(failed("unlock", path))?;
     expect("whether it does afterwards", in_another_process(get(1050))?, true)
-}
-
-/// A byte of a mapping, read or written where the compiler cannot know of it.
-fn load(mapping: &Mapping, at: usize) -> u8 {
-    assert!(at < mapping.length);
-    // SAFETY: it lies in the mapping, which the reference keeps.
-    unsafe { mapping.start.add(at).read_volatile() }
-}
-
-fn store(mapping: &Mapping, at: usize, byte: u8) {
-    assert!(at < mapping.length);
-    // SAFETY: as in `load`; whoever made the mapping made it writable.
-    unsafe { mapping.start.add(at).write_volatile(byte) };
 }
 
 fn byte_at(file: &File, path: &Path, at: usize) -> Outcome<u8> {
@@ -279,18 +246,16 @@ fn mmap_shared(path: &Path) -> Outcome<()> {
     const LENGTH: usize = 3 * MIB + 123;
     let file = open(path)?;
     file.set_len(LENGTH as u64).map_err(failed("extend", path))?;
-    let (one, two) = (map(&file, path, true, libc::MAP_SHARED)?, map(&file, path, false, libc::MAP_SHARED)?);
+    let (one, two) = (map(&file, path, true)?, map(&file, path, false)?);
     for (number, at) in [0, PAGE + 1, 2 * MIB - 1, 2 * MIB, LENGTH - 1].into_iter().enumerate() {
         let byte = number as u8 + 1;
-        store(&one, at, byte);
-        expect("the other mapping", load(&two, at), byte)?;
+        one.store(at, byte);
+        expect("the other mapping", two.load(at), byte)?;
         expect("the file", byte_at(&file, path, at)?, byte)?;
         file.write_all_at(&[byte + 100], at as u64).map_err(failed("write", path))?;
-        expect("the mapping", load(&one, at), byte + 100)?;
+        expect("the mapping", one.load(at), byte + 100)?;
     }
-    // SAFETY: the mapping is ours.
-    let synchronised = unsafe { libc::msync(one.start.cast(), LENGTH, libc::MS_SYNC) };
-    result(synchronised).map_err(failed("synchronise", path))?;
+    one.synchronise().map_err(failed("synchronise", path))?;
     file.sync_all().map_err(failed("synchronise", path))
 }
 
@@ -298,40 +263,37 @@ fn mmap_shared(path: &Path) -> Outcome<()> {
 fn mmap_private(path: &Path) -> Outcome<()> {
     let file = open(path)?;
     file.write_all_at(&[1; 2 * PAGE], 0).map_err(failed("write", path))?;
-    let private = map(&file, path, true, libc::MAP_PRIVATE)?;
-    store(&private, 10, 2);
-    expect("the mapping", (load(&private, 10), load(&private, 11)), (2, 1))?;
+    let private = Mapping::whole(&file, path, true, MapFlags::PRIVATE)?;
+    private.store(10, 2_u8);
+    expect("the mapping", (private.load::<u8>(10), private.load::<u8>(11)), (2, 1))?;
     expect("the file", byte_at(&file, path, 10)?, 1)?;
     file.write_all_at(&[3], PAGE as u64).map_err(failed("write", path))?;
-    expect("a page not written yet", load(&private, PAGE), 3)
+    expect("a page not written yet", private.load::<u8>(PAGE), 3)
 }
 
 fn fallocate(path: &Path) -> Outcome<()> {
     let file = open(path)?;
     let allocate = |mode, start, length| {
-        // SAFETY: no memory is involved; the descriptor is open.
-        let done = unsafe { libc::fallocate(file.as_raw_fd(), mode, start, length) };
-        result(done).map_err(failed("allocate", path))
+        rustix::fs::fallocate(&file, mode, start, length).map_err(failed("allocate", path))
     };
     let size = || {
         let metadata = file.metadata().map_err(failed("look at", path))?;
         Outcome::Ok((metadata.len(), metadata.blocks() * 512))
     };
-    let mib = MIB as i64;
-    allocate(0, 0, mib)?;
+    let (page, mib) = (PAGE as u64, MIB as u64);
+    allocate(FallocateFlags::empty(), 0, mib)?;
     let (length, allocated) = size()?;
-    expect("the length", length, MIB as u64)?;
-    expect("whether there are blocks for it", allocated >= MIB as u64, true)?;
-    allocate(libc::FALLOC_FL_KEEP_SIZE, mib, mib)?;
-    expect("the length", size()?.0, MIB as u64)?;
+    expect("the length", length, mib)?;
+    expect("whether there are blocks for it", allocated >= mib, true)?;
+    allocate(FallocateFlags::KEEP_SIZE, mib, mib)?;
+    expect("the length", size()?.0, mib)?;
     file.write_all_at(&[9; MIB], 0).map_err(failed("write", path))?;
-    let mapping = map(&file, path, true, libc::MAP_SHARED)?;
-    expect("a byte of the mapping", load(&mapping, PAGE), 9)?;
-    let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    allocate(hole, PAGE as i64, PAGE as i64)?;
+    let mapping = map(&file, path, true)?;
+    expect("a byte of the mapping", mapping.load::<u8>(PAGE), 9)?;
+    allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, page, page)?;
     for (at, expected) in [(PAGE - 1, 9), (PAGE, 0), (2 * PAGE - 1, 0), (2 * PAGE, 9)] {
         expect("around the hole", byte_at(&file, path, at)?, expected)?;
-        expect("around the hole, mapped", load(&mapping, at), expected)?;
+        expect("around the hole, mapped", mapping.load(at), expected)?;
     }
     Ok(())
 }
@@ -341,20 +303,19 @@ fn sparse(path: &Path) -> Outcome<()> {
     const LENGTH: usize = 64 * MIB;
     let file = open(path)?;
     file.set_len(LENGTH as u64).map_err(failed("extend", path))?;
-    let mapping = map(&file, path, true, libc::MAP_SHARED)?;
+    let mapping = map(&file, path, true)?;
     expect("a hole", byte_at(&file, path, 40 * MIB)?, 0)?;
-    store(&mapping, 32 * MIB, 1);
+    mapping.store(32 * MIB, 1_u8);
     let blocks = file.metadata().map_err(failed("look at", path))?.blocks();
     // One page, or a huge one; none where attributes are remembered for a while.
     expect("whether it is mostly holes", blocks <= 2 * MIB as u64 / 512, true)?;
-    // SAFETY: no memory is involved; the descriptor is open.
-    let seek = |from: usize, what| result(unsafe { libc::lseek(file.as_raw_fd(), from as i64, what) });
-    let data = seek(0, libc::SEEK_DATA).map_err(failed("look for data in", path))?;
-    let hole = seek(32 * MIB, libc::SEEK_HOLE).map_err(failed("look for a hole in", path))?;
+    let seek = |what| rustix::fs::seek(&file, what);
+    let data = seek(Look::Data(0)).map_err(failed("look for data in", path))?;
+    let hole = seek(Look::Hole(32 * MIB as u64)).map_err(failed("look for a hole in", path))?;
     expect("where data begin", data as usize / (2 * MIB), 16)?;
     expect("whether they end", (hole as usize) < 34 * MIB + 1, true)?;
     // Last: some file systems give a hole a page when a mapping of it is read.
-    expect("a hole, mapped", load(&mapping, 0), 0)
+    expect("a hole, mapped", mapping.load::<u8>(0), 0)
 }
 
 // ------------------------------------------------------------------------------- what is in them
@@ -365,10 +326,10 @@ fn content(word: u64) -> u64 {
     (mixed ^ mixed >> 32) | 1
 }
 
-/// Fills a file with what is known.
+/// Fills a file with words that depend on their place alone.
 pub fn fill(file: &str, mib: &str) -> Outcome<String> {
     let path = Path::new(file);
-    let count = number(mib).ok_or_else(|| format!("{mib} is no number of MiB"))?;
+    let count = number(mib).ok_or_else(|| format!("{mib} is not a number of MiB"))?;
     let file = open(path)?;
     let mut bytes = vec![0; MIB];
     for mib in 0..count {
@@ -394,12 +355,9 @@ pub fn sum(file: &str, mapped: bool) -> Outcome<String> {
     let began = Instant::now();
     let (mut sum, mut length) = (0, 0);
     if mapped {
-        let mapping = map(&file, path, false, libc::MAP_SHARED)?;
-        length = mapping.length;
-        for at in (0..length / 8 * 8).step_by(8) {
-            // SAFETY: 8 bytes from there on lie in the mapping, aligned.
-            sum = add(sum, unsafe { mapping.start.add(at).cast::<u64>().read_volatile() });
-        }
+        let mapping = map(&file, path, false)?;
+        length = mapping.len();
+        sum = mapping.words().fold(sum, add);
     } else {
         let mut bytes = vec![0; MIB];
         loop {
@@ -416,48 +374,20 @@ pub fn sum(file: &str, mapped: bool) -> Outcome<String> {
     Ok(format!("probe sum: {sum:016x} of {length} bytes in {} ms", began.elapsed().as_millis()))
 }
 
-/// Pages that raised SIGBUS, since the start.
-static BUS_ERRORS: AtomicUsize = AtomicUsize::new(0);
-
-/// Puts a page of zeroes where there is none, so that the access that found none ends.
-extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    BUS_ERRORS.fetch_add(1, Ordering::Relaxed);
-    // SAFETY: the kernel gives the structure for the time of the handler; the page is one of `watch`'s
-    // mapping, the only one that can raise the signal.
-    unsafe {
-        let page = (*info).si_addr() as usize / PAGE * PAGE;
-        libc::mmap(
-            page as *mut libc::c_void,
-            PAGE,
-            libc::PROT_READ,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
-            -1,
-            0,
-        );
-    }
-}
-
 /// Maps a file and prints how many of its pages are data, how many zeroes, how many raised SIGBUS; then does
 /// so again, through the same mapping, at each line of standard input, until its end or an empty line.
 pub fn watch(file: &str) -> Outcome<String> {
     let path = Path::new(file);
     let file = File::open(path).map_err(failed("open", path))?;
-    let mapping = map(&file, path, false, libc::MAP_SHARED)?;
-    // SAFETY: plain data, of which all zeroes is a value; ours, and outlives the call. The handler makes
-    // system calls only.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = on_bus_error as extern "C" fn(_, _, _) as libc::sighandler_t;
-        action.sa_flags = libc::SA_SIGINFO;
-        libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut());
-    }
+    let mapping = map(&file, path, false)?;
+    zeroes_on_bus_error();
     let mut lines = io::stdin().lock().lines();
     loop {
-        let before = BUS_ERRORS.load(Ordering::Relaxed);
+        let before = bus_errors();
         let (mut data, mut zero, mut bus) = (0, 0, before);
-        for at in (0..mapping.length).step_by(PAGE) {
-            let byte = load(&mapping, at);
-            match BUS_ERRORS.load(Ordering::Relaxed) {
+        for at in (0..mapping.len()).step_by(PAGE) {
+            let byte: u8 = mapping.load(at);
+            match bus_errors() {
                 now if now > bus => bus = now,
                 _ if byte == 0 => zero += 1,
                 _ => data += 1,
@@ -475,7 +405,7 @@ pub fn watch(file: &str) -> Outcome<String> {
 
 /// How often the sides of `turns` take turns, and how long one waits for the other.
 const TURNS: u64 = 1000;
-const PATIENCE: Duration = Duration::from_secs(60);
+const TURN_LIMIT: Duration = Duration::from_secs(60);
 
 /// Two sides count in one page of a file that both have mapped, in turns: each sees at once what the other
 /// stores, and neither makes a system call for it.
@@ -483,17 +413,15 @@ pub fn turns(file: &str, is_first: bool) -> Outcome<String> {
     let path = Path::new(file);
     let file = open(path)?;
     file.set_len(PAGE as u64).map_err(failed("resize", path))?;
-    let mapping = map(&file, path, true, libc::MAP_SHARED)?;
-    // SAFETY: the first word of the mapping, aligned; it is only used as an atomic, here and by the other
-    // side.
-    let counter = unsafe { AtomicU64::from_ptr(mapping.start.cast()) };
-    let end = Instant::now() + PATIENCE;
+    let mapping = map(&file, path, true)?;
+    let counter = mapping.atomic_u64(0);
+    let end = Instant::now() + TURN_LIMIT;
     for turn in 0..TURNS {
         let mine = 2 * turn + if is_first { 0 } else { 1 };
         while counter.load(Ordering::Acquire) != mine {
             if Instant::now() > end {
                 let found = counter.load(Ordering::Acquire);
-                return Err(format!("{}: {found} after {PATIENCE:?}, waiting for {mine}", path.display()));
+                return Err(format!("{}: {found} after {TURN_LIMIT:?}, waiting for {mine}", path.display()));
             }
             std::thread::yield_now();
         }
@@ -507,21 +435,19 @@ pub fn turns(file: &str, is_first: bool) -> Outcome<String> {
 pub fn direct(file: &str, disk: &str, to_disk: bool) -> Outcome<String> {
     let (path, disk_path) = (Path::new(file), Path::new(disk));
     let file = open(path)?;
-    let mapping = map(&file, path, true, libc::MAP_SHARED)?;
+    let mapping = map(&file, path, true)?;
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_DIRECT);
     let disk = options.open(disk_path).map_err(failed("open", disk_path))?;
-    let (disk, mut done) = (disk.as_raw_fd(), 0);
-    while done < mapping.length {
-        let (at, rest) = (mapping.start.wrapping_add(done), mapping.length - done);
-        // SAFETY: the rest of the mapping, which is ours; that others have it, too, is what this is for.
-        let count = unsafe {
-            if to_disk { libc::write(disk, at.cast(), rest) } else { libc::read(disk, at.cast(), rest) }
+    let mut done = 0;
+    while done < mapping.len() {
+        let (what, count) = match to_disk {
+            true => ("write", mapping.write_to(&disk, done)),
+            false => ("read", mapping.fill_from(&disk, done)),
         };
-        let what = if to_disk { "write" } else { "read" };
-        match result(count as i64).map_err(failed(what, disk_path))? {
+        match count.map_err(failed(what, disk_path))? {
             0 => return Err(format!("{} ends at {done} bytes", disk_path.display())),
-            count => done += count as usize,
+            count => done += count,
         }
     }
     Ok(format!("probe direct: {done} bytes"))

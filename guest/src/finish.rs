@@ -1,16 +1,17 @@
-//! How a guest ends: a status written to the debug-exit port, the power switched off, or what somebody asks
-//! PID 1 for.
+//! How a guest ends: a status written to the debug-exit port, the power switched off, or what `poweroff`,
+//! `halt` or `reboot` ask PID 1 for.
 
 use std::arch::asm;
 use std::io;
 use std::time::Duration;
 
-use crate::sys;
+use rustix::fs::sync;
+use rustix::system::{RebootCommand, reboot};
 
 /// Ends the machine: `status` to the I/O port `debug_exit` where there is one, otherwise (or where nothing
 /// listens at that port) by switching it off.
 pub fn end_machine(status: u8, debug_exit: Option<u16>) -> ! {
-    sys::sync();
+    sync();
     if let Some(port) = debug_exit {
         match write_port(port, status) {
             Ok(()) => {
@@ -19,9 +20,10 @@ pub fn end_machine(status: u8, debug_exit: Option<u16>) -> ! {
             Err(error) => eprintln!("init: cannot write to I/O port {port:#x}: {error}"),
         }
     }
-    // SAFETY: no memory is involved. On success it does not return.
-    unsafe { libc::reboot(libc::RB_POWER_OFF) };
-    eprintln!("init: cannot switch the power off: {}", io::Error::last_os_error());
+    // On success it does not return.
+    if let Err(error) = reboot(RebootCommand::PowerOff) {
+        eprintln!("init: cannot switch the power off: {error}");
+    }
     // PID 1 must not end: the kernel would panic, and hide the sentence above.
     loop {
         std::thread::sleep(Duration::from_secs(3600));
@@ -38,12 +40,10 @@ pub fn obey_signals() {
 }
 
 extern "C" fn asked(signal: libc::c_int) {
-    let how = if signal == libc::SIGTERM { libc::RB_AUTOBOOT } else { libc::RB_POWER_OFF };
-    // SAFETY: no memory is involved.
-    unsafe {
-        libc::sync();
-        libc::reboot(how);
-    }
+    let how = if signal == libc::SIGTERM { RebootCommand::Restart } else { RebootCommand::PowerOff };
+    sync();
+    // On failure the machine goes on: a signal handler cannot report an error.
+    let _ = reboot(how);
 }
 
 /// Writes one byte to an I/O port.

@@ -1,39 +1,34 @@
 //! `probe hammer`: the guest of an endurance test. A thread on each processor reads and writes a device's
-//! shared memory through `/dev/mem`, as [`hotslot_guest::board`] says, until the back-end says stop. No
+//! shared memory through `/dev/mem`, as [`hotslot_guest::board`] says, until the back-end sets STOP. No
 //! driver may have the two devices.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::Outcome;
-use crate::probe::{Mapping, PAGE, map_physical, run_on};
+use crate::map::{Mapping, PAGE, physical};
+use crate::outcome::Outcome;
+use crate::sys::run_on;
 use hotslot_guest::board::*;
 
 /// Device memory, as words.
 struct Physical {
-    _mapping: Mapping,
-    first: *mut u8,
-    length: usize,
+    mapping: Mapping,
+    /// Of the first word in the mapping.
+    first: usize,
 }
-
-// SAFETY: the mapping lives as long as the value, and is accessed as atomics only.
-unsafe impl Sync for Physical {}
 
 impl Physical {
     fn new(address: u64, length: usize) -> Outcome<Physical> {
-        let (mapping, first) = map_physical(address, length)?;
-        Ok(Physical { _mapping: mapping, first, length })
+        let (mapping, first) = physical(address, length)?;
+        Ok(Physical { mapping, first })
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
-        assert!(index < self.length / 8);
-        // SAFETY: it lies inside (just checked) of a mapping that lives as long as the reference; it is
-        // page-aligned.
-        unsafe { &*self.first.cast::<AtomicU64>().add(index) }
+        self.mapping.atomic_u64(self.first + index * 8)
     }
 
-    // Plain loads and stores, which the processor makes in this order: what KVM has to emulate, where nothing
-    // is mapped, is one access then.
+    // Plain loads and stores, which the processor makes in this order: where nothing is mapped, KVM then
+    // emulates exactly one access.
     fn get(&self, index: usize) -> u64 {
         self.word(index).load(Ordering::Acquire)
     }
@@ -43,9 +38,7 @@ impl Physical {
     }
 
     fn register(&self, offset: u32) -> &AtomicU32 {
-        assert!((offset as usize) < self.length);
-        // SAFETY: as above; a register's offset is a multiple of 4.
-        unsafe { &*self.first.add(offset as usize).cast::<AtomicU32>() }
+        self.mapping.atomic_u32(self.first + offset as usize)
     }
 
     /// Takes a device from reset to DRIVER_OK.
@@ -107,7 +100,7 @@ impl Hammer<'_> {
             if self.board.get(STOP) != 0 {
                 break;
             }
-            // A host with a single processor has to get to the back-end, and to hotslot.
+            // On a host with one processor the back-end and hotslot need their turn.
             if accesses % BURST == 0 {
                 std::thread::sleep(REST);
             }

@@ -14,7 +14,9 @@ mod files;
 mod finish;
 mod hammer;
 mod lab;
+mod map;
 mod modules;
+mod outcome;
 mod parameters;
 mod probe;
 mod speed;
@@ -24,9 +26,6 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
-
-/// What every part of this program returns: a value, or one sentence that says what went wrong.
-type Outcome<T> = Result<T, String>;
 
 fn main() -> ExitCode {
     if std::process::id() == 1 {

@@ -5,8 +5,9 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::path::Path;
 
-use crate::Outcome;
+use crate::outcome::{Outcome, failed};
 use crate::sys;
 
 /// Where the image lists its modules.
@@ -56,11 +57,11 @@ fn same_module(one: &str, other: &str) -> bool {
 }
 
 fn load_file(path: &str) -> Outcome<()> {
-    let file = File::open(path).map_err(|error| format!("cannot open the module {path}: {error}"))?;
+    let file = File::open(path).map_err(failed("open the module", Path::new(path)))?;
     match sys::load_module(&file, !path.ends_with(".ko")) {
         // Built in, or loaded already.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        result => result.map_err(|error| format!("cannot load the module {path}: {error}")),
+        result => result.map_err(failed("load the module", Path::new(path))),
     }
 }
 

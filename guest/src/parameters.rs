@@ -1,8 +1,8 @@
-//! What the kernel's command line says to us. Pure: text in, values out.
+//! Our parameters on the kernel's command line. Pure: text in, values out.
 //!
-//! The kernel hands words with a dot before their `=` to nobody (they could be a module's), so `hotslot.*` is
-//! read from `/proc/cmdline`, and the command behind `--` with it: one place, and one set of quoting rules
-//! (the kernel's: double quotes join words and vanish).
+//! The kernel passes words with a dot before their `=` to no program (they could be a module's), so
+//! `hotslot.*` is read from `/proc/cmdline`, and the command behind `--` with it: one place, and one set of
+//! quoting rules (the kernel's: double quotes join words and vanish).
 
 /// What [`crate::boot`] is asked to do. Each field's parameter is described in `guest/README.md`.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -8,10 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Instant;
 
-use crate::Outcome;
-use crate::files::{failed, map};
+use rustix::mm::MapFlags;
+
+use crate::map::{Mapping, PAGE};
+use crate::outcome::{Outcome, failed};
 use crate::parameters::number;
-use crate::probe::{Mapping, PAGE};
 
 const MIB: usize = 1 << 20;
 /// What the guest's kernel maps of a file at a time, with DAX.
@@ -26,27 +27,24 @@ const TIMES: usize = 3;
 
 /// Reads memory of this process, all of which was written before.
 pub fn memory(mib: &str) -> Outcome<String> {
-    let length = number(mib).ok_or_else(|| format!("{mib} is no number of MiB"))? as usize * MIB;
-    let mapping = Mapping::new(length, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)
-        .map_err(|error| format!("no {mib} MiB of memory: {error}"))?;
-    for at in (0..length).step_by(PAGE) {
-        // SAFETY: a byte of the mapping.
-        unsafe { mapping.start.add(at).write_volatile(1) };
-    }
+    let length = number(mib).ok_or_else(|| format!("{mib} is not a number of MiB"))? as usize * MIB;
+    let mapping =
+        Mapping::anonymous(length).map_err(|error| format!("cannot take {mib} MiB of memory: {error}"))?;
+    (0..length).step_by(PAGE).for_each(|at| mapping.store(at, 1_u8));
     Ok(figure("memory", all_words_again(&mapping), length / MIB))
 }
 
 /// Maps a file that is mapped nowhere yet: a word of each piece, then all of it.
 pub fn mapped(file: &str) -> Outcome<String> {
     let (file, path) = open(file)?;
-    let mapping = map(&file, path, false, libc::MAP_SHARED)?;
-    let pieces = mapping.length / PIECE;
-    let touch = timed(|| (0..pieces).for_each(|piece| _ = word(&mapping, piece * PIECE)));
+    let mapping = Mapping::whole(&file, path, false, MapFlags::SHARED)?;
+    let pieces = mapping.len() / PIECE;
+    let touch = timed(|| (0..pieces).for_each(|piece| _ = mapping.load::<u64>(piece * PIECE)));
     let (first, again) = (all_words(&mapping), all_words_again(&mapping));
     Ok([
         figure("touch", touch, pieces),
-        figure("mapped first", first, mapping.length / MIB),
-        figure("mapped again", again, mapping.length / MIB),
+        figure("mapped first", first, mapping.len() / MIB),
+        figure("mapped again", again, mapping.len() / MIB),
     ]
     .join("\n"))
 }
@@ -97,15 +95,8 @@ fn open(file: &str) -> Outcome<(File, &Path)> {
     Ok((File::open(path).map_err(failed("open", path))?, path))
 }
 
-/// A word of a mapping, `at` a multiple of 8.
-fn word(mapping: &Mapping, at: usize) -> u64 {
-    assert!(at + 8 <= mapping.length);
-    // SAFETY: it lies in the mapping, which the reference keeps, and is aligned.
-    unsafe { mapping.start.add(at).cast::<u64>().read_volatile() }
-}
-
 fn all_words(mapping: &Mapping) -> u128 {
-    timed(|| (0..mapping.length).step_by(8).for_each(|at| _ = word(mapping, at)))
+    timed(|| mapping.words().for_each(|_| ()))
 }
 
 fn all_words_again(mapping: &Mapping) -> u128 {

@@ -1,4 +1,4 @@
-//! The link's end in the emulated host: runs the command that comes in and sends back what it gives out.
+//! The link's end in the emulated host: runs the command and sends back its output, its files and its status.
 //!
 //! Called by [`crate::boot`] on PID 1's first thread, which waits for the command and reaps; one thread per
 //! direction and stream does the copying.
@@ -6,7 +6,6 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
@@ -15,14 +14,22 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::link::{self, Kind, Start};
-use crate::{Outcome, console, sys};
+use crate::outcome::{Outcome, failed};
+use crate::{console, sys};
 
 /// How long the kernel may take to find the port: it asks for it in the background.
 const PORT_TIME: Duration = Duration::from_secs(30);
 
 /// How long the outside may take to stop the machine after the exit status, before we switch it off.
 const STOP_TIME: Duration = Duration::from_secs(10);
+
+/// How soon what a mapping of a shared directory's file wrote is written to the outside, in hundredths of a
+/// second: the age at which it is, and how often the kernel looks.
+const WRITE_BACK: [(&str, &str); 2] =
+    [("/proc/sys/vm/dirty_expire_centisecs", "10"), ("/proc/sys/vm/dirty_writeback_centisecs", "10")];
 
 /// Our side of the port, for the threads that send. A leaf lock: nothing else is taken under it, and what is
 /// done under it is one write.
@@ -48,6 +55,7 @@ fn run(name: &str) -> Outcome<()> {
     let sender = Arc::new(Mutex::new(sender));
     send(&sender, Kind::Hello, b"")?;
     let start = receive_start(&mut receiver)?;
+    mount_shares(&start)?;
     make_directories(&start);
 
     let (status, copies) = match spawn(&start, receiver, &sender)? {
@@ -59,8 +67,12 @@ fn run(name: &str) -> Outcome<()> {
     };
     // What the command left running would hold its output open for ever.
     sys::kill_all_others();
+    if !start.shares.is_empty() {
+        // What a mapping wrote is not on the outside yet.
+        rustix::fs::sync();
+    }
     for copy in copies {
-        // A copy that panicked has already said so on the console.
+        // A copy that panicked has already reported it on the console.
         let _ = copy.join();
     }
     for path in &start.outputs {
@@ -105,10 +117,10 @@ fn find_port(name: &str) -> Outcome<Option<File>> {
 }
 
 fn other_end_is_open(port: &File) -> bool {
-    let mut entry = libc::pollfd { fd: port.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one entry, ours, which outlives the call; the descriptor is open.
-    unsafe { libc::poll(&raw mut entry, 1, 0) };
-    entry.revents & libc::POLLHUP == 0
+    let mut entries = [PollFd::new(port, PollFlags::OUT)];
+    // An error leaves no flags: the next look decides.
+    let _ = poll(&mut entries, Some(&Timespec::default()));
+    !entries[0].revents().contains(PollFlags::HUP)
 }
 
 fn receive_start(receiver: &mut File) -> Outcome<Start> {
@@ -118,6 +130,20 @@ fn receive_start(receiver: &mut File) -> Outcome<Start> {
         Ok(None) => Err("the link was closed before it said what to run".to_owned()),
         Err(error) => Err(format!("the link failed: {error}")),
     }
+}
+
+/// The outside's directories, at their own paths.
+fn mount_shares(start: &Start) -> Outcome<()> {
+    for (number, path) in start.shares.iter().enumerate() {
+        let path = Path::new(OsStr::from_bytes(path));
+        sys::mount("virtiofs", &link::share_tag(number), path, "")?;
+    }
+    if !start.shares.is_empty() {
+        for (name, value) in WRITE_BACK {
+            fs::write(name, value).map_err(failed("write", Path::new(name)))?;
+        }
+    }
+    Ok(())
 }
 
 /// The caller's directory, and those of the files to send back, exist for the command as they do outside.
@@ -133,8 +159,8 @@ fn make_directories(start: &Start) {
 /// A running command: its process id, and the threads that copy its output.
 type Running = (u32, Vec<thread::JoinHandle<()>>);
 
-/// Starts the command and the threads around it. The inner error is the command's: what to say, and its
-/// status.
+/// Starts the command and the threads around it. The inner error is the command's: the sentence to print, and
+/// its status.
 fn spawn(start: &Start, receiver: File, sender: &Sender) -> Outcome<Result<Running, (String, u8)>> {
     let mut words = start.command.iter().map(|word| OsStr::from_bytes(word));
     let program = words.next().unwrap_or_default();
@@ -211,7 +237,7 @@ fn copy_in_pipe(mut receiver: File, mut pipe: Option<impl Write>) {
 
 /// The link's input to the command's terminal, and the window's changes of size.
 fn copy_in_terminal(mut receiver: File, mut terminal: File) {
-    /// Ctrl-D: how a terminal says that the input has ended.
+    /// Ctrl-D: the end of input on a terminal.
     const END_OF_INPUT: &[u8] = b"\x04";
     while let Ok(Some((kind, payload))) = link::receive(&mut receiver) {
         match kind {
@@ -267,7 +293,7 @@ fn send_back(sender: &Sender, path: &Path) -> Outcome<()> {
 }
 
 fn send(sender: &Sender, kind: Kind, payload: &[u8]) -> Outcome<()> {
-    // A thread that panicked inside one write left at worst half a frame; the outside will say so.
+    // A thread that panicked inside one write left at worst half a frame, which the outside reports.
     let mut port = sender.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     link::send(&mut *port, kind, payload).map_err(|error| format!("the link failed: {error}"))
 }

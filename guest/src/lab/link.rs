@@ -94,6 +94,8 @@ pub struct Start {
     pub directory: Vec<u8>,
     /// Files and directories to send back at the end.
     pub outputs: Vec<Vec<u8>>,
+    /// Directories of the outside to mount at the same paths, each by virtio-fs under its [`share_tag`].
+    pub shares: Vec<Vec<u8>>,
     /// Rows and columns of its terminal; `None`: pipes instead of a terminal.
     pub terminal: Option<(u16, u16)>,
 }
@@ -111,6 +113,7 @@ impl Start {
         self.command.iter().for_each(|word| field(b'c', word));
         self.environment.iter().for_each(|pair| field(b'e', pair));
         self.outputs.iter().for_each(|path| field(b'o', path));
+        self.shares.iter().for_each(|path| field(b's', path));
         field(b'd', &self.directory);
         if let Some((rows, columns)) = self.terminal {
             field(b't', format!("{rows} {columns}").as_bytes());
@@ -129,6 +132,7 @@ impl Start {
                 b'c' => start.command.push(value.to_vec()),
                 b'e' => start.environment.push(value.to_vec()),
                 b'o' => start.outputs.push(value.to_vec()),
+                b's' => start.shares.push(value.to_vec()),
                 b'd' => start.directory = value.to_vec(),
                 b't' => {
                     let text = String::from_utf8_lossy(value);
@@ -140,6 +144,11 @@ impl Start {
         }
         start
     }
+}
+
+/// The virtio-fs tag of the shared directory with this number.
+pub fn share_tag(number: usize) -> String {
+    format!("share{number}")
 }
 
 /// The payload of [`Kind::WindowSize`].
@@ -189,6 +198,7 @@ mod tests {
             environment: vec![b"A=b".to_vec()],
             directory: b"/home/user".to_vec(),
             outputs: vec![b"/out".to_vec(), b"/other".to_vec()],
+            shares: vec![b"/share".to_vec()],
             terminal: Some((24, 80)),
         };
         assert_eq!(Start::from_bytes(&start.to_bytes()), start);

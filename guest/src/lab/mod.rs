@@ -13,4 +13,8 @@
 
 pub mod inside;
 pub mod link;
+mod log;
+mod options;
 pub mod outside;
+mod qemu;
+mod signals;

@@ -1,9 +1,9 @@
 # shellcheck shell=sh
-# Runs in a guest with a directory of the host, tagged `share`: does there all that can be done. Stops at the first mistake.
+# Runs in a guest with a directory of the host, tagged `share`: runs every check there. Stops at the first mistake.
 set -e
 stty -echo
 
-# tell STATE: lets the host look.
+# tell STATE: the host now looks at the share.
 tell() {
     echo "now $1"
     read -r _
@@ -18,11 +18,11 @@ echo "given: $(cat /mnt/given)"
 probe files /mnt/files
 echo 'From the guest.' >/mnt/told
 /mnt/busybox echo "run: out of the share"
-# The same, by way of a mapping that stays.
+# The same file through a mapping that stays.
 exec 4</mnt/given
 tell looked
 echo "changed: $(cat /mnt/given)"
-# Names may be remembered for a moment.
+# The guest may cache for a moment that a name does not exist.
 for _ in 1 2 3 4 5 6 7 8 9 10; do
     [ ! -e /mnt/made ] || break
     sleep 1

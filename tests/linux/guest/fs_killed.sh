@@ -5,12 +5,12 @@ stty -echo
 mkdir -p /mnt
 mount -t virtiofs -o dax=always share /mnt
 mkfifo /tmp/again
-# Its end would be one for ever: nobody answers the file system that it is done with the file.
+# It would never end: the file system waits for an answer that the file is closed, and its back-end is dead.
 probe watch /mnt/kept </tmp/again &
 exec 4>/tmp/again
 read -r _
 echo again >&4
 read -r _
 echo "alive: $(probe cpus)"
-# Nor does anybody answer that it is synchronised.
+# Without a sync, which would wait for the dead back-end, too.
 poweroff -nf

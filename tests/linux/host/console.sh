@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# A shell on the serial console, and someone who types.
+# A shell on the serial console, and a typist: this script.
 # shellcheck source=tests/linux/host/lib.sh
 . "${0%/*}/lib.sh"
 
@@ -16,7 +16,7 @@ type_pieces() {
 open_keyboard
 guest console -k "$VMLINUX" -c 'quiet' <"$KEYS" &
 exec 3>"$KEYS"
-# shellcheck disable=SC2016 # the guest's shell shall compute
+# shellcheck disable=SC2016 # the guest's shell computes it
 if
     wait_for "$screen" '# ' &&
         echo 'echo the answer is $((6 * 7))' >&3 &&

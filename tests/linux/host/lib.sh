@@ -6,7 +6,7 @@
 # OUT/NAME.out, .err and .status.
 
 # The debug-exit port brings the guest's own status; `panic=-1` of the default command line resets after a panic.
-# shellcheck disable=SC2034 # used by those who source this
+# shellcheck disable=SC2034 # used by the sessions that source this
 DEBUG_EXIT='quiet hotslot.debug_exit=0xf4'
 
 # guest NAME OPTION...: runs one to its end. A guest that hangs must not take the others with it.
@@ -41,7 +41,8 @@ probe() { "$INIT" probe "$@"; }
 # note KEY VALUE: a line for the test, which finds it in OUT/host.out.
 note() { echo "$1: $2" >>"$OUT/host.out"; }
 
-# open_keyboard: makes the pipe KEYS for a guest's standard input. Who writes after its end shall not die of it.
+# open_keyboard: makes the pipe KEYS for a guest's standard input. A session that writes after the guest's
+# end does not die of SIGPIPE.
 open_keyboard() {
     keyboard=$(mktemp -d)
     KEYS=$keyboard/keys

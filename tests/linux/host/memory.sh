@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Machines with RAM up to the hole below 4 GiB, and on both sides of it.
+# Machines with RAM up to the gap below 4 GiB, and on both sides of it.
 # shellcheck source=tests/linux/host/lib.sh
 . "${0%/*}/lib.sh"
 
