@@ -35,7 +35,7 @@ const CRATES: [(&str, Option<&str>); 7] = [
 const LEAVES: [&str; 4] = ["exit", "report", "size", "thread"];
 
 /// Each other module of the library, and which of ours it may use besides the leaves: the picture in
-/// `lib.rs`.
+/// `tour.md`.
 const MAY_USE: [(&str, &[&str]); 11] = [
     ("arch", &["memory"]),
     ("bus", &[]),
@@ -139,7 +139,7 @@ fn one_direction(house: &House) -> Vec<String> {
     let mut broken = Vec::new();
     for module in house.files.keys().filter_map(|file| module(file)).collect::<BTreeSet<_>>() {
         if !LEAVES.contains(&module.as_str()) && !MAY_USE.iter().any(|(name, _)| *name == module) {
-            broken.push(format!("src/{module} is new: add it to the tour in src/lib.rs, and to MAY_USE"));
+            broken.push(format!("src/{module} is new: add it to the tour, src/tour.md, and to MAY_USE"));
         }
     }
     for import in &house.imports {
