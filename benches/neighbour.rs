@@ -15,19 +15,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // As in tests.
 
-#[path = "../tests/support/guest.rs"]
-mod guest;
-#[path = "../tests/support/image.rs"]
-mod image;
-#[path = "../tests/support/kvm.rs"]
-mod kvm;
-#[path = "../tests/support/monitor.rs"]
-mod monitor;
-#[path = "../tests/support/torture.rs"]
-mod torture;
-
-use guest::Guest;
-use torture::Torture;
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::torture::Torture;
 
 const ROUNDS: usize = 5;
 const REQUESTS: usize = 1000;

@@ -5,25 +5,24 @@
 // Clippy's own exception for tests ends at the helpers.
 #![allow(clippy::unwrap_used)]
 
-#[path = "support/driver.rs"]
-mod driver;
-#[path = "support/program.rs"]
-mod program;
-
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use hotslot_test_support::built::hotslot_backend;
+use hotslot_test_support::driver::*;
+use hotslot_test_support::files::MIB;
+use hotslot_test_support::names::*;
+use hotslot_test_support::program::{
+    Backend, FAILS_LATER, FULL, assert_refused, command, directory, file, start_after,
+};
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, GuestAddress};
-
-use driver::*;
-use program::{Backend, FAILS_LATER, FULL, PROGRAM, assert_refused, command, directory, file, start_after};
 
 const SEG_MAX: u64 = 1 << 2;
 const RO: u64 = 1 << 5;
@@ -31,7 +30,6 @@ const BLK_SIZE: u64 = 1 << 6;
 const FLUSH: u64 = 1 << 9;
 const DISCARD: u64 = 1 << 13;
 const WRITE_ZEROES: u64 = 1 << 14;
-const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
@@ -60,12 +58,15 @@ struct Machine(Driver);
 
 impl Machine {
     fn connect(backend: &Backend) -> Self {
-        let features = VERSION_1 | FLUSH | DISCARD | WRITE_ZEROES | SEG_MAX | BLK_SIZE;
+        let features = VIRTIO_F_VERSION_1 | FLUSH | DISCARD | WRITE_ZEROES | SEG_MAX | BLK_SIZE;
         Self::connect_with(backend, features)
     }
 
     fn connect_with(backend: &Backend, features: u64) -> Self {
-        let protocol = REPLY_ACK | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
+        let protocol = PROTOCOL_F_REPLY_ACK
+            | PROTOCOL_F_CONFIG
+            | PROTOCOL_F_RESET_DEVICE
+            | PROTOCOL_F_CONFIGURE_MEM_SLOTS;
         let mut machine = Machine(Driver::connect(backend, features, protocol));
         machine.start();
         machine
@@ -272,10 +273,16 @@ fn the_configuration_space_says_what_the_disk_can() {
     File::options().write(true).open(path).unwrap().set_len(MIB + 100).unwrap();
     for (arguments, access) in [("", DISCARD | WRITE_ZEROES), ("--read-only", RO)] {
         let backend = Backend::start("blk", &dir, arguments);
-        let mut machine = Machine::connect_with(&backend, VERSION_1);
+        let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1);
         let features = machine.0.front_end.get_features().unwrap();
-        let all =
-            VERSION_1 | PROTOCOL_FEATURES | INDIRECT_DESC | EVENT_IDX | SEG_MAX | BLK_SIZE | FLUSH | access;
+        let all = VIRTIO_F_VERSION_1
+            | VHOST_USER_F_PROTOCOL_FEATURES
+            | VIRTIO_F_INDIRECT_DESC
+            | VIRTIO_F_EVENT_IDX
+            | SEG_MAX
+            | BLK_SIZE
+            | FLUSH
+            | access;
         assert_eq!(features, all);
         let offered = machine.0.front_end.get_protocol_features().unwrap();
         assert!(offered.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS));
@@ -301,7 +308,7 @@ fn a_read_only_disk_is_read_and_never_written() {
     let dir = directory();
     let (path, bytes) = disk(&dir);
     let backend = Backend::start("blk", &dir, "--read-only");
-    let mut machine = Machine::connect_with(&backend, VERSION_1 | RO | FLUSH);
+    let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | RO | FLUSH);
     assert_eq!(machine.request(T_OUT, 0, &[(DATA, 512)]), (1, IOERR));
     assert_eq!(machine.ranges(T_DISCARD, &[(0, 8, 0)]), (1, IOERR));
     assert_eq!(machine.ranges(T_WRITE_ZEROES, &[(0, 8, 0)]), (1, IOERR));
@@ -428,7 +435,8 @@ fn a_write_beyond_the_limit_fails_and_says_why() {
     let dir = directory();
     let (path, bytes) = disk(&dir);
     let mut shell = Command::new("sh");
-    let script = format!("ulimit -f 256; exec {PROGRAM:?} blk --socket s --file memory.img");
+    let program = hotslot_backend();
+    let script = format!("ulimit -f 256; exec {program:?} blk --socket s --file memory.img");
     shell.current_dir(dir.path()).args(["-c", &script]);
     let backend = Backend::spawn(shell, &dir);
     let mut machine = Machine::connect(&backend);
@@ -458,7 +466,7 @@ fn a_full_disk_fails_writes_and_says_so() {
 /// Also the flushes after the first: the pages that could not be written back count as clean from then on.
 #[test]
 fn a_flush_that_fails_is_an_error_and_so_are_all_after_it() {
-    for features in [VERSION_1 | FLUSH, VERSION_1] {
+    for features in [VIRTIO_F_VERSION_1 | FLUSH, VIRTIO_F_VERSION_1] {
         let dir = directory();
         let Some(backend) = start_after(FAILS_LATER, "blk", &dir, "--file full/disk/memory.img") else {
             return;
@@ -604,7 +612,7 @@ fn a_block_device_is_a_disk() {
         drop((machine, backend));
 
         let backend = Backend::start("blk", &other, "--read-only");
-        let mut machine = Machine::connect_with(&backend, VERSION_1 | RO | FLUSH);
+        let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | RO | FLUSH);
         assert_eq!(machine.request(T_IN, 8, &[(DATA, 512)]), (513, OK));
         assert_eq!(machine.request(T_OUT, 8, &[(DATA, 512)]), (1, IOERR));
     }

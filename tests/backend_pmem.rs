@@ -7,12 +7,7 @@
 // Clippy's own exception for tests ends at the helpers.
 #![allow(clippy::unwrap_used)]
 
-#[path = "support/driver.rs"]
-mod driver;
-#[path = "support/program.rs"]
-mod program;
-
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -24,81 +19,31 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
+use hotslot_test_support::driver::*;
+use hotslot_test_support::files::MIB;
+use hotslot_test_support::names::*;
+use hotslot_test_support::program::{
+    Backend, DEADLINE, FAILS_LATER, assert_refused, directory, file, start_after,
+};
+use hotslot_test_support::wait::eventually;
+use hotslot_test_support::wire::{
+    self, MMap, Message, NEED_REPLY, REPLY, SHMEM_MAP, Wire, message, shmem_config,
+};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
-use driver::*;
-use program::{Backend, DEADLINE, FAILS_LATER, assert_refused, directory, file, start_after, wait_until};
 
 const SHMEM_REGION: u64 = 1 << 0;
 
-const BACKEND_REQ: u64 = 1 << 5;
-const BACKEND_SEND_FD: u64 = 1 << 10;
-const SHMEM: u64 = 1 << 22;
-
-const SHMEM_MAP: u32 = 9;
-
 // -------------------------------------------------------------------------------------- the front-end
 
-/// A request on the back-end channel, by its bytes.
-#[derive(Debug)]
-struct MapRequest {
-    request: u32,
-    flags: u32,
-    body: Vec<u8>,
-    file: Option<File>,
-}
-
-impl MapRequest {
-    fn u64_at(&self, at: usize) -> u64 {
-        u64::from_ne_bytes(self.body[at..at + 8].try_into().unwrap())
-    }
-
-    /// It has exactly these fields, and the file is that one.
-    fn assert_is(&self, len: u64, map_flags: u64, path: &Path) {
-        assert_eq!(self.request, SHMEM_MAP);
-        assert_eq!(self.body.len(), 40);
-        assert_eq!(self.body[..8], [0; 8], "shmid 0 and padding");
-        assert_eq!((self.u64_at(8), self.u64_at(16)), (0, 0), "fd_offset and shm_offset");
-        assert_eq!(self.u64_at(24), len, "len");
-        assert_eq!(self.u64_at(32), map_flags, "flags");
-        let (got, expected) = (self.file.as_ref().unwrap().metadata().unwrap(), fs::metadata(path).unwrap());
-        assert_eq!((got.dev(), got.ino()), (expected.dev(), expected.ino()), "the file");
-    }
-}
-
-/// The front-end's end of the back-end channel.
-struct Channel(UnixStream);
-
-impl Channel {
-    fn receive(&self) -> MapRequest {
-        // Header and body are sent at once and are far smaller than the socket's buffer.
-        let mut bytes = [0; 256];
-        let (count, file) = self.0.recv_with_fd(&mut bytes).expect("a request on the back-end channel");
-        assert!(count >= 12, "{count} bytes are no request");
-        let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
-        assert_eq!(word(8) as usize, count - 12, "the size in the header");
-        MapRequest { request: word(0), flags: word(4), body: bytes[12..count].to_vec(), file }
-    }
-
-    fn reply(&self, request: &MapRequest, value: u64) {
-        let mut bytes = Vec::new();
-        for word in [request.request, 0x5, 8] {
-            bytes.extend(word.to_ne_bytes());
-        }
-        bytes.extend(value.to_ne_bytes());
-        (&self.0).write_all(&bytes).unwrap();
-    }
-
-    fn is_silent(&self) -> bool {
-        self.0.set_nonblocking(true).unwrap();
-        let result = self.0.recv_with_fd(&mut [0; 1]);
-        self.0.set_nonblocking(false).unwrap();
-        result.is_err_and(|e| e.errno() == libc::EAGAIN)
-    }
+/// It maps all of the file at the start of region 0, and nothing else.
+fn assert_maps(request: &Message, len: u64, flags: u64, path: &Path) {
+    assert_eq!(request.request, SHMEM_MAP);
+    assert_eq!(request.mmap(), MMap { len, flags, ..MMap::default() });
+    let (got, expected) = (request.file().metadata().unwrap(), fs::metadata(path).unwrap());
+    assert_eq!((got.dev(), got.ino()), (expected.dev(), expected.ino()), "the file");
 }
 
 const REQUEST: u64 = 0x5000;
@@ -108,7 +53,7 @@ const NO_ANSWER: u32 = 0xdead_beef;
 /// A front-end and the guest behind it.
 struct Machine {
     driver: Driver,
-    channel: Channel,
+    channel: Wire,
 }
 
 impl std::ops::Deref for Machine {
@@ -127,17 +72,28 @@ impl std::ops::DerefMut for Machine {
 
 impl Machine {
     fn connect(backend: &Backend) -> Self {
-        Self::connect_with(backend, VERSION_1 | SHMEM_REGION, REPLY_ACK)
+        Self::connect_with(backend, VIRTIO_F_VERSION_1 | SHMEM_REGION, PROTOCOL_F_REPLY_ACK)
+    }
+
+    /// One whose driver has started the device.
+    fn started(backend: &Backend) -> Self {
+        let mut machine = Machine::connect(backend);
+        machine.map(0);
+        machine.start_queue();
+        machine
     }
 
     /// Negotiates as a front-end does before there is a driver, and gives the back-end its channel.
     fn connect_with(backend: &Backend, features: u64, protocol_features: u64) -> Self {
-        let protocol_features = protocol_features | BACKEND_REQ | CONFIG | RESET_DEVICE | SHMEM;
+        let protocol_features = protocol_features
+            | PROTOCOL_F_BACKEND_REQ
+            | PROTOCOL_F_CONFIG
+            | PROTOCOL_F_RESET_DEVICE
+            | PROTOCOL_F_SHMEM;
         let mut driver = Driver::connect(backend, features, protocol_features);
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(DEADLINE)).unwrap();
         driver.front_end.set_backend_request_fd(&theirs).unwrap();
-        Machine { driver, channel: Channel(ours) }
+        Machine { driver, channel: Wire::new(ours) }
     }
 
     /// Sends SET_FEATURES and SET_MEM_TABLE from a thread of its own, as its answer may wait for ours. What
@@ -158,9 +114,9 @@ impl Machine {
 
     /// A start of the device (with SET_FEATURES, which a reset forgets) up to the mapping, which is answered
     /// with `value`.
-    fn map(&self, value: u64) -> MapRequest {
+    fn map(&self, value: i64) -> Message {
         let answered = self.set_mem_table();
-        let request = self.channel.receive();
+        let request = self.channel.receive().unwrap();
         self.channel.reply(&request, value);
         answered.recv_timeout(DEADLINE).expect("an answer to SET_MEM_TABLE");
         request
@@ -193,46 +149,41 @@ impl Machine {
 /// SHM-10, SHM-11: by raw bytes, header and all.
 #[test]
 fn offers_the_device_and_its_region() {
-    let dir = directory();
-    file(&dir, 16 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
-    let mut socket = backend.connect();
-    let mut ask = |request: u32, body: &[u8], replies: bool| -> Vec<u8> {
-        for word in [request, 1, body.len() as u32] {
-            socket.write_all(&word.to_ne_bytes()).unwrap();
-        }
-        socket.write_all(body).unwrap();
-        if !replies {
-            return Vec::new();
-        }
-        let mut header = [0; 12];
-        socket.read_exact(&mut header).unwrap();
-        assert_eq!(header[..4], request.to_ne_bytes());
-        assert_eq!(header[4..8], 5u32.to_ne_bytes());
-        let mut body = vec![0; u32::from_ne_bytes(header[8..].try_into().unwrap()) as usize];
-        socket.read_exact(&mut body).unwrap();
-        body
+    let backend = Backend::on_file("pmem", 16 * MIB, "");
+    let socket = Wire::new(backend.connect());
+    let ask = |id: u32, payload: &[u8]| socket.send(&message(id, wire::VERSION_1, payload));
+    let answer = |id: u32| {
+        ask(id, &[]);
+        let answer = socket.receive().unwrap();
+        assert_eq!((answer.request, answer.flags), (id, wire::VERSION_1 | REPLY));
+        answer
     };
-
-    let features = u64::from_ne_bytes(ask(1, &[], true).try_into().unwrap());
-    assert_eq!(features, VERSION_1 | PROTOCOL_FEATURES | SHMEM_REGION | INDIRECT_DESC | EVENT_IDX);
-    let offered = u64::from_ne_bytes(ask(15, &[], true).try_into().unwrap());
-    let needed = REPLY_ACK | BACKEND_REQ | CONFIG | BACKEND_SEND_FD | RESET_DEVICE | SHMEM;
+    let features = answer(request::GET_FEATURES).quad(0);
+    assert_eq!(
+        features,
+        VIRTIO_F_VERSION_1
+            | VHOST_USER_F_PROTOCOL_FEATURES
+            | SHMEM_REGION
+            | VIRTIO_F_INDIRECT_DESC
+            | VIRTIO_F_EVENT_IDX
+    );
+    let offered = answer(request::GET_PROTOCOL_FEATURES).quad(0);
+    let needed = PROTOCOL_F_REPLY_ACK
+        | PROTOCOL_F_BACKEND_REQ
+        | PROTOCOL_F_CONFIG
+        | PROTOCOL_F_BACKEND_SEND_FD
+        | PROTOCOL_F_RESET_DEVICE
+        | PROTOCOL_F_SHMEM;
     assert_eq!(offered & needed, needed, "offered {offered:#x}");
-    ask(16, &needed.to_ne_bytes(), false);
-
-    let config = ask(44, &[], true);
-    assert_eq!(config.len(), 2056);
-    assert_eq!(config[..4], 1u32.to_ne_bytes(), "nregions");
-    assert_eq!(config[8..16], (16 * MIB).to_ne_bytes(), "the size of region 0");
-    assert!(config[16..].iter().all(|byte| *byte == 0), "all other regions are absent");
+    ask(request::SET_PROTOCOL_FEATURES, &needed.to_ne_bytes());
+    // One region, with the id 0; all others are absent.
+    let config = answer(request::GET_SHMEM_CONFIG);
+    assert_eq!(config.payload, shmem_config(1, 0, &[(0, 16 * MIB)]));
 }
 
 #[test]
 fn configuration_space_is_zero() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
     let mut machine = Machine::connect(&backend);
     let (_, space) =
         machine.front_end.get_config(0x0, 16, VhostUserConfigFlags::empty(), &[0xff; 16]).unwrap();
@@ -262,7 +213,7 @@ fn sizes() {
         let mut machine = Machine::connect(&backend);
         let config = machine.front_end.get_shmem_config().unwrap();
         assert_eq!(config.memory_sizes[0], region, "{len:?} {args:?}");
-        assert_eq!(machine.map(0).u64_at(24), region, "{len:?} {args:?}");
+        assert_eq!(machine.map(0).mmap().len, region, "{len:?} {args:?}");
         assert_eq!(fs::metadata(&path).unwrap().len(), file_len, "{len:?} {args:?}");
         let notes = backend.stderr().matches("note:").count();
         assert_eq!(notes, usize::from(!note.is_empty()), "{}", backend.stderr());
@@ -274,16 +225,15 @@ fn sizes() {
 
 #[test]
 fn maps_for_writing_before_set_mem_table_is_answered() {
-    let dir = directory();
-    let path = file(&dir, 4 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
+    let backend = Backend::on_file("pmem", 4 * MIB, "");
+    let path = backend.file();
     let machine = Machine::connect(&backend);
 
     let answered = machine.set_mem_table();
-    let request = machine.channel.receive();
-    request.assert_is(4 * MIB, 1, &path);
-    assert_eq!(request.flags, 0x9, "version 1, NEED_REPLY");
-    request.file.as_ref().unwrap().write_all_at(b"by the front-end", 0).unwrap();
+    let request = machine.channel.receive().unwrap();
+    assert_maps(&request, 4 * MIB, 1, &path);
+    assert_eq!(request.flags, wire::VERSION_1 | NEED_REPLY);
+    request.file().write_all_at(b"by the front-end", 0).unwrap();
     assert!(answered.recv_timeout(Duration::from_millis(200)).is_err(), "answered without its mapping");
     machine.channel.reply(&request, 0);
     answered.recv_timeout(DEADLINE).unwrap();
@@ -293,13 +243,12 @@ fn maps_for_writing_before_set_mem_table_is_answered() {
 
 #[test]
 fn maps_read_only_with_a_descriptor_that_cannot_write() {
-    let dir = directory();
-    let path = file(&dir, 4 * MIB);
-    let backend = Backend::start("pmem", &dir, "--read-only");
+    let backend = Backend::on_file("pmem", 4 * MIB, "--read-only");
+    let path = backend.file();
     let mut machine = Machine::connect(&backend);
     let request = machine.map(0);
-    request.assert_is(4 * MIB, 0, &path);
-    let file = request.file.unwrap();
+    assert_maps(&request, 4 * MIB, 0, &path);
+    let file = request.file();
     file.read_exact_at(&mut [0; 16], 0).unwrap();
     file.write_all_at(b"x", 0).expect_err("the descriptor can write");
     machine.start_queue();
@@ -308,25 +257,22 @@ fn maps_read_only_with_a_descriptor_that_cannot_write() {
 
 #[test]
 fn without_reply_ack_it_maps_and_waits_for_nothing() {
-    let dir = directory();
-    let path = file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
-    let mut machine = Machine::connect_with(&backend, VERSION_1 | SHMEM_REGION, 0);
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let path = backend.file();
+    let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | SHMEM_REGION, 0);
     machine.set_mem_table();
-    let request = machine.channel.receive();
-    request.assert_is(2 * MIB, 1, &path);
-    assert_eq!(request.flags, 0x1, "no NEED_REPLY");
+    let request = machine.channel.receive().unwrap();
+    assert_maps(&request, 2 * MIB, 1, &path);
+    assert_eq!(request.flags, wire::VERSION_1);
     machine.start_queue();
     assert_eq!(machine.request(0), (4, 0));
 }
 
 #[test]
 fn a_refused_mapping_is_said_and_the_device_goes_on() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
     let mut machine = Machine::connect(&backend);
-    machine.map(-libc::ENOMEM as u64);
+    machine.map(-i64::from(libc::ENOMEM));
     machine.start_queue();
     assert_eq!(machine.request(0), (4, 0));
     backend.wait_for(
@@ -339,27 +285,24 @@ fn a_refused_mapping_is_said_and_the_device_goes_on() {
 /// A front-end of one thread answers SHMEM_MAP only after it has the answer to its own request.
 #[test]
 fn a_front_end_that_does_not_answer_is_not_waited_for_forever() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
     let mut machine = Machine::connect(&backend);
     let answered = machine.set_mem_table();
     answered.recv_timeout(DEADLINE).expect("an answer to SET_MEM_TABLE");
     backend.wait_for("no answer to SHMEM_MAP");
     machine.start_queue();
     assert_eq!(machine.request(0), (4, 0));
-    let request = machine.channel.receive();
+    let request = machine.channel.receive().unwrap();
     machine.channel.reply(&request, 0);
 }
 
 #[test]
 fn maps_again_at_each_start() {
-    let dir = directory();
-    let path = file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let path = backend.file();
     let mut machine = Machine::connect(&backend);
     for _ in 0..3 {
-        machine.map(0).assert_is(2 * MIB, 1, &path);
+        assert_maps(&machine.map(0), 2 * MIB, 1, &path);
         machine.start_queue();
         assert_eq!(machine.request(0), (4, 0));
         machine.reset();
@@ -371,30 +314,25 @@ fn maps_again_at_each_start() {
 /// guest.
 #[test]
 fn a_second_memory_table_without_a_reset_does_not_unmap() {
-    let dir = directory();
-    let path = file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
-    let mut machine = Machine::connect(&backend);
-    machine.map(0);
-    machine.start_queue();
-    machine.map(-libc::EEXIST as u64).assert_is(2 * MIB, 1, &path);
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let path = backend.file();
+    let mut machine = Machine::started(&backend);
+    assert_maps(&machine.map(-i64::from(libc::EEXIST)), 2 * MIB, 1, &path);
     assert!(machine.channel.is_silent());
     assert_eq!(machine.request(0), (4, 0));
     backend.wait_for("it was mapped before");
 
     // After a reset it is not mapped before.
     machine.reset();
-    machine.map(-libc::ENOMEM as u64);
-    wait_until("a second failure", || backend.stderr().matches("failed").count() == 2);
+    machine.map(-i64::from(libc::ENOMEM));
+    eventually("a second failure", || backend.stderr().matches("failed").count() == 2);
     assert_eq!(backend.stderr().matches("it was mapped before").count(), 1);
 }
 
 #[test]
 fn a_driver_without_the_feature_is_named() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
-    let machine = Machine::connect_with(&backend, VERSION_1, REPLY_ACK);
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1, PROTOCOL_F_REPLY_ACK);
     machine.map(0);
     backend.wait_for("the driver did not accept VIRTIO_PMEM_F_SHMEM_REGION");
 }
@@ -418,12 +356,11 @@ fn dirty(path: &Path) -> u64 {
 /// answered.
 #[test]
 fn a_flush_writes_the_mapping_back() {
-    let dir = directory();
-    let path = file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let path = backend.file();
     let mut machine = Machine::connect(&backend);
     let request = machine.map(0);
-    let range = (GuestAddress(0), 2 * MIB as usize, Some(FileOffset::new(request.file.unwrap(), 0)));
+    let range = (GuestAddress(0), 2 * MIB as usize, Some(FileOffset::new(request.file(), 0)));
     let memory = GuestMemoryMmap::<()>::from_ranges_with_files([range]).unwrap();
     machine.start_queue();
     for page in 0..16 {
@@ -447,7 +384,7 @@ fn a_flush_that_fails_is_an_error_and_so_are_all_after_it() {
         return;
     };
     let mut machine = Machine::connect(&backend);
-    let mapped = machine.map(0).file.unwrap();
+    let mapped = machine.map(0).file();
     machine.start_queue();
     // As the guest would by its stores; no other file descriptor is told of an error of the write-back.
     assert_eq!(machine.request(0), (4, 0));
@@ -467,12 +404,8 @@ fn is_on_tmpfs(path: &Path) -> bool {
 
 #[test]
 fn an_unknown_request_is_answered_with_minus_one() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
-    let mut machine = Machine::connect(&backend);
-    machine.map(0);
-    machine.start_queue();
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let mut machine = Machine::started(&backend);
     assert_eq!(machine.request(7), (4, u32::MAX));
     assert_eq!(machine.request(0), (4, 0));
     backend.wait_for("a request has the unknown type 7");
@@ -481,11 +414,12 @@ fn an_unknown_request_is_answered_with_minus_one() {
 /// VIRTIO 1.2, section 2.7.4: how a request is cut into descriptors means nothing.
 #[test]
 fn any_framing_and_indirect_tables() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
-    let mut machine =
-        Machine::connect_with(&backend, VERSION_1 | SHMEM_REGION | INDIRECT_DESC | EVENT_IDX, REPLY_ACK);
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let mut machine = Machine::connect_with(
+        &backend,
+        VIRTIO_F_VERSION_1 | SHMEM_REGION | VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX,
+        PROTOCOL_F_REPLY_ACK,
+    );
     machine.map(0);
     machine.start_queue();
 
@@ -513,12 +447,8 @@ fn any_framing_and_indirect_tables() {
 /// Each chain is given back, with what answer there is room for, and the next flush works.
 #[test]
 fn malformed_chains_are_survived() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
-    let mut machine = Machine::connect(&backend);
-    machine.map(0);
-    machine.start_queue();
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let mut machine = Machine::started(&backend);
 
     let nowhere = 0xffff_ffff_ffff_f000;
     let nothing = (0, NO_ANSWER);
@@ -554,15 +484,11 @@ fn malformed_chains_are_survived() {
     assert!(complaints <= 10, "a guest filled stderr:\n{}", backend.stderr());
 }
 
-/// A ring that lies is no reason to stop for good: a reset makes it right.
+/// After a broken ring the device works again once it is reset.
 #[test]
 fn a_broken_ring_is_survived() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
-    let mut machine = Machine::connect(&backend);
-    machine.map(0);
-    machine.start_queue();
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let mut machine = Machine::started(&backend);
 
     // More is available than the queue can hold.
     machine.ram.write_obj(1000u16, GuestAddress(AVAIL + 2)).unwrap();
@@ -580,7 +506,7 @@ fn a_broken_ring_is_survived() {
     machine.start_queue();
     machine.ram.write_obj(1u16, GuestAddress(RAM - 2)).unwrap();
     machine.kick.write(1).unwrap();
-    wait_until("a second complaint", || backend.stderr().matches("queue 0 is broken").count() >= 2);
+    eventually("a second complaint", || backend.stderr().matches("queue 0 is broken").count() >= 2);
     machine.ram.write_obj(0u16, GuestAddress(RAM - 2)).unwrap();
     machine.reset();
     machine.map(0);
@@ -596,7 +522,7 @@ fn a_broken_ring_is_survived() {
     machine.descriptor(1, (ANSWER, 4, WRITE, 0));
     machine.offer(0);
     machine.front_end.set_vring_enable(0, true).unwrap();
-    wait_until("the one that can be given back", || machine.used_index() == 1);
+    eventually("the one that can be given back", || machine.used_index() == 1);
     backend.wait_for("request 8 cannot be handed back");
     machine.reset();
     machine.map(0);
@@ -606,12 +532,8 @@ fn a_broken_ring_is_survived() {
 
 #[test]
 fn requests_wait_for_the_queue_to_be_enabled() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
-    let mut machine = Machine::connect(&backend);
-    machine.map(0);
-    machine.start_queue();
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
+    let mut machine = Machine::started(&backend);
     machine.front_end.set_vring_enable(0, false).unwrap();
     machine.buffers(0);
     machine.descriptor(0, (REQUEST, 4, NEXT, 1));
@@ -627,14 +549,10 @@ fn requests_wait_for_the_queue_to_be_enabled() {
 
 #[test]
 fn serves_one_front_end_after_another_and_loses_no_descriptor() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
     let mut count = None;
     for _ in 0..4 {
-        let mut machine = Machine::connect(&backend);
-        machine.map(0);
-        machine.start_queue();
+        let mut machine = Machine::started(&backend);
         assert_eq!(machine.request(0), (4, 0));
         // The same point of each session.
         assert_eq!(*count.get_or_insert(backend.descriptors()), backend.descriptors());
@@ -644,25 +562,19 @@ fn serves_one_front_end_after_another_and_loses_no_descriptor() {
 
 #[test]
 fn a_front_end_that_talks_nonsense_is_dropped_and_the_next_is_served() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "");
+    let backend = Backend::on_file("pmem", 2 * MIB, "");
     let mut socket = backend.connect();
     socket.write_all(&[0xff; 64]).unwrap();
     let _ = socket.read(&mut [0; 1]);
     backend.wait_for("waiting for the next front-end");
-    let mut machine = Machine::connect(&backend);
-    machine.map(0);
-    machine.start_queue();
+    let mut machine = Machine::started(&backend);
     assert_eq!(machine.request(0), (4, 0));
 }
 
 #[test]
 fn once_ends_after_the_first_front_end() {
-    let dir = directory();
-    file(&dir, 2 * MIB);
-    let backend = Backend::start("pmem", &dir, "--once");
-    // Someone who only looks whether it listens is not a front-end.
+    let backend = Backend::on_file("pmem", 2 * MIB, "--once");
+    // A connection that sends nothing is not a front-end.
     drop(backend.connect());
     let machine = Machine::connect(&backend);
     machine.map(0);
@@ -691,9 +603,7 @@ fn the_file_stays_locked_while_a_front_end_has_it() {
 fn signals_end_it_with_status_zero_and_no_socket() {
     for signal in ["INT", "TERM"] {
         for busy in [false, true] {
-            let dir = directory();
-            file(&dir, 2 * MIB);
-            let backend = Backend::start("pmem", &dir, "");
+            let backend = Backend::on_file("pmem", 2 * MIB, "");
             let machine = busy.then(|| Machine::connect(&backend));
             if let Some(machine) = &machine {
                 machine.map(0);

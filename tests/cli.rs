@@ -4,11 +4,11 @@
 // clippy.toml allows these in tests; it does not know the helpers of a file like this one as such.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
+use hotslot_test_support::{built, child};
 use tempfile::TempDir;
 
 /// What hotslot said, and its exit status.
@@ -19,29 +19,9 @@ struct Answer {
 }
 
 fn hotslot(arguments: &[&str], directory: &Path) -> Answer {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_hotslot"))
-        .args(arguments)
-        .current_dir(directory)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let limit = Instant::now() + Duration::from_secs(20);
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break status;
-        }
-        if Instant::now() > limit {
-            child.kill().unwrap();
-            panic!("hotslot {arguments:?} did not end");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    let (mut stdout, mut stderr) = (String::new(), String::new());
-    child.stdout.unwrap().read_to_string(&mut stdout).unwrap();
-    child.stderr.unwrap().read_to_string(&mut stderr).unwrap();
-    Answer { status: status.code(), stdout, stderr }
+    let output = child::run(Command::new(built::hotslot()).args(arguments).current_dir(directory));
+    let [stdout, stderr] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    Answer { status: output.status.code(), stdout, stderr }
 }
 
 /// Runs hotslot with what must be refused. `parts` have to be in what it says, `hint` after "hint: ".

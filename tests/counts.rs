@@ -3,29 +3,21 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-#[path = "protocol/bench.rs"]
-mod bench;
-#[path = "support/process.rs"]
-mod process;
-#[path = "protocol/wire.rs"]
-mod wire;
-
-use bench::*;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::vhost_user::sharing::Sharing;
-use process::*;
-use wire::MMap;
+use hotslot_test_support::bench::*;
+use hotslot_test_support::process::*;
 
 #[test]
 fn descriptors_mappings_and_threads_are_given_back() {
     // SHM-80, at the end
     let counts = || (descriptors(), areas("self").len());
     // The first device may make what stays, such as a thread's stack in the allocator's hands.
-    drop(Setup::new().start().end());
+    drop(Setup::default().start().end());
     eventually("the back-end's thread ends", || threads() == 2);
     let nothing = counts();
     for _ in 0..3 {
-        let bench = Setup::new().start();
+        let bench = Setup::default().start();
         bench.start().unwrap();
         let file = file_of(1, 1);
         let idle = counts();
@@ -60,11 +52,11 @@ fn descriptors_mappings_and_threads_are_given_back() {
 /// SHM-46, SHM-78, SHM-80: a descriptor for each file that others see, as long as they do.
 fn what_is_shared_is_given_back(counts: &dyn Fn() -> (usize, usize)) {
     let sharing = Sharing::new(64);
-    let (mut owner, mut other) = (Setup::new(), Setup::new());
+    let (mut owner, mut other) = (Setup::default(), Setup::default());
     owner.shares = true;
     owner.member = Some(sharing.join());
     other.member = Some(sharing.join());
-    other.offer.protocol |= CONFIGURE_MEM_SLOTS;
+    other.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
     other.windows = WindowAllocator::new(1 << 36, 1 << 40);
     let (owner, other) = (owner.start(), other.start());
     owner.start().unwrap();
@@ -73,11 +65,10 @@ fn what_is_shared_is_given_back(counts: &dyn Fn() -> (usize, usize)) {
     let idle = counts();
     // The other back-end closes what it is told of a little later than it answers.
     let descriptors_are = |count: usize| eventually("descriptors", || descriptors() == count);
-    let writable = |page| MMap { flags: 1, ..page_at(page) };
     for round in 0..3 {
         for page in 0..30 {
-            assert_eq!(owner.map(writable(2 * page), &files[0]), 0);
-            assert_eq!(owner.map(writable(2 * page + 1), &files[1]), 0);
+            assert_eq!(owner.map(writable(page_at(2 * page)), &files[0]), 0);
+            assert_eq!(owner.map(writable(page_at(2 * page + 1)), &files[1]), 0);
         }
         descriptors_are(idle.0 + 2);
         match round {

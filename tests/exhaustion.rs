@@ -6,17 +6,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-#[path = "protocol/bench.rs"]
-mod bench;
-#[path = "support/kvm.rs"]
-mod kvm;
-#[path = "support/machine.rs"]
-mod machine;
-#[path = "support/process.rs"]
-mod process;
-#[path = "protocol/wire.rs"]
-mod wire;
-
 use std::fs::File;
 use std::io::{Write, stderr};
 use std::os::fd::AsRawFd;
@@ -24,11 +13,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hotslot::memory::alloc::WindowAllocator;
-
-use bench::*;
-use machine::{Machine, WINDOWS};
-use process::{areas, descriptors, ranges};
-use wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::kvm;
+use hotslot_test_support::machine::{Machine, WINDOWS};
+use hotslot_test_support::process::{areas, descriptors, ranges};
+use hotslot_test_support::wire::{MMap, SHMEM_MAP, SHMEM_UNMAP};
 
 const ENOMEM: i64 = -(libc::ENOMEM as i64);
 const ENOSPC: i64 = -(libc::ENOSPC as i64);
@@ -47,7 +36,7 @@ fn say(text: std::fmt::Arguments<'_>) {
 
 /// A device that may have as many mappings as there can be, with a region of so many pages.
 fn unlimited(pages: u64, machine: &Machine) -> Bench {
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.regions = vec![(0, pages * PAGE), (7, REGION)];
     setup.quota = usize::MAX;
     setup.guest = Arc::new(machine.guest());
@@ -66,10 +55,9 @@ fn map_until_refused(bench: &Bench, file: &File, request: impl Fn(u64) -> MMap) 
     let channel = bench.channel();
     for first in (0..).step_by(BATCH as usize) {
         for index in first..first + BATCH {
-            let bytes = message(MAP, VERSION_1 | NEED_REPLY, &request(index).bytes());
-            channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+            channel.ask(SHMEM_MAP, request(index), &[file.as_raw_fd()]);
         }
-        let answers = [(); BATCH as usize].map(|()| answer(&channel, MAP));
+        let answers = [(); BATCH as usize].map(|()| channel.answer(SHMEM_MAP));
         if let Some(refused) = answers.iter().position(|&answer| answer != 0) {
             assert!(answers[refused..].iter().all(|&answer| answer == answers[refused]));
             return (first + refused as u64, answers[refused]);
@@ -82,14 +70,14 @@ fn unmap_many(bench: &Bench, pages: impl Iterator<Item = u64>) {
     let channel = bench.channel();
     let mut waiting = 0;
     for page in pages {
-        channel.send(&message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(page).bytes()));
+        channel.ask(SHMEM_UNMAP, page_at(page), &[]);
         waiting += 1;
         if waiting == 50 {
-            (0..waiting).for_each(|_| assert_eq!(answer(&channel, UNMAP), 0));
+            (0..waiting).for_each(|_| assert_eq!(channel.answer(SHMEM_UNMAP), 0));
             waiting = 0;
         }
     }
-    (0..waiting).for_each(|_| assert_eq!(answer(&channel, UNMAP), 0));
+    (0..waiting).for_each(|_| assert_eq!(channel.answer(SHMEM_UNMAP), 0));
 }
 
 /// A file of so many pages, of which these tell their number; the others take no room.
@@ -183,12 +171,10 @@ impl Ballast {
 
 impl Drop for Ballast {
     fn drop(&mut self) {
-        // SAFETY: our own mappings, which nobody uses.
-        unsafe {
-            libc::munmap(self.start, self.len.max(1));
-            for &page in &self.single {
-                libc::munmap(page, PAGE as usize);
-            }
+        let single = self.single.iter().map(|&page| (page, PAGE as usize));
+        for (start, len) in single.chain([(self.start, self.len.max(1))]) {
+            // SAFETY: this value made the mapping, and nobody uses it.
+            unsafe { libc::munmap(start, len) };
         }
     }
 }
@@ -268,7 +254,7 @@ fn what_is_unmapped_where_no_address_range_is_left_is_gone_after_the_reset() {
     drop(ballast);
     assert_eq!(areas("self"), idle);
 
-    // Where nobody can have a range any more, not even in exchange for another, the guest's view is right all
+    // At vm.max_map_count even MAP_FIXED over a range of our own fails. Then the guest's view is right all
     // the same; the rest is made good by what comes next.
     bench.start().unwrap();
     map_all();
@@ -328,17 +314,17 @@ fn a_process_without_descriptors_refuses_one_mapping_and_takes_all_with_one() {
     let limit = Lowered::to(libc::RLIMIT_NOFILE, highest.max().unwrap() + 1);
     // Those are taken, so that none is left.
     let mut taken: Vec<_> = std::iter::from_fn(|| file.try_clone().ok()).collect();
-    assert_eq!(map(&channel, page_at(1), &file), EMFILE);
-    assert_eq!(map(&channel, page_at(1), &file), EMFILE);
-    assert_eq!(unmap(&channel, page_at(1)), -i64::from(libc::ENOENT));
+    assert_eq!(channel.map(page_at(1), &file), EMFILE);
+    assert_eq!(channel.map(page_at(1), &file), EMFILE);
+    assert_eq!(channel.unmap(page_at(1)), -i64::from(libc::ENOENT));
     assert!(taken.pop().is_some());
     // One is enough for all: a mapping keeps none.
     for page in 1..PAGES {
-        assert_eq!(map(&channel, page_at(2 * page), &file), 0);
+        assert_eq!(channel.map(page_at(2 * page), &file), 0);
     }
     say(format_args!("{PAGES} live mappings with one descriptor to spare"));
     taken.push(file.try_clone().unwrap());
-    assert_eq!(map(&channel, page_at(1), &file), EMFILE);
+    assert_eq!(channel.map(page_at(1), &file), EMFILE);
     drop((taken, limit));
     assert_eq!((bench.reads(0, 0), bench.reads(0, 2 * PAGE)), (Some(1), Some(2)));
     bench.reset();

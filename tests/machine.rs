@@ -5,40 +5,24 @@
 // clippy.toml allows these in tests; it does not know the helpers of a file like this one as such.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-#[path = "support/image.rs"]
-mod image;
-
 use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use hotslot_test_support::child::{signal_child, wait};
+use hotslot_test_support::image::{self, Segment};
+use hotslot_test_support::terminal::{settings, terminal};
+use hotslot_test_support::{built, child, kvm};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use tempfile::NamedTempFile;
-
-use image::Segment;
 
 /// Where the guests' code is.
 const START: u64 = 2 << 20;
 
 const COM1: u32 = 0x3f8;
 const DEBUG_EXIT: u32 = 0xf4;
-
-/// Says on the test's line why it does not run; a failure with REQUIRE_KVM=1.
-fn kvm_is_missing() -> bool {
-    match File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => false,
-        Err(error) if std::env::var_os("REQUIRE_KVM").is_some_and(|value| value == "1") => {
-            panic!("/dev/kvm: {error}")
-        }
-        Err(error) => {
-            eprintln!("not run: /dev/kvm: {error}");
-            true
-        }
-    }
-}
 
 /// An ELF kernel of what `write` assembles.
 fn guest(write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> NamedTempFile {
@@ -108,24 +92,10 @@ fn echo(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 fn hotslot(kernel: &NamedTempFile) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
+    let mut command = Command::new(built::hotslot());
     command.args(["-m", "8M", "--debug-exit", "-k"]).arg(kernel.path());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
-}
-
-fn wait(child: &mut Child) -> ExitStatus {
-    let limit = Instant::now() + Duration::from_secs(30);
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status;
-        }
-        if Instant::now() > limit {
-            child.kill().unwrap();
-            panic!("hotslot did not end");
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// Runs to the end: status, stdout, stderr.
@@ -133,21 +103,15 @@ fn run(command: &mut Command) -> (Option<i32>, String, String) {
     finish(command.spawn().unwrap())
 }
 
-fn finish(mut child: Child) -> (Option<i32>, String, String) {
-    let status = wait(&mut child);
-    let text = |file: Option<&mut dyn Read>| {
-        let mut text = String::new();
-        file.map(|file| file.read_to_string(&mut text).unwrap());
-        text
-    };
-    let stdout = text(child.stdout.as_mut().map(|file| file as &mut dyn Read));
-    let stderr = text(child.stderr.as_mut().map(|file| file as &mut dyn Read));
-    (status.code(), stdout, stderr)
+fn finish(child: Child) -> (Option<i32>, String, String) {
+    let output = child::finish(child);
+    let [stdout, stderr] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    (output.status.code(), stdout, stderr)
 }
 
 #[test]
 fn each_way_out_has_its_status_and_its_last_line() {
-    if kvm_is_missing() {
+    if !kvm::is_here() {
         return;
     }
     type Guest = fn(&mut CodeAssembler) -> Result<(), IcedError>;
@@ -178,7 +142,7 @@ fn each_way_out_has_its_status_and_its_last_line() {
 
 #[test]
 fn output_is_on_stdout_and_messages_on_stderr() {
-    if kvm_is_missing() {
+    if !kvm::is_here() {
         return;
     }
     let kernel = guest(|a| {
@@ -196,14 +160,14 @@ fn output_is_on_stdout_and_messages_on_stderr() {
         run(hotslot(&kernel).arg("--serial").arg(format!("file={}", file.path().display())));
     assert_eq!((status, stdout.as_str()), (Some(0), ""));
     assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "Hello, guest!");
-    // To nobody.
+    // No device is there.
     let (status, stdout, _) = run(hotslot(&kernel).args(["--serial", "off"]));
     assert_eq!((status, stdout.as_str()), (Some(0), ""));
 }
 
 #[test]
 fn a_string_instruction_is_many_accesses() {
-    if kvm_is_missing() {
+    if !kvm::is_here() {
         return;
     }
     let kernel = guest(|a| {
@@ -236,7 +200,7 @@ fn a_string_instruction_is_many_accesses() {
 #[test]
 // SHM-24, as far as no window is there.
 fn nobodys_addresses_read_all_ones_and_take_any_write() {
-    if kvm_is_missing() {
+    if !kvm::is_here() {
         return;
     }
     let kernel = guest(|a| {
@@ -266,7 +230,7 @@ fn nobodys_addresses_read_all_ones_and_take_any_write() {
 
 #[test]
 fn input_comes_from_a_pipe_or_a_file_and_may_end() {
-    if kvm_is_missing() {
+    if !kvm::is_here() {
         return;
     }
     let kernel = guest(echo);
@@ -295,14 +259,14 @@ fn input_comes_from_a_pipe_or_a_file_and_may_end() {
         let mut child = start(hotslot(&kernel).stdin(stdin));
         std::thread::sleep(Duration::from_millis(200));
         assert!(child.try_wait().unwrap().is_none());
-        signal(&child, libc::SIGTERM);
+        signal_child(&mut child, libc::SIGTERM);
         assert_eq!(finish(child).0, Some(143));
     }
 }
 
 #[test]
 fn without_standard_files_the_guest_goes_on() {
-    if kvm_is_missing() {
+    if !kvm::is_here() {
         return;
     }
     let kernel = guest(|a| {
@@ -314,7 +278,7 @@ fn without_standard_files_the_guest_goes_on() {
     let shell = |redirections: &str| {
         let line = format!(r#"exec "$0" "$@" {redirections}"#);
         let mut command = Command::new("/bin/sh");
-        command.args(["-c", &line, env!("CARGO_BIN_EXE_hotslot")]);
+        command.args(["-c", &line]).arg(built::hotslot());
         command.args(["-m", "8M", "--debug-exit", "-k"]).arg(kernel.path());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         wait(&mut command.spawn().unwrap()).code()
@@ -333,14 +297,9 @@ fn without_standard_files_the_guest_goes_on() {
     assert_eq!(finish(child).0, Some(5));
 }
 
-fn signal(child: &Child, signal: libc::c_int) {
-    // SAFETY: the child was not waited for, so its id is nobody else's.
-    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
-}
-
 #[test]
 fn signals_end_the_machine_whatever_it_does() {
-    if kvm_is_missing() {
+    if !kvm::is_here() {
         return;
     }
     let busy = guest(say_and_hang);
@@ -357,7 +316,7 @@ fn signals_end_the_machine_whatever_it_does() {
         {
             let mut child = start(hotslot(kernel).args(["--cpus", "2"]));
             std::thread::sleep(Duration::from_millis(300));
-            signal(&child, number);
+            signal_child(&mut child, number);
             assert_eq!(wait(&mut child).code(), Some(128 + number));
             let mut stderr = String::new();
             child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
@@ -368,48 +327,27 @@ fn signals_end_the_machine_whatever_it_does() {
 
 #[test]
 fn sigusr1_prints_the_memory_map() {
-    if kvm_is_missing() {
+    if !kvm::is_here() {
         return;
     }
     let kernel = guest(say_and_hang);
     let mut child = start(&mut hotslot(&kernel));
-    signal(&child, libc::SIGUSR1);
+    signal_child(&mut child, libc::SIGUSR1);
     let stderr = io::BufReader::new(child.stderr.take().unwrap());
     let map: Vec<_> = stderr.lines().take(2).map(Result::unwrap).collect();
     assert_eq!(map, ["guest physical memory:", "  0x000000000000-0x0000007fffff  RAM"]);
-    signal(&child, libc::SIGINT);
+    signal_child(&mut child, libc::SIGINT);
     assert_eq!(wait(&mut child).code(), Some(130));
-}
-
-/// A terminal: our end, and the guest's user's.
-fn terminal() -> (File, OwnedFd) {
-    let (mut ours, mut theirs) = (-1, -1);
-    // SAFETY: both numbers are ours and live through the call; name, settings and size are not given.
-    let result = unsafe {
-        libc::openpty(&mut ours, &mut theirs, std::ptr::null_mut(), std::ptr::null(), std::ptr::null())
-    };
-    assert_eq!(result, 0);
-    // SAFETY: the descriptors are new and nobody else's.
-    unsafe { (File::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs)) }
-}
-
-/// The terminal's local and input flags.
-fn settings(terminal: &OwnedFd) -> (u32, u32) {
-    // SAFETY: a termios is plain data, for which all-zero is a value.
-    let mut settings: libc::termios = unsafe { std::mem::zeroed() };
-    // SAFETY: the struct is ours and lives through the call.
-    assert_eq!(unsafe { libc::tcgetattr(terminal.as_raw_fd(), &mut settings) }, 0);
-    (settings.c_lflag, settings.c_iflag)
 }
 
 #[test]
 fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
-    if kvm_is_missing() {
+    if !kvm::is_here() {
         return;
     }
     let (echoing, busy) = (guest(echo), guest(hang));
-    let typed = |keys: &'static [u8]| move |mut ours: &File, _: &Child| ours.write_all(keys).unwrap();
-    type Act<'a> = &'a dyn Fn(&File, &Child);
+    let typed = |keys: &'static [u8]| move |mut ours: &File, _: &mut Child| ours.write_all(keys).unwrap();
+    type Act<'a> = &'a dyn Fn(&File, &mut Child);
     let cases: [(&NamedTempFile, Act, i32); 6] = [
         // Ctrl-C is the guest's; so is Ctrl-a Ctrl-a, as one.
         (&echoing, &typed(b"\x03\x01\x01abcq"), 5),
@@ -420,10 +358,10 @@ fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
             &typed(b"what is it? what is it? what is it? what is it? what is it? what is it? \x01x"),
             130,
         ),
-        (&busy, &|_, child| signal(child, libc::SIGTERM), 143),
-        (&busy, &|_, child| signal(child, libc::SIGQUIT), 131),
+        (&busy, &|_, child| signal_child(child, libc::SIGTERM), 143),
+        (&busy, &|_, child| signal_child(child, libc::SIGQUIT), 131),
         // Not ours to handle: the process dies of it, the terminal does not.
-        (&busy, &|_, child| signal(child, libc::SIGABRT), -libc::SIGABRT),
+        (&busy, &|_, child| signal_child(child, libc::SIGABRT), -libc::SIGABRT),
     ];
     for (number, (kernel, act, expected)) in cases.into_iter().enumerate() {
         let (ours, theirs) = terminal();
@@ -434,7 +372,7 @@ fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
             assert!(Instant::now() < limit, "the terminal never became raw");
             std::thread::sleep(Duration::from_millis(5));
         }
-        act(&ours, &child);
+        act(&ours, &mut child);
         let status = wait(&mut child);
         let signal = std::os::unix::process::ExitStatusExt::signal(&status);
         assert_eq!(status.code().or(signal.map(|signal| -signal)), Some(expected), "case {number}");
@@ -446,7 +384,7 @@ fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
 fn a_machine_that_cannot_be_built_leaves_the_terminal_alone() {
     let (_ours, theirs) = terminal();
     let before = settings(&theirs);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
+    let mut command = Command::new(built::hotslot());
     command.args(["-k", "/nowhere"]).stdin(theirs.try_clone().unwrap()).stderr(Stdio::null());
     assert_eq!(wait(&mut command.spawn().unwrap()).code(), Some(2));
     assert_eq!(settings(&theirs), before);

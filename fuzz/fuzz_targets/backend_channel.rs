@@ -33,9 +33,12 @@ use hotslot::memory::{Access, GuestMapper, GuestRange, SlotId};
 use hotslot::vhost_user::shmem_handler::{BackendChannel, ShmemHandler};
 use hotslot::vhost_user::wire::connection::Deadline;
 use hotslot::vhost_user::wire::negotiate::Agreement;
-use hotslot_fuzz::bench::{self, BACKEND_REQ, PAGE, REPLY_ACK, SHMEM};
-use hotslot_fuzz::wire::{self, Leash, MAP, MMap, NEED_REPLY, REPLY, UNMAP, VERSION_1, Wire};
 use hotslot_fuzz::{Input, descriptors, log_to_nobody};
+use hotslot_test_support::bench::{self, PAGE};
+use hotslot_test_support::names::*;
+use hotslot_test_support::wire::{
+    self, Leash, MMap, NEED_REPLY, REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, Wire,
+};
 use libfuzzer_sys::fuzz_target;
 
 /// Region ids, and their pages.
@@ -119,7 +122,7 @@ impl GuestMapper for Machine {
         let mut memory = self.0.lock().unwrap();
         let inside = |window: &&GuestRange| window.start() <= guest.start() && guest.last() <= window.last();
         let window = *memory.windows.iter().find(inside).expect("it is in no window");
-        assert!(guest.start() % PAGE == 0 && guest.len() % PAGE == 0);
+        assert!(guest.start().is_multiple_of(PAGE) && guest.len().is_multiple_of(PAGE));
         let others = memory.live.values();
         assert!({ others }.all(|(other, _)| !other.overlaps(&guest)), "{guest:?} overlaps");
         let distance = (host as u64).wrapping_sub(guest.start());
@@ -191,8 +194,11 @@ struct Device {
 impl Device {
     fn new(input: &mut Input) -> Device {
         let settings = input.byte();
-        let agreed =
-            input.pick(&[BACKEND_REQ | SHMEM | REPLY_ACK, BACKEND_REQ | SHMEM, BACKEND_REQ | REPLY_ACK]);
+        let agreed = input.pick(&[
+            PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_SHMEM | PROTOCOL_F_REPLY_ACK,
+            PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_SHMEM,
+            PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_REPLY_ACK,
+        ]);
         let quota = [4096, 1, 3, 8][usize::from(settings % 4)];
         let machine = Arc::<Machine>::default();
         let sizes = REGIONS.map(|(shmid, pages)| (shmid, pages * PAGE));
@@ -203,7 +209,11 @@ impl Device {
         let (ours, peer) = UnixStream::pair().unwrap();
         peer.set_nonblocking(true).unwrap();
         Device {
-            channel: BackendChannel::new(&agreement(agreed), ours, ShmemHandler::new("fuzz", Arc::clone(&shmem), None)),
+            channel: BackendChannel::new(
+                &agreement(agreed),
+                ours,
+                ShmemHandler::new("fuzz", Arc::clone(&shmem), None),
+            ),
             machine,
             shmem,
             peer,
@@ -259,7 +269,7 @@ impl Device {
     /// A request that is mostly well formed, in one part or in two, between which it may be served.
     fn send_request(&mut self, input: &mut Input, files: &Files) {
         let form = input.byte();
-        let id = [MAP, UNMAP, MAP, u32::from(form)][usize::from(form % 4)];
+        let id = [SHMEM_MAP, SHMEM_UNMAP, SHMEM_MAP, u32::from(form)][usize::from(form % 4)];
         let flags = match form >> 4 {
             0..12 => VERSION_1 | NEED_REPLY,
             12..15 => VERSION_1,
@@ -282,7 +292,7 @@ impl Device {
             // Another size, said or not.
             let size = input.byte();
             bytes.resize(usize::from(size).max(1), 0);
-            if size % 2 == 0 && bytes.len() >= 12 {
+            if size.is_multiple_of(2) && bytes.len() >= 12 {
                 let payload = bytes.len() as u32 - 12;
                 bytes[8..12].copy_from_slice(&payload.to_ne_bytes());
             }
@@ -393,14 +403,14 @@ impl Device {
     }
 
     fn judge(&mut self, request: &Request, answers: &mut &[u8]) {
-        if self.agreed & REPLY_ACK == 0 || request.flags & NEED_REPLY == 0 {
-            self.blind |= request.id == MAP || request.id == UNMAP;
+        if self.agreed & PROTOCOL_F_REPLY_ACK == 0 || request.flags & NEED_REPLY == 0 {
+            self.blind |= request.id == SHMEM_MAP || request.id == SHMEM_UNMAP;
             return;
         }
         let (answer, rest) = answers.split_at_checked(20).expect("there is no answer");
         *answers = rest;
         let value = i64::from_ne_bytes(answer[12..].try_into().unwrap());
-        assert_eq!(answer[..12], wire::words([request.id, 0x5, 8]));
+        assert_eq!(answer[..12], wire::words([request.id, VERSION_1 | REPLY, 8]));
         assert!((-4095..=0).contains(&value), "{value} is neither 0 nor -errno");
         if value == 0 {
             self.granted(request).expect("it should have been refused");
@@ -414,11 +424,11 @@ impl Device {
         let [fd_offset, shm_offset, len, flags] = [1, 2, 3, 4].map(field);
         let shmid = payload[0];
         let (_, pages) = REGIONS.into_iter().find(|region| region.0 == shmid).ok_or("no such region")?;
-        if request.stale || self.agreed & SHMEM == 0 {
+        if request.stale || self.agreed & PROTOCOL_F_SHMEM == 0 {
             return Err("nothing is granted now");
         }
         let end = shm_offset.checked_add(len).ok_or("overflow")?;
-        if request.id == UNMAP {
+        if request.id == SHMEM_UNMAP {
             if self.blind {
                 return Ok(());
             }
@@ -427,7 +437,7 @@ impl Device {
         }
         let file_end = fd_offset.checked_add(len).ok_or("overflow in the file")?;
         for (holds, otherwise) in [
-            (request.id == MAP, "unknown request"),
+            (request.id == SHMEM_MAP, "unknown request"),
             (self.started, "the device is reset"),
             (len > 0, "empty"),
             (shm_offset % PAGE == 0 && fd_offset % PAGE == 0, "unaligned"),
@@ -490,7 +500,7 @@ struct OutOfStep;
 fn agreement(protocol_features: u64) -> Agreement {
     Agreement {
         protocol_features: Some(protocol_features),
-        shmem: protocol_features & SHMEM != 0,
+        shmem: protocol_features & PROTOCOL_F_SHMEM != 0,
         ..Agreement::default()
     }
 }

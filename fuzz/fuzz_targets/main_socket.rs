@@ -19,9 +19,10 @@ use std::sync::mpsc;
 
 use hotslot::report::with_causes;
 use hotslot::virtio::device::{QueueSetup, VirtioDevice};
-use hotslot_fuzz::bench::{self, Answer, Bench, PAGE, Peer, Setup};
-use hotslot_fuzz::wire::{self, MAP, MMap, Message, NEED_REPLY, REPLY, UNMAP, VERSION_1};
 use hotslot_fuzz::{Input, descriptors, log_to_nobody};
+use hotslot_test_support::bench::{self, Answer, Bench, Connection, PAGE, Setup};
+use hotslot_test_support::names::*;
+use hotslot_test_support::wire::{self, MMap, Message, NEED_REPLY, REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -34,7 +35,7 @@ fuzz_target!(|data: &[u8]| {
 fn ends_in_time(data: &[u8]) -> bool {
     let before = descriptors();
     let mut input = Input::new(data);
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.kind = input.pick(&["rng", "fs", "pmem", "blk", "200"]);
     offer(&mut setup, &mut input);
     let actions = input.byte() % 8;
@@ -72,7 +73,7 @@ fn offer(setup: &mut Setup, input: &mut Input) {
     // What persistent memory needs.
     offer.features |= 1;
     if setup.kind == "blk" || setup.kind == "fs" || what & 1 != 0 {
-        offer.protocol |= bench::CONFIG;
+        offer.protocol |= PROTOCOL_F_CONFIG;
     }
     if what & 2 != 0 {
         offer.protocol &= !input.quad();
@@ -126,7 +127,7 @@ impl Driver {
                 let count = 2 - u16::from(what >> 6 & 1);
                 self.started = Some((0..count).collect());
                 let queues = [self.bench.queue(0), displaced(self.bench.queue(1), value)];
-                let features = bench::F_VERSION_1 | value;
+                let features = VIRTIO_F_VERSION_1 | value;
                 self.bench.device().start(features, &queues[..count.into()])
             }
             (2..4, _) => return self.reset(),
@@ -185,8 +186,8 @@ impl Deviations {
         Deviations { input, has_channel: false }
     }
 
-    fn answer(&mut self, request: &Message, peer: &Peer) -> Answer {
-        self.has_channel |= request.request == 21;
+    fn answer(&mut self, request: &Message, peer: &Connection) -> Answer {
+        self.has_channel |= request.request == request::SET_BACKEND_REQ_FD;
         let reply = |payload: &[u8]| wire::message(request.request, VERSION_1 | REPLY, payload);
         while self.input.has_more() {
             match self.input.byte() % 12 {
@@ -233,7 +234,7 @@ impl Deviations {
     }
 
     /// A request on the backend channel, mostly one that does something. Nobody waits for its answer.
-    fn use_channel(&mut self, peer: &Peer) {
+    fn use_channel(&mut self, peer: &Connection) {
         let what = self.input.byte();
         let request = MMap {
             shm_offset: self.input.offset(),
@@ -242,8 +243,8 @@ impl Deviations {
             ..MMap::default()
         };
         let (id, file) = match what % 4 {
-            3 => (UNMAP, None),
-            _ => (MAP, Some(bench::memfd(PAGE))),
+            3 => (SHMEM_UNMAP, None),
+            _ => (SHMEM_MAP, Some(bench::memfd(PAGE))),
         };
         let need_reply = if what & 0x10 == 0 { NEED_REPLY } else { 0 };
         let mut bytes = wire::message(id, VERSION_1 | need_reply, &request.bytes());
@@ -258,8 +259,8 @@ impl Deviations {
 }
 
 /// Sends bytes, and hangs up behind them.
-fn last_words(peer: &Peer, bytes: &[u8]) -> Answer {
-    let _ = peer.main.send_with(bytes, &[]);
-    let _ = peer.main.socket().shutdown(Shutdown::Write);
+fn last_words(peer: &Connection, bytes: &[u8]) -> Answer {
+    let _ = peer.main().send_with(bytes, &[]);
+    let _ = peer.main().socket().shutdown(Shutdown::Write);
     Answer::Silence
 }

@@ -103,9 +103,9 @@ impl QueueRegisters {
     fn is_good(&self, max: u16) -> bool {
         (1..=u32::from(max)).contains(&self.size)
             && self.size.is_power_of_two()
-            && self.descriptors % 16 == 0
-            && self.driver_area % 2 == 0
-            && self.device_area % 4 == 0
+            && self.descriptors.is_multiple_of(16)
+            && self.driver_area.is_multiple_of(2)
+            && self.device_area.is_multiple_of(4)
     }
 }
 
@@ -461,8 +461,9 @@ impl Driver {
 
     fn peek(&self, offset: u64) -> u32 {
         assert!(offset + 4 <= BLOCK_SIZE as u64);
+        let register = self.page.host_ptr().wrapping_add(offset as usize).cast::<u32>();
         // SAFETY: inside the page that `self` keeps alive, into which nobody has a reference.
-        unsafe { self.page.host_ptr().add(offset as usize).cast::<u32>().read_volatile() }
+        unsafe { register.read_volatile() }
     }
 }
 

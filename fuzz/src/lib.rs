@@ -1,14 +1,10 @@
 //! What the fuzz targets share: how they read the fuzzer's bytes, and what they look at around each input.
 //!
-//! The other side of the sockets is that of the tests in `tests/protocol`: raw bytes.
-
-#[allow(clippy::new_without_default)] // It is of no use here.
-#[path = "../../tests/protocol/bench.rs"]
-pub mod bench;
-#[path = "../../tests/protocol/wire.rs"]
-pub mod wire;
+//! The back-end's ends of the sockets are those of `tests/support`: raw bytes.
 
 use std::fmt::Write;
+
+use hotslot_test_support::bench;
 
 /// The fuzzer's bytes, from front to back. Whatever is read beyond their end is 0, so that any bytes mean
 /// something.

@@ -19,8 +19,6 @@
 //! and to what is the case after the change was answered. So a guest that sees one state before and after its
 //! access knows which value the access must give.
 
-#![allow(dead_code)] // Neither side uses all of it.
-
 /// The processors that take part.
 pub const CPUS: usize = 4;
 /// The places of the window.

@@ -1,14 +1,14 @@
 //! `probe hammer`: the guest of an endurance test. A thread on each processor reads and writes a device's
-//! shared memory through `/dev/mem`, as [`crate::board`] says, until the back-end sets STOP. No driver may
-//! have the two devices.
+//! shared memory through `/dev/mem`, as [`hotslot_guest::board`] says, until the back-end sets STOP. No
+//! driver may have the two devices.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::board::*;
 use crate::map::{Mapping, PAGE, physical};
 use crate::outcome::Outcome;
 use crate::sys::run_on;
+use hotslot_guest::board::*;
 
 /// Device memory, as words.
 struct Physical {

@@ -8,7 +8,6 @@
 //!
 //! What it reads, and from where, is in `guest/README.md`.
 
-mod board;
 mod boot;
 mod console;
 mod files;

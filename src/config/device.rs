@@ -1,6 +1,6 @@
 //! A device as the user asks for it: `PATH,type=TYPE[,KEY=VALUE]...`.
 //!
-//! [`KEYS`] has each key once. The parser, the error messages and the help text are made of it.
+//! `KEYS` has each key once. The parser, the error messages and the help text are made of it.
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;

@@ -19,8 +19,8 @@ use crate::exit::Exit;
 use crate::report::say;
 use crate::terminal::{self, Command, EscapeFilter, RawTerminal};
 
-/// How many typed bytes are kept for a guest that does not read; more are dropped, as a terminal drops them, so
-/// that the escape key is always read. A pipe or a file is read only when the guest has room.
+/// How many typed bytes are kept for a guest that does not read; more are dropped, as a terminal drops them,
+/// so that the escape key is always read. A pipe or a file is read only when the guest has room.
 const TYPED_AHEAD: usize = 4096;
 
 /// The serial port with the host's end of its input.

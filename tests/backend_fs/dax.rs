@@ -1,13 +1,13 @@
 //! What is mapped into the window, as the front-end is asked for it.
 
 use std::fs::{self, Permissions};
-use std::num::NonZeroUsize;
-use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 
+use hotslot_test_support::program::Backend;
+
 use crate::fuse::{self, quads, removemapping, setupmapping};
-use crate::machine::{Asked, MAP, MIB, Machine, Place, UNMAP, start};
-use crate::program::Backend;
+use crate::machine::{MIB, Machine, Message, Place, SHMEM_MAP, SHMEM_UNMAP, fields, start};
 
 const UNIT: u64 = 2 * MIB;
 const READ: u64 = 0;
@@ -22,33 +22,26 @@ fn machine(place: &Place) -> (Backend, Machine, u64) {
 }
 
 /// The beginning of what a SHMEM_MAP's descriptor maps, read or written as a front-end's guest does.
-fn through_mapping(asked: &Asked, write: Option<&[u8]>) -> Vec<u8> {
-    let file = asked.file.as_ref().unwrap();
+fn through_mapping(asked: &Message, write: Option<&[u8]>) -> Vec<u8> {
+    let file = asked.file();
     let prot = match write {
         Some(_) => libc::PROT_READ | libc::PROT_WRITE,
         None => libc::PROT_READ,
     };
-    let len = NonZeroUsize::new(UNIT as usize).unwrap().get();
-    use std::os::fd::AsRawFd;
-    // SAFETY: a new mapping, of which only the first page, which is in the file, is touched; it is gone
-    // before the end of this function.
-    unsafe {
-        let at = libc::mmap(
-            std::ptr::null_mut(),
-            len,
-            prot,
-            libc::MAP_SHARED,
-            file.as_fd().as_raw_fd(),
-            asked.fields().3 as i64,
-        );
-        assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
-        if let Some(data) = write {
-            std::ptr::copy_nonoverlapping(data.as_ptr(), at.cast(), data.len());
-        }
-        let seen = std::slice::from_raw_parts(at.cast::<u8>(), 8).to_vec();
-        assert_eq!(libc::munmap(at, len), 0);
-        seen
+    let (len, offset) = (UNIT as usize, asked.mmap().fd_offset as i64);
+    // SAFETY: without MAP_FIXED nothing that is there already is touched.
+    let at =
+        unsafe { libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, file.as_raw_fd(), offset) };
+    assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    if let Some(data) = write {
+        // SAFETY: the first page of the mapping is in the file; it is ours until it is unmapped below.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), at.cast(), data.len()) };
     }
+    // SAFETY: as above.
+    let seen = unsafe { at.cast::<[u8; 8]>().read_volatile() };
+    // SAFETY: the mapping made above, which nobody uses any more.
+    assert_eq!(unsafe { libc::munmap(at, len) }, 0);
+    seen.to_vec()
 }
 
 /// The file is shorter than the mapping, and stays so.
@@ -61,7 +54,7 @@ fn a_mapping_is_of_the_file_at_the_place_asked_for() {
         fuse::SETUPMAPPING,
         node,
         &setupmapping(0, UNIT, READ, 6 * MIB),
-        &[(MAP, 6 * MIB, UNIT, 0, 1)],
+        &[(SHMEM_MAP, 6 * MIB, UNIT, 0, 1)],
     );
     assert_eq!(through_mapping(&asked[0], None), b"data\0\0\0\0");
 
@@ -70,7 +63,7 @@ fn a_mapping_is_of_the_file_at_the_place_asked_for() {
         fuse::SETUPMAPPING,
         long,
         &setupmapping(UNIT, UNIT, WRITE, 62 * MIB),
-        &[(MAP, 62 * MIB, UNIT, UNIT, 1)],
+        &[(SHMEM_MAP, 62 * MIB, UNIT, UNIT, 1)],
     );
     assert_eq!(through_mapping(&asked[0], Some(b"SECOND")), b"SECOND p");
     assert!(place.read("long").ends_with(b"SECOND part"));
@@ -80,7 +73,7 @@ fn a_mapping_is_of_the_file_at_the_place_asked_for() {
         fuse::SETUPMAPPING,
         node,
         &setupmapping(4 * MIB, UNIT, WRITE, 0),
-        &[(MAP, 0, UNIT, 4 * MIB, 1)],
+        &[(SHMEM_MAP, 0, UNIT, 4 * MIB, 1)],
     );
     assert_eq!(fs::metadata(place.path("f")).unwrap().len(), 4);
 }
@@ -92,7 +85,7 @@ fn what_can_be_written_is_mapped_for_that_at_once() {
     let place = Place::new();
     let (_backend, mut machine, node) = machine(&place);
     let read = setupmapping(0, UNIT, READ, UNIT);
-    let asked = machine.asking(fuse::SETUPMAPPING, node, &read, &[(MAP, UNIT, UNIT, 0, 1)]);
+    let asked = machine.asking(fuse::SETUPMAPPING, node, &read, &[(SHMEM_MAP, UNIT, UNIT, 0, 1)]);
     machine.asking(fuse::SETUPMAPPING, node, &setupmapping(0, UNIT, WRITE, UNIT), &[]);
     machine.asking(fuse::SETUPMAPPING, node, &read, &[]);
     through_mapping(&asked[0], Some(b"DATA"));
@@ -103,7 +96,7 @@ fn what_can_be_written_is_mapped_for_that_at_once() {
         fuse::SETUPMAPPING,
         node,
         &setupmapping(UNIT, UNIT, WRITE, UNIT),
-        &[(UNMAP, UNIT, UNIT, 0, 0), (MAP, UNIT, UNIT, UNIT, 1)],
+        &[(SHMEM_UNMAP, UNIT, UNIT, 0, 0), (SHMEM_MAP, UNIT, UNIT, UNIT, 1)],
     );
 }
 
@@ -114,20 +107,20 @@ fn a_program_is_mapped_read_only_until_it_is_written() {
     let (_backend, mut machine, node) = machine(&place);
     fs::set_permissions(place.path("f"), Permissions::from_mode(0o755)).unwrap();
     let read = setupmapping(0, UNIT, READ, 0);
-    let asked = machine.asking(fuse::SETUPMAPPING, node, &read, &[(MAP, 0, UNIT, 0, 0)]);
+    let asked = machine.asking(fuse::SETUPMAPPING, node, &read, &[(SHMEM_MAP, 0, UNIT, 0, 0)]);
     assert_eq!(crate::access_of(&asked[0]), libc::O_RDONLY);
     let asked = machine.asking(
         fuse::SETUPMAPPING,
         node,
         &setupmapping(0, UNIT, WRITE, 0),
-        &[(UNMAP, 0, UNIT, 0, 0), (MAP, 0, UNIT, 0, 1)],
+        &[(SHMEM_UNMAP, 0, UNIT, 0, 0), (SHMEM_MAP, 0, UNIT, 0, 1)],
     );
     through_mapping(&asked[1], Some(b"DATA"));
     assert_eq!(place.read("f"), b"DATA");
 
     machine.open(node, libc::O_WRONLY);
     let read = setupmapping(0, UNIT, READ, UNIT);
-    machine.asking(fuse::SETUPMAPPING, node, &read, &[(MAP, UNIT, UNIT, 0, 1)]);
+    machine.asking(fuse::SETUPMAPPING, node, &read, &[(SHMEM_MAP, UNIT, UNIT, 0, 1)]);
 }
 
 #[test]
@@ -136,9 +129,14 @@ fn mappings_are_removed_one_by_one_together_and_all_at_once() {
     let (_backend, mut machine, node) = machine(&place);
     for index in 0..6 {
         let at = index * UNIT;
-        machine.asking(fuse::SETUPMAPPING, node, &setupmapping(0, UNIT, READ, at), &[(MAP, at, UNIT, 0, 1)]);
+        machine.asking(
+            fuse::SETUPMAPPING,
+            node,
+            &setupmapping(0, UNIT, READ, at),
+            &[(SHMEM_MAP, at, UNIT, 0, 1)],
+        );
     }
-    let gone = |index: u64| (UNMAP, index * UNIT, UNIT, 0, 0);
+    let gone = |index: u64| (SHMEM_UNMAP, index * UNIT, UNIT, 0, 0);
     let mut remove = |ranges: &[(u64, u64)], expected: &[_]| {
         machine.asking(fuse::REMOVEMAPPING, node, &removemapping(ranges), expected);
     };
@@ -157,13 +155,18 @@ fn a_mapping_takes_the_place_of_whole_others() {
     let place = Place::new();
     let (_backend, mut machine, node) = machine(&place);
     for at in [0, UNIT, 4 * UNIT] {
-        machine.asking(fuse::SETUPMAPPING, node, &setupmapping(0, UNIT, READ, at), &[(MAP, at, UNIT, 0, 1)]);
+        machine.asking(
+            fuse::SETUPMAPPING,
+            node,
+            &setupmapping(0, UNIT, READ, at),
+            &[(SHMEM_MAP, at, UNIT, 0, 1)],
+        );
     }
     machine.asking(
         fuse::SETUPMAPPING,
         node,
         &setupmapping(0, 3 * UNIT, READ, 0),
-        &[(UNMAP, 0, UNIT, 0, 0), (UNMAP, UNIT, UNIT, 0, 0), (MAP, 0, 3 * UNIT, 0, 1)],
+        &[(SHMEM_UNMAP, 0, UNIT, 0, 0), (SHMEM_UNMAP, UNIT, UNIT, 0, 0), (SHMEM_MAP, 0, 3 * UNIT, 0, 1)],
     );
     for (at, len) in [(UNIT, UNIT), (2 * UNIT, 2 * UNIT), (0, 4096), (3 * UNIT, UNIT + 4096)] {
         assert_eq!(machine.error(fuse::SETUPMAPPING, node, &setupmapping(0, len, READ, at)), libc::EINVAL);
@@ -174,7 +177,7 @@ fn a_mapping_takes_the_place_of_whole_others() {
         fuse::REMOVEMAPPING,
         node,
         &removemapping(&[(0, 64 * MIB)]),
-        &[(UNMAP, 0, 3 * UNIT, 0, 0), (UNMAP, 4 * UNIT, UNIT, 0, 0)],
+        &[(SHMEM_UNMAP, 0, 3 * UNIT, 0, 0), (SHMEM_UNMAP, 4 * UNIT, UNIT, 0, 0)],
     );
 }
 
@@ -208,7 +211,7 @@ fn what_cannot_be_mapped_is_not_asked_for() {
 fn a_refusal_is_the_guests_error_and_leaves_no_mapping() {
     let place = Place::new();
     let (backend, mut machine, node) = machine(&place);
-    let map = (MAP, 0, UNIT, 0, 1);
+    let map = (SHMEM_MAP, 0, UNIT, 0, 1);
     let body = setupmapping(0, UNIT, READ, 0);
     machine.send(1, fuse::SETUPMAPPING, node, &body);
     machine.serve(-i64::from(libc::ENOMEM));
@@ -220,8 +223,8 @@ fn a_refusal_is_the_guests_error_and_leaves_no_mapping() {
 
     // A replacement that is refused leaves nothing there.
     machine.send(1, fuse::SETUPMAPPING, node, &setupmapping(UNIT, UNIT, WRITE, 0));
-    assert_eq!(machine.serve(0).request, UNMAP);
-    assert_eq!(machine.serve(-i64::from(libc::ENOMEM)).request, MAP);
+    assert_eq!(machine.serve(0).request, SHMEM_UNMAP);
+    assert_eq!(machine.serve(-i64::from(libc::ENOMEM)).request, SHMEM_MAP);
     assert_eq!(machine.finish().0, libc::EIO);
     machine.asking(fuse::REMOVEMAPPING, node, &removemapping(&[(0, UNIT)]), &[]);
     machine.asking(fuse::SETUPMAPPING, node, &body, &[map]);
@@ -240,7 +243,7 @@ fn nothing_stays_mapped_at_a_reset_or_the_end_of_the_file_system() {
     let place = Place::new();
     let (_backend, mut machine, node) = machine(&place);
     let body = setupmapping(0, UNIT, READ, UNIT);
-    let (map, unmap) = ((MAP, UNIT, UNIT, 0, 1), (UNMAP, UNIT, UNIT, 0, 0));
+    let (map, unmap) = ((SHMEM_MAP, UNIT, UNIT, 0, 1), (SHMEM_UNMAP, UNIT, UNIT, 0, 0));
     machine.asking(fuse::SETUPMAPPING, node, &body, &[map]);
     machine.reset();
     machine.start();
@@ -249,7 +252,7 @@ fn nothing_stays_mapped_at_a_reset_or_the_end_of_the_file_system() {
     machine.asking(fuse::SETUPMAPPING, node, &body, &[map]);
 
     machine.send(1, fuse::DESTROY, 0, &[]);
-    assert_eq!(machine.serve(0).fields(), unmap);
+    assert_eq!(fields(&machine.serve(0)), unmap);
     machine.await_used(1);
     machine.asking(fuse::INIT, 0, &fuse::init(), &[]);
     let node = machine.lookup("f");

@@ -3,11 +3,12 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
+use hotslot_test_support::program::Backend;
+
 use crate::fuse::{self, HEADER, ROOT, name, quads, u64_at, words};
 use crate::machine::{
     ANSWER, ANSWER_LEN, INDIRECT, MIB, Machine, NEXT, Place, RAM, REQUEST, SECRET, TABLE, WRITE, start,
 };
-use crate::program::Backend;
 
 impl Machine {
     /// After whatever happened, it serves as before.

@@ -1,36 +1,24 @@
 //! A running back-end, a front-end, and the guest behind it, whose queues are made by hand.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
+pub use hotslot_test_support::files::MIB;
+use hotslot_test_support::names::*;
+use hotslot_test_support::program::{self, Backend};
+use hotslot_test_support::wait::eventually;
+pub use hotslot_test_support::wire::{MMap, Message, SHMEM_MAP, SHMEM_UNMAP, Wire};
 use tempfile::TempDir;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::fuse;
-use crate::program::{self, Backend, DEADLINE, wait_until};
-
-pub const MIB: u64 = 1 << 20;
-
-const PROTOCOL_FEATURES: u64 = 1 << 30;
-const VERSION_1: u64 = 1 << 32;
-const MQ: u64 = 1 << 0;
-const REPLY_ACK: u64 = 1 << 3;
-const BACKEND_REQ: u64 = 1 << 5;
-const CONFIG: u64 = 1 << 9;
-const RESET_DEVICE: u64 = 1 << 13;
-pub const SHMEM: u64 = 1 << 22;
-
-pub const MAP: u32 = 9;
-pub const UNMAP: u32 = 10;
 
 // ---------------------------------------------------------------------------------------- the program
 
@@ -43,7 +31,7 @@ pub const SECRET: &str = "a secret";
 
 impl Place {
     pub fn new() -> Self {
-        let top = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let top = program::directory();
         fs::create_dir(top.path().join("dir")).unwrap();
         fs::create_dir(top.path().join("outside")).unwrap();
         fs::write(top.path().join("outside/secret"), SECRET).unwrap();
@@ -85,60 +73,12 @@ pub fn start_as(place: &Place, args: &str, user: Option<u32>) -> Backend {
 
 // -------------------------------------------------------------------------------------- the front-end
 
-/// A request on the back-end channel, by its bytes.
-#[derive(Debug)]
-pub struct Asked {
-    pub request: u32,
-    body: Vec<u8>,
-    pub file: Option<File>,
-}
-
-impl Asked {
-    fn quad(&self, at: usize) -> u64 {
-        u64::from_ne_bytes(self.body[at..at + 8].try_into().unwrap())
-    }
-
-    /// MAP or UNMAP, offset in the window, length, offset in the file, flags; of region 0.
-    pub fn fields(&self) -> (u32, u64, u64, u64, u64) {
-        assert_eq!(self.body.len(), 40);
-        assert_eq!(self.body[..8], [0; 8], "shmid 0 and padding");
-        assert_eq!(self.file.is_some(), self.request == MAP, "a descriptor");
-        let [file_offset, offset, len, flags] = [8, 16, 24, 32].map(|at| self.quad(at));
-        (self.request, offset, len, file_offset, flags)
-    }
-}
-
-/// The front-end's end of the back-end channel.
-pub struct Channel(UnixStream);
-
-impl Channel {
-    pub fn receive(&self) -> Asked {
-        // Header and body are sent at once and are far smaller than the socket's buffer.
-        let mut bytes = [0; 256];
-        let (count, file) = self.0.recv_with_fd(&mut bytes).expect("a request on the back-end channel");
-        assert!(count >= 12, "{count} bytes are no request");
-        Asked {
-            request: u32::from_ne_bytes(bytes[..4].try_into().unwrap()),
-            body: bytes[12..count].to_vec(),
-            file,
-        }
-    }
-
-    pub fn reply(&self, asked: &Asked, value: i64) {
-        let mut bytes = Vec::new();
-        for word in [asked.request, 0x5, 8] {
-            bytes.extend(word.to_ne_bytes());
-        }
-        bytes.extend(value.to_ne_bytes());
-        (&self.0).write_all(&bytes).unwrap();
-    }
-
-    pub fn is_silent(&self) -> bool {
-        self.0.set_nonblocking(true).unwrap();
-        let result = self.0.recv_with_fd(&mut [0; 1]);
-        self.0.set_nonblocking(false).unwrap();
-        result.is_err_and(|e| e.errno() == libc::EAGAIN)
-    }
+/// SHMEM_MAP or SHMEM_UNMAP, offset in the window, length, offset in the file, flags; of region 0.
+pub fn fields(asked: &Message) -> (u32, u64, u64, u64, u64) {
+    let MMap { shmid, padding, fd_offset, shm_offset, len, flags } = asked.mmap();
+    assert_eq!((shmid, padding), (0, [0; 7]));
+    assert_eq!(asked.fds.len(), usize::from(asked.request == SHMEM_MAP), "a descriptor");
+    (asked.request, shm_offset, len, fd_offset, flags)
 }
 
 /// Where the front-end claims to have the guest's memory; only the differences matter.
@@ -172,7 +112,7 @@ struct Ring {
 /// A front-end and the guest behind it. Queue 0 is the high priority queue.
 pub struct Machine {
     pub front_end: Frontend,
-    pub channel: Channel,
+    pub channel: Wire,
     ram_file: File,
     ram: GuestMemoryMmap,
     rings: Vec<Ring>,
@@ -197,12 +137,16 @@ impl Machine {
         front_end.set_owner().unwrap();
         front_end.get_features().unwrap();
         let offered = front_end.get_protocol_features().unwrap();
-        let wanted = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | SHMEM;
+        let wanted = PROTOCOL_F_MQ
+            | PROTOCOL_F_REPLY_ACK
+            | PROTOCOL_F_BACKEND_REQ
+            | PROTOCOL_F_CONFIG
+            | PROTOCOL_F_RESET_DEVICE
+            | PROTOCOL_F_SHMEM;
         let agreed = offered & VhostUserProtocolFeatures::from_bits_retain(wanted);
         front_end.set_protocol_features(agreed).unwrap();
         front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(DEADLINE)).unwrap();
         if agreed.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
             front_end.set_backend_request_fd(&theirs).unwrap();
         }
@@ -219,7 +163,7 @@ impl Machine {
         };
         Machine {
             front_end,
-            channel: Channel(ours),
+            channel: Wire::new(ours),
             ram_file,
             ram,
             rings: (0..queues).map(ring).collect(),
@@ -229,7 +173,7 @@ impl Machine {
 
     /// The driver starts the device.
     pub fn start(&mut self) {
-        self.front_end.set_features(VERSION_1 | PROTOCOL_FEATURES).unwrap();
+        self.front_end.set_features(VIRTIO_F_VERSION_1 | VHOST_USER_F_PROTOCOL_FEATURES).unwrap();
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
             memory_size: RAM,
@@ -328,9 +272,9 @@ impl Machine {
 
     /// A buffer comes back: its head, and how many bytes were written.
     pub fn await_used(&mut self, queue: usize) -> (u32, u32) {
-        wait_until("a used buffer", || self.is_used(queue));
+        eventually("a used buffer", || self.is_used(queue));
         let ring = &mut self.rings[queue];
-        wait_until("a call", || ring.call.read().is_ok());
+        eventually("a call", || ring.call.read().is_ok());
         let slot = u64::from(ring.used % QUEUE_SIZE);
         ring.used = ring.used.wrapping_add(1);
         let at = GuestAddress(self.address(queue, USED + 4 + 8 * slot));
@@ -411,8 +355,8 @@ impl Machine {
     }
 
     /// What the front-end is asked next, answered with `value`.
-    pub fn serve(&self, value: i64) -> Asked {
-        let asked = self.channel.receive();
+    pub fn serve(&self, value: i64) -> Message {
+        let asked = self.channel.receive().unwrap();
         self.channel.reply(&asked, value);
         asked
     }
@@ -425,11 +369,11 @@ impl Machine {
         node: u64,
         body: &[u8],
         expected: &[(u32, u64, u64, u64, u64)],
-    ) -> Vec<Asked> {
+    ) -> Vec<Message> {
         self.send(1, opcode, node, body);
         let asked: Vec<_> = expected.iter().map(|_| self.serve(0)).collect();
         assert_eq!(self.finish().0, 0);
-        let fields: Vec<_> = asked.iter().map(Asked::fields).collect();
+        let fields: Vec<_> = asked.iter().map(fields).collect();
         assert_eq!(fields, expected);
         assert!(self.channel.is_silent());
         asked

@@ -10,8 +10,6 @@ mod dax;
 mod fuse;
 mod hostile;
 mod machine;
-#[path = "../support/program.rs"]
-mod program;
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -19,12 +17,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use hotslot_test_support::built::hotslot_backend;
+use hotslot_test_support::names::PROTOCOL_F_SHMEM;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 
 use fuse::{ROOT, name, quads, u32_at, u64_at, words};
-use machine::{MIB, Machine, Place, SHMEM, start, start_as};
-use program::PROGRAM;
+use machine::{MIB, Machine, Place, start, start_as};
 
 /// An ordinary user, when the tests run as root.
 const NOBODY: u32 = 65534;
@@ -70,7 +69,7 @@ fn without_a_window_there_is_no_region_and_no_dax() {
     let backend = start(&place, "--window 0");
     let mut machine = Machine::connect(&backend, 2);
     let offered = machine.front_end.get_protocol_features().unwrap();
-    assert!(!offered.contains(VhostUserProtocolFeatures::from_bits_retain(SHMEM)));
+    assert!(!offered.contains(VhostUserProtocolFeatures::from_bits_retain(PROTOCOL_F_SHMEM)));
     machine.start();
     let answer = machine.ok(fuse::INIT, 0, &fuse::init());
     assert_eq!(u32_at(&answer, 12) & fuse::MAP_ALIGNMENT, 0);
@@ -137,7 +136,7 @@ fn a_command_line_that_cannot_be_served_is_refused() {
         ("--dir dir --cache some", "invalid value 'some'"),
         ("", "--dir"),
     ] {
-        let output = Command::new(PROGRAM)
+        let output = Command::new(hotslot_backend())
             .current_dir(place.top.path())
             .args(["fs", "--socket", "s"])
             .args(args.split_whitespace())
@@ -180,7 +179,7 @@ fn the_next_front_end_finds_nothing_of_the_last() {
         assert_eq!(node, 2);
         machine.open(node, libc::O_RDWR);
         let body = fuse::setupmapping(0, 2 * MIB, 0, 0);
-        machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::MAP, 0, 2 * MIB, 0, 1)]);
+        machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::SHMEM_MAP, 0, 2 * MIB, 0, 1)]);
         // One session has ended before the next begins.
         backend.descriptors()
     };
@@ -217,7 +216,7 @@ fn each_queue_goes_its_own_way() {
     machine.ok(fuse::INIT, 0, &fuse::init());
     let node = machine.lookup("f");
     machine.send(1, fuse::SETUPMAPPING, node, &fuse::setupmapping(0, 2 * MIB, 0, 0));
-    let asked = machine.channel.receive();
+    let asked = machine.channel.receive().unwrap();
 
     machine.send(2, fuse::GETATTR, node, &quads([0, 0]));
     let (_, written) = machine.await_used(2);
@@ -539,13 +538,13 @@ fn read_only_means_that_nothing_changes() {
 
     // To map for reading is fine, with a descriptor that cannot write.
     let body = fuse::setupmapping(0, 2 * MIB, 0, 0);
-    let asked = machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::MAP, 0, 2 * MIB, 0, 0)]);
+    let asked = machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::SHMEM_MAP, 0, 2 * MIB, 0, 0)]);
     assert_eq!(access_of(&asked[0]), libc::O_RDONLY);
 }
 
 /// The access mode of the descriptor of a SHMEM_MAP.
-pub fn access_of(asked: &machine::Asked) -> i32 {
-    let flags = rustix::fs::fcntl_getfl(asked.file.as_ref().unwrap()).unwrap();
+pub fn access_of(asked: &machine::Message) -> i32 {
+    let flags = rustix::fs::fcntl_getfl(asked.file()).unwrap();
     (flags & rustix::fs::OFlags::RWMODE).bits() as i32
 }
 
@@ -555,7 +554,7 @@ fn an_ordinary_user_serves_own_files() {
     let place = Place::new();
     let as_root = rustix::process::geteuid().is_root();
     if as_root {
-        let reachable = Command::new(PROGRAM)
+        let reachable = Command::new(hotslot_backend())
             .arg("--version")
             .current_dir(place.top.path().parent().unwrap())
             .uid(NOBODY)
@@ -580,12 +579,12 @@ fn an_ordinary_user_serves_own_files() {
         assert_eq!(fs::metadata(place.path(file)).unwrap().uid(), us);
         // It cannot be opened for writing any more, but is.
         let body = fuse::setupmapping(0, 2 * MIB, 1, 0);
-        machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::MAP, 0, 2 * MIB, 0, 1)]);
+        machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::SHMEM_MAP, 0, 2 * MIB, 0, 1)]);
         machine.asking(
             fuse::REMOVEMAPPING,
             node,
             &fuse::removemapping(&[(0, 2 * MIB)]),
-            &[(machine::UNMAP, 0, 2 * MIB, 0, 0)],
+            &[(machine::SHMEM_UNMAP, 0, 2 * MIB, 0, 0)],
         );
         machine.ok(fuse::SETATTR, node, &fuse::set_size(2));
         machine.ok(fuse::LINK, ROOT, &[quads([node]), name(&format!("{file}2"))].concat());

@@ -5,9 +5,10 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use crate::board::*;
+use hotslot_guest::board::*;
+use hotslot_test_support::wire::{MMap, NEED_REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, Wire, message};
+
 use crate::page::Words;
-use crate::wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, Wire, message};
 
 const PAGE: u64 = 4096;
 /// Each file has two halves, used in turns: so what a guest still reaches of the old one is seen for longer.
@@ -151,8 +152,8 @@ impl<'a> Churn<'a> {
         *half = mapping.half;
         for index in 0..HALF_WORDS {
             let at = mapping.half * HALF_WORDS + index;
-            // SHM-56: nobody wrote there after the answer to UNMAP.
-            assert_eq!(file.get(at), POISON, "place {place}, word {index}: written after UNMAP");
+            // SHM-56: nobody wrote there after the answer to SHMEM_UNMAP.
+            assert_eq!(file.get(at), POISON, "place {place}, word {index}: written after SHMEM_UNMAP");
             if index < mapping.pages * PAGE_WORDS {
                 let index = place * PLACE_WORDS + index;
                 file.set(at, word(mapping.generation, BACKEND, index));
@@ -191,7 +192,7 @@ impl<'a> Churn<'a> {
         for request in requests {
             let bytes = message(request.id, VERSION_1 | NEED_REPLY, &request.payload.bytes());
             let fd = self.places[request.place].file.file().as_raw_fd();
-            let fds: &[_] = if request.id == MAP { &[fd] } else { &[] };
+            let fds: &[_] = if request.id == SHMEM_MAP { &[fd] } else { &[] };
             self.channel.send_with(&bytes, fds).unwrap();
         }
         let mut answers = vec![0; requests.len() * 20];
@@ -205,7 +206,7 @@ impl<'a> Churn<'a> {
             let Request { id, place, payload, .. } = request;
             assert!(right, "request {id} at place {place} ({payload:?}): {value}");
             *match (value, request.id) {
-                (0, MAP) => &mut self.done.maps,
+                (0, SHMEM_MAP) => &mut self.done.maps,
                 (0, _) => &mut self.done.unmaps,
                 _ => &mut self.done.refused,
             } += 1;
@@ -224,21 +225,21 @@ impl<'a> Churn<'a> {
                 // SHM-52: too long. SHM-35: in the way of itself. Nothing changes, so the state stays what it
                 // is.
                 (Some(old), 0) => {
-                    let mut request = old.request(UNMAP, place, &[libc::ENOENT]);
+                    let mut request = old.request(SHMEM_UNMAP, place, &[libc::ENOENT]);
                     request.payload.len += PAGE;
                     requests.push(request);
                     continue;
                 }
                 (Some(old), 1) => {
-                    requests.push(old.request(MAP, place, &[libc::EEXIST]));
+                    requests.push(old.request(SHMEM_MAP, place, &[libc::EEXIST]));
                     continue;
                 }
                 (Some(_), 2..=8) => None,
                 _ => Some(self.prepare(place)),
             };
             self.set_state(place, state(CHANGING, 0, self.generation));
-            requests.extend(old.iter().map(|old| old.request(UNMAP, place, &[0])));
-            requests.extend(new.iter().map(|new| new.request(MAP, place, &[0])));
+            requests.extend(old.iter().map(|old| old.request(SHMEM_UNMAP, place, &[0])));
+            requests.extend(new.iter().map(|new| new.request(SHMEM_MAP, place, &[0])));
             changes.push((place, old, new));
         }
         self.ask(&requests);
@@ -275,8 +276,8 @@ impl<'a> Churn<'a> {
                 .filter_map(|_| {
                     let place = self.random(PLACES as u64) as usize;
                     let (id, right): (_, &[_]) = match self.random(2) {
-                        0 => (MAP, &[0, libc::EBUSY, libc::EEXIST]),
-                        _ => (UNMAP, &[0, libc::ENOENT]),
+                        0 => (SHMEM_MAP, &[0, libc::EBUSY, libc::EEXIST]),
+                        _ => (SHMEM_UNMAP, &[0, libc::ENOENT]),
                     };
                     let mapping = self.places[place].mapping.as_ref()?;
                     Some(mapping.request(id, place, right))
@@ -296,7 +297,7 @@ impl<'a> Churn<'a> {
             self.set_state(place, state(CHANGING, 0, self.generation));
         }
         let requests: Vec<_> =
-            mapped.iter().map(|(place, mapping)| mapping.request(UNMAP, *place, right)).collect();
+            mapped.iter().map(|(place, mapping)| mapping.request(SHMEM_UNMAP, *place, right)).collect();
         self.ask(&requests);
         self.generation += 1;
         for place in 0..PLACES {

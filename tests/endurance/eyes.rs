@@ -2,11 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use crate::backend::PAGE;
-use crate::board::*;
+use hotslot_guest::board::*;
+use hotslot_test_support::files::PAGE;
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::MMap;
+
+use crate::Bench;
 use crate::page::Words;
-use crate::wire::MMap;
-use crate::{Bench, kvm};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

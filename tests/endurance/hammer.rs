@@ -1,12 +1,11 @@
 //! The guest: four processors that read and write the window, as `board` says. It runs on any `/dev/kvm`: no
 //! SSE, pages of 2 MiB, nothing handles interrupts. `probe hammer` is the same for Linux.
 
+use hotslot_guest::board::*;
+use hotslot_test_support::guest::REGISTERS;
+use hotslot_test_support::image::{self, Segment};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-
-use crate::board::*;
-use crate::guest::REGISTERS;
-use crate::image::{self, Segment};
 
 const LOAD: u64 = 0x10_0000;
 const TABLES: u64 = 0x20_0000;

@@ -1,6 +1,6 @@
 //! Endurance: four processors read and write the window of a device in mapped and unmapped parts, while its
 //! back-end maps, unmaps and replaces as fast as it can, and the guest resets the device now and then. What
-//! each access has to give is told by `guest/src/board.rs`.
+//! each access has to give is told by [`hotslot_guest::board`].
 //!
 //! The guest is a few dozen instructions on this machine's `/dev/kvm`. `tests/linux` runs the same program on
 //! a host whose KVM boots Linux, with `probe hammer` as the guest: the ignored test here.
@@ -10,37 +10,25 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-#[path = "../support/backend.rs"]
-mod backend;
-#[path = "../../guest/src/board.rs"]
-mod board;
 mod churn;
 mod eyes;
-#[path = "../support/guest.rs"]
-mod guest;
 mod hammer;
-#[path = "../support/image.rs"]
-mod image;
-#[path = "../support/kvm.rs"]
-mod kvm;
-#[path = "../support/monitor.rs"]
-mod monitor;
 mod page;
-#[path = "../support/process.rs"]
-mod process;
 mod truncation;
 mod watch;
-#[path = "../protocol/wire.rs"]
-mod wire;
 
 use std::io::{Write, stderr};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use backend::{Backend, Offer, page, writable};
-use board::*;
+use hotslot_guest::board::*;
+use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::files::PAGE;
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::wire::{page_at, writable};
+use hotslot_test_support::{built, guest, image, kvm};
+
 use churn::Churn;
-use guest::Guest;
 use page::Words;
 use watch::Footprint;
 
@@ -51,7 +39,7 @@ const SHORT: Duration = Duration::from_secs(10);
 const SLACK_KIB: u64 = 256;
 
 fn hotslot() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
+    let mut command = Command::new(built::hotslot());
     command.args(["-v", "--debug-exit", "--cpus", &CPUS.to_string()]);
     command
 }
@@ -68,10 +56,10 @@ impl Bench {
     /// `boot` gets the options for the devices: the one with the window, the one with the board.
     fn new(board: Words, boot: impl FnOnce(&[String]) -> Guest) -> Bench {
         let with_region = |bytes| Backend::offering(Offer { regions: vec![(0, bytes)], ..Offer::default() });
-        let (window, board_device) = (with_region(WINDOW_WORDS as u64 * 8), with_region(2 * backend::PAGE));
+        let (window, board_device) = (with_region(WINDOW_WORDS as u64 * 8), with_region(2 * PAGE));
         let devices = [window.device("window"), board_device.device("board")];
         let guest = boot(&devices.map(|device| ["--vhost-user".to_string(), device]).concat());
-        assert_eq!(board_device.map(writable(page(0)), board.file()), 0);
+        assert_eq!(board_device.map(writable(page_at(0)), board.file()), 0);
         board.set(READY, 1);
         Bench { guest, board, window, board_device }
     }
@@ -130,7 +118,7 @@ impl Bench {
     }
 }
 
-/// Past the test harness: figures are for whoever waits.
+/// Past the test harness, which would keep the figures to itself.
 fn say(text: &str) {
     let _nobody_listens = writeln!(stderr(), "endurance: {text}");
 }
@@ -193,11 +181,8 @@ fn a_linux_guest_sees_every_change_and_nothing_else() {
     let bench = Bench::new(Words::new(PAGE_WORDS), |devices| {
         // Without modules no driver takes the devices.
         let parameters = "quiet hotslot.modules= hotslot.debug_exit=0xf4";
-        let hammer = format!(
-            "probe hammer {:#x} {:#x} && exit {GOOD_END}",
-            guest::REGISTERS,
-            guest::REGISTERS + backend::PAGE
-        );
+        let hammer =
+            format!("probe hammer {:#x} {:#x} && exit {GOOD_END}", guest::REGISTERS, guest::REGISTERS + PAGE);
         let mut command = hotslot();
         command.arg("-k").arg(kernel).arg("-i").arg(image);
         command.args(["-m", "256M", "-c"]);

@@ -1,8 +1,10 @@
 //! Files in memory, as words that this process sees too.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use hotslot_test_support::files::memfd;
 
 /// A file, mapped here as long as the value lives.
 pub struct Words {
@@ -19,13 +21,7 @@ unsafe impl Sync for Words {}
 impl Words {
     /// A file of zeroes.
     pub fn new(count: usize) -> Words {
-        // SAFETY: the name is a C string, and the new descriptor is nobody else's.
-        let file = unsafe {
-            let fd = libc::memfd_create(c"endurance".as_ptr(), libc::MFD_CLOEXEC);
-            assert!(fd >= 0);
-            File::from_raw_fd(fd)
-        };
-        file.set_len(count as u64 * 8).unwrap();
+        let file = memfd(count as u64 * 8);
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing of ours.
         let words = unsafe {

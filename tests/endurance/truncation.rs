@@ -4,11 +4,13 @@
 
 use std::time::{Duration, Instant};
 
-use crate::backend::{PAGE, page};
-use crate::board::*;
+use hotslot_guest::board::*;
+use hotslot_test_support::files::PAGE;
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::{MMap, page_at};
+
 use crate::page::Words;
-use crate::wire::MMap;
-use crate::{Bench, kvm, say};
+use crate::{Bench, say};
 
 /// Longer than a guest needs for anything here.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -74,7 +76,7 @@ fn files_are_cut_while_all_processors_use_them(interrupts: bool) {
     assert!(bench.sum(ZEROES) > 0);
     // Other devices, and the device itself.
     let other = Words::new(PAGE_WORDS);
-    assert_eq!(bench.board_device.map(page(1), other.file()), 0);
+    assert_eq!(bench.board_device.map(page_at(1), other.file()), 0);
     // Zeroes, or already a hole.
     bench.board.set(STATES, state(MAY_BE_CUT, 0, 1));
     assert_eq!(bench.window.unmap(mapping(0)), 0);

@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::board::*;
+use hotslot_guest::board::*;
+use hotslot_test_support::process;
+
 use crate::page::Words;
-use crate::process;
 
 const LOOK: Duration = Duration::from_millis(5);
 

@@ -15,10 +15,10 @@ const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
 const HOTSLOT: &str = env!("CARGO_BIN_EXE_hotslot");
 const BACKEND: &str = env!("CARGO_BIN_EXE_hotslot-backend");
 
-/// How long the endurance test is to be, where it shall not be short.
+/// How long the endurance test takes; by default it is short.
 pub const ENDURANCE: &str = "HOTSLOT_ENDURANCE_SECONDS";
 
-/// How many MiB the file has that is read through a small window, where it shall not be small.
+/// How many MiB the file has that is read through a small window; by default few.
 pub const FS_FILE_MIB: &str = "HOTSLOT_FS_FILE_MIB";
 
 /// Where sessions leave their files.
@@ -226,7 +226,7 @@ impl House {
         out: &Path,
         programs: &[(&'static str, PathBuf)],
     ) -> Output {
-        // Past the test harness, which keeps what a test prints: this is for whoever waits.
+        // Past the test harness, which keeps what a test prints: the user sees it at once.
         let place = match self.kind {
             Kind::Kvm => "this machine's KVM",
             Kind::Lab => "an emulated host (scripts/lab.sh)",

@@ -131,7 +131,7 @@ const ALLOWED: [&str; 12] = [
     "module verification failed: signature and/or required key missing",
     // The emulated host has other things to do.
     "clocksource: Long readout interval",
-    // Mitigations for the host's processor, whatever that is.
+    // Mitigations depend on the host's processor.
     "Spectre",
     "RETBleed",
     "MDS",

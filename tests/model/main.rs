@@ -1,7 +1,7 @@
 //! Random sequences of what a back-end and a guest may do, against a plain model of what comes of it: the
 //! device behind real sockets, its back-end raw bytes, its guest a processor of KVM's where `/dev/kvm` opens.
 //!
-//! `HOTSLOT_MODEL_OPERATIONS` says how many operations there shall be at least; the usual number takes some
+//! `HOTSLOT_MODEL_OPERATIONS` says how many operations there are at least; the usual number takes some
 //! seconds. A sequence that fails is shortened as far as it goes, and printed. `PROPTEST_RNG_SEED` repeats a
 //! run.
 //!
@@ -9,34 +9,25 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-#[path = "../protocol/bench.rs"]
-mod bench;
-#[path = "../support/kvm.rs"]
-mod kvm;
-#[path = "../support/machine.rs"]
-mod machine;
 mod model;
 mod operation;
-#[path = "../support/process.rs"]
-mod process;
 mod run;
-#[path = "../protocol/wire.rs"]
-mod wire;
 
 use std::cell::RefCell;
 use std::io::{Write, stderr};
 use std::time::Instant;
 
+use hotslot_test_support::kvm;
+use hotslot_test_support::machine::Machine;
 use proptest::test_runner::{Config, RngAlgorithm, TestRunner};
 
-use machine::Machine;
 use run::Counts;
 
 /// How many operations there are, unless the user says otherwise.
 const USUAL: usize = 10_000;
 
 #[test]
-fn whatever_happens_is_what_a_model_of_intervals_says() {
+fn random_sequences_do_what_a_model_of_intervals_says() {
     // SHM-24, SHM-26, SHM-27, SHM-29, SHM-30, SHM-31, SHM-32, SHM-33, SHM-34, SHM-35, SHM-36, SHM-37, SHM-38,
     // SHM-39, SHM-40, SHM-41, SHM-42, SHM-43, SHM-44, SHM-45, SHM-47, SHM-48, SHM-49, SHM-50, SHM-51, SHM-52,
     // SHM-53, SHM-54, SHM-55, SHM-56, SHM-58, SHM-59, SHM-60, SHM-61, SHM-62, SHM-69, SHM-71, SHM-72, SHM-76,
@@ -63,7 +54,7 @@ fn many(wanted: usize) -> Counts {
         max_shrink_iters: 2000,
         max_shrink_time: 60_000,
         failure_persistence: None,
-        // Much faster than the usual one, which nobody can predict.
+        // Much faster than the usual one, which is cryptographic.
         rng_algorithm: RngAlgorithm::XorShift,
         ..Config::default()
     };

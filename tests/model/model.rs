@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 
 use hotslot::memory::Access;
+use hotslot_test_support::bench::PAGE;
+use hotslot_test_support::wire::MMap;
 
-use crate::bench::PAGE;
 use crate::operation::{FILES, Fds, Place, QUOTA, REGIONS, Target, Twist};
-use crate::wire::MMap;
 
 /// A mapping's name: region and offset.
 pub type Key = (u8, u64);
@@ -59,7 +59,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// The errnos of which a MAP may be answered with one; none where it must succeed, and then it has.
+    /// The errnos of which a SHMEM_MAP may be answered with one; none where it must succeed, and then it has.
     pub fn map(&mut self, request: &MMap, fds: Fds, slots: bool) -> Vec<i32> {
         let mut reasons = self.why_not_map(request, fds, slots);
         reasons.sort();
@@ -89,7 +89,8 @@ impl Model {
         match fds {
             Fds::None | Fds::Two => reasons.push(libc::EBADF), // SHM-27
             Fds::Device => reasons.push(libc::EINVAL),         // SHM-47
-            Fds::File { read_only: true, .. } if request.flags & 1 != 0 => reasons.push(libc::EACCES), // SHM-41
+            // SHM-41
+            Fds::File { read_only: true, .. } if request.flags & 1 != 0 => reasons.push(libc::EACCES),
             Fds::File { .. } => {}
         }
         if request.flags > 1 {
@@ -125,7 +126,7 @@ impl Model {
         reasons
     }
 
-    /// As [`Self::map`], for an UNMAP. SHM-51, SHM-52, SHM-54.
+    /// As [`Self::map`], for an SHMEM_UNMAP. SHM-51, SHM-52, SHM-54.
     pub fn unmap(&mut self, request: &MMap, fd: bool) -> Vec<i32> {
         let key = (request.shmid, request.shm_offset);
         let mut reasons = Vec::new();
@@ -146,7 +147,7 @@ impl Model {
         self.is_reset = true;
     }
 
-    /// What an UNMAP names.
+    /// What an SHMEM_UNMAP names.
     pub fn target(&self, target: &Target) -> MMap {
         let (shmid, shm_offset, len) = match *target {
             Target::Range { shmid, shm_offset, len } => (shmid, shm_offset, len),

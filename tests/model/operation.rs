@@ -3,10 +3,9 @@
 //! third live mapping") is looked up when they are carried out, so that a shortened sequence still means
 //! something.
 
+use hotslot_test_support::bench::PAGE;
 use proptest::collection::vec;
 use proptest::prelude::*;
-
-use crate::bench::PAGE;
 
 /// Regions of the device: id, bytes.
 pub const REGIONS: [(u8, u64); 3] = [(0, 16 * PAGE), (7, 48 * PAGE), (255, PAGE)];
@@ -81,7 +80,7 @@ pub enum What {
     },
 }
 
-/// What comes with a MAP.
+/// What comes with a SHMEM_MAP.
 #[derive(Clone, Copy, Debug)]
 pub enum Fds {
     File {
@@ -94,7 +93,7 @@ pub enum Fds {
     Two,
 }
 
-/// What an UNMAP names.
+/// What an SHMEM_UNMAP names.
 #[derive(Clone, Debug)]
 pub enum Target {
     /// A live mapping: exactly, or not quite.
@@ -149,7 +148,8 @@ fn operation() -> impl Strategy<Value = Operation> {
             .prop_map(|(late, start)| Operation::Reset { late, start }),
         1 => Just(Operation::Start),
         8 => (0..FILES, file_len()).prop_map(|(file, len)| Operation::Resize { file, len }),
-        4 => (0..FILES, 0..LONGEST, any::<u8>()).prop_map(|(file, at, byte)| Operation::Store { file, at, byte }),
+        4 => (0..FILES, 0..LONGEST, any::<u8>())
+            .prop_map(|(file, at, byte)| Operation::Store { file, at, byte }),
         20 => place().prop_map(Operation::Read),
         15 => (place(), any::<u8>()).prop_map(|(place, byte)| Operation::Write(place, byte)),
         1 => Just(Operation::Guard),
@@ -229,7 +229,8 @@ fn flags() -> impl Strategy<Value = u64> {
 
 fn fds() -> impl Strategy<Value = Fds> {
     prop_oneof![
-        40 => (0..FILES, prop::bool::weighted(0.2)).prop_map(|(file, read_only)| Fds::File { file, read_only }),
+        40 => (0..FILES, prop::bool::weighted(0.2))
+            .prop_map(|(file, read_only)| Fds::File { file, read_only }),
         1 => Just(Fds::Device),
         1 => Just(Fds::None),
         1 => Just(Fds::Two),
@@ -248,7 +249,8 @@ fn target() -> impl Strategy<Value = Target> {
     ];
     prop_oneof![
         6 => (0..QUOTA, twist).prop_map(|(nth, twist)| Target::Live { nth, twist }),
-        1 => (shmid(), shm_offset(), len()).prop_map(|(shmid, shm_offset, len)| Target::Range { shmid, shm_offset, len }),
+        1 => (shmid(), shm_offset(), len())
+            .prop_map(|(shmid, shm_offset, len)| Target::Range { shmid, shm_offset, len }),
     ]
 }
 

@@ -11,13 +11,13 @@ use std::sync::atomic::Ordering;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::memory::missing::Filled;
 use hotslot::memory::shmem::MappingInfo;
+use hotslot_test_support::bench::*;
+use hotslot_test_support::machine::{Machine, WINDOWS};
+use hotslot_test_support::process::{areas, descriptors, threads};
+use hotslot_test_support::wire::{MMap, NEED_REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, message};
 
-use crate::bench::*;
-use crate::machine::{Machine, WINDOWS};
 use crate::model::{Found, Key, Model};
 use crate::operation::*;
-use crate::process::{areas, descriptors, threads};
-use crate::wire::{MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
 
 /// How often something happened.
 #[derive(Clone, Copy, Debug, Default)]
@@ -120,7 +120,7 @@ fn store() -> (File, File) {
 }
 
 fn device(machine: &Machine) -> Bench {
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.regions = REGIONS.to_vec();
     setup.quota = QUOTA;
     setup.guest = Arc::new(machine.guest());
@@ -138,7 +138,7 @@ impl Run<'_> {
                 let channel = self.bench.channel();
                 for (id, _) in answers {
                     // SHM-71: each is answered, one way or the other.
-                    answer(&channel, id);
+                    channel.answer(id);
                 }
                 if *start {
                     self.start();
@@ -174,14 +174,14 @@ impl Run<'_> {
                     let payload = MMap { shmid, padding: [shmid; 7], fd_offset, shm_offset, len, flags };
                     let reasons = self.model.map(&payload, fds, slots);
                     self.counts.mapped += usize::from(reasons.is_empty());
-                    (MAP, payload, self.descriptors(fds), reasons)
+                    (SHMEM_MAP, payload, self.descriptors(fds), reasons)
                 }
                 What::Unmap { target, fd } => {
                     let payload = self.model.target(target);
                     let reasons = self.model.unmap(&payload, *fd);
                     self.counts.unmapped += usize::from(reasons.is_empty());
                     let fds = if *fd { vec![self.device.as_raw_fd()] } else { vec![] };
-                    (UNMAP, payload, fds, reasons)
+                    (SHMEM_UNMAP, payload, fds, reasons)
                 }
             };
             self.counts.refused += usize::from(!reasons.is_empty());
@@ -213,7 +213,7 @@ impl Run<'_> {
         let expected = self.send(requests, slots, |request| request.answer);
         let channel = self.bench.channel();
         for (id, reasons) in expected {
-            let result = answer(&channel, id);
+            let result = channel.answer(id);
             let right = match reasons.is_empty() {
                 true => result == 0,
                 false => reasons.iter().any(|&errno| result == -i64::from(errno)),
@@ -222,7 +222,7 @@ impl Run<'_> {
         }
         // What was not to be answered is done when this is.
         let nothing = MMap { len: 1, ..MMap::default() };
-        assert_eq!(unmap(&channel, nothing), -i64::from(libc::ENOENT));
+        assert_eq!(channel.unmap(nothing), -i64::from(libc::ENOENT));
         assert!(channel.is_silent());
         drop(channel);
         assert_eq!(descriptors(), self.idle.descriptors, "a descriptor was kept"); // SHM-27

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use hotslot::virtio::device::VirtioDevice;
+use hotslot_test_support::bench::*;
+use hotslot_test_support::wire::{MMap, PATIENCE};
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags, VhostUserShMemConfig};
 use vhost::vhost_user::{
     Backend as Channel, Listener, VhostUserFrontendReqHandler, VhostUserProtocolFeatures,
@@ -14,9 +16,7 @@ use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::bench::*;
-use crate::sharing::{Devices, address, read_write};
-use crate::wire::{MMap, PATIENCE};
+use crate::sharing::{Devices, address};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -59,12 +59,18 @@ impl VhostUserBackendMut for Maps {
     }
 
     fn features(&self) -> u64 {
-        F_VERSION_1 | F_PROTOCOL
+        VIRTIO_F_VERSION_1 | VHOST_USER_F_PROTOCOL_FEATURES
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::from_bits_truncate(
-            MQ | REPLY_ACK | BACKEND_REQ | SEND_FD | RESET_DEVICE | SHMEM | CONFIGURE_MEM_SLOTS,
+            PROTOCOL_F_MQ
+                | PROTOCOL_F_REPLY_ACK
+                | PROTOCOL_F_BACKEND_REQ
+                | PROTOCOL_F_BACKEND_SEND_FD
+                | PROTOCOL_F_RESET_DEVICE
+                | PROTOCOL_F_SHMEM
+                | PROTOCOL_F_CONFIGURE_MEM_SLOTS,
         )
     }
 
@@ -120,10 +126,10 @@ fn start(setup: Setup) -> (Bench, Memory, Told, End) {
 fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shares() {
     // SHM-80
     let mut devices = Devices::new();
-    let owner = devices.owner(Setup::new()).start();
-    let (other, memory, _told, end) = start(devices.recipient(Setup::new()));
+    let owner = devices.owner(Setup::default()).start();
+    let (other, memory, _told, end) = start(devices.recipient(Setup::default()));
     let file = file_of(3, 0x11);
-    let request = MMap { fd_offset: PAGE, len: 2 * PAGE, ..read_write(4) };
+    let request = MMap { fd_offset: PAGE, len: 2 * PAGE, ..writable(page_at(4)) };
     let byte_at = |page| memory.memory().read_obj::<u8>(GuestAddress(address(&owner, page)));
     other.start().unwrap();
     for _ in 0..3 {
@@ -143,7 +149,7 @@ fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shar
     }
     // More than fits into the file, which then grows (Linux' DAX).
     let short = memfd(1);
-    let long = MMap { len: 8 * PAGE, ..read_write(8) };
+    let long = MMap { len: 8 * PAGE, ..writable(page_at(8)) };
     assert_eq!(owner.map(long, &short), 0);
     short.set_len(8 * PAGE).unwrap();
     short.write_all_at(&[0x44], 7 * PAGE).unwrap();
@@ -156,7 +162,7 @@ fn a_back_end_made_of_the_usual_crates_reads_and_writes_what_another_device_shar
 #[test]
 fn a_back_end_made_of_the_usual_crates_maps_when_it_is_started_and_not_when_it_is_reset() {
     // SHM-67, SHM-69, SHM-71, SHM-75
-    let (bench, _, told, end) = start(Setup::new());
+    let (bench, _, told, end) = start(Setup::default());
     for _ in 0..3 {
         bench.start().unwrap();
         assert_eq!(told.recv_timeout(PATIENCE).unwrap(), ("started", true));

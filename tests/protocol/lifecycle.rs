@@ -1,48 +1,39 @@
-//! Start, stop, reset, and the end of a back-end: who is told what, and what becomes of the mappings.
+//! Start, stop, reset, and the end of a back-end: the requests it is sent, and what becomes of the mappings.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hotslot::virtio::device::VirtioDevice;
-
-use crate::bench::*;
-use crate::wire::{MAP, NEED_REPLY, UNMAP, VERSION_1, Wire, message};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::names::request::*;
+use hotslot_test_support::wire::{NEED_REPLY, REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, message};
 
 const EBUSY: i64 = -(libc::EBUSY as i64);
 const ENOENT: i64 = -(libc::ENOENT as i64);
 
-// Requests of the front-end.
-const SET_MEM_TABLE: u32 = 5;
-const GET_VRING_BASE: u32 = 11;
-const RESET: u32 = 34;
-const SET_STATUS: u32 = 39;
-
 /// A back-end that maps page `page` of region 0 on the thread that serves the main socket, before it answers
-/// `request`. The answer to the MAP ends up in the number; u64::MAX before.
+/// `request`. The answer to the SHMEM_MAP ends up in the number; u64::MAX before.
 fn maps_inside(request: u32, page: u64) -> (Setup, Arc<AtomicU64>) {
     let answered = Arc::new(AtomicU64::new(u64::MAX));
     let store = Arc::clone(&answered);
-    let setup = Setup::new().on(request, move |peer| {
-        let result = map(&peer.channel(), page_at(page), &file_of(1, 7));
+    let setup = Setup::default().on(request, move |peer| {
+        let result = peer.map(page_at(page), &file_of(1, 7));
         store.store(result.unsigned_abs(), Ordering::SeqCst);
         Answer::Usual
     });
     (setup, answered)
 }
 
-fn ids(seen: &[Seen]) -> Vec<u32> {
-    seen.iter().map(|seen| seen.request).collect()
-}
-
 #[test]
 fn a_start_tells_the_memory_then_each_ring_then_the_status() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let asked = bench.asked(|| bench.start().unwrap());
-    let ring = [8, 10, 9, 13, 12, 18];
-    assert_eq!(ids(&asked), [&[2, 5][..], &ring, &ring, &[SET_STATUS]].concat());
+    let ring =
+        [SET_VRING_NUM, SET_VRING_BASE, SET_VRING_ADDR, SET_VRING_CALL, SET_VRING_KICK, SET_VRING_ENABLE];
+    assert_eq!(ids(&asked), [&[SET_FEATURES, SET_MEM_TABLE][..], &ring, &ring, &[SET_STATUS]].concat());
     // SHM-75: each is over before the driver goes on.
-    assert!(asked.iter().all(|seen| seen.flags == 0x9));
+    assert!(asked.iter().all(|seen| seen.flags == VERSION_1 | NEED_REPLY));
     let table = &asked[1];
     assert_eq!((table.payload.len(), table.fds), (8 + 32, 1));
     assert_eq!(asked[5].fds + asked[6].fds, 2, "call and kick");
@@ -51,7 +42,7 @@ fn a_start_tells_the_memory_then_each_ring_then_the_status() {
 #[test]
 fn mappings_are_not_in_their_owners_memory_table() {
     // SHM-79
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let before = bench.asked(|| bench.start().unwrap());
     assert_eq!(bench.map_page(0, 1), 0);
     let after = bench.asked(|| {
@@ -61,23 +52,23 @@ fn mappings_are_not_in_their_owners_memory_table() {
     let table =
         |seen: &[Seen]| seen.iter().find(|seen| seen.request == SET_MEM_TABLE).unwrap().payload.clone();
     assert_eq!(table(&before), table(&after));
-    assert!(!ids(&after).iter().any(|id| [37, 38].contains(id)));
+    assert!(!ids(&after).iter().any(|id| [ADD_MEM_REG, REM_MEM_REG].contains(id)));
 }
 
 #[test]
 fn a_reset_stops_each_ring_then_resets_as_was_agreed_then_unmaps() {
     // SHM-70
     for (lacks, told) in [
-        (0, vec![RESET, SET_STATUS]),
-        (STATUS, vec![RESET]),
-        (RESET_DEVICE, vec![SET_STATUS]),
-        (RESET_DEVICE | STATUS, vec![]),
-        (RESET_DEVICE | STATUS | REPLY_ACK, vec![]),
+        (0, vec![RESET_DEVICE, SET_STATUS]),
+        (PROTOCOL_F_STATUS, vec![RESET_DEVICE]),
+        (PROTOCOL_F_RESET_DEVICE, vec![SET_STATUS]),
+        (PROTOCOL_F_RESET_DEVICE | PROTOCOL_F_STATUS, vec![]),
+        (PROTOCOL_F_RESET_DEVICE | PROTOCOL_F_STATUS | PROTOCOL_F_REPLY_ACK, vec![]),
     ] {
-        let bench = Setup::new().without(lacks).start();
+        let bench = Setup::default().without(lacks).start();
         bench.start().unwrap();
         let file = file_of(1, 1);
-        let bytes = message(MAP, VERSION_1, &page_at(0).bytes());
+        let bytes = message(SHMEM_MAP, VERSION_1, &page_at(0).bytes());
         bench.channel().send_with(&bytes, &[file.as_raw_fd()]).unwrap();
         eventually("it is mapped", || bench.guest().count() == 1);
         let asked = bench.asked(|| bench.reset());
@@ -96,9 +87,11 @@ fn mappings_are_still_there_while_the_back_end_is_told_of_the_reset() {
     // SHM-69: it may still use them until it has answered.
     let seen = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&seen);
-    let bench = Setup::new()
-        .on(RESET, move |peer| {
-            count.store(peer.guest.count() as u64, Ordering::SeqCst);
+    let setup = Setup::default();
+    let guest = Arc::clone(&setup.guest);
+    let bench = setup
+        .on(RESET_DEVICE, move |_| {
+            count.store(guest.count() as u64, Ordering::SeqCst);
             Answer::Usual
         })
         .start();
@@ -109,30 +102,34 @@ fn mappings_are_still_there_while_the_back_end_is_told_of_the_reset() {
 
 #[test]
 fn only_rings_that_run_are_stopped() {
-    let bench = Setup::new().start();
-    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
+    let bench = Setup::default().start();
+    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET_DEVICE, SET_STATUS]);
     bench.start().unwrap();
     bench.device().stop_queue(0).unwrap();
     let asked = bench.asked(|| bench.reset());
-    assert_eq!(ids(&asked), [GET_VRING_BASE, RESET, SET_STATUS]);
+    assert_eq!(ids(&asked), [GET_VRING_BASE, RESET_DEVICE, SET_STATUS]);
     assert_eq!(asked[0].payload[0], 1);
-    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
+    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET_DEVICE, SET_STATUS]);
 }
 
 #[test]
 fn a_ring_whose_start_was_refused_half_way_is_stopped_by_the_reset() {
     let refuse = Arc::new(AtomicBool::new(true));
     let refused = Arc::clone(&refuse);
-    let bench = Setup::new()
-        .script(move |request, _| match request.request == 18 && refused.load(Ordering::SeqCst) {
-            true => Answer::Bytes(message(18, 0x5, &1u64.to_ne_bytes()), None),
-            false => Answer::Usual,
+    let bench = Setup::default()
+        .script(move |request, _| {
+            match request.request == SET_VRING_ENABLE && refused.load(Ordering::SeqCst) {
+                true => {
+                    Answer::Bytes(message(SET_VRING_ENABLE, VERSION_1 | REPLY, &1u64.to_ne_bytes()), None)
+                }
+                false => Answer::Usual,
+            }
         })
         .start();
     let error = bench.start().unwrap_err().to_string();
     assert!(error.contains("SET_VRING_ENABLE"), "{error}");
     let asked = bench.asked(|| bench.reset());
-    assert_eq!(ids(&asked), [GET_VRING_BASE, RESET, SET_STATUS]);
+    assert_eq!(ids(&asked), [GET_VRING_BASE, RESET_DEVICE, SET_STATUS]);
     refuse.store(false, Ordering::SeqCst);
     bench.start().unwrap();
     bench.assert_works();
@@ -141,10 +138,13 @@ fn a_ring_whose_start_was_refused_half_way_is_stopped_by_the_reset() {
 #[test]
 fn a_refused_reset_does_not_keep_the_rest_from_being_done() {
     // SHM-69, SHM-70
-    let bench =
-        Setup::new().on(RESET, |_| Answer::Bytes(message(RESET, 0x5, &1u64.to_ne_bytes()), None)).start();
+    let bench = Setup::default()
+        .on(RESET_DEVICE, |_| {
+            Answer::Bytes(message(RESET_DEVICE, VERSION_1 | REPLY, &1u64.to_ne_bytes()), None)
+        })
+        .start();
     assert_eq!(bench.map_page(0, 1), 0);
-    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
+    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET_DEVICE, SET_STATUS]);
     assert_eq!(bench.guest().count(), 0);
     bench.start().unwrap();
     bench.assert_works();
@@ -153,7 +153,7 @@ fn a_refused_reset_does_not_keep_the_rest_from_being_done() {
 #[test]
 fn a_back_end_may_map_as_soon_as_it_has_its_channel() {
     // SHM-67, SHM-68: before it answers SET_BACKEND_REQ_FD, and long before it is started.
-    let (setup, answered) = maps_inside(21, 5);
+    let (setup, answered) = maps_inside(SET_BACKEND_REQ_FD, 5);
     let bench = setup.start();
     assert_eq!(answered.load(Ordering::SeqCst), 0);
     assert_eq!(bench.reads(0, 5 * PAGE), Some(7));
@@ -162,12 +162,16 @@ fn a_back_end_may_map_as_soon_as_it_has_its_channel() {
 #[test]
 fn a_back_end_may_map_while_it_handles_our_requests() {
     // SHM-67: it waits for us while we wait for it. SHM-75: a start is what allows it again.
-    for (request, expected) in
-        [(SET_MEM_TABLE, 0), (18, 0), (GET_VRING_BASE, EBUSY), (RESET, EBUSY), (SET_STATUS, 0)]
-    {
+    for (request, expected) in [
+        (SET_MEM_TABLE, 0),
+        (SET_VRING_ENABLE, 0),
+        (GET_VRING_BASE, EBUSY),
+        (RESET_DEVICE, EBUSY),
+        (SET_STATUS, 0),
+    ] {
         let (setup, answered) = maps_inside(request, request.into());
         let bench = setup.start();
-        if request != GET_VRING_BASE && request != RESET {
+        if request != GET_VRING_BASE && request != RESET_DEVICE {
             bench.reset();
             let _ = answered.swap(u64::MAX, Ordering::SeqCst);
             let asked = bench.asked(|| bench.start().unwrap());
@@ -192,9 +196,9 @@ fn a_back_end_may_unmap_while_it_is_reset() {
     // SHM-67, SHM-71
     let answered = Arc::new(AtomicU64::new(u64::MAX));
     let store = Arc::clone(&answered);
-    let bench = Setup::new()
-        .on(RESET, move |peer| {
-            let result = unmap(&peer.channel(), page_at(2));
+    let bench = Setup::default()
+        .on(RESET_DEVICE, move |peer| {
+            let result = peer.unmap(page_at(2));
             store.store(result.unsigned_abs(), Ordering::SeqCst);
             Answer::Usual
         })
@@ -207,12 +211,11 @@ fn a_back_end_may_unmap_while_it_is_reset() {
 #[test]
 fn what_is_queued_before_the_reset_is_over_leaves_nothing_behind() {
     // SHM-71
-    let bench = Setup::new()
-        .on(RESET, |peer| {
+    let bench = Setup::default()
+        .on(RESET_DEVICE, |peer| {
             let file = file_of(1, 1);
             for page in 0..16 {
-                let bytes = message(MAP, VERSION_1 | NEED_REPLY, &page_at(page).bytes());
-                peer.channel().send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+                peer.channel().ask(SHMEM_MAP, page_at(page), &[file.as_raw_fd()]);
             }
             Answer::Usual
         })
@@ -223,7 +226,7 @@ fn what_is_queued_before_the_reset_is_over_leaves_nothing_behind() {
     bench.start().unwrap();
     let channel = bench.channel();
     for _ in 0..16 {
-        assert_eq!(answer(&channel, MAP), EBUSY);
+        assert_eq!(channel.answer(SHMEM_MAP), EBUSY);
     }
     assert_eq!(bench.guest().count(), 0);
     bench.assert_works();
@@ -231,12 +234,12 @@ fn what_is_queued_before_the_reset_is_over_leaves_nothing_behind() {
 
 #[test]
 fn a_reset_is_not_over_before_what_was_sent_until_then_was_read() {
-    // SHM-71: the device's thread has no room for its answers, so a MAP waits behind them. The reset waits,
-    // too; were it over, the MAP would come after the next start, which allows it.
+    // SHM-71: the device's thread has no room for its answers, so a SHMEM_MAP waits behind them. The reset
+    // waits, too; were it over, the SHMEM_MAP would come after the next start, which allows it.
     const BEFORE: usize = 1000;
     let (tell, told) = std::sync::mpsc::channel();
-    let bench = Setup::new()
-        .on(RESET, move |_| {
+    let bench = Setup::default()
+        .on(RESET_DEVICE, move |_| {
             tell.send(()).unwrap();
             Answer::Usual
         })
@@ -244,17 +247,16 @@ fn a_reset_is_not_over_before_what_was_sent_until_then_was_read() {
     bench.start().unwrap();
     let channel = bench.channel();
     let file = file_of(1, 1);
-    channel.send(&message(50, VERSION_1 | NEED_REPLY, &[]).repeat(BEFORE));
-    let bytes = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
-    channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+    channel.send(&message(backend_request::UNKNOWN, VERSION_1 | NEED_REPLY, &[]).repeat(BEFORE));
+    channel.ask(SHMEM_MAP, page_at(0), &[file.as_raw_fd()]);
     let reader = std::thread::spawn(move || {
         told.recv().unwrap();
         // Long enough for a reset that does not wait, and for the start after it.
         std::thread::sleep(std::time::Duration::from_millis(300));
         for _ in 0..BEFORE {
-            answer(&channel, 50);
+            channel.answer(backend_request::UNKNOWN);
         }
-        answer(&channel, MAP)
+        channel.answer(SHMEM_MAP)
     });
     bench.reset();
     bench.start().unwrap();
@@ -264,7 +266,7 @@ fn a_reset_is_not_over_before_what_was_sent_until_then_was_read() {
 
 #[test]
 fn between_reset_and_start_nothing_is_mapped_and_from_the_start_on_everything_is_new() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     assert_eq!(bench.map_page(0, 1), 0); // SHM-68: before the first start
     bench.start().unwrap();
     assert_eq!(bench.reads(0, 0), Some(1));
@@ -285,16 +287,16 @@ fn between_reset_and_start_nothing_is_mapped_and_from_the_start_on_everything_is
 fn half_a_request_from_before_the_reset_is_refused_when_its_other_half_comes() {
     // SHM-71, SHM-75
     for cut in [1, 12, 40, 51] {
-        let bench = Setup::new().start();
+        let bench = Setup::default().start();
         bench.start().unwrap();
         let channel = bench.channel();
         let file = file_of(1, 1);
-        let bytes = message(MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
+        let bytes = message(SHMEM_MAP, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
         channel.send_with(&bytes[..cut], &[file.as_raw_fd()]).unwrap();
         bench.reset();
         bench.start().unwrap();
         channel.send(&bytes[cut..]);
-        assert_eq!(answer(&channel, MAP), EBUSY, "cut at {cut}");
+        assert_eq!(channel.answer(SHMEM_MAP), EBUSY, "cut at {cut}");
         assert_eq!(bench.guest().count(), 0);
         assert_eq!(bench.map_page(0, 2), 0, "the next one is new");
     }
@@ -303,7 +305,7 @@ fn half_a_request_from_before_the_reset_is_refused_when_its_other_half_comes() {
 #[test]
 fn neither_a_queues_reset_nor_a_stopped_ring_unmaps() {
     // SHM-73, SHM-74, SHM-75
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     bench.start().unwrap();
     assert_eq!(bench.map_page(0, 1), 0);
     assert_eq!(ids(&bench.asked(|| bench.device().stop_queue(0).unwrap())), [GET_VRING_BASE]);
@@ -316,13 +318,13 @@ fn neither_a_queues_reset_nor_a_stopped_ring_unmaps() {
 
 #[test]
 fn a_ring_outside_ram_fails_the_start_and_nothing_else() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let mut queue = bench.queue(0);
     queue.device_area = (16 << 20) - 6;
-    let result = bench.device().start(F_VERSION_1, &[queue]);
+    let result = bench.device().start(VIRTIO_F_VERSION_1, &[queue]);
     let error = result.unwrap_err().to_string();
     assert!(error.contains("used ring") && error.contains("0xfffffa"), "{error}");
-    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET, SET_STATUS]);
+    assert_eq!(ids(&bench.asked(|| bench.reset())), [RESET_DEVICE, SET_STATUS]);
     bench.start().unwrap();
     bench.assert_works();
 }
@@ -330,9 +332,9 @@ fn a_ring_outside_ram_fails_the_start_and_nothing_else() {
 #[test]
 fn a_back_end_that_dies_leaves_its_mappings_until_the_reset() {
     // SHM-76
-    let other = Setup::new().start();
+    let other = Setup::default().start();
     for request in [GET_VRING_BASE, SET_STATUS] {
-        let bench = Setup::new().on(request, |_| Answer::HangUp).start();
+        let bench = Setup::default().on(request, |_| Answer::HangUp).start();
         let started = bench.start();
         assert_eq!(started.is_err(), request == SET_STATUS);
         if request == GET_VRING_BASE {
@@ -350,26 +352,26 @@ fn a_back_end_that_dies_leaves_its_mappings_until_the_reset() {
     }
 }
 
-/// A started device with page 5 mapped, and the back-end's end of its main socket.
-fn with_page_5_and_the_main_socket() -> (Bench, Wire) {
-    let (bench, main) = Setup::new().start_with_main_socket();
+/// A started device with page 5 mapped.
+fn with_page_5() -> Bench {
+    let bench = Setup::default().start();
     bench.start().unwrap();
     assert_eq!(bench.map_page(5, 5), 0);
-    (bench, main)
+    bench
 }
 
 #[test]
 fn a_back_end_that_dies_unasked_is_noticed() {
     // SHM-76, SHM-8
-    let (bench, main) = with_page_5_and_the_main_socket();
+    let bench = with_page_5();
     // The last things that it says are still heard.
     let file = file_of(1, 6);
     let channel = bench.channel();
     for page in 6..64 {
-        let bytes = message(MAP, VERSION_1, &page_at(page).bytes());
+        let bytes = message(SHMEM_MAP, VERSION_1, &page_at(page).bytes());
         channel.send_with(&bytes, &[file.as_raw_fd()]).unwrap();
     }
-    main.socket().shutdown(std::net::Shutdown::Both).unwrap();
+    bench.main().socket().shutdown(std::net::Shutdown::Both).unwrap();
     bench.wait_until_failed();
     assert_eq!((bench.reads(0, 5 * PAGE), bench.reads(0, 63 * PAGE)), (Some(5), Some(6)));
     channel.wait_for_end();
@@ -380,9 +382,9 @@ fn a_back_end_that_dies_unasked_is_noticed() {
 #[test]
 fn a_back_end_that_hangs_up_halfway_is_given_up() {
     // SHM-76: it still listens on the main socket, and will never answer.
-    let (bench, main) = with_page_5_and_the_main_socket();
+    let bench = with_page_5();
     let channel = bench.channel();
-    main.socket().shutdown(std::net::Shutdown::Write).unwrap();
+    bench.main().socket().shutdown(std::net::Shutdown::Write).unwrap();
     bench.wait_until_failed();
     assert_eq!(bench.reads(0, 5 * PAGE), Some(5));
     channel.wait_for_end();
@@ -392,11 +394,11 @@ fn a_back_end_that_hangs_up_halfway_is_given_up() {
 fn mappings_go_even_if_the_back_end_never_answers_a_reset() {
     // SHM-69, SHM-70: the vCPU waits for a bounded time. The cases wait at the same time.
     std::thread::scope(|scope| {
-        for request in [GET_VRING_BASE, RESET, SET_STATUS] {
+        for request in [GET_VRING_BASE, RESET_DEVICE, SET_STATUS] {
             scope.spawn(move || {
                 let silent = Arc::new(AtomicBool::new(false));
                 let is_silent = Arc::clone(&silent);
-                let bench = Setup::new()
+                let bench = Setup::default()
                     .script(move |message, _| {
                         match message.request == request && is_silent.load(Ordering::SeqCst) {
                             true => Answer::Silence,
@@ -423,14 +425,14 @@ fn mappings_go_even_if_the_back_end_never_answers_a_reset() {
 fn a_wrong_answer_to_what_we_ask_cuts_the_back_end_off() {
     // SHM-69: the stream is out of step. The mappings go all the same.
     for wrong in [
-        message(GET_VRING_BASE, 0x5, &[]),
-        message(GET_VRING_BASE, 0x5, &[0; 16]),
+        message(GET_VRING_BASE, VERSION_1 | REPLY, &[]),
+        message(GET_VRING_BASE, VERSION_1 | REPLY, &[0; 16]),
         message(GET_VRING_BASE, VERSION_1, &[0; 8]),
-        message(SET_STATUS, 0x5, &[0; 8]),
-        message(GET_VRING_BASE, 0x4, &[0; 8]),
+        message(SET_STATUS, VERSION_1 | REPLY, &[0; 8]),
+        message(GET_VRING_BASE, REPLY, &[0; 8]),
     ] {
         let bytes = wrong.clone();
-        let bench = Setup::new().on(GET_VRING_BASE, move |_| Answer::Bytes(bytes.clone(), None)).start();
+        let bench = Setup::default().on(GET_VRING_BASE, move |_| Answer::Bytes(bytes.clone(), None)).start();
         bench.start().unwrap();
         assert_eq!(bench.map_page(0, 1), 0);
         let channel = bench.channel();
@@ -443,12 +445,12 @@ fn a_wrong_answer_to_what_we_ask_cuts_the_back_end_off() {
 }
 
 #[test]
-fn noise_that_is_found_while_the_device_is_reset_fails_it_all_the_same() {
-    // SHM-64, SHM-71: whoever of the two threads reads it.
-    for bytes in [message(UNMAP, 0x5, &[]), message(UNMAP, 0, &[])] {
+fn a_malformed_message_during_a_reset_fails_the_device() {
+    // SHM-64, SHM-71: the vCPU thread or the device's thread may read it.
+    for bytes in [message(SHMEM_UNMAP, VERSION_1 | REPLY, &[]), message(SHMEM_UNMAP, 0, &[])] {
         for _ in 0..20 {
             let noise = bytes.clone();
-            let bench = Setup::new()
+            let bench = Setup::default()
                 .on(SET_STATUS, move |peer| {
                     peer.channel().send(&noise);
                     Answer::Usual
@@ -464,13 +466,13 @@ fn noise_that_is_found_while_the_device_is_reset_fails_it_all_the_same() {
 
 #[test]
 fn the_configuration_space_is_the_back_ends() {
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.kind = "vsock";
-    setup.offer.protocol |= CONFIG;
+    setup.offer.protocol |= PROTOCOL_F_CONFIG;
     let bench = setup.start();
     assert_eq!(bench.device().config(), [0; 8]);
     let asked = bench.asked(|| bench.device().write_config(4, &[1, 2]).unwrap());
-    assert_eq!(asked[0].request, 25);
+    assert_eq!(asked[0].request, SET_CONFIG);
     assert_eq!(asked[0].payload, [&[4, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0][..], &[1, 2]].concat());
     assert_eq!(bench.device().config(), [0, 0, 0, 0, 1, 2, 0, 0]);
     for (offset, len) in [(7, 2), (8, 1), (u64::MAX, 4)] {

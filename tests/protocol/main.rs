@@ -5,7 +5,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-mod bench;
 mod framing;
 mod handshake;
 mod interop;
@@ -13,4 +12,3 @@ mod lifecycle;
 mod replies;
 mod requests;
 mod sharing;
-mod wire;

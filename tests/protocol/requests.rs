@@ -1,4 +1,4 @@
-//! MAP and UNMAP: what the guest sees of them, and what is refused.
+//! SHMEM_MAP and SHMEM_UNMAP: what the guest sees of them, and what is refused.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -10,11 +10,11 @@ use std::thread;
 
 use hotslot::memory::Access;
 use hotslot::memory::alloc::WindowAllocator;
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use hotslot_test_support::bench::*;
+use hotslot_test_support::files::memfd_with;
+use hotslot_test_support::wire::{Leash, MMap, NEED_REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, message};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::bench::*;
-use crate::wire::{Leash, MAP, MMap, NEED_REPLY, UNMAP, VERSION_1, message};
 
 const EINVAL: i64 = -(libc::EINVAL as i64);
 const ENOENT: i64 = -(libc::ENOENT as i64);
@@ -30,7 +30,7 @@ const READ_WRITE: u64 = 1;
 
 #[test]
 fn what_is_mapped_is_seen_where_it_was_asked_for() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = memfd(0);
     for page in 0..8u8 {
         file.write_all_at(&[page; PAGE as usize], u64::from(page) * PAGE).unwrap();
@@ -61,7 +61,7 @@ fn what_is_mapped_is_seen_where_it_was_asked_for() {
 
 #[test]
 fn the_guest_writes_where_it_may() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(2, 1);
     let writable = MMap { flags: READ_WRITE, ..page_at(0) };
     let read_only = MMap { fd_offset: PAGE, ..page_at(1) };
@@ -79,7 +79,7 @@ fn the_guest_writes_where_it_may() {
 
 #[test]
 fn a_read_only_descriptor_serves_reading_only() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let named = tempfile::NamedTempFile::new().unwrap();
     named.as_file().write_all_at(&[3; PAGE as usize], 0).unwrap();
     let file = File::open(named.path()).unwrap();
@@ -91,9 +91,8 @@ fn a_read_only_descriptor_serves_reading_only() {
 #[test]
 fn a_file_that_its_owner_sealed_against_writing_serves_reading_only() {
     // SHM-41
-    let bench = Setup::new().start();
-    let file = File::from(memfd_create("sealed", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
-    file.set_len(PAGE).unwrap();
+    let bench = Setup::default().start();
+    let file = memfd_with(MemfdFlags::ALLOW_SEALING, PAGE);
     fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
     assert_eq!(bench.map(MMap { flags: READ_WRITE, ..page_at(0) }, &file), EPERM);
     bench.assert_works();
@@ -103,12 +102,10 @@ fn a_file_that_its_owner_sealed_against_writing_serves_reading_only() {
 fn huge_pages_are_mapped_as_a_whole_or_not_at_all() {
     // SHM-47, SHM-50: mmap(2) would round a part up to the whole page, over what is behind it in the window.
     const HUGE: u64 = 2 << 20;
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.regions = vec![(0, 2 * HUGE), (7, PAGE)];
     let bench = setup.start();
-    let huge_pages = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-    let file = File::from(memfd_create("huge", huge_pages).unwrap());
-    file.set_len(2 * HUGE).unwrap();
+    let file = memfd_with(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, 2 * HUGE);
     let place = |shm_offset, len, fd_offset| MMap { shm_offset, len, fd_offset, ..MMap::default() };
     for (offset, len, fd_offset) in
         [(0, PAGE, 0), (0, HUGE + 1, 0), (PAGE, HUGE, 0), (0, HUGE, PAGE), (0, HUGE - PAGE, 0)]
@@ -122,7 +119,7 @@ fn huge_pages_are_mapped_as_a_whole_or_not_at_all() {
 
 #[test]
 fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(1, 1);
     let page = page_at(0);
     let top = u64::MAX - (PAGE - 1);
@@ -150,6 +147,7 @@ fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
     for (request, errno) in wrong {
         assert_eq!(bench.map(request, &file), errno, "{request:?}");
         assert_eq!(bench.guest().count(), 0, "{request:?}");
+        bench.assert_works(); // SHM-62
     }
     assert_eq!(bench.map(MMap { len: REGION, ..page }, &file), 0); // SHM-31, SHM-44, SHM-49
     assert_eq!(file.metadata().unwrap().len(), PAGE); // SHM-44
@@ -159,7 +157,7 @@ fn each_wrong_map_is_refused_and_the_right_one_then_succeeds() {
 #[test]
 fn a_length_of_part_of_a_page_is_unmapped_by_that_length() {
     // SHM-34
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let request = MMap { len: PAGE + 1, ..page_at(0) };
     assert_eq!(bench.map(request, &file_of(2, 4)), 0);
     assert_eq!(bench.reads(0, 2 * PAGE - 1), Some(4));
@@ -171,7 +169,7 @@ fn a_length_of_part_of_a_page_is_unmapped_by_that_length() {
 
 #[test]
 fn overlaps_are_refused_and_neighbours_are_not() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let place = |page, pages| MMap { len: pages * PAGE, ..page_at(page) };
     assert_eq!(bench.map(place(4, 4), &file_of(4, 1)), 0);
     for (page, pages) in [(4, 4), (0, 5), (3, 2), (3, 6), (7, 2), (4, 1), (5, 1), (7, 1), (0, 64)] {
@@ -187,13 +185,14 @@ fn overlaps_are_refused_and_neighbours_are_not() {
 
 #[test]
 fn only_a_whole_mapping_is_unmapped() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let place = |page, pages| MMap { len: pages * PAGE, ..page_at(page) };
     assert_eq!(bench.map(place(4, 4), &file_of(4, 1)), 0);
     assert_eq!(bench.map(place(8, 2), &file_of(2, 1)), 0);
     let before = bench.sees(0);
     for (page, pages) in [(4, 3), (5, 3), (5, 2), (3, 6), (4, 6), (4, 5), (0, 1), (4, 0), (0, 64)] {
         assert_eq!(bench.unmap(place(page, pages)), ENOENT); // SHM-52
+        bench.assert_works(); // SHM-62
     }
     assert_eq!(bench.unmap(MMap { shmid: 7, ..place(4, 4) }), ENOENT); // SHM-52
     assert_eq!(bench.unmap(MMap { shmid: 9, ..place(4, 4) }), ENOENT); // SHM-52
@@ -204,9 +203,9 @@ fn only_a_whole_mapping_is_unmapped() {
 }
 
 #[test]
-fn what_is_no_mappable_file_is_refused() {
+fn descriptors_that_are_not_mappable_files_are_refused() {
     // SHM-47
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let (pipe, leash) = Leash::new();
     let (socket, _other) = UnixStream::pair().unwrap();
     let event = EventFd::new(0).unwrap();
@@ -231,24 +230,24 @@ fn what_is_no_mappable_file_is_refused() {
 
 #[test]
 fn a_map_needs_one_descriptor_and_an_unmap_none() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let channel = bench.channel();
     let request = |id| message(id, VERSION_1 | NEED_REPLY, &page_at(0).bytes());
     assert_eq!(bench.map_page(1, 1), 0);
     for count in [0, 2, 3, 253] {
         // SHM-27
         let (fd, leash) = Leash::new();
-        channel.send_with(&request(MAP), &vec![fd.as_raw_fd(); count]).unwrap();
-        assert_eq!(answer(&channel, MAP), EBADF, "{count} descriptors");
+        channel.send_with(&request(SHMEM_MAP), &vec![fd.as_raw_fd(); count]).unwrap();
+        assert_eq!(channel.answer(SHMEM_MAP), EBADF, "{count} descriptors");
         drop(fd);
         leash.wait_until_closed();
     }
     for count in [1, 2, 253] {
         // SHM-54
         let (fd, leash) = Leash::new();
-        let unmap = message(UNMAP, VERSION_1 | NEED_REPLY, &page_at(1).bytes());
+        let unmap = message(SHMEM_UNMAP, VERSION_1 | NEED_REPLY, &page_at(1).bytes());
         channel.send_with(&unmap, &vec![fd.as_raw_fd(); count]).unwrap();
-        assert_eq!(answer(&channel, UNMAP), EBADF, "{count} descriptors");
+        assert_eq!(channel.answer(SHMEM_UNMAP), EBADF, "{count} descriptors");
         drop(fd);
         leash.wait_until_closed();
     }
@@ -259,7 +258,7 @@ fn a_map_needs_one_descriptor_and_an_unmap_none() {
 #[test]
 fn a_mapping_outlives_the_back_ends_descriptor_and_needs_none_of_ours() {
     // SHM-46
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(1, 6);
     let inode = file.metadata().unwrap().ino();
     assert_eq!(bench.map(page_at(0), &file), 0);
@@ -267,18 +266,18 @@ fn a_mapping_outlives_the_back_ends_descriptor_and_needs_none_of_ours() {
     let open = || {
         let open = std::fs::read_dir("/proc/self/fd").unwrap();
         open.filter_map(|entry| std::fs::metadata(entry.ok()?.path()).ok())
-            // memfds have no names, but lengths: nobody else's inode is of this kind, number and length.
+            // A memfd has no name: it is told by inode number, length and link count.
             .filter(|file| file.ino() == inode && file.len() == PAGE && file.nlink() == 0)
             .count()
     };
-    eventually("nobody has the file open", || open() == 0);
+    eventually("the file is open nowhere", || open() == 0);
     assert_eq!(bench.reads(0, 0), Some(6));
 }
 
 #[test]
 fn a_file_may_be_longer_or_shorter_than_its_mapping() {
     // SHM-44
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = memfd(0);
     let request = MMap { len: 512 * PAGE, flags: READ_WRITE, ..MMap::default() };
     let request = MMap { len: request.len.min(REGION), ..request };
@@ -293,7 +292,7 @@ fn a_file_may_be_longer_or_shorter_than_its_mapping() {
 #[test]
 fn more_mappings_than_allowed_fail_one_by_one() {
     // SHM-48: over all regions.
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.quota = 3;
     let bench = setup.start();
     let elsewhere = MMap { shmid: 7, ..page_at(0) };
@@ -316,7 +315,7 @@ fn more_mappings_than_allowed_fail_one_by_one() {
 #[test]
 fn a_machine_without_slots_fails_one_request_and_leaves_nothing_behind() {
     // SHM-48, SHM-49
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     assert_eq!(bench.map_page(0, 1), 0);
     bench.guest().no_slots.store(true, Ordering::Relaxed);
     assert_eq!(bench.map_page(1, 2), ENOSPC);
@@ -330,7 +329,7 @@ fn a_machine_without_slots_fails_one_request_and_leaves_nothing_behind() {
 
 #[test]
 fn what_a_length_is_rounded_up_to_is_what_is_checked() {
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(4, 1);
     let place = |offset, len, fd_offset| MMap { shm_offset: offset, len, fd_offset, ..MMap::default() };
     let last = REGION - PAGE;
@@ -371,7 +370,7 @@ fn what_a_length_is_rounded_up_to_is_what_is_checked() {
 #[test]
 fn no_number_wraps_around_to_a_mapping() {
     // SHM-50, SHM-52
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     assert_eq!(bench.map(page_at(0), &file_of(1, 1)), 0);
     assert_eq!(bench.map(page_at(2), &file_of(1, 2)), 0);
     let before = bench.sees(0);
@@ -399,7 +398,7 @@ fn no_number_wraps_around_to_a_mapping() {
 #[test]
 fn a_part_of_a_file_can_be_at_several_places() {
     // SHM-37, SHM-38, SHM-40
-    let bench = Setup::new().start();
+    let bench = Setup::default().start();
     let file = file_of(2, 1);
     let writable = MMap { flags: READ_WRITE, ..page_at(0) };
     assert_eq!(bench.map(writable, &file), 0);
@@ -420,7 +419,7 @@ fn two_devices_map_and_unmap_at_the_same_time() {
     // SHM-36, SHM-50, SHM-51, SHM-61
     let machine = Arc::new(Guest::default());
     let devices = [1u64, 2].map(|number| {
-        let mut setup = Setup::new();
+        let mut setup = Setup::default();
         setup.guest = Arc::clone(&machine);
         setup.windows = WindowAllocator::new(number << 32, (number + 1) << 32);
         setup.start()

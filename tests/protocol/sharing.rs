@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
@@ -12,16 +12,11 @@ use std::time::Duration;
 
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::vhost_user::sharing::Sharing;
-
-use crate::bench::*;
-use crate::wire::{MAP, MMap, Message, NEED_REPLY, PATIENCE, UNMAP, VERSION_1, Wire, message};
-
-// Requests of the front-end.
-const SET_MEM_TABLE: u32 = 5;
-const SET_PROTOCOL_FEATURES: u32 = 16;
-const GET_MAX_MEM_SLOTS: u32 = 36;
-const ADD: u32 = 37;
-const REM: u32 = 38;
+use hotslot_test_support::bench::*;
+use hotslot_test_support::files::memfd_with;
+use hotslot_test_support::names::request::*;
+use hotslot_test_support::wire::{MMap, NEED_REPLY, REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, Wire, message};
+use rustix::fs::{MemfdFlags, SealFlags};
 
 /// Where the windows of device `number` may be: each has addresses of its own, as in a machine.
 fn windows(number: u64) -> WindowAllocator {
@@ -56,7 +51,7 @@ impl Devices {
     /// One that sees the mappings of others.
     pub fn recipient(&mut self, setup: Setup) -> Setup {
         let mut setup = self.add(setup);
-        setup.offer.protocol |= CONFIGURE_MEM_SLOTS;
+        setup.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
         setup
     }
 }
@@ -64,13 +59,9 @@ impl Devices {
 /// An owner, and a recipient that was started.
 fn pair(recipient: Setup) -> (Bench, Bench) {
     let mut devices = Devices::new();
-    let (owner, other) = (devices.owner(Setup::new()).start(), devices.recipient(recipient).start());
+    let (owner, other) = (devices.owner(Setup::default()).start(), devices.recipient(recipient).start());
     other.start().unwrap();
     (owner, other)
-}
-
-pub fn read_write(page: u64) -> MMap {
-    MMap { flags: 1, ..page_at(page) }
 }
 
 /// The guest address of a page of region 0.
@@ -78,14 +69,14 @@ pub fn address(bench: &Bench, page: u64) -> u64 {
     bench.shmem().region(0).unwrap().start() + page * PAGE
 }
 
-/// What it was told: ADD or REM, and the guest address.
+/// What it was told: ADD_MEM_REG or REM_MEM_REG, and the guest address.
 fn told(bench: &Bench) -> Vec<(u32, u64)> {
     let changes = bench.seen();
-    let changes = changes.iter().filter(|seen| [ADD, REM].contains(&seen.request));
+    let changes = changes.iter().filter(|seen| [ADD_MEM_REG, REM_MEM_REG].contains(&seen.request));
     changes
         .map(|seen| {
             assert_eq!((seen.payload.len(), seen.flags), (40, VERSION_1 | NEED_REPLY));
-            assert_eq!(seen.fds, usize::from(seen.request == ADD));
+            assert_eq!(seen.fds, usize::from(seen.request == ADD_MEM_REG));
             (seen.request, quad(&seen.payload, 8))
         })
         .collect()
@@ -95,13 +86,8 @@ fn quad(payload: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(payload[at..at + 8].try_into().unwrap())
 }
 
-/// A file that came with a message.
-fn file_with(message: &Message) -> File {
-    File::from(message.fds[0].try_clone().unwrap())
-}
-
 fn refuse(request: u32) -> Answer {
-    Answer::Bytes(message(request, 0x5, &1u64.to_ne_bytes()), None)
+    Answer::Bytes(message(request, VERSION_1 | REPLY, &1u64.to_ne_bytes()), None)
 }
 
 #[test]
@@ -109,15 +95,15 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
     // SHM-80
     let owners_channel: Arc<Mutex<Option<Wire>>> = Arc::default();
     let (channel, (tell, is_told)) = (Arc::clone(&owners_channel), mpsc::channel());
-    let (owner, other) = pair(Setup::new().script(move |request, _| {
-        if [ADD, REM].contains(&request.request) {
+    let (owner, other) = pair(Setup::default().script(move |request, _| {
+        if [ADD_MEM_REG, REM_MEM_REG].contains(&request.request) {
             // Time for an answer that comes too early.
             thread::sleep(Duration::from_millis(50));
             let unanswered = channel.lock().unwrap().as_ref().is_some_and(Wire::is_silent);
             let byte = request.fds.first().map(|_| {
                 let mut byte = [0];
-                file_with(request).read_exact_at(&mut byte, PAGE).unwrap();
-                file_with(request).write_all_at(&[0x99], PAGE + 1).unwrap();
+                request.file().read_exact_at(&mut byte, PAGE).unwrap();
+                request.file().write_all_at(&[0x99], PAGE + 1).unwrap();
                 byte[0]
             });
             tell.send((request.payload.clone(), byte, unanswered)).unwrap();
@@ -128,12 +114,11 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
     let file = memfd(4 * PAGE);
     file.write_all_at(&[0x77], PAGE).unwrap();
     // Not a whole number of pages: they see what the guest sees (SHM-34).
-    let request = MMap { fd_offset: PAGE, len: PAGE + 5, ..read_write(3) };
-    let bytes = message(MAP, VERSION_1 | NEED_REPLY, &request.bytes());
-    owner.channel().send_with(&bytes, &[file.as_raw_fd()]).unwrap();
+    let request = MMap { fd_offset: PAGE, len: PAGE + 5, ..writable(page_at(3)) };
+    owner.channel().ask(SHMEM_MAP, request, &[file.as_raw_fd()]);
     let (payload, byte, unanswered) = is_told.recv_timeout(PATIENCE).unwrap();
     assert!(unanswered);
-    assert_eq!(answer(&owner.channel(), MAP), 0);
+    assert_eq!(owner.channel().answer(SHMEM_MAP), 0);
     assert_eq!(owner.reads(0, 3 * PAGE + 1), Some(0x99), "it is the same memory");
     let fields = [0, 8, 16, 24, 32].map(|at| quad(&payload, at));
     let (padding, user_address) = (fields[0], fields[3]);
@@ -141,71 +126,70 @@ fn others_know_of_a_mapping_before_it_is_answered_and_have_let_go_before_its_rem
     assert_eq!([fields[1], fields[2], fields[4]], [address(&owner, 3), 2 * PAGE, PAGE]);
     assert_eq!(byte, Some(0x77));
 
-    let bytes = message(UNMAP, VERSION_1 | NEED_REPLY, &request.bytes());
-    owner.channel().send(&bytes);
+    owner.channel().ask(SHMEM_UNMAP, request, &[]);
     let (payload, _, unanswered) = is_told.recv_timeout(PATIENCE).unwrap();
     assert!(unanswered);
-    assert_eq!(answer(&owner.channel(), UNMAP), 0);
+    assert_eq!(owner.channel().answer(SHMEM_UNMAP), 0);
     // A region is known by its guest address, size and user address.
     assert_eq!([8, 16, 24].map(|at| quad(&payload, at)), [address(&owner, 3), 2 * PAGE, user_address]);
-    assert_eq!(told(&other), [(ADD, address(&owner, 3)), (REM, address(&owner, 3))]);
+    assert_eq!(told(&other), [(ADD_MEM_REG, address(&owner, 3)), (REM_MEM_REG, address(&owner, 3))]);
 }
 
 #[test]
-fn each_sees_the_others_and_nobody_sees_its_own() {
+fn each_device_sees_the_mappings_of_others_and_not_its_own() {
     // SHM-79, SHM-80: two that share, one that does not, one that cannot see.
     let mut devices = Devices::new();
-    let mut first = devices.owner(Setup::new());
-    first.offer.protocol |= CONFIGURE_MEM_SLOTS;
-    let mut second = devices.owner(Setup::new());
-    second.offer.protocol |= CONFIGURE_MEM_SLOTS;
-    let third = devices.recipient(Setup::new());
-    let blind = devices.add(Setup::new());
+    let mut first = devices.owner(Setup::default());
+    first.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+    let mut second = devices.owner(Setup::default());
+    second.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+    let third = devices.recipient(Setup::default());
+    let blind = devices.add(Setup::default());
     let [first, second, third, blind] = [first, second, third, blind].map(Setup::start);
-    assert_eq!(first.map(read_write(1), &file_of(1, 1)), 0);
+    assert_eq!(first.map(writable(page_at(1)), &file_of(1, 1)), 0);
     for bench in [&first, &second, &third, &blind] {
         bench.start().unwrap();
     }
     for bench in [&first, &second, &third] {
-        assert_eq!(bench.map(read_write(0), &file_of(1, 1)), 0);
+        assert_eq!(bench.map(writable(page_at(0)), &file_of(1, 1)), 0);
     }
     let (a, early, b) = (address(&first, 0), address(&first, 1), address(&second, 0));
-    assert_eq!(told(&first), [(ADD, b)]);
-    assert_eq!(told(&second), [(ADD, early), (ADD, a)]);
-    assert_eq!(told(&third), [(ADD, early), (ADD, a), (ADD, b)]);
+    assert_eq!(told(&first), [(ADD_MEM_REG, b)]);
+    assert_eq!(told(&second), [(ADD_MEM_REG, early), (ADD_MEM_REG, a)]);
+    assert_eq!(told(&third), [(ADD_MEM_REG, early), (ADD_MEM_REG, a), (ADD_MEM_REG, b)]);
     assert_eq!(told(&blind), []);
     for bench in [&first, &second, &third, &blind] {
         bench.reset();
     }
-    assert_eq!(told(&first)[1..], [(REM, b)]);
-    assert_eq!(told(&second)[2..], [(REM, a), (REM, early)]);
-    assert_eq!(told(&third)[3..], [(REM, a), (REM, early), (REM, b)]);
+    assert_eq!(told(&first)[1..], [(REM_MEM_REG, b)]);
+    assert_eq!(told(&second)[2..], [(REM_MEM_REG, a), (REM_MEM_REG, early)]);
+    assert_eq!(told(&third)[3..], [(REM_MEM_REG, a), (REM_MEM_REG, early), (REM_MEM_REG, b)]);
     assert_eq!(told(&blind), []);
 }
 
 #[test]
-fn without_the_option_nobody_is_asked_for_memory_slots_nor_told_anything() {
+fn without_share_shmem_no_back_end_is_asked_for_memory_slots_or_told_of_mappings() {
     // SHM-80
-    let mut setup = Setup::new();
-    setup.offer.protocol |= CONFIGURE_MEM_SLOTS;
+    let mut setup = Setup::default();
+    setup.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
     let bench = setup.start();
     bench.start().unwrap();
     bench.assert_works();
     let seen = bench.seen();
     let acked = seen.iter().find(|seen| seen.request == SET_PROTOCOL_FEATURES).unwrap();
-    assert_eq!(quad(&acked.payload, 0) & CONFIGURE_MEM_SLOTS, 0);
-    assert!(seen.iter().all(|seen| ![GET_MAX_MEM_SLOTS, ADD, REM].contains(&seen.request)));
+    assert_eq!(quad(&acked.payload, 0) & PROTOCOL_F_CONFIGURE_MEM_SLOTS, 0);
+    assert!(seen.iter().all(|seen| ![GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG].contains(&seen.request)));
 }
 
 #[test]
-fn a_refused_request_tells_nobody_anything() {
+fn of_a_refused_request_no_recipient_is_told() {
     // SHM-80
-    let (owner, other) = pair(Setup::new());
-    assert_eq!(owner.map(read_write(0), &file_of(1, 1)), 0);
-    assert!(owner.map(read_write(0), &file_of(1, 1)) < 0);
+    let (owner, other) = pair(Setup::default());
+    assert_eq!(owner.map(writable(page_at(0)), &file_of(1, 1)), 0);
+    assert!(owner.map(writable(page_at(0)), &file_of(1, 1)) < 0);
     assert!(owner.unmap(MMap { len: 2 * PAGE, ..page_at(0) }) < 0);
     assert!(owner.unmap(page_at(1)) < 0);
-    assert_eq!(told(&other), [(ADD, address(&owner, 0))]);
+    assert_eq!(told(&other), [(ADD_MEM_REG, address(&owner, 0))]);
 }
 
 #[test]
@@ -213,7 +197,7 @@ fn a_reset_is_over_when_others_have_let_go_of_everything() {
     // SHM-69, SHM-80
     let letting_go = Arc::new(AtomicBool::new(false));
     let slow = Arc::clone(&letting_go);
-    let (owner, other) = pair(Setup::new().on(REM, move |_| {
+    let (owner, other) = pair(Setup::default().on(REM_MEM_REG, move |_| {
         slow.store(true, Ordering::SeqCst);
         thread::sleep(Duration::from_millis(50));
         slow.store(false, Ordering::SeqCst);
@@ -221,7 +205,7 @@ fn a_reset_is_over_when_others_have_let_go_of_everything() {
     }));
     owner.start().unwrap();
     for page in 0..5 {
-        assert_eq!(owner.map(read_write(page), &file_of(1, 1)), 0);
+        assert_eq!(owner.map(writable(page_at(page)), &file_of(1, 1)), 0);
     }
     assert_eq!(owner.unmap(page_at(2)), 0);
     owner.reset();
@@ -229,20 +213,21 @@ fn a_reset_is_over_when_others_have_let_go_of_everything() {
     let mut gone: Vec<u64> = told(&other)[5..].iter().map(|&(_, address)| address).collect();
     gone.sort_unstable();
     assert_eq!(gone, [0, 1, 2, 3, 4].map(|page| address(&owner, page)));
-    assert!(told(&other)[5..].iter().all(|&(request, _)| request == REM));
+    assert!(told(&other)[5..].iter().all(|&(request, _)| request == REM_MEM_REG));
     owner.start().unwrap();
-    assert_eq!(owner.map(read_write(2), &file_of(1, 1)), 0);
-    assert_eq!(told(&other)[10..], [(ADD, address(&owner, 2))]);
+    assert_eq!(owner.map(writable(page_at(2)), &file_of(1, 1)), 0);
+    assert_eq!(told(&other)[10..], [(ADD_MEM_REG, address(&owner, 2))]);
 }
 
 #[test]
-fn who_starts_later_is_told_after_its_memory_table_and_again_at_each_start() {
+fn a_recipient_is_told_of_live_mappings_after_its_memory_table_at_each_start() {
     // SHM-80: a memory table takes the place of all that a back-end was told.
     let mut devices = Devices::new();
-    let (owner, other) = (devices.owner(Setup::new()).start(), devices.recipient(Setup::new()).start());
+    let (owner, other) =
+        (devices.owner(Setup::default()).start(), devices.recipient(Setup::default()).start());
     let file = file_of(2, 5);
-    assert_eq!(owner.map(read_write(0), &file), 0);
-    assert_eq!(owner.map(read_write(1), &file), 0);
+    assert_eq!(owner.map(writable(page_at(0)), &file), 0);
+    assert_eq!(owner.map(writable(page_at(1)), &file), 0);
     drop(file);
     assert_eq!(told(&other), [], "it has no memory yet");
     for pages in [&[0, 1][..], &[1], &[]] {
@@ -251,18 +236,18 @@ fn who_starts_later_is_told_after_its_memory_table_and_again_at_each_start() {
         let table = ids.iter().position(|&id| id == SET_MEM_TABLE).unwrap();
         let added: Vec<u64> = asked[table + 1..]
             .iter()
-            .take_while(|seen| seen.request == ADD)
+            .take_while(|seen| seen.request == ADD_MEM_REG)
             .map(|seen| quad(&seen.payload, 8))
             .collect();
         let live: Vec<u64> = pages.iter().map(|&page| address(&owner, page)).collect();
         assert_eq!(added, live, "before its rings run");
-        assert_eq!(ids.iter().filter(|&&id| [ADD, REM].contains(&id)).count(), live.len());
+        assert_eq!(ids.iter().filter(|&&id| [ADD_MEM_REG, REM_MEM_REG].contains(&id)).count(), live.len());
         // While it is stopped it has its memory all the same.
         other.reset();
         if let Some(&page) = pages.first() {
             let before = told(&other).len();
             assert_eq!(owner.unmap(page_at(page)), 0);
-            assert_eq!(told(&other)[before..], [(REM, address(&owner, page))]);
+            assert_eq!(told(&other)[before..], [(REM_MEM_REG, address(&owner, page))]);
         }
     }
 }
@@ -272,36 +257,37 @@ fn a_mapping_that_a_back_end_refuses_is_one_that_it_does_not_see() {
     // SHM-80
     let refuses = Arc::new(AtomicBool::new(true));
     let refuses_now = Arc::clone(&refuses);
-    let (owner, other) = pair(Setup::new().on(ADD, move |_| match refuses_now.load(Ordering::SeqCst) {
-        true => refuse(ADD),
-        false => Answer::Usual,
-    }));
-    assert_eq!(owner.map(read_write(0), &file_of(1, 0x42)), 0);
+    let (owner, other) =
+        pair(Setup::default().on(ADD_MEM_REG, move |_| match refuses_now.load(Ordering::SeqCst) {
+            true => refuse(ADD_MEM_REG),
+            false => Answer::Usual,
+        }));
+    assert_eq!(owner.map(writable(page_at(0)), &file_of(1, 0x42)), 0);
     assert_eq!(owner.reads(0, 0), Some(0x42));
     refuses.store(false, Ordering::SeqCst);
-    assert_eq!(owner.map(read_write(1), &file_of(1, 1)), 0);
+    assert_eq!(owner.map(writable(page_at(1)), &file_of(1, 1)), 0);
     assert_eq!((owner.unmap(page_at(0)), owner.unmap(page_at(1))), (0, 0));
     let (first, second) = (address(&owner, 0), address(&owner, 1));
-    assert_eq!(told(&other), [(ADD, first), (ADD, second), (REM, second)]);
+    assert_eq!(told(&other), [(ADD_MEM_REG, first), (ADD_MEM_REG, second), (REM_MEM_REG, second)]);
     assert!(!other.needs_reset());
 }
 
 #[test]
-fn nobody_is_told_of_more_than_it_has_room_for_and_the_rest_when_there_is() {
+fn a_recipient_is_told_of_what_fits_its_memory_slots_and_of_the_rest_later() {
     // SHM-80: one slot has RAM in it.
-    let mut setup = Setup::new();
+    let mut setup = Setup::default();
     setup.offer.slots = 3;
     let (owner, other) = pair(setup);
     for page in 0..4 {
-        assert_eq!(owner.map(read_write(page), &file_of(1, 1)), 0);
+        assert_eq!(owner.map(writable(page_at(page)), &file_of(1, 1)), 0);
     }
     let [a, b, c] = [0, 1, 2].map(|page| address(&owner, page));
-    assert_eq!(told(&other), [(ADD, a), (ADD, b)]);
+    assert_eq!(told(&other), [(ADD_MEM_REG, a), (ADD_MEM_REG, b)]);
     assert_eq!(owner.unmap(page_at(3)), 0);
-    assert_eq!(told(&other).len(), 2, "it did not know that one");
+    assert_eq!(told(&other).len(), 2, "it had not been told of that mapping");
     assert_eq!(owner.unmap(page_at(0)), 0);
     eventually("the next one gets the room", || told(&other).len() == 4);
-    assert_eq!(told(&other)[2..], [(REM, a), (ADD, c)]);
+    assert_eq!(told(&other)[2..], [(REM_MEM_REG, a), (ADD_MEM_REG, c)]);
     owner.reset();
     assert_eq!(told(&other).len(), 6);
     assert!(!other.needs_reset());
@@ -310,27 +296,20 @@ fn nobody_is_told_of_more_than_it_has_room_for_and_the_rest_when_there_is() {
 #[test]
 fn only_what_can_be_mapped_for_reading_and_writing_is_shown() {
     // SHM-80
-    let (owner, other) = pair(Setup::new());
+    let (owner, other) = pair(Setup::default());
     let file = file_of(1, 3);
     let reopened = |options: &mut std::fs::OpenOptions| {
         options.open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
     };
     let read_only = reopened(File::options().read(true));
     assert_eq!(owner.map(page_at(0), &read_only), 0);
-    // SAFETY: the name is a C string, and the new descriptor is nobody else's.
-    let sealed = unsafe {
-        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-        File::from_raw_fd(libc::memfd_create(c"sealed".as_ptr(), flags))
-    };
-    sealed.set_len(PAGE).unwrap();
-    // SAFETY: an operation on a descriptor of ours.
-    let result = unsafe { libc::fcntl(sealed.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
-    assert_eq!(result, 0);
+    let sealed = memfd_with(MemfdFlags::ALLOW_SEALING, PAGE);
+    rustix::fs::fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
     assert_eq!(owner.map(page_at(1), &sealed), 0);
     assert_eq!(told(&other), []);
     // Read-only for the guest's processors: what others may do is up to the descriptor.
     assert_eq!(owner.map(page_at(2), &file), 0);
-    assert_eq!(told(&other), [(ADD, address(&owner, 2))]);
+    assert_eq!(told(&other), [(ADD_MEM_REG, address(&owner, 2))]);
     for page in 0..3 {
         assert_eq!(owner.unmap(page_at(page)), 0);
     }
@@ -338,60 +317,62 @@ fn only_what_can_be_mapped_for_reading_and_writing_is_shown() {
 }
 
 #[test]
-fn so_many_files_are_kept_and_no_more() {
+fn at_most_the_configured_number_of_files_is_kept() {
     // SHM-46, SHM-80
     let mut devices = Devices { sharing: Sharing::new(1), count: 0 };
-    let (owner, other) = (devices.owner(Setup::new()).start(), devices.recipient(Setup::new()).start());
+    let (owner, other) =
+        (devices.owner(Setup::default()).start(), devices.recipient(Setup::default()).start());
     other.start().unwrap();
     let file = file_of(2, 1);
-    assert_eq!(owner.map(read_write(0), &file), 0);
-    assert_eq!(owner.map(read_write(1), &file), 0);
-    assert_eq!(owner.map(read_write(2), &file_of(1, 1)), 0);
+    assert_eq!(owner.map(writable(page_at(0)), &file), 0);
+    assert_eq!(owner.map(writable(page_at(1)), &file), 0);
+    assert_eq!(owner.map(writable(page_at(2)), &file_of(1, 1)), 0);
     assert_eq!(told(&other).len(), 2, "one file, twice");
     assert_eq!((owner.unmap(page_at(0)), owner.unmap(page_at(1))), (0, 0));
-    assert_eq!(owner.map(read_write(3), &file_of(1, 1)), 0);
-    assert_eq!(told(&other)[4..], [(ADD, address(&owner, 3))]);
+    assert_eq!(owner.map(writable(page_at(3)), &file_of(1, 1)), 0);
+    assert_eq!(told(&other)[4..], [(ADD_MEM_REG, address(&owner, 3))]);
 }
 
 #[test]
 fn where_requests_cannot_ask_for_an_answer_one_that_has_an_answer_follows() {
     // SHM-80
-    let (owner, other) = pair(Setup::new().without(REPLY_ACK));
+    let (owner, other) = pair(Setup::default().without(PROTOCOL_F_REPLY_ACK));
     let asked = other.asked(|| {
-        assert_eq!(owner.map(read_write(0), &file_of(1, 1)), 0);
+        assert_eq!(owner.map(writable(page_at(0)), &file_of(1, 1)), 0);
         assert_eq!(owner.unmap(page_at(0)), 0);
     });
     // The end of its start may still be on its way.
-    let asked = asked.iter().filter(|seen| [GET_MAX_MEM_SLOTS, ADD, REM].contains(&seen.request));
+    let asked =
+        asked.iter().filter(|seen| [GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG].contains(&seen.request));
     let asked: Vec<_> = asked.map(|seen| (seen.request, seen.flags)).collect();
     let slots = (GET_MAX_MEM_SLOTS, VERSION_1);
-    assert_eq!(asked, [(ADD, VERSION_1), slots, (REM, VERSION_1), slots]);
+    assert_eq!(asked, [(ADD_MEM_REG, VERSION_1), slots, (REM_MEM_REG, VERSION_1), slots]);
 }
 
 #[test]
-fn who_does_not_answer_is_given_up_and_the_owner_goes_on() {
+fn a_recipient_that_does_not_answer_is_cut_off_and_the_owner_goes_on() {
     // SHM-66, SHM-80. The cases wait at the same time.
     thread::scope(|scope| {
         for (request, bytes) in [
-            (ADD, None),
-            (REM, None),
+            (ADD_MEM_REG, None),
+            (REM_MEM_REG, None),
             // Not an answer.
-            (ADD, Some(message(ADD, 0x5, &[0; 4]))),
-            (REM, Some(message(ADD, 0x5, &[0; 8]))),
+            (ADD_MEM_REG, Some(message(ADD_MEM_REG, VERSION_1 | REPLY, &[0; 4]))),
+            (REM_MEM_REG, Some(message(ADD_MEM_REG, VERSION_1 | REPLY, &[0; 8]))),
             // It keeps what it must not keep.
-            (REM, Some(message(REM, 0x5, &1u64.to_ne_bytes()))),
+            (REM_MEM_REG, Some(message(REM_MEM_REG, VERSION_1 | REPLY, &1u64.to_ne_bytes()))),
         ] {
             scope.spawn(move || {
-                let (owner, other) = pair(Setup::new().on(request, move |_| match &bytes {
+                let (owner, other) = pair(Setup::default().on(request, move |_| match &bytes {
                     None => Answer::Silence,
                     Some(bytes) => Answer::Bytes(bytes.clone(), None),
                 }));
                 owner.start().unwrap();
-                assert_eq!(owner.map(read_write(0), &file_of(1, 9)), 0);
-                if request == ADD {
+                assert_eq!(owner.map(writable(page_at(0)), &file_of(1, 9)), 0);
+                if request == ADD_MEM_REG {
                     other.wait_until_failed();
                 }
-                assert_eq!(owner.map(read_write(1), &file_of(1, 9)), 0);
+                assert_eq!(owner.map(writable(page_at(1)), &file_of(1, 9)), 0);
                 assert_eq!(owner.unmap(page_at(0)), 0);
                 other.wait_until_failed();
                 let before = told(&other).len();
@@ -409,26 +390,26 @@ fn who_does_not_answer_is_given_up_and_the_owner_goes_on() {
 #[test]
 fn mappings_of_an_owner_that_died_stay_until_its_reset() {
     // SHM-76, SHM-80
-    let (owner, other) = pair(Setup::new());
+    let (owner, other) = pair(Setup::default());
     owner.start().unwrap();
-    assert_eq!(owner.map(read_write(0), &file_of(1, 9)), 0);
+    assert_eq!(owner.map(writable(page_at(0)), &file_of(1, 9)), 0);
     owner.hang_up();
     owner.wait_until_failed();
     other.reset();
     other.start().unwrap();
     let at = address(&owner, 0);
-    assert_eq!(told(&other), [(ADD, at), (ADD, at)]);
+    assert_eq!(told(&other), [(ADD_MEM_REG, at), (ADD_MEM_REG, at)]);
     owner.reset();
-    assert_eq!(told(&other)[2..], [(REM, at)]);
+    assert_eq!(told(&other)[2..], [(REM_MEM_REG, at)]);
 }
 
 #[test]
 fn a_recipient_that_died_is_forgotten() {
     // SHM-80
-    let (owner, other) = pair(Setup::new());
-    assert_eq!(owner.map(read_write(0), &file_of(1, 9)), 0);
+    let (owner, other) = pair(Setup::default());
+    assert_eq!(owner.map(writable(page_at(0)), &file_of(1, 9)), 0);
     other.hang_up();
-    assert_eq!(owner.map(read_write(1), &file_of(1, 9)), 0);
+    assert_eq!(owner.map(writable(page_at(1)), &file_of(1, 9)), 0);
     assert_eq!(owner.unmap(page_at(0)), 0);
     other.wait_until_failed();
     drop(other);
@@ -440,26 +421,26 @@ fn a_recipient_that_died_is_forgotten() {
 #[test]
 fn an_owner_that_is_gone_shows_nothing_any_more() {
     // SHM-78, SHM-80
-    let (owner, other) = pair(Setup::new());
-    assert_eq!(owner.map(read_write(0), &file_of(1, 9)), 0);
+    let (owner, other) = pair(Setup::default());
+    assert_eq!(owner.map(writable(page_at(0)), &file_of(1, 9)), 0);
     let at = address(&owner, 0);
     drop(owner.end());
-    eventually("it is let go", || told(&other) == [(ADD, at), (REM, at)]);
+    eventually("it is let go", || told(&other) == [(ADD_MEM_REG, at), (REM_MEM_REG, at)]);
     let asked = other.asked(|| other.start().unwrap());
-    assert!(asked.iter().all(|seen| seen.request != ADD));
+    assert!(asked.iter().all(|seen| seen.request != ADD_MEM_REG));
 }
 
 /// A back-end with one thread: while it maps, it does not answer.
 fn maps_before_it_answers(request: u32, tell: mpsc::Sender<i64>) -> Setup {
-    Setup::new().on(request, move |peer| {
-        let mapped = map(&peer.channel(), read_write(60), &file_of(1, 6));
+    Setup::default().on(request, move |peer| {
+        let mapped = peer.map(writable(page_at(60)), &file_of(1, 6));
         let _ = tell.send(mapped);
         Answer::Usual
     })
 }
 
 #[test]
-fn two_that_wait_for_each_other_both_get_their_answer() {
+fn two_back_ends_that_wait_for_each_other_both_get_their_answer() {
     // SHM-67, SHM-80: each maps, or unmaps, and does not listen before it has its answer, which the other one
     // holds up.
     for first_unmaps in [false, true] {
@@ -468,32 +449,32 @@ fn two_that_wait_for_each_other_both_get_their_answer() {
         let (answered, is_answered) = mpsc::channel();
         let listens = Arc::new(AtomicBool::new(true));
         let listens_now = Arc::clone(&listens);
-        let mut first = devices.owner(Setup::new().on(ADD, move |_| {
+        let mut first = devices.owner(Setup::default().on(ADD_MEM_REG, move |_| {
             if !listens_now.load(Ordering::SeqCst) {
                 is_answered.recv_timeout(PATIENCE).unwrap();
             }
             Answer::Usual
         }));
-        first.offer.protocol |= CONFIGURE_MEM_SLOTS;
-        let request = if first_unmaps { REM } else { ADD };
+        first.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+        let request = if first_unmaps { REM_MEM_REG } else { ADD_MEM_REG };
         let mut second = devices.owner(maps_before_it_answers(request, tell));
-        second.offer.protocol |= CONFIGURE_MEM_SLOTS;
+        second.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
         let (first, second) = (first.start(), second.start());
         first.start().unwrap();
         second.start().unwrap();
         if first_unmaps {
-            assert_eq!(first.map(read_write(0), &file_of(1, 1)), 0);
+            assert_eq!(first.map(writable(page_at(0)), &file_of(1, 1)), 0);
         }
         listens.store(false, Ordering::SeqCst);
         let result = match first_unmaps {
             true => first.unmap(page_at(0)),
-            false => first.map(read_write(0), &file_of(1, 1)),
+            false => first.map(writable(page_at(0)), &file_of(1, 1)),
         };
         assert_eq!(result, 0);
         answered.send(()).unwrap();
         assert_eq!(second_mapped.recv_timeout(PATIENCE).unwrap(), 0);
         // What was left open is told all the same.
-        eventually("the first is told", || told(&first) == [(ADD, address(&second, 60))]);
+        eventually("the first is told", || told(&first) == [(ADD_MEM_REG, address(&second, 60))]);
         assert!(!first.needs_reset() && !second.needs_reset());
         listens.store(true, Ordering::SeqCst);
         first.reset();
@@ -504,18 +485,18 @@ fn two_that_wait_for_each_other_both_get_their_answer() {
 }
 
 #[test]
-fn two_that_map_while_both_are_started_do_start() {
+fn two_back_ends_that_map_while_both_are_started_do_start() {
     // SHM-67, SHM-80: each vCPU has the main socket that the other's mapping is to be told on.
     let mut devices = Devices::new();
     let both = Arc::new(Barrier::new(2));
     let [first, second] = [0, 1].map(|_| {
         let both = Arc::clone(&both);
-        let mut setup = devices.owner(Setup::new().on(SET_MEM_TABLE, move |peer| {
+        let mut setup = devices.owner(Setup::default().on(SET_MEM_TABLE, move |peer| {
             both.wait();
-            assert_eq!(map(&peer.channel(), read_write(60), &file_of(1, 6)), 0);
+            assert_eq!(peer.map(writable(page_at(60)), &file_of(1, 6)), 0);
             Answer::Usual
         }));
-        setup.offer.protocol |= CONFIGURE_MEM_SLOTS;
+        setup.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
         setup.start()
     });
     for _ in 0..3 {
@@ -528,7 +509,7 @@ fn two_that_map_while_both_are_started_do_start() {
             let table = bench.seen().iter().rposition(|seen| seen.request == SET_MEM_TABLE);
             let since = &bench.seen()[table.unwrap()..];
             let at = address(other, 60);
-            since.iter().any(|seen| seen.request == ADD && quad(&seen.payload, 8) == at)
+            since.iter().any(|seen| seen.request == ADD_MEM_REG && quad(&seen.payload, 8) == at)
         };
         eventually("each knows the other's", || knows(&first, &second) && knows(&second, &first));
         first.reset();
@@ -538,29 +519,29 @@ fn two_that_map_while_both_are_started_do_start() {
 }
 
 #[test]
-fn who_is_busy_learns_later_of_a_mapping_but_must_let_go_in_time() {
+fn a_busy_recipient_learns_of_a_mapping_later_but_must_let_go_in_time() {
     // SHM-66, SHM-80: a vCPU waits for the recipient on its main socket.
     let (resume, is_over) = mpsc::channel::<()>();
     let busy = Arc::new(AtomicBool::new(false));
     let is_busy = Arc::clone(&busy);
-    let (owner, other) = pair(Setup::new().on(SET_MEM_TABLE, move |_| {
+    let (owner, other) = pair(Setup::default().on(SET_MEM_TABLE, move |_| {
         if is_busy.load(Ordering::SeqCst) {
             let _ = is_over.recv_timeout(PATIENCE);
         }
         Answer::Usual
     }));
-    assert_eq!(owner.map(read_write(0), &file_of(1, 1)), 0);
+    assert_eq!(owner.map(writable(page_at(0)), &file_of(1, 1)), 0);
     busy.store(true, Ordering::SeqCst);
     let (page_1, before) = (address(&owner, 1), told(&other).len());
     thread::scope(|scope| {
         let started = scope.spawn(|| other.start());
         eventually("it is being started", || other.seen().last().unwrap().request == SET_MEM_TABLE);
-        assert_eq!(owner.map(read_write(1), &file_of(1, 1)), 0);
+        assert_eq!(owner.map(writable(page_at(1)), &file_of(1, 1)), 0);
         assert_eq!(told(&other).len(), before);
         resume.send(()).unwrap();
         started.join().unwrap().unwrap();
     });
-    assert!(told(&other)[before..].contains(&(ADD, page_1)));
+    assert!(told(&other)[before..].contains(&(ADD_MEM_REG, page_1)));
     assert!(!other.needs_reset());
     other.reset();
     thread::scope(|scope| {
@@ -581,14 +562,14 @@ fn known(bench: &Bench) -> BTreeMap<u64, u64> {
     for seen in bench.seen() {
         match seen.request {
             SET_MEM_TABLE => known.clear(),
-            ADD => {
+            ADD_MEM_REG => {
                 let (start, len) = (quad(&seen.payload, 8), quad(&seen.payload, 16));
                 let below = known.range(..start + len).next_back();
                 let is_free = below.is_none_or(|(&other, &len): (&u64, &u64)| other + len <= start);
                 assert!(is_free, "told of {start:#x}, and knows {known:x?}");
                 known.insert(start, len);
             }
-            REM => {
+            REM_MEM_REG => {
                 let len = known.remove(&quad(&seen.payload, 8));
                 assert_eq!(len, Some(quad(&seen.payload, 16)), "told to let go");
             }
@@ -599,12 +580,12 @@ fn known(bench: &Bench) -> BTreeMap<u64, u64> {
 }
 
 #[test]
-fn whatever_happens_at_once_what_each_knows_is_what_there_is() {
+fn after_concurrent_maps_resets_and_starts_each_recipient_knows_the_live_mappings() {
     // SHM-71, SHM-80: both share, map and unmap all the time, and are reset and started meanwhile.
     let mut devices = Devices::new();
     let both = [0, 1].map(|_| {
-        let mut setup = devices.owner(Setup::new());
-        setup.offer.protocol |= CONFIGURE_MEM_SLOTS;
+        let mut setup = devices.owner(Setup::default());
+        setup.offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
         setup.offer.slots = 12;
         setup.start()
     });
@@ -617,7 +598,7 @@ fn whatever_happens_at_once_what_each_knows_is_what_there_is() {
                 for _ in 0..1500 {
                     random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                     let (page, pages) = ((random >> 33) % 20, (random >> 50) % 3 + 1);
-                    let request = MMap { len: pages * PAGE, ..read_write(page) };
+                    let request = MMap { len: pages * PAGE, ..writable(page_at(page)) };
                     // Whether that can be done does not matter.
                     let _ = match (random >> 60) % 2 {
                         0 => bench.map(request, file),

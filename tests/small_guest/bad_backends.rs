@@ -2,38 +2,18 @@
 //! left behind.
 
 use std::fs::{self, File};
-use std::io::Read;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::{self, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
-use crate::backend::{BACKEND_REQ, Backend, F_PROTOCOL, F_VERSION_1, Offer, SHMEM};
-use crate::{guest, kvm};
-
-/// A terminal: hotslot's end, and ours.
-fn terminal() -> (OwnedFd, OwnedFd) {
-    let (mut ours, mut theirs) = (0, 0);
-    let null = std::ptr::null_mut();
-    // SAFETY: room for two descriptors, which are nobody else's; name, settings and size are left to the
-    // kernel.
-    unsafe {
-        assert_eq!(libc::openpty(&mut ours, &mut theirs, null, null.cast(), null.cast()), 0);
-        (OwnedFd::from_raw_fd(theirs), OwnedFd::from_raw_fd(ours))
-    }
-}
-
-fn settings(terminal: &OwnedFd) -> [u32; 4] {
-    // SAFETY: a termios is plain data, for which all-zero is a value; it lives through the call, which fills
-    // it.
-    let termios = unsafe {
-        let mut termios: libc::termios = std::mem::zeroed();
-        assert_eq!(libc::tcgetattr(terminal.as_raw_fd(), &mut termios), 0);
-        termios
-    };
-    [termios.c_iflag, termios.c_oflag, termios.c_cflag, termios.c_lflag]
-}
+use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::names::{
+    PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_SHMEM, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1,
+};
+use hotslot_test_support::terminal::{settings, terminal};
+use hotslot_test_support::{guest, kvm};
 
 /// Longer than anything here takes, on the slowest machine; then it is killed, and its status is wrong.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -43,9 +23,16 @@ struct Ended {
     stderr: String,
 }
 
+/// Undoes what a shell does to the programs that it runs in the background.
+fn heed_sigint() -> io::Result<()> {
+    // SAFETY: no handler of ours is installed or lost.
+    unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+    Ok(())
+}
+
 /// Runs hotslot on a terminal until it ends; `meanwhile` is given its process id.
 fn run(options: &[&str], meanwhile: impl FnOnce(i32)) -> Ended {
-    let (theirs, ours) = terminal();
+    let (ours, theirs) = terminal();
     let before = settings(&ours);
     let kernel = guest::kernel();
     let mut command = guest::command(kernel.path());
@@ -55,13 +42,8 @@ fn run(options: &[&str], meanwhile: impl FnOnce(i32)) -> Ended {
         .stdout(Stdio::from(theirs))
         .stderr(Stdio::piped())
         .process_group(0);
-    // SAFETY: signal(2) is async-signal-safe. Who runs the tests in the background may have it ignored.
-    unsafe {
-        command.pre_exec(|| {
-            libc::signal(libc::SIGINT, libc::SIG_DFL);
-            Ok(())
-        })
-    };
+    // SAFETY: the function only calls signal(2), which is async-signal-safe.
+    unsafe { command.pre_exec(heed_sigint) };
     let mut hotslot = command.spawn().unwrap();
     let group = hotslot.id() as i32;
     meanwhile(group);
@@ -73,7 +55,7 @@ fn run(options: &[&str], meanwhile: impl FnOnce(i32)) -> Ended {
             unsafe { libc::kill(-group, libc::SIGKILL) };
         }
     });
-    // It ends when nobody has stderr any more.
+    // It ends when no process has stderr open any more.
     hotslot.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
     drop(ended);
     let status = hotslot.wait().unwrap();
@@ -103,7 +85,7 @@ fn refused_backend(offer: Offer, kind: &str, words: &[&str]) -> Ended {
 }
 
 #[test]
-fn nobody_listens() {
+fn no_back_end_listens() {
     if !kvm::is_here() {
         return;
     }
@@ -180,13 +162,13 @@ fn back_ends_that_lack_what_is_needed() {
     let usual = Offer::default();
     let offer = |features, protocol| Offer { features, protocol, ..Offer::default() };
     let (pmem, all) = (usual.features | 1, usual.protocol);
-    refused_backend(offer(F_PROTOCOL, all), "rng", &["VIRTIO_F_VERSION_1", "0x40000000"]);
+    refused_backend(offer(VHOST_USER_F_PROTOCOL_FEATURES, all), "rng", &["VIRTIO_F_VERSION_1", "0x40000000"]);
     refused_backend(usual.clone(), "pmem", &["VIRTIO_PMEM_F_SHMEM_REGION", "pmem", "0x140000000"]);
-    refused_backend(offer(pmem, all & !SHMEM), "pmem", &["SHMEM", "pmem"]);
-    let draft = all & !SHMEM | 1 << 21;
+    refused_backend(offer(pmem, all & !PROTOCOL_F_SHMEM), "pmem", &["SHMEM", "pmem"]);
+    let draft = all & !PROTOCOL_F_SHMEM | 1 << 21;
     refused_backend(offer(pmem, draft), "pmem", &["SHMEM", "pmem", "hint: ", "shmem-bit=21"]);
-    refused_backend(offer(pmem, all & !BACKEND_REQ), "pmem", &["BACKEND_REQ", "pmem"]);
-    refused_backend(offer(F_VERSION_1 | 1, 0), "pmem", &["SHMEM", "pmem"]);
+    refused_backend(offer(pmem, all & !PROTOCOL_F_BACKEND_REQ), "pmem", &["BACKEND_REQ", "pmem"]);
+    refused_backend(offer(VIRTIO_F_VERSION_1 | 1, 0), "pmem", &["SHMEM", "pmem"]);
     refused_backend(offer(usual.features, all), "fs", &["CONFIG", "fs"]);
 }
 

@@ -2,10 +2,11 @@
 
 use std::os::unix::fs::FileExt;
 
-use crate::backend::{Backend, PAGE, content, file, page, writable};
-use crate::guest::Guest;
-use crate::kvm;
-use crate::wire::MMap;
+use hotslot_test_support::backend::Backend;
+use hotslot_test_support::files::{PAGE, content, numbered_file};
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::{MMap, page_at, writable};
 
 /// `interrupts`: in the guest. Without them KVM fails at a missing page, with them it tries for ever.
 fn cut_short(interrupts: bool) {
@@ -16,14 +17,14 @@ fn cut_short(interrupts: bool) {
     guest.select(1);
     guest.start_device();
     let (other, _) = guest.region(0);
-    assert_eq!(backends[1].map(page(0), &file(9, 1)), 0);
+    assert_eq!(backends[1].map(page_at(0), &numbered_file(9, 1)), 0);
     guest.select(0);
     guest.start_device();
     let (base, _) = guest.region(0);
-    let cut = file(1, 8);
-    let whole = MMap { len: 8 * PAGE, ..page(0) };
+    let cut = numbered_file(1, 8);
+    let whole = MMap { len: 8 * PAGE, ..page_at(0) };
     // SHM-44: a file that is to grow, beside it.
-    let growing = file(3, 1);
+    let growing = numbered_file(3, 1);
     assert_eq!(backends[0].map(MMap { shmid: 7, ..whole }, &growing), 0);
     let (seventh, _) = guest.region(7);
     assert_eq!(backends[0].map(writable(whole), &cut), 0);
@@ -60,11 +61,11 @@ fn cut_short(interrupts: bool) {
     assert_eq!(guest.read64(seventh + 2 * PAGE), 4);
 
     assert_eq!(guest.read64(other), content(9, 0));
-    assert_eq!(backends[1].map(page(1), &file(8, 1)), 0);
+    assert_eq!(backends[1].map(page_at(1), &numbered_file(8, 1)), 0);
     assert_eq!(guest.read64(other + PAGE), content(8, 0));
     assert_eq!(backends[0].unmap(whole), 0);
     assert_eq!(guest.read64(base + 7 * PAGE), u64::MAX);
-    assert_eq!(backends[0].map(page(7), &file(2, 1)), 0);
+    assert_eq!(backends[0].map(page_at(7), &numbered_file(2, 1)), 0);
     assert_eq!(guest.read64(base + 7 * PAGE), content(2, 0));
     guest.exit();
 }

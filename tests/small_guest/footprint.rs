@@ -2,18 +2,14 @@
 
 use std::fs::{self, File};
 use std::io::{Write, stderr};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use crate::backend::{Backend, MIB, Offer, PAGE, content, file, page, writable};
-use crate::guest::Guest;
-use crate::kvm;
-use crate::wire::{MAP, MMap};
-
-fn boot(backend: &Backend) -> Guest {
-    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
-    guest.start_device();
-    guest
-}
+use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::files::{MIB, PAGE, content, numbered_file};
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::{MMap, SHMEM_MAP, page_at, writable};
 
 /// Open descriptors, and mapped address ranges.
 fn counts(guest: &Guest) -> (usize, usize) {
@@ -30,12 +26,12 @@ fn what_was_mapped_and_unmapped_leaves_nothing_behind() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    let data = file(1, 4);
+    let mut guest = Guest::with(&backend);
+    let data = numbered_file(1, 4);
     let round = |index: u64| {
-        let payload = MMap { len: 4 * PAGE, ..page(index * 5) };
+        let payload = MMap { len: 4 * PAGE, ..page_at(index * 5) };
         assert_eq!(backend.map(writable(payload), &data), 0);
-        assert!(backend.map(page(index * 5 + 3), &data) < 0);
+        assert!(backend.map(page_at(index * 5 + 3), &data) < 0);
         payload
     };
     assert_eq!(backend.unmap(round(0)), 0);
@@ -59,9 +55,12 @@ fn what_was_mapped_and_unmapped_leaves_nothing_behind() {
 /// succeeded.
 fn map_until_refused(backend: &Backend, file: &File, pages: u64) -> u64 {
     const BATCH: u64 = 100;
+    let channel = backend.channel();
     for first in (0..pages).step_by(BATCH as usize) {
-        (first..first + BATCH).for_each(|index| backend.send(MAP, page(index * 2), Some(file)));
-        let answers: Vec<_> = (0..BATCH).map(|_| backend.answer(MAP)).collect();
+        for index in first..first + BATCH {
+            channel.ask(SHMEM_MAP, page_at(index * 2), &[file.as_raw_fd()]);
+        }
+        let answers: Vec<_> = (0..BATCH).map(|_| channel.answer(SHMEM_MAP)).collect();
         if let Some(refused) = answers.iter().position(|&answer| answer != 0) {
             let full = -i64::from(libc::ENOSPC);
             assert!(answers[refused..].iter().all(|&answer| answer == full));
@@ -82,7 +81,7 @@ fn too_many(devices: usize, at_least: u64) {
     let backend = &backends[0];
     guest.start_device();
     let (base, _) = guest.region(0);
-    let data = file(1, 1);
+    let data = numbered_file(1, 1);
     let mapped = map_until_refused(backend, &data, pages);
     // Not `println!`: the test harness would keep it to itself.
     let _ = writeln!(stderr(), "{mapped} live mappings, until the first of {devices} devices was refused");
@@ -92,12 +91,12 @@ fn too_many(devices: usize, at_least: u64) {
     }
     assert_eq!(guest.read64(base + mapped * 2 * PAGE), u64::MAX);
     for other in &backends[1..] {
-        assert_eq!(other.map(page(0), &data), 0);
+        assert_eq!(other.map(page_at(0), &data), 0);
     }
     // One for each that goes.
-    assert_eq!(backend.unmap(page(0)), 0);
-    assert_eq!(backend.map(page(mapped * 2), &data), 0);
-    assert_eq!(backend.map(page(0), &data), -i64::from(libc::ENOSPC));
+    assert_eq!(backend.unmap(page_at(0)), 0);
+    assert_eq!(backend.map(page_at(mapped * 2), &data), 0);
+    assert_eq!(backend.map(page_at(0), &data), -i64::from(libc::ENOSPC));
     assert_eq!(guest.read64(base), u64::MAX);
     assert_eq!(guest.read64(base + mapped * 2 * PAGE), content(1, 0));
     // The worst that can happen to the number of address ranges: every file is cut short.
@@ -106,9 +105,9 @@ fn too_many(devices: usize, at_least: u64) {
     guest.reset_device();
     guest.start_device();
     assert_eq!(guest.read64(base + 2 * PAGE), u64::MAX);
-    assert_eq!(backend.map(page(1), &file(2, 1)), 0);
+    assert_eq!(backend.map(page_at(1), &numbered_file(2, 1)), 0);
     assert_eq!(guest.read64(base + PAGE), content(2, 0));
-    assert_eq!(backend.unmap(page(1)), 0);
+    assert_eq!(backend.unmap(page_at(1)), 0);
     guest.exit();
 }
 
@@ -138,13 +137,11 @@ fn sigusr1_prints_the_memory_map_with_live_mappings() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
+    let mut guest = Guest::with(&backend);
     let (base, len) = guest.region(0);
-    let payload = MMap { fd_offset: PAGE, ..page(3) };
-    assert_eq!(backend.map(writable(payload), &file(1, 2)), 0);
-    // SAFETY: a signal to a child of ours, which is not reaped yet.
-    unsafe { libc::kill(guest.pid(), libc::SIGUSR1) };
-    guest.wait_for_log("region 7");
+    let payload = MMap { fd_offset: PAGE, ..page_at(3) };
+    assert_eq!(backend.map(writable(payload), &numbered_file(1, 2)), 0);
+    guest.wait_for_map("region 7");
     let log = guest.log();
     let range = |start: u64, len: u64| format!("{start:#014x}-{:#014x}", start + len - 1);
     for line in [
@@ -165,7 +162,7 @@ fn guest_memory_is_resident_once() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
+    let mut guest = Guest::with(&backend);
     let touched = 32 * MIB;
     for address in (24 * MIB..24 * MIB + touched).step_by(PAGE as usize * 4) {
         guest.write64(address, address);

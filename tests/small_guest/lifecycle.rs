@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::backend::{
-    ADD_MEM_REG, Backend, CONFIGURE_MEM_SLOTS, GET_VRING_BASE, Offer, REM_MEM_REG, SET_MEM_TABLE, content,
-    file, page,
-};
-use crate::guest::{Guest, NEEDS_RESET, register};
-use crate::kvm;
+use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::files::{content, numbered_file};
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::names::PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+use hotslot_test_support::names::request::{ADD_MEM_REG, GET_VRING_BASE, REM_MEM_REG};
+use hotslot_test_support::wire::page_at;
 
 const HOLE: u64 = u64::MAX;
 
@@ -20,18 +21,15 @@ fn a_reset_has_removed_every_mapping_when_the_status_write_completes() {
     // What is mapped while the device is being stopped is refused, or gone as well.
     let late = Arc::new(Mutex::new(None));
     let answer = Arc::clone(&late);
-    let data = file(3, 1);
-    let backend = Backend::acting(Offer::default(), move |request, connection| {
-        if request == GET_VRING_BASE {
-            *answer.lock().unwrap() = Some(connection.map(page(2), &data));
-        }
+    let data = numbered_file(3, 1);
+    let backend = Backend::acting(GET_VRING_BASE, move |connection| {
+        *answer.lock().unwrap() = Some(connection.map(page_at(2), &data));
     });
-    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, _) = guest.region(0);
-    let (first, second) = (file(1, 1), file(2, 1));
-    assert_eq!(backend.map(page(0), &first), 0);
-    assert_eq!(backend.map(page(1), &second), 0);
+    let (first, second) = (numbered_file(1, 1), numbered_file(2, 1));
+    assert_eq!(backend.map(page_at(0), &first), 0);
+    assert_eq!(backend.map(page_at(1), &second), 0);
     assert_eq!(guest.read64(base), content(1, 0));
 
     guest.reset_device();
@@ -40,106 +38,14 @@ fn a_reset_has_removed_every_mapping_when_the_status_write_completes() {
     }
     let busy = -i64::from(libc::EBUSY);
     assert_eq!(*late.lock().unwrap(), Some(busy));
-    assert_eq!(backend.map(page(0), &first), busy);
-    assert_eq!(backend.unmap(page(0)), -i64::from(libc::ENOENT));
+    assert_eq!(backend.map(page_at(0), &first), busy);
+    assert_eq!(backend.unmap(page_at(0)), -i64::from(libc::ENOENT));
     assert_eq!(guest.read64(base), HOLE);
 
     guest.start_device();
     assert_eq!(guest.read64(base), HOLE);
-    assert_eq!(backend.map(page(0), &second), 0);
+    assert_eq!(backend.map(page_at(0), &second), 0);
     assert_eq!(guest.read64(base), content(2, 0));
-    guest.exit();
-}
-
-#[test]
-fn what_is_mapped_while_the_device_starts_is_there_at_driver_ok() {
-    // SHM-67, SHM-75
-    if !kvm::is_here() {
-        return;
-    }
-    let data = file(4, 1);
-    let backend = Backend::acting(Offer::default(), move |request, connection| {
-        if request == SET_MEM_TABLE {
-            assert_eq!(connection.map(page(0), &data), 0);
-        }
-    });
-    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
-    let (base, _) = guest.region(0);
-    for _ in 0..3 {
-        assert_eq!(guest.read64(base), HOLE);
-        guest.start_device();
-        assert_eq!(guest.read64(base), content(4, 0));
-        guest.reset_device();
-    }
-    guest.exit();
-}
-
-#[test]
-fn a_dead_back_ends_mappings_stay_until_the_reset() {
-    // SHM-76
-    if !kvm::is_here() {
-        return;
-    }
-    let (dying, living) = (Backend::start(), Backend::start());
-    let mut guest =
-        Guest::boot(["--vhost-user", &dying.device("dying"), "--vhost-user", &living.device("living")]);
-    guest.start_device();
-    let (base, _) = guest.region(0);
-    assert_eq!(dying.map(page(0), &file(1, 1)), 0);
-    guest.select(1);
-    guest.start_device();
-    let (other, _) = guest.region(0);
-    assert_ne!(base, other);
-    assert_eq!(living.map(page(0), &file(2, 1)), 0);
-
-    dying.hang_up();
-    guest.wait_for_log("dying");
-    guest.wait_for_log("needs a reset");
-    guest.select(0);
-    assert_ne!(guest.register(register::STATUS) & NEEDS_RESET, 0);
-    assert_ne!(guest.register(register::INTERRUPT_STATUS) & 2, 0);
-    assert_eq!(guest.read64(base), content(1, 0));
-
-    guest.select(1);
-    assert_eq!(guest.register(register::STATUS) & NEEDS_RESET, 0);
-    assert_eq!(guest.read64(other), content(2, 0));
-    assert_eq!(living.map(page(1), &file(3, 1)), 0);
-    assert_eq!(guest.read64(other + 0x1000), content(3, 0));
-    guest.set_register(register::QUEUE_NOTIFY, 0);
-    assert!(living.was_kicked());
-
-    guest.select(0);
-    guest.reset_device();
-    assert_eq!(guest.read64(base), HOLE);
-    assert_eq!(guest.read64(other), content(2, 0));
-    guest.exit();
-}
-
-#[test]
-fn devices_do_not_share_their_mappings() {
-    // SHM-36, SHM-69
-    if !kvm::is_here() {
-        return;
-    }
-    let backends = [Backend::start(), Backend::start()];
-    let devices = [backends[0].device("one"), backends[1].device("two")];
-    let mut guest = Guest::boot(["--vhost-user", &devices[0], "--vhost-user", &devices[1]]);
-    let mut bases = Vec::new();
-    for (device, backend) in (0..).zip(&backends) {
-        guest.select(device);
-        guest.start_device();
-        bases.push(guest.region(0).0);
-        assert_eq!(backend.map(page(0), &file(10 + device, 1)), 0);
-    }
-    assert_eq!(guest.read64(bases[0]), content(10, 0));
-    assert_eq!(guest.read64(bases[1]), content(11, 0));
-    assert_eq!(backends[0].unmap(page(0)), 0);
-    assert_eq!(guest.read64(bases[0]), HOLE);
-    assert_eq!(guest.read64(bases[1]), content(11, 0));
-    assert_eq!(backends[0].map(page(0), &file(12, 1)), 0);
-    guest.reset_device();
-    assert_eq!(guest.read64(bases[0]), content(12, 0));
-    assert_eq!(guest.read64(bases[1]), HOLE);
     guest.exit();
 }
 
@@ -151,7 +57,7 @@ fn a_device_shows_its_mappings_to_those_that_can_see_them() {
     }
     let can_see = || {
         let mut offer = Offer::default();
-        offer.protocol |= CONFIGURE_MEM_SLOTS;
+        offer.protocol |= PROTOCOL_F_CONFIGURE_MEM_SLOTS;
         Backend::offering(offer)
     };
     let [owner, seeing, blind] = [can_see(), can_see(), Backend::start()];
@@ -162,12 +68,12 @@ fn a_device_shows_its_mappings_to_those_that_can_see_them() {
         guest.start_device();
     }
     let told = |backend: &Backend| {
-        let mut seen = backend.seen();
+        let mut seen = backend.ids();
         seen.retain(|id| [ADD_MEM_REG, REM_MEM_REG].contains(id));
         seen
     };
-    assert_eq!(owner.map(page(0), &file(1, 1)), 0);
-    assert_eq!(seeing.map(page(0), &file(2, 1)), 0);
+    assert_eq!(owner.map(page_at(0), &numbered_file(1, 1)), 0);
+    assert_eq!(seeing.map(page_at(0), &numbered_file(2, 1)), 0);
     assert_eq!(told(&seeing), [ADD_MEM_REG]);
     guest.wait_for_map("mapping, read-only, shared, file offset 0x0");
     assert_eq!(guest.log().matches(", shared,").count(), 1, "{}", guest.log());
@@ -175,9 +81,9 @@ fn a_device_shows_its_mappings_to_those_that_can_see_them() {
     guest.reset_device();
     assert_eq!(told(&seeing), [ADD_MEM_REG, REM_MEM_REG]);
     assert_eq!((told(&owner), told(&blind)), (vec![], vec![]));
-    assert_eq!(owner.map(page(0), &file(1, 1)), -i64::from(libc::EBUSY));
+    assert_eq!(owner.map(page_at(0), &numbered_file(1, 1)), -i64::from(libc::EBUSY));
     guest.start_device();
-    assert_eq!(owner.map(page(0), &file(1, 1)), 0);
+    assert_eq!(owner.map(page_at(0), &numbered_file(1, 1)), 0);
     // Everybody is let go in peace.
     let log = guest.exit();
     let cannot = "does not offer protocol feature CONFIGURE_MEM_SLOTS";

@@ -1,7 +1,7 @@
 //! The machine without devices.
 
-use crate::guest::Guest;
-use crate::kvm;
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
 
 #[test]
 fn the_guest_reads_and_writes_its_ram_and_ends_with_its_status() {

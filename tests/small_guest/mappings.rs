@@ -1,18 +1,15 @@
 //! What a guest sees of its devices' shared memory while their back-ends map and unmap.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use crate::backend::{Backend, MIB, Offer, PAGE, content, file, page, writable};
-use crate::guest::Guest;
-use crate::kvm;
-use crate::wire::{MAP, MMap, UNMAP};
+use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::files::{MIB, PAGE, content, numbered_file};
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::{MMap, page_at, writable};
 
 const HOLE: u64 = u64::MAX;
-
-fn boot(backend: &Backend) -> Guest {
-    Guest::boot(["--vhost-user", &backend.device("device")])
-}
 
 fn word(file: &File, offset: u64) -> u64 {
     let mut bytes = [0; 8];
@@ -27,8 +24,7 @@ fn the_guest_reads_a_mapped_file_where_the_registers_say() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (first, len) = guest.region(0);
     let (seventh, seventh_len) = guest.region(7);
     assert_eq!((len, seventh_len), (4 * MIB, 2 * MIB));
@@ -39,11 +35,11 @@ fn the_guest_reads_a_mapped_file_where_the_registers_say() {
     assert!(first + len <= seventh || seventh + seventh_len <= first);
     assert_eq!(guest.read64(first), HOLE);
 
-    let data = file(5, 8);
-    let one = MMap { fd_offset: 3 * PAGE, len: 2 * PAGE, ..page(1) };
+    let data = numbered_file(5, 8);
+    let one = MMap { fd_offset: 3 * PAGE, len: 2 * PAGE, ..page_at(1) };
     assert_eq!(backend.map(one, &data), 0);
     // Right behind it, and at the same place of the other region.
-    assert_eq!(backend.map(page(3), &data), 0);
+    assert_eq!(backend.map(page_at(3), &data), 0);
     assert_eq!(backend.map(MMap { shmid: 7, ..one }, &data), 0);
     drop(data);
     for (address, expected) in [
@@ -65,41 +61,21 @@ fn the_guest_reads_a_mapped_file_where_the_registers_say() {
 }
 
 #[test]
-fn the_last_bytes_of_a_region_can_be_mapped() {
-    // SHM-31, SHM-34
-    if !kvm::is_here() {
-        return;
-    }
-    let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
-    let (base, len) = guest.region(0);
-    let last = MMap { len: PAGE - 1000, ..page(len / PAGE - 1) };
-    assert_eq!(backend.map(last, &file(1, 1)), 0);
-    assert_eq!(guest.read64(base + len - PAGE), content(1, 0));
-    assert_eq!(backend.unmap(MMap { len: PAGE, ..last }), -i64::from(libc::ENOENT));
-    assert_eq!(backend.unmap(last), 0);
-    assert_eq!(guest.read64(base + len - PAGE), HOLE);
-    guest.exit();
-}
-
-#[test]
 fn a_read_only_mapping_keeps_what_the_guest_writes_from_the_file() {
     // SHM-38, SHM-39
     if !kvm::is_here() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, _) = guest.region(0);
     let on_disk = tempfile::NamedTempFile::new().unwrap();
     on_disk.as_file().write_all_at(&vec![0x5a; 2 * PAGE as usize], 0).unwrap();
     let before = std::fs::read(on_disk.path()).unwrap();
     let read_only = File::open(on_disk.path()).unwrap();
-    // It is the mapping that is read-only, whatever its descriptor could do.
+    // The mapping is read-only, even where its descriptor is open for writing.
     for (start, fd) in [(0, &read_only), (2, on_disk.as_file())] {
-        let request = MMap { len: 2 * PAGE, ..page(start) };
+        let request = MMap { len: 2 * PAGE, ..page_at(start) };
         assert_eq!(backend.map(request, fd), 0);
         for offset in [0, 8, 0xff8, 0x1000] {
             let at = base + start * PAGE + offset;
@@ -112,7 +88,7 @@ fn a_read_only_mapping_keeps_what_the_guest_writes_from_the_file() {
         assert_eq!(std::fs::read(on_disk.path()).unwrap(), before);
     }
     // SHM-41
-    let refused = backend.map(writable(page(8)), &read_only);
+    let refused = backend.map(writable(page_at(8)), &read_only);
     assert_eq!(refused, -i64::from(libc::EACCES));
     guest.exit();
 }
@@ -124,11 +100,10 @@ fn guest_and_back_end_see_each_others_writes() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, _) = guest.region(0);
-    let shared = file(1, 4);
-    let payload = MMap { fd_offset: PAGE, len: 2 * PAGE, ..page(2) };
+    let shared = numbered_file(1, 4);
+    let payload = MMap { fd_offset: PAGE, len: 2 * PAGE, ..page_at(2) };
     assert_eq!(backend.map(writable(payload), &shared), 0);
     guest.write64(base + 3 * PAGE, 0xfeed);
     assert_eq!(word(&shared, 2 * PAGE), 0xfeed);
@@ -149,96 +124,20 @@ fn a_mapping_is_gone_when_unmap_is_answered() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let (base, _) = guest.region(0);
-    let (old, new) = (file(1, 1), file(2, 1));
+    let (old, new) = (numbered_file(1, 1), numbered_file(2, 1));
     for _ in 0..20 {
-        assert_eq!(backend.map(writable(page(0)), &old), 0);
+        assert_eq!(backend.map(writable(page_at(0)), &old), 0);
         assert_eq!(guest.read64(base), content(1, 0));
-        assert_eq!(backend.unmap(page(0)), 0);
+        assert_eq!(backend.unmap(page_at(0)), 0);
         assert_eq!(guest.read64(base), HOLE);
         guest.write64(base, 7);
-        assert_eq!(backend.map(page(0), &new), 0);
+        assert_eq!(backend.map(page_at(0), &new), 0);
         assert_eq!(guest.read64(base), content(2, 0));
-        assert_eq!(backend.unmap(page(0)), 0);
+        assert_eq!(backend.unmap(page_at(0)), 0);
     }
     assert_eq!(word(&old, 0), content(1, 0));
-    guest.exit();
-}
-
-#[test]
-fn requests_are_answered_in_order_also_when_many_are_under_way() {
-    // SHM-61
-    if !kvm::is_here() {
-        return;
-    }
-    let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
-    let (base, _) = guest.region(0);
-    let data = file(1, 1);
-    for index in 0..20 {
-        backend.send(MAP, page(index), Some(&data));
-        backend.send(MAP, page(index), Some(&data));
-        backend.send(UNMAP, page(index), None);
-        backend.send(MAP, page(index), Some(&data));
-    }
-    for index in 0..20 {
-        assert_eq!(backend.answer(MAP), 0);
-        assert_eq!(backend.answer(MAP), -i64::from(libc::EEXIST));
-        assert_eq!(backend.answer(UNMAP), 0);
-        assert_eq!(backend.answer(MAP), 0);
-        assert_eq!(guest.read64(base + index * PAGE), content(1, 0));
-    }
-    guest.exit();
-}
-
-#[test]
-fn a_refused_request_changes_nothing() {
-    // SHM-29 to SHM-35, SHM-42, SHM-47, SHM-52, SHM-62
-    if !kvm::is_here() {
-        return;
-    }
-    let backend = Backend::start();
-    let mut guest = boot(&backend);
-    guest.start_device();
-    let (base, len) = guest.region(0);
-    let (old, other) = (file(1, 4), file(2, 16));
-    let live = MMap { len: 4 * PAGE, ..page(4) };
-    assert_eq!(backend.map(live, &old), 0);
-    let pages = |first: u64, count: u64| MMap { len: count * PAGE, ..page(first) };
-    let directory = File::open("/").unwrap();
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
-    for (payload, file, errno) in [
-        (pages(4, 4), &other, libc::EEXIST),
-        (pages(3, 2), &other, libc::EEXIST),
-        (pages(7, 1), &other, libc::EEXIST),
-        (pages(0, 12), &other, libc::EEXIST),
-        (MMap { shmid: 1, ..pages(0, 1) }, &other, libc::ENOENT),
-        (MMap { shmid: 255, ..pages(0, 1) }, &other, libc::ENOENT),
-        (MMap { len: 0, ..page(0) }, &other, libc::EINVAL),
-        (MMap { shm_offset: 8, ..page(0) }, &other, libc::EINVAL),
-        (MMap { fd_offset: 8, ..page(0) }, &other, libc::EINVAL),
-        (MMap { flags: 2, ..page(0) }, &other, libc::EINVAL),
-        (pages(len / PAGE, 1), &other, libc::ERANGE),
-        (MMap { len: u64::MAX, ..page(1) }, &other, libc::ERANGE),
-        (MMap { fd_offset: !0xfff, ..page(0) }, &other, libc::EOVERFLOW),
-        (pages(0, 1), &directory, libc::EINVAL),
-        (pages(0, 1), &null, libc::EINVAL),
-    ] {
-        assert_eq!(backend.map(payload, file), -i64::from(errno), "{payload:?}");
-    }
-    for payload in [pages(4, 3), pages(5, 3), pages(5, 1), pages(3, 5), pages(0, 1)] {
-        assert_eq!(backend.unmap(payload), -i64::from(libc::ENOENT), "{payload:?}");
-    }
-    for index in 0..4 {
-        assert_eq!(guest.read64(base + (4 + index) * PAGE), content(1, index * PAGE));
-    }
-    assert_eq!(guest.read64(base), HOLE);
-    // SHM-49
-    assert_eq!(backend.map(pages(0, 4), &other), 0);
-    assert_eq!(guest.read64(base), content(2, 0));
     guest.exit();
 }
 
@@ -252,8 +151,7 @@ fn two_hundred_and_fifty_six_regions_work() {
         regions: (0..=255).map(|id| (id, PAGE * (1 + u64::from(id)))).collect(),
         ..Offer::default()
     });
-    let mut guest = boot(&backend);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     let regions: Vec<_> = (0..256).map(|id| guest.region(id)).collect();
     for (id, &(base, len)) in (0..).zip(&regions) {
         assert_eq!((base % (2 * MIB), len), (0, PAGE * (1 + id)), "{id}");
@@ -264,8 +162,8 @@ fn two_hundred_and_fifty_six_regions_work() {
         assert_eq!(guest.region(id), (u64::MAX, u64::MAX), "{id}");
     }
     for id in [0, 1, 254, 255] {
-        let last = MMap { shmid: id, ..page(id.into()) };
-        assert_eq!(backend.map(last, &file(id.into(), 1)), 0);
+        let last = MMap { shmid: id, ..page_at(id.into()) };
+        assert_eq!(backend.map(last, &numbered_file(id.into(), 1)), 0);
     }
     for id in [0, 1, 254, 255] {
         let (base, len) = regions[id as usize];
@@ -281,7 +179,7 @@ fn absent_regions_read_all_ones() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = boot(&backend);
+    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
     let before = (guest.region(0), guest.region(7));
     for id in [1, 6, 8, 255, 256, u32::MAX] {
         assert_eq!(guest.region(id), (u64::MAX, u64::MAX), "{id}");

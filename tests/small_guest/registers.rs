@@ -1,8 +1,8 @@
 //! The data path: the doorbell, the interrupt and its acknowledgement, none of which the VMM takes part in.
 
-use crate::backend::Backend;
-use crate::guest::{Guest, register};
-use crate::kvm;
+use hotslot_test_support::backend::Backend;
+use hotslot_test_support::guest::{Guest, register};
+use hotslot_test_support::kvm;
 
 const LOCAL_APIC: u64 = 0xfee0_0000;
 const IO_APIC: u64 = 0xfec0_0000;
@@ -16,8 +16,7 @@ fn a_notify_reaches_the_back_ends_kick() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
-    guest.start_device();
+    let mut guest = Guest::with(&backend);
     assert!(!backend.was_kicked());
     guest.set_register(register::QUEUE_NOTIFY, 0);
     assert!(backend.was_kicked());

@@ -1,14 +1,15 @@
-//! hotslot's own input and output, whatever they are: the guest goes on, and the exit status is the guest's.
+//! Every kind of standard input and output of hotslot: the guest goes on, and the exit status is the guest's.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use crate::monitor::Operation;
-use crate::{guest, kvm};
+use hotslot_test_support::child::{finish, signal_child, wait};
+use hotslot_test_support::monitor::Operation;
+use hotslot_test_support::{guest, kvm};
 
 const DEBUG_EXIT: u64 = 0xf4;
 
@@ -26,29 +27,15 @@ fn script() -> Vec<u8> {
     script
 }
 
-fn wait(mut hotslot: Child) -> ExitStatus {
-    let start = Instant::now();
-    loop {
-        if let Some(status) = hotslot.try_wait().unwrap() {
-            return status;
-        }
-        if start.elapsed() > Duration::from_secs(60) {
-            hotslot.kill().unwrap();
-            panic!("hotslot does not end");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 /// Closes a standard stream in the child.
 fn closed(command: &mut Command, fd: i32) -> &mut Command {
-    // SAFETY: close is async-signal-safe, and the descriptor is the child's own.
-    unsafe {
-        command.pre_exec(move || {
-            libc::close(fd);
-            Ok(())
-        })
-    }
+    let close = move || {
+        // SAFETY: the descriptor is the child's, which uses it no more.
+        unsafe { libc::close(fd) };
+        Ok(())
+    };
+    // SAFETY: the closure only calls close(2), which is async-signal-safe.
+    unsafe { command.pre_exec(close) }
 }
 
 #[test]
@@ -67,7 +54,7 @@ fn input_is_a_file() {
     let mut output = Vec::new();
     hotslot.stdout.take().unwrap().read_to_end(&mut output).unwrap();
     assert_eq!(output.len(), 20 * 8);
-    assert_eq!(wait(hotslot).code(), Some(42));
+    assert_eq!(wait(&mut hotslot).code(), Some(42));
 }
 
 #[test]
@@ -81,7 +68,7 @@ fn input_is_a_pipe_that_ends_before_the_guest() {
     let mut stdin = hotslot.stdin.take().unwrap();
     stdin.write_all(&script()).unwrap();
     drop(stdin);
-    assert_eq!(wait(hotslot).code(), Some(42));
+    assert_eq!(wait(&mut hotslot).code(), Some(42));
 }
 
 #[test]
@@ -99,19 +86,15 @@ fn there_is_no_input() {
         }
         let mut hotslot = command.spawn().unwrap();
         std::thread::sleep(Duration::from_millis(500));
-        assert_eq!(hotslot.try_wait().unwrap(), None, "closed: {close}");
-        // SAFETY: a signal to a child of ours, which is not reaped yet.
-        unsafe { libc::kill(hotslot.id() as i32, libc::SIGTERM) };
-        let mut stderr = hotslot.stderr.take().unwrap();
-        assert_eq!(wait(hotslot).code(), Some(128 + libc::SIGTERM));
-        let mut text = String::new();
-        stderr.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "hotslot: ended by SIGTERM\n");
+        signal_child(&mut hotslot, libc::SIGTERM);
+        let output = finish(hotslot);
+        assert_eq!(output.status.code(), Some(128 + libc::SIGTERM), "closed: {close}");
+        assert_eq!(output.stderr, b"hotslot: ended by SIGTERM\n");
     }
 }
 
 #[test]
-fn nobody_reads_the_output() {
+fn the_output_cannot_be_written() {
     if !kvm::is_here() {
         return;
     }
@@ -136,7 +119,7 @@ fn nobody_reads_the_output() {
                 command.stdout(Stdio::null());
             }
         }
-        assert_eq!(wait(command.spawn().unwrap()).code(), Some(42), "{case}");
+        assert_eq!(wait(&mut command.spawn().unwrap()).code(), Some(42), "{case}");
     }
 }
 
@@ -150,9 +133,8 @@ fn nothing_is_open_at_all() {
     for fd in 0..3 {
         closed(&mut command, fd);
     }
-    let hotslot = command.spawn().unwrap();
+    let mut hotslot = command.spawn().unwrap();
     std::thread::sleep(Duration::from_millis(500));
-    // SAFETY: a signal to a child of ours, which is not reaped yet.
-    unsafe { libc::kill(hotslot.id() as i32, libc::SIGTERM) };
-    assert_eq!(wait(hotslot).code(), Some(128 + libc::SIGTERM));
+    signal_child(&mut hotslot, libc::SIGTERM);
+    assert_eq!(wait(&mut hotslot).code(), Some(128 + libc::SIGTERM));
 }

@@ -2,10 +2,11 @@
 
 use std::os::unix::process::ExitStatusExt;
 
-use crate::guest::{Guest, NEEDS_RESET, RUNNING, register};
-use crate::kvm;
+use hotslot_test_support::guest::{Guest, NEEDS_RESET, RUNNING, register};
+use hotslot_test_support::kvm;
+use hotslot_test_support::torture::Torture;
+
 use crate::requests::pattern;
-use crate::torture::Torture;
 
 const HOLE: u64 = u64::MAX;
 
@@ -46,7 +47,7 @@ fn survives(deaths: &[(Vec<String>, Phase)]) {
     }
     let mut guest = Guest::boot(options);
     guest.start_device();
-    for ((device, torture), (steps, phase)) in (1..).zip(&mut dying).zip(deaths) {
+    for ((device, torture), (steps, phase)) in (1..).zip(&dying).zip(deaths) {
         guest.select(device);
         let (base, _) = guest.region(0);
         guest.set_register(register::STATUS, 0);
@@ -87,7 +88,7 @@ fn survives(deaths: &[(Vec<String>, Phase)]) {
 }
 
 /// It ended by SIGKILL.
-fn killed(torture: &mut Torture) {
+fn killed(torture: &Torture) {
     let (status, output) = torture.wait();
     assert_eq!(status.signal(), Some(libc::SIGKILL), "{output}");
 }
@@ -130,7 +131,7 @@ fn at_each_message_of_the_set_up() {
                 ("SET_BACKEND_REQ_FD", "after") => continue,
                 _ => {}
             }
-            let mut torture = Torture::doing(&[&format!("die@{message}:{moment}")]);
+            let torture = Torture::doing(&[&format!("die@{message}:{moment}")]);
             // That type has a configuration space to ask for.
             let device = torture.device("gizmo").replace("type=rng", "type=blk");
             let (status, log) = Guest::boot(["--vhost-user", &device]).wait();
@@ -138,7 +139,7 @@ fn at_each_message_of_the_set_up() {
             for word in ["error: device gizmo", torture.socket().to_str().unwrap(), "hung up"] {
                 assert!(log.contains(word), "{message}:{moment}: no '{word}' in:\n{log}");
             }
-            killed(&mut torture);
+            killed(&torture);
         }
     }
 }
@@ -216,7 +217,7 @@ fn from_outside_while_the_guest_uses_its_memory() {
         return;
     }
     let living = Torture::start(&["--once"]);
-    let mut dying = Torture::start(&["--read-write", "--do", "flood=forever"]);
+    let dying = Torture::start(&["--read-write", "--do", "flood=forever"]);
     let devices = [living.device("living"), dying.device("dying")];
     let mut guest = Guest::boot(["--vhost-user", &devices[0], "--vhost-user", &devices[1]]);
     guest.start_device();
@@ -242,6 +243,10 @@ fn from_outside_while_the_guest_uses_its_memory() {
     use_memory(&mut guest, 20..100);
     killer.join().unwrap();
     guest.wait_for_needs_reset();
+    // The driver is told by an interrupt, the user by a line.
+    assert_ne!(guest.register(register::INTERRUPT_STATUS) & 2, 0);
+    guest.wait_for_log("needs a reset");
+    assert!(guest.log().contains("dying"), "{}", guest.log());
     use_memory(&mut guest, 100..120);
     works(&mut guest);
 

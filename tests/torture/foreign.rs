@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use hotslot_test_support::torture::Torture;
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags};
 use vhost::vhost_user::{
     Error, Frontend, FrontendReqHandler, VhostUserFrontend, VhostUserFrontendReqHandlerMut,
@@ -13,8 +14,6 @@ use vhost::vhost_user::{
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{FileOffset, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::torture::Torture;
 
 const PAGE: u64 = 4096;
 const MEMORY: u64 = 64 * PAGE;
@@ -108,7 +107,7 @@ impl VhostUserFrontendReqHandlerMut for Regions {
 fn run(steps: &[&str], breaks: Breaks, until: &str) -> (Option<i32>, String) {
     let steps = steps.iter().flat_map(|step| ["--do", step]);
     let options = ["--once", "--patience", "2"].into_iter().chain(steps);
-    let mut torture = Torture::start(&options.collect::<Vec<_>>());
+    let torture = Torture::start(&options.collect::<Vec<_>>());
     let mut frontend = Frontend::connect(torture.socket(), 1).unwrap();
     frontend.set_owner().unwrap();
     let features = frontend.get_features().unwrap();

@@ -1,13 +1,14 @@
 //! Back-ends that break the rules: refused in the set-up, survived afterwards.
 
-use crate::guest::{Guest, NEEDS_RESET, RUNNING, register};
-use crate::kvm;
-use crate::requests::pattern;
-use crate::torture::Torture;
+use hotslot_test_support::guest::{Guest, NEEDS_RESET, RUNNING, register};
+use hotslot_test_support::kvm;
+use hotslot_test_support::torture::Torture;
 
-/// Boots hotslot with a back-end that does this; it has to refuse it, with these words.
+use crate::requests::pattern;
+
+/// Boots hotslot with a back-end that does this; hotslot must refuse it, with these words.
 fn refused(step: &str, words: &[&str]) {
-    let mut torture = Torture::doing(&[step]);
+    let torture = Torture::doing(&[step]);
     let (status, log) = Guest::boot(["--vhost-user", &torture.device("gizmo")]).wait();
     assert_eq!(status.code(), Some(2), "{step}: {log}");
     let socket = torture.socket();
@@ -70,7 +71,7 @@ fn extreme_configurations_work() {
     if !kvm::is_here() {
         return;
     }
-    let mut all = Torture::doing(&["shmem-config=all", "queue-num=0xffffffffffffffff"]);
+    let all = Torture::doing(&["shmem-config=all", "queue-num=0xffffffffffffffff"]);
     let mut guest = Guest::boot(["--vhost-user", &all.device("all")]);
     guest.start_device();
     for shmid in [0, 1, 255] {
@@ -105,7 +106,7 @@ fn machine(steps: &[&'static str]) -> (Guest, Vec<Device>, Torture) {
     let mut options = vec!["--vhost-user".to_string(), living.device("living")];
     let mut devices = Vec::new();
     for (index, &step) in (1..).zip(steps) {
-        // After a stall it waits in vain for what the front-end does.
+        // After a stall no answer comes: it need not wait for one for long.
         let patience = if step.starts_with("stall") { "1" } else { "30" };
         let torture = Torture::start(&["--once", "--patience", patience, "--do", step]);
         options.extend(["--vhost-user".to_string(), torture.device(&format!("bad{index}"))]);
@@ -116,7 +117,7 @@ fn machine(steps: &[&'static str]) -> (Guest, Vec<Device>, Torture) {
     (guest, devices, living)
 }
 
-/// Drives the devices as they start; each has to have its fate, and the first device to work throughout.
+/// Drives the devices as they start; each must meet its fate, and the first device must work throughout.
 fn survives(cases: &[(&'static str, &str, Fate)]) {
     if !kvm::is_here() {
         return;

@@ -1,8 +1,8 @@
 //! What a back-end may ask for: hotslot answers as specified throughout.
 
-use crate::guest::Guest;
-use crate::kvm;
-use crate::torture::Torture;
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::kvm;
+use hotslot_test_support::torture::Torture;
 
 /// What the pattern has at an offset.
 pub const fn pattern(offset: u64) -> u64 {
@@ -18,7 +18,7 @@ fn every_request_is_carried_out_or_refused_as_specified() {
         return;
     }
     let regions = ["--region", "0=4M", "--region", "7=2M"];
-    let mut torture =
+    let torture =
         Torture::start(&[&regions[..], &["--once", "--patience", "30", "--do", "everything"]].concat());
     let mut guest = Guest::boot(["--vhost-user", &torture.device("tortured")]);
     guest.start_device();
@@ -50,7 +50,7 @@ fn every_request_is_carried_out_or_refused_as_specified() {
         let (_verdict, came) = came.split_last().unwrap();
         assert_eq!(came, answers, "{case}: {output}");
     }
-    // All the rest has a verdict, and not just because something was tried in vain.
+    // Every other request has a verdict, and none because it could not be tried.
     assert_eq!(output.matches(": as specified\n").count(), 37, "{output}");
     assert!(output.contains("46 of 46 cases tried"), "{output}");
     assert!(!output.contains("keeps the descriptor"), "{output}");
@@ -59,7 +59,7 @@ fn every_request_is_carried_out_or_refused_as_specified() {
 /// Runs a back-end with these options, a device with these further keys, and reads the first word of region
 /// 0.
 fn first_word(options: &[&str], keys: &str, until: &str) -> (u64, String) {
-    let mut torture = Torture::start(&[&["--once", "--patience", "30"], options].concat());
+    let torture = Torture::start(&[&["--once", "--patience", "30"], options].concat());
     let device = format!("{}{keys}", torture.device("tortured"));
     let mut guest = Guest::boot(["--vhost-user", &device]);
     guest.start_device();

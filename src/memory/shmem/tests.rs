@@ -1,4 +1,3 @@
-#[path = "../../../tests/support/recorder.rs"]
 mod recorder;
 
 use std::fs::File;

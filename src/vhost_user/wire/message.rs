@@ -1,5 +1,6 @@
 //! The vhost-user wire format: ids, feature bits, and each header and payload as a type (vhost-user
-//! specification, "Message Specification" and "Communication"). Everything is in the machine's own byte order.
+//! specification, "Message Specification" and "Communication"). Everything is in the machine's own byte
+//! order.
 //!
 //! Pure data: `connection` moves these bytes, `frontend` and `channel` give them meaning.
 

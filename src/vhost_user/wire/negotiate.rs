@@ -89,8 +89,8 @@ const OURS: u64 = 1 << VIRTIO_F_RING_RESET;
 /// VIRTIO_F_RING_PACKED, are for the transport to leave out.
 const NOT_FOR_THE_DRIVER: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
 
-/// Agrees with a back-end whose answer to GET_FEATURES was `features`, and to GET_PROTOCOL_FEATURES `offered`;
-/// 0 where it must not be asked (SHM-2).
+/// Agrees with a back-end whose answer to GET_FEATURES was `features`, and to GET_PROTOCOL_FEATURES
+/// `offered`; 0 where it must not be asked (SHM-2).
 pub fn negotiate(features: u64, offered: u64, needs: &Needs) -> Result<Agreement, NegotiationError> {
     if features & 1 << VIRTIO_F_VERSION_1 == 0 {
         return Err(NegotiationError::NoVersion1(features));

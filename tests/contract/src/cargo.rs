@@ -99,8 +99,8 @@ fn parse_list(text: &str) -> Vec<String> {
     text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect()
 }
 
-/// The results in the harness's output (`--format=pretty`), with the tests that printed on standard error that
-/// they were skipped (`SKIPPED: TEST: why`).
+/// The results in the harness's output (`--format=pretty`), with the tests that printed on standard error
+/// that they were skipped (`SKIPPED: TEST: why`).
 fn parse_results(out: &str, err: &str) -> HashMap<String, TestResult> {
     let skipped: Vec<&str> = err
         .lines()

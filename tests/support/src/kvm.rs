@@ -1,7 +1,5 @@
 //! Whether tests that need `/dev/kvm` can run.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::fs::OpenOptions;
 use std::io::{Write, stderr};
 use std::sync::OnceLock;

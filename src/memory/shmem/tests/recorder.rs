@@ -1,20 +1,16 @@
-//! A machine that remembers what its guest can see. Whose module this is names the types of
-//! `hotslot::memory`.
-
-#![allow(dead_code)] // Not every test program uses all of it.
+//! A machine that records what its guest can see. The integration tests have their own, in `tests/support`.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{Access, GuestMapper, GuestRange, SlotId};
 
-/// What the guest can see, and the machine that shows it, if there is one.
+/// What the guest can see.
 #[derive(Default)]
 pub struct Guest {
     live: Mutex<Live>,
-    machine: Option<Arc<dyn GuestMapper>>,
     /// Refuses every mapping.
     pub no_slots: AtomicBool,
     /// Gives no slot back.
@@ -53,11 +49,7 @@ impl GuestMapper for Guest {
         }
         let before = live.mappings.range(..=guest.last()).next_back();
         assert!(before.is_none_or(|(_, other)| !other.guest.overlaps(&guest)));
-        let slot = match &self.machine {
-            // SAFETY: the caller's promise.
-            Some(machine) => unsafe { machine.map(guest, host, access) }?.0,
-            None => live.free.pop().unwrap_or(live.slots.len() as SlotNumber),
-        };
+        let slot = live.free.pop().unwrap_or(live.slots.len() as SlotNumber);
         live.slots.insert(slot, guest.start());
         let host = host as usize;
         live.mappings.insert(guest.start(), Mapping { guest, host, access });
@@ -71,20 +63,12 @@ impl GuestMapper for Guest {
         }
         let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
         let start = live.slots.remove(&slot).ok_or_else(unknown)?;
-        match &self.machine {
-            Some(machine) => machine.unmap(SlotId(slot))?,
-            None => live.free.push(slot),
-        }
+        live.free.push(slot);
         live.mappings.remove(&start).map(drop).ok_or_else(unknown)
     }
 }
 
 impl Guest {
-    /// The guest of a machine that shows it what is mapped.
-    pub fn of(machine: Arc<dyn GuestMapper>) -> Guest {
-        Guest { machine: Some(machine), ..Guest::default() }
-    }
-
     /// After a failed assertion, too: what is mapped is then taken away all the same.
     fn lock(&self) -> MutexGuard<'_, Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
@@ -111,19 +95,9 @@ impl Guest {
         let mut byte = 0u8;
         let (local, remote) = (vector((&raw mut byte) as usize), mapping.host_vector(address));
         // SAFETY: one byte on our stack; a bad address is an error, not a fault.
-        let count = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        let count =
+            unsafe { libc::process_vm_readv(std::process::id() as libc::pid_t, &local, 1, &remote, 1, 0) };
         (count == 1).then_some(byte)
-    }
-
-    /// The guest writes a byte; false where it cannot.
-    pub fn write(&self, address: u64, byte: u8) -> bool {
-        let live = self.lock();
-        let Some(mapping) = live.at(address).filter(|mapping| mapping.access == Access::ReadWrite) else {
-            return false;
-        };
-        let (local, remote) = (vector((&raw const byte) as usize), mapping.host_vector(address));
-        // SAFETY: only a live mapping of the guest's is written to; a bad address is an error, not a fault.
-        unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) == 1 }
     }
 }
 

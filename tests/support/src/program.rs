@@ -1,28 +1,26 @@
-//! The program `hotslot-backend`, as a process: started, watched, ended. Every wait has a deadline: the one
-//! for the program ends it, and so whatever waits for it.
-
-#![allow(dead_code)] // Not every test program uses all of it.
+//! The program `hotslot-backend` on a file or a directory, as a process.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Mutex, mpsc};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_hotslot-backend");
+use crate::built::{self, hotslot_backend};
+use crate::child::{self, Running};
+
+/// When the program is killed: a thread that waits for it then goes on, such as the front-end of the `vhost`
+/// crate, which knows no deadlines.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 /// Relative, as socket addresses are short and directories of builds are not.
 const SOCKET: &str = "s";
 
 /// A directory that is on the same disk as the build: its files are written back, unlike those of a tmpfs.
 pub fn directory() -> TempDir {
-    TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+    TempDir::new_in(built::scratch()).unwrap()
 }
 
 /// The file `memory.img`, sparse.
@@ -33,27 +31,18 @@ pub fn file(dir: &TempDir, len: u64) -> PathBuf {
     path
 }
 
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < DEADLINE, "waited for {what} in vain");
-        thread::sleep(Duration::from_millis(2));
-    }
-}
-
 /// In a directory, where it listens on [`SOCKET`].
 pub fn command(device: &str, dir: &TempDir) -> Command {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(hotslot_backend());
     command.current_dir(dir.path()).args([device, "--socket", SOCKET]);
     command
 }
 
 /// A running back-end. It is killed at the deadline and when this is dropped.
 pub struct Backend {
-    child: Arc<Mutex<Child>>,
+    program: Running,
     pub socket: PathBuf,
-    stderr: Arc<Mutex<String>>,
-    _alive: mpsc::Sender<()>,
+    _dir: Option<TempDir>,
 }
 
 impl Backend {
@@ -66,41 +55,34 @@ impl Backend {
 
     /// Starts it by a [`command`], and waits until it listens.
     pub fn spawn(mut command: Command, dir: &TempDir) -> Self {
-        let socket = dir.path().join(SOCKET);
-        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let stderr = Arc::new(Mutex::new(String::new()));
-        let (pipe, lines) = (child.stderr.take().unwrap(), Arc::clone(&stderr));
-        thread::spawn(move || {
-            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
-                *lines.lock().unwrap() += &(line + "\n");
-            }
-        });
-        let child = Arc::new(Mutex::new(child));
-        let (_alive, dropped) = mpsc::channel();
-        let watched = Arc::clone(&child);
-        thread::spawn(move || {
-            if dropped.recv_timeout(DEADLINE) == Err(mpsc::RecvTimeoutError::Timeout) {
-                let _ = watched.lock().unwrap().kill();
-            }
-        });
-        let backend = Backend { child, socket, stderr, _alive };
-        backend.wait_for("listening on ");
-        backend
+        let program = Running::start(&mut command).for_at_most(DEADLINE);
+        program.wait_for("listening on ");
+        Backend { program, socket: dir.path().join(SOCKET), _dir: None }
+    }
+
+    /// Starts a device of it on a sparse file in a directory of its own: [`Self::file`].
+    pub fn on_file(device: &str, len: u64, args: &str) -> Self {
+        let dir = directory();
+        file(&dir, len);
+        let backend = Backend::start(device, &dir, args);
+        Backend { _dir: Some(dir), ..backend }
+    }
+
+    /// The file `memory.img`.
+    pub fn file(&self) -> PathBuf {
+        self.socket.with_file_name("memory.img")
     }
 
     pub fn stderr(&self) -> String {
-        self.stderr.lock().unwrap().clone()
+        self.program.said()
     }
 
     pub fn wait_for(&self, words: &str) {
-        wait_until(&format!("{words:?} on stderr"), || {
-            assert!(self.is_running(), "the program has ended: {}", self.stderr());
-            self.stderr().contains(words)
-        });
+        self.program.wait_for(words);
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.lock().unwrap().id()
+        self.program.pid() as u32
     }
 
     pub fn descriptors(&self) -> usize {
@@ -108,32 +90,20 @@ impl Backend {
     }
 
     pub fn is_running(&self) -> bool {
-        self.child.lock().unwrap().try_wait().unwrap().is_none()
+        self.program.is_running()
     }
 
     pub fn wait(&self) -> ExitStatus {
-        wait_until("the end of the program", || !self.is_running());
-        self.child.lock().unwrap().try_wait().unwrap().unwrap()
+        self.program.wait().0
     }
 
-    /// A socket name of at most 107 bytes, wherever the build is.
+    /// A connection to it: its path would be too long for a socket address.
     pub fn connect(&self) -> UnixStream {
         let dir = File::open(self.socket.parent().unwrap()).unwrap();
         let stream = UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd())).unwrap();
         // For raw bytes; the crate's front-end asks again, until the deadline ends the program.
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         stream
-    }
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        let mut child = self.child.lock().unwrap();
-        let _ = child.kill();
-        let _ = child.wait();
-        if thread::panicking() {
-            eprintln!("the back-end said:\n{}", self.stderr());
-        }
     }
 }
 
@@ -155,7 +125,7 @@ pub fn start_after(script: &str, device: &str, dir: &TempDir, args: &str) -> Opt
         eprintln!("SKIPPED: this cannot be set up here: {probe:?}");
         return None;
     }
-    let last = format!("exec {PROGRAM:?} {device} --socket {SOCKET} {args}");
+    let last = format!("exec {:?} {device} --socket {SOCKET} {args}", hotslot_backend());
     Some(Backend::spawn(shell(&last), dir))
 }
 
@@ -169,28 +139,10 @@ pub const FAILS_LATER: &str = "mkdir -p full; mount -t tmpfs -o size=8m none ful
     mount -o loop full/ext4.img full/disk;
     truncate -s 32M full/disk/memory.img";
 
-/// Runs it to its end. A program that listens instead is killed.
-fn run(device: &str, dir: &TempDir, args: &str) -> Output {
-    let mut child = Command::new(PROGRAM)
-        .current_dir(dir.path())
-        .arg(device)
-        .args(args.split_whitespace())
-        .stderr(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let start = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if start.elapsed() > DEADLINE {
-            child.kill().unwrap();
-        }
-        thread::sleep(Duration::from_millis(2));
-    }
-    child.wait_with_output().unwrap()
-}
-
+/// Such a command line is refused in a sentence with this in it.
 pub fn assert_refused(device: &str, dir: &TempDir, args: &str, sentence: &str) {
-    let output = run(device, dir, args);
+    let mut command = Command::new(hotslot_backend());
+    let output = child::run(command.current_dir(dir.path()).arg(device).args(args.split_whitespace()));
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
     assert!(stderr.contains(sentence), "{args:?}: {stderr}");

@@ -66,7 +66,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
 
     a.mov(rax, TABLES)?;
     a.mov(cr3, rax)?;
-    a.mov(rsp, LOAD)?; // grows down, into RAM that nobody needs any more
+    a.mov(rsp, LOAD)?; // grows down, into RAM that is not used any more
 
     // "Interrupt me when there is input": only then hotslot gives the port any. Interrupts stay off in the
     // processor.

@@ -1,7 +1,5 @@
 //! What a process has of the host: descriptors, address ranges, threads.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 

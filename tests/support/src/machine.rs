@@ -1,8 +1,6 @@
 //! The machine that the device is in, and the guest's eyes: memory slots of a real KVM and a processor that
 //! runs a dozen instructions, or, where there is no `/dev/kvm`, a machine that only remembers.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::sync::Arc;
 
 use hotslot::kvm::slots::Slots;
@@ -62,23 +60,18 @@ impl Machine {
     /// KVM itself has nothing at a region: it takes a slot there, over all of it.
     pub fn assert_empty(&self, region: GuestRange) {
         let Some(real) = &self.0 else { return };
-        // SAFETY: the slot is gone before anything runs, and its memory is ours until the process ends.
-        unsafe {
-            let memory = reserve(region.len() as usize, libc::PROT_NONE);
-            let slot = real
-                .slots
-                .map(region, memory.cast(), Access::ReadOnly)
-                .expect("KVM still has something there");
-            real.slots.unmap(slot).unwrap();
-            libc::munmap(memory, region.len() as usize);
-        }
+        let len = region.len() as usize;
+        let memory = reserve(len, libc::PROT_NONE);
+        // SAFETY: the memory is ours until it is unmapped below, after the slot.
+        let slot = unsafe { real.slots.map(region, memory.cast(), Access::ReadOnly) };
+        real.slots.unmap(slot.expect("KVM still has something there")).unwrap();
+        // SAFETY: nobody uses it any more.
+        unsafe { libc::munmap(memory, len) };
     }
 }
 
-/// # Safety
-///
-/// None: the kernel chooses the addresses.
-unsafe fn reserve(len: usize, protection: libc::c_int) -> *mut libc::c_void {
+/// Private memory, at an address of the kernel's choice.
+fn reserve(len: usize, protection: libc::c_int) -> *mut libc::c_void {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: without MAP_FIXED nothing else is touched.
     let memory = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
@@ -92,14 +85,13 @@ impl Real {
         let vm = Arc::new(kvm.create_vm().unwrap());
         let slots = Arc::new(Slots::new(vm.clone(), kvm.get_nr_memslots() as u32));
         let program = program().expect("the program assembles");
-        // SAFETY: the page is never unmapped; only the guest and volatile accesses of ours use it.
-        let ram = unsafe {
-            let ram = reserve(PAGE as usize, libc::PROT_READ | libc::PROT_WRITE);
-            std::ptr::copy_nonoverlapping(program.as_ptr(), ram.cast(), program.len());
-            let page = GuestRange::new(0, PAGE).unwrap();
-            slots.map(page, ram.cast(), Access::ReadWrite).unwrap();
-            ram.cast()
-        };
+        let ram = reserve(PAGE as usize, libc::PROT_READ | libc::PROT_WRITE);
+        // SAFETY: the page is ours, is never unmapped, and has room for the program.
+        unsafe { std::ptr::copy_nonoverlapping(program.as_ptr(), ram.cast(), program.len()) };
+        let page = GuestRange::new(0, PAGE).unwrap();
+        // SAFETY: it is never unmapped; from now on only the guest and volatile accesses of ours use it.
+        unsafe { slots.map(page, ram.cast(), Access::ReadWrite) }.unwrap();
+        let ram = ram.cast();
         let processor = vm.create_vcpu(0).unwrap();
         let mut sregs = processor.get_sregs().unwrap();
         // Protected mode, everything flat, no paging.
@@ -128,11 +120,14 @@ impl Real {
     fn access(&mut self, address: u64, byte: Option<u8>) -> Option<u8> {
         let word = |at: u64| self.ram.wrapping_add(at as usize / 4);
         let result = word(BYTE);
-        // SAFETY: words of the page.
-        unsafe {
-            word(ADDRESS).write_volatile(address as u32);
-            word(IS_WRITE).write_volatile(byte.is_some().into());
-            result.write_volatile(byte.unwrap_or(0).into());
+        let order = [
+            (word(ADDRESS), address as u32),
+            (word(IS_WRITE), byte.is_some().into()),
+            (result, byte.unwrap_or(0).into()),
+        ];
+        for (word, value) in order {
+            // SAFETY: a word of the page, which is never unmapped.
+            unsafe { word.write_volatile(value) };
         }
         let mut exited = false;
         loop {

@@ -1,21 +1,18 @@
 //! Bytes on a socket, written and read here by hand: nothing of hotslot's codec, so that an error in it
 //! cannot hide.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// How long any wait of a test may take.
-pub const PATIENCE: Duration = Duration::from_secs(20);
-
-pub const MAP: u32 = 9;
-pub const UNMAP: u32 = 10;
+use crate::files::PAGE;
+pub use crate::names::backend_request::{SHMEM_MAP, SHMEM_UNMAP};
+pub use crate::wait::PATIENCE;
 
 /// Header flags.
 pub const VERSION_1: u32 = 1;
@@ -38,8 +35,8 @@ pub fn quads<const N: usize>(quads: [u64; N]) -> Vec<u8> {
     quads.iter().flat_map(|quad| quad.to_ne_bytes()).collect()
 }
 
-/// The payload of MAP and UNMAP.
-#[derive(Clone, Copy, Debug, Default)]
+/// The payload of SHMEM_MAP and SHMEM_UNMAP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MMap {
     pub shmid: u8,
     pub padding: [u8; 7],
@@ -47,6 +44,16 @@ pub struct MMap {
     pub shm_offset: u64,
     pub len: u64,
     pub flags: u64,
+}
+
+/// One page of region 0, for reading.
+pub fn page_at(page: u64) -> MMap {
+    MMap { shm_offset: page * PAGE, len: PAGE, ..MMap::default() }
+}
+
+/// The same mapping, for reading and writing.
+pub fn writable(request: MMap) -> MMap {
+    MMap { flags: 1, ..request }
 }
 
 impl MMap {
@@ -83,6 +90,19 @@ impl Message {
     /// The u64 at `offset` of the payload.
     pub fn quad(&self, offset: usize) -> u64 {
         u64::from_ne_bytes(self.payload[offset..offset + 8].try_into().unwrap())
+    }
+
+    /// The payload of SHMEM_MAP or SHMEM_UNMAP.
+    pub fn mmap(&self) -> MMap {
+        assert_eq!(self.payload.len(), 40);
+        let [fd_offset, shm_offset, len, flags] = [8, 16, 24, 32].map(|at| self.quad(at));
+        let padding = self.payload[1..8].try_into().unwrap();
+        MMap { shmid: self.payload[0], padding, fd_offset, shm_offset, len, flags }
+    }
+
+    /// The file that came with it.
+    pub fn file(&self) -> File {
+        File::from(self.fds[0].try_clone().unwrap())
     }
 }
 
@@ -139,6 +159,36 @@ impl Wire {
         self.receive_within(Some(PATIENCE))
     }
 
+    /// Sends a request with NEED_REPLY, and these descriptors.
+    pub fn ask(&self, id: u32, request: MMap, fds: &[RawFd]) {
+        self.send_with(&message(id, VERSION_1 | NEED_REPLY, &request.bytes()), fds).unwrap();
+    }
+
+    /// The answer to a request, which must be well formed (SHM-57): 0, or -errno.
+    pub fn answer(&self, id: u32) -> i64 {
+        let reply = self.receive().unwrap();
+        assert_eq!((reply.request, reply.flags), (id, VERSION_1 | REPLY));
+        assert_eq!((reply.payload.len(), reply.fds.len()), (8, 0));
+        let value = reply.quad(0) as i64;
+        assert!((-4095..=0).contains(&value), "{value} is neither 0 nor -errno");
+        value
+    }
+
+    /// Answers a request: 0, or -errno.
+    pub fn reply(&self, request: &Message, value: i64) {
+        self.send(&message(request.request, VERSION_1 | REPLY, &value.to_ne_bytes()));
+    }
+
+    pub fn map(&self, request: MMap, file: &impl AsRawFd) -> i64 {
+        self.ask(SHMEM_MAP, request, &[file.as_raw_fd()]);
+        self.answer(SHMEM_MAP)
+    }
+
+    pub fn unmap(&self, request: MMap) -> i64 {
+        self.ask(SHMEM_UNMAP, request, &[]);
+        self.answer(SHMEM_UNMAP)
+    }
+
     /// Waits for the other side to hang up. What comes before is thrown away.
     pub fn wait_for_end(&self) {
         self.0.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -162,24 +212,19 @@ impl Wire {
 }
 
 /// Tells when every copy of a descriptor is closed: the other end of the pipe that it is of.
-pub struct Leash(File);
+pub struct Leash(io::PipeReader);
 
 impl Leash {
     /// The descriptor to give away, and the leash.
     pub fn new() -> (OwnedFd, Leash) {
-        let mut fds = [0; 2];
-        // SAFETY: room for two descriptors, which are nobody else's.
-        unsafe {
-            assert_eq!(libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC), 0);
-            (OwnedFd::from_raw_fd(fds[1]), Leash(File::from_raw_fd(fds[0])))
-        }
+        let (reader, writer) = io::pipe().unwrap();
+        (writer.into(), Leash(reader))
     }
 
-    /// Waits until nobody has the descriptor any more.
+    /// Waits until no process has the descriptor open any more.
     pub fn wait_until_closed(&self) {
-        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: 0, revents: 0 };
-        // SAFETY: one pollfd, on our stack.
-        let ready = unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) };
+        let mut poll = [PollFd::new(&self.0, PollFlags::empty())];
+        let ready = rustix::event::poll(&mut poll, Some(&PATIENCE.try_into().unwrap())).unwrap();
         assert_eq!(ready, 1, "a descriptor was kept");
     }
 }

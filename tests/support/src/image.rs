@@ -1,8 +1,6 @@
 //! Kernels for `hotslot -k` that are made in a test: an ELF file of assembled code and data, and page tables
 //! for it.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::io::Write;
 
 use tempfile::NamedTempFile;

@@ -1,19 +1,18 @@
 //! A running `hotslot` with the monitor as its guest, and a virtio driver made of the monitor's reads and
 //! writes.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
+
+use crate::backend::Backend;
+use crate::child::Running;
 use crate::image;
 use crate::monitor::{self, Operation};
-
-/// Longer than anything here takes, on the slowest machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::wait::{PATIENCE, eventually};
 
 /// The first device's register block.
 pub const REGISTERS: u64 = 0xd000_0000;
@@ -21,11 +20,10 @@ pub const REGISTERS: u64 = 0xd000_0000;
 const DEBUG_EXIT: u64 = 0xf4;
 
 pub struct Guest {
-    hotslot: Child,
+    hotslot: Running,
     stdin: ChildStdin,
     stdout: ChildStdout,
     _kernel: Option<tempfile::NamedTempFile>,
-    log: tempfile::NamedTempFile,
     /// The registers of the device that the driver below drives.
     registers: u64,
 }
@@ -37,7 +35,7 @@ pub fn kernel() -> tempfile::NamedTempFile {
 
 /// hotslot with the monitor, ready for more options.
 pub fn command(kernel: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hotslot"));
+    let mut command = Command::new(crate::built::hotslot());
     command.args(["-m", "64M", "--debug-exit", "-k"]).arg(kernel);
     command
 }
@@ -51,23 +49,18 @@ impl Guest {
         Guest::spawn(command, Some(kernel))
     }
 
-    /// Runs hotslot with a kernel of the test's own, which is kept as long where it is a temporary one.
-    pub fn spawn(mut hotslot: Command, kernel: Option<tempfile::NamedTempFile>) -> Guest {
-        let log = tempfile::NamedTempFile::new().unwrap();
-        let mut hotslot = hotslot
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(log.reopen().unwrap())
-            .spawn()
-            .unwrap();
-        let (stdin, stdout) = (hotslot.stdin.take().unwrap(), hotslot.stdout.take().unwrap());
-        Guest { hotslot, stdin, stdout, _kernel: kernel, log, registers: REGISTERS }
+    /// Boots it with this back-end's device, and starts the device.
+    pub fn with(backend: &Backend) -> Guest {
+        let mut guest = Guest::boot(["--vhost-user", &backend.device("device")]);
+        guest.start_device();
+        guest
     }
 
-    /// Boots it with one device whose back-end listens on `socket`; `extra` are further keys of the device
-    /// string.
-    pub fn with_device(socket: &Path, extra: &str) -> Guest {
-        Guest::boot(["--vhost-user".to_string(), format!("{},{extra}", socket.display())])
+    /// Runs hotslot with a kernel of the test's own, which is kept as long where it is a temporary one.
+    pub fn spawn(mut hotslot: Command, kernel: Option<tempfile::NamedTempFile>) -> Guest {
+        let hotslot = Running::start(hotslot.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let (stdin, stdout) = hotslot.pipes();
+        Guest { hotslot, stdin, stdout, _kernel: kernel, registers: REGISTERS }
     }
 
     fn ask(&mut self, operation: Operation, width: u8, address: u64, value: u64) -> u64 {
@@ -86,9 +79,8 @@ impl Guest {
     }
 
     fn wait_for_output(&self) {
-        let mut poll = libc::pollfd { fd: self.stdout.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one pollfd, on our stack.
-        if unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) } != 1 {
+        let mut poll = [PollFd::new(&self.stdout, PollFlags::IN)];
+        if rustix::event::poll(&mut poll, Some(&PATIENCE.try_into().unwrap())) != Ok(1) {
             self.fail("the guest does not answer");
         }
     }
@@ -99,36 +91,29 @@ impl Guest {
 
     /// What hotslot printed on stderr so far.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.log.path()).unwrap()
+        self.hotslot.said()
     }
 
     /// Waits until hotslot has printed `text` on stderr.
     pub fn wait_for_log(&self, text: &str) {
-        let start = Instant::now();
-        while !self.log().contains(text) {
-            if start.elapsed() > PATIENCE {
-                self.fail(&format!("no '{text}'"));
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        self.hotslot.wait_for(text);
     }
 
     /// Has hotslot print its memory map (SIGUSR1), until there is `text` in it.
     pub fn wait_for_map(&self, text: &str) {
-        let start = Instant::now();
-        while !self.log().contains(text) {
-            if start.elapsed() > PATIENCE {
-                self.fail(&format!("no '{text}'"));
+        self.hotslot.wait_until(&format!("the map has {text:?}"), || {
+            let has_it = self.log().contains(text);
+            if !has_it {
+                self.hotslot.signal(libc::SIGUSR1);
+                std::thread::sleep(Duration::from_millis(100));
             }
-            // SAFETY: a signal to a child of ours, which is not reaped yet.
-            unsafe { libc::kill(self.pid(), libc::SIGUSR1) };
-            std::thread::sleep(Duration::from_millis(100));
-        }
+            has_it
+        });
     }
 
     /// The process.
     pub fn pid(&self) -> i32 {
-        self.hotslot.id() as i32
+        self.hotslot.pid()
     }
 
     pub fn read8(&mut self, address: u64) -> u8 {
@@ -157,10 +142,6 @@ impl Guest {
 
     pub fn out8(&mut self, port: u16, value: u8) {
         self.ask(Operation::Out, 1, port.into(), value.into());
-    }
-
-    pub fn in8(&mut self, port: u16) -> u8 {
-        self.ask(Operation::In, 1, port.into(), 0) as u8
     }
 
     /// Enables or disables interrupts in the processor. None comes either way, unless the test arranges for
@@ -196,25 +177,8 @@ impl Guest {
     }
 
     /// Waits for the end of hotslot; gives its status and what it printed on stderr.
-    pub fn wait(mut self) -> (ExitStatus, String) {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.hotslot.try_wait().unwrap() {
-                return (status, self.log());
-            }
-            if start.elapsed() > PATIENCE {
-                self.fail("hotslot does not end");
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // It has ended already where the test went well.
-        let _ = self.hotslot.kill();
-        let _ = self.hotslot.wait();
+    pub fn wait(self) -> (ExitStatus, String) {
+        self.hotslot.wait()
     }
 }
 
@@ -277,7 +241,7 @@ impl Guest {
         assert_eq!(self.register(register::STATUS), 0);
     }
 
-    /// Takes the device from reset to DRIVER_OK; all has to go well.
+    /// Takes the device from reset to DRIVER_OK; every step must succeed.
     pub fn start_device(&mut self) {
         self.reset_device();
         assert_eq!(self.try_start_device(), RUNNING, "{}", self.log());
@@ -342,13 +306,9 @@ impl Guest {
 
     /// Waits until the device says that it needs a reset.
     pub fn wait_for_needs_reset(&mut self) {
-        let start = Instant::now();
-        while self.register(register::STATUS) & NEEDS_RESET == 0 {
-            if start.elapsed() > PATIENCE {
-                self.fail("the device does not say that it needs a reset");
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        eventually("the device says that it needs a reset", || {
+            self.register(register::STATUS) & NEEDS_RESET != 0
+        });
     }
 
     /// The base and length of a shared memory region, as the registers tell; all-ones where there is none.

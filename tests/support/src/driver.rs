@@ -1,8 +1,6 @@
 //! A front-end of the `vhost` crate, and the guest behind it: its memory, its driver with one queue, made by
 //! hand.
 
-#![allow(dead_code)] // Not every test program uses all of it.
-
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
@@ -12,18 +10,10 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::program::{Backend, wait_until};
-
-pub const MIB: u64 = 1 << 20;
-
-pub const INDIRECT_DESC: u64 = 1 << 28;
-pub const EVENT_IDX: u64 = 1 << 29;
-pub const PROTOCOL_FEATURES: u64 = 1 << 30;
-pub const VERSION_1: u64 = 1 << 32;
-
-pub const REPLY_ACK: u64 = 1 << 3;
-pub const CONFIG: u64 = 1 << 9;
-pub const RESET_DEVICE: u64 = 1 << 13;
+use crate::files::MIB;
+use crate::names::*;
+use crate::program::Backend;
+use crate::wait::eventually;
 
 /// Where the front-end claims to have the guest's memory; only the differences matter.
 pub const USER_ADDRESS: u64 = 0x7000_0000_0000;
@@ -61,7 +51,7 @@ impl Driver {
         front_end
             .set_protocol_features(VhostUserProtocolFeatures::from_bits(protocol_features).unwrap())
             .unwrap();
-        if protocol_features & REPLY_ACK != 0 {
+        if protocol_features & PROTOCOL_F_REPLY_ACK != 0 {
             front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         let ram_file = tempfile::tempfile().unwrap();
@@ -69,7 +59,7 @@ impl Driver {
         let range = (GuestAddress(0), RAM as usize, Some(FileOffset::new(ram_file.try_clone().unwrap(), 0)));
         Driver {
             front_end,
-            features: features | PROTOCOL_FEATURES,
+            features: features | VHOST_USER_F_PROTOCOL_FEATURES,
             ram_file,
             ram: GuestMemoryMmap::from_ranges_with_files([range]).unwrap(),
             kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
@@ -145,8 +135,8 @@ impl Driver {
 
     /// The chain at `head` comes back: how many bytes were written.
     pub fn await_used(&mut self, head: u16) -> u32 {
-        wait_until("a used buffer", || self.used_index() == self.avail);
-        wait_until("a call", || self.call.read().is_ok());
+        eventually("a used buffer", || self.used_index() == self.avail);
+        eventually("a call", || self.call.read().is_ok());
         let slot = u64::from((self.avail - 1) % QUEUE_SIZE);
         let [id, written]: [u32; 2] = self.ram.read_obj(GuestAddress(USED + 4 + 8 * slot)).unwrap();
         assert_eq!(id, u32::from(head));

@@ -1,0 +1,38 @@
+//! What the tests, the fuzz targets and the benchmark share: the other ends of hotslot.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`names`], [`wire`] | the numbers of vhost-user, and its messages as bytes on a socket |
+//! | [`backend`], [`files`] | a scripted back-end, and what it maps |
+//! | [`bench`] | a device of the library in this process, and the scripted back-end behind it |
+//! | [`recorder`], [`machine`] | the machine of such a device: it records its mappings, or a vCPU of KVM sees them |
+//! | [`guest`], [`monitor`], [`image`] | a running `hotslot`, and the small guest in it |
+//! | [`program`], [`torture`] | a running `hotslot-backend` |
+//! | [`driver`] | the front-end of the `vhost` crate, and a driver with one queue |
+//! | [`child`], [`built`], [`terminal`] | a program that runs, where cargo built it, what it runs on |
+//! | [`kvm`], [`process`], [`wait`] | whether `/dev/kvm` opens; what a process has of the host; deadlines |
+//!
+//! Nothing here encodes or decodes a message by hotslot's own codec, so that no error in that codec can hide.
+
+// A test that cannot go on ends with a panic.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+pub mod backend;
+pub mod bench;
+pub mod built;
+pub mod child;
+pub mod driver;
+pub mod files;
+pub mod guest;
+pub mod image;
+pub mod kvm;
+pub mod machine;
+pub mod monitor;
+pub mod names;
+pub mod process;
+pub mod program;
+pub mod recorder;
+pub mod terminal;
+pub mod torture;
+pub mod wait;
+pub mod wire;
