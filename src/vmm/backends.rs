@@ -97,7 +97,7 @@ impl Backend {
     }
 }
 
-/// Connects to all back-ends, then places the windows of their shared memory regions.
+/// For each back-end: connects, then places the windows of its shared memory regions.
 pub fn connect(
     config: &Config,
     mut windows: WindowAllocator,
@@ -157,14 +157,14 @@ pub fn attach(
         let page = RegisterPage::new().map_err(&registers_failed)?;
         let interrupt = Interrupt::new(Arc::clone(&page)).map_err(&registers_failed)?;
         vm.register_irqfd(interrupt.call(), gsi)?;
-        let member = sharing.as_ref().map(|sharing| sharing.join());
+        let participant = sharing.as_ref().map(|sharing| sharing.join());
         let device = VhostUserDevice::new(
             &spec,
             handshake,
             memory.clone(),
             Arc::clone(&shmem),
             Arc::clone(&interrupt),
-            member.clone(),
+            participant.clone(),
         )
         .map_err(|error| BackendError::new(&spec, Cause::Device(error)))?;
         let transport =
@@ -180,7 +180,7 @@ pub fn attach(
         // SAFETY: the page is mapped until it is dropped; it is written through atomics only.
         unsafe { vm.slots().map_permanent(registers, page.host_ptr(), Access::ReadOnly, page.clone()) }
             .map_err(&registers_failed)?;
-        attached.push(DeviceMemory { name: spec.name, registers, shmem, member });
+        attached.push(DeviceMemory { name: spec.name, registers, shmem, participant });
     }
     Ok(attached)
 }

@@ -50,8 +50,7 @@ impl Vmm {
         let vm = Vm::new(&kvm, layout::KVM_PAGES)?;
         map_ram(vm.slots(), &ram)?;
 
-        // The back-ends: connect and negotiate with each, then place the windows of their shared memory
-        // regions.
+        // The back-ends: connect to each, negotiate, and place its windows.
         let backends = backends::connect(config, windows(&ram, &supported), vm.slots())?;
         let missing_pages = MissingPages::new(backends.iter().map(Backend::shared_memory));
         let machine = Arc::new(Machine::new(Arc::new(missing_pages)));

@@ -20,7 +20,7 @@ pub(super) struct DeviceMemory {
     pub registers: GuestRange,
     pub shmem: Arc<SharedMemory>,
     /// For whether a mapping is shared with other devices; `None` where none is (SHM-80).
-    pub member: Option<Participant>,
+    pub participant: Option<Participant>,
 }
 
 impl fmt::Display for MemoryMap {
@@ -47,8 +47,8 @@ impl DeviceMemory {
                     0 => String::new(),
                     bytes => format!(", the last {bytes:#x} bytes are zeroes (the file became shorter)"),
                 };
-                let is_shared = |member: &Participant| member.is_shared(mapping.guest.start());
-                let shared = if self.member.as_ref().is_some_and(is_shared) { ", shared" } else { "" };
+                let is_shared = |participant: &Participant| participant.is_shared(mapping.guest.start());
+                let shared = if self.participant.as_ref().is_some_and(is_shared) { ", shared" } else { "" };
                 lines.push(format!(
                     "  {}  mapping, {access}{shared}, file offset {:#x}{filled}",
                     mapping.guest, mapping.file_offset

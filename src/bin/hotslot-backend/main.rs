@@ -1,9 +1,13 @@
 //! hotslot-backend: vhost-user devices that hand files to a front-end, which maps them into its guest.
 //!
-//! Reading order: `pmem` (a device), `backing` and `image` (its file), `device` (what it shares with others,
-//! and its queues), `server` (the socket, one front-end after another), `channel` (requests to the
-//! front-end), `fs` (a directory, whose files are mapped as the guest asks), `blk` (a disk, which has nothing
-//! mapped, but reads and writes the mappings of others), `torture` (one that misbehaves on demand).
+//! Reading order:
+//!
+//! - `pmem`: a device; `backing`: its memory; `image`: its file, opened and locked;
+//! - `device`: the adapter that devices share, and their queues;
+//! - `server`: the socket, one front-end after another; `channel`: requests to the front-end;
+//! - `fs`: a directory, whose files are mapped as the guest asks;
+//! - `blk`: a disk, which maps nothing, but reads and writes the mappings of others;
+//! - `torture`: a back-end that misbehaves on demand.
 //!
 //! Exit status: 0 after SIGINT, SIGTERM or the end of `--once`, 2 for a command line or a file that cannot be
 //! served, 1 for everything else.

@@ -1,8 +1,8 @@
 //! The directory, for one guest: how its files are found, opened, listed, made and removed.
 //!
 //! A file is reached from a directory that is held, by one name: no path, and no link is followed. From then
-//! on it is held itself, by an O_PATH descriptor. What that descriptor does not allow is done with its number
-//! in `/proc/self/fd`, never with the name, which may mean another file by then. Only regular files and
+//! on it is held itself, by an O_PATH descriptor. For operations that such a descriptor does not allow, the
+//! program opens `/proc/self/fd/N`, never the name, which may mean another file by then. Only regular files and
 //! directories are opened. Called by [`super::passthrough`].
 
 use std::ffi::CStr;
