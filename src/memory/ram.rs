@@ -25,16 +25,12 @@ pub const SMALLEST: u64 = 2 << 20;
 #[derive(Debug, Error)]
 #[allow(missing_docs)] // The messages say it.
 pub enum RamError {
-    /// Less than [`SMALLEST`], zero among it.
     #[error("{0} bytes of guest memory are too few: the least is {SMALLEST}")]
     TooSmall(u64),
-    /// Not a whole number of pages.
     #[error("{0} bytes of guest memory are not a multiple of the page size, {PAGE_SIZE}")]
     Unaligned(u64),
-    /// More than the host could ever fill, swap included. In bytes.
     #[error("{asked} bytes of guest memory are more than the {host} bytes that this host has, swap included")]
     MoreThanHost { asked: u64, host: u64 },
-    /// The kernel refused.
     #[error("cannot {what} for {size} bytes of guest memory")]
     Os { what: &'static str, size: u64, source: io::Error },
 }
@@ -102,8 +98,7 @@ impl Ram {
             ask_for_huge_pages(mapping.as_ptr(), mapping.size());
             RamRegion { guest, host: mapping.as_ptr(), file_offset }
         });
-        let regions = regions.collect();
-        Ok(Ram { file, memory, regions })
+        Ok(Ram { regions: regions.collect(), file, memory })
     }
 
     /// Access to RAM by guest physical address, to load the kernel and its tables.

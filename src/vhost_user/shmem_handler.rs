@@ -43,11 +43,11 @@ impl Handler for ShmemHandler {
             0 => Access::ReadOnly,
             _ => Access::ReadWrite,
         };
-        self.shmem.map(&MapRequest { shmid, shm_offset, len, file: file.as_fd(), file_offset, access })?;
+        let request = MapRequest { shmid, shm_offset, len, file: file.as_fd(), file_offset, access };
+        let (mapping, host) = self.shmem.map(&request)?;
         // After the guest's mapping, and before the answer: the guest hands no page to a device that does not
         // know it.
         if let Some(sharing) = &self.sharing
-            && let Some((mapping, host)) = self.shmem.mapping(shmid, shm_offset)
             && let Err(error) = sharing.share(&mapping, host, file)
         {
             self.log.warn(format_args!("{error}"));

@@ -21,12 +21,11 @@ const ALL: RangeInclusive<Key> = (0, 0)..=(u8::MAX, u64::MAX);
 
 /// A mapping whose end is zeroes now (SHM-45).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
 pub struct Filled {
     /// Whether it is the first time for this mapping.
     pub is_first: bool,
-    /// The region's id.
     pub shmid: u8,
-    /// Where the guest sees the mapping.
     pub guest: GuestRange,
     /// How many of its last bytes read 0 permanently.
     pub len: u64,
@@ -94,7 +93,7 @@ impl SharedMemory {
         let mut filled = None;
         self.change_missing(key..=key, true, |place, missing, mapping, total| {
             if missing.guest().contains(at) {
-                missing.fill(mapping.access)?;
+                missing.fill(Some(mapping.access))?;
                 // The temporary zeroes behind it stand for missing pages, too: they become permanent with it.
                 let behind = mapping.kept.saved.take().map_or(0, |(len, _)| len);
                 filled = Some(mapping.keep_filled(missing.guest().len() + behind, place, total));
@@ -209,7 +208,7 @@ fn settle(place: Place<'_>, mapping: &mut Mapping, total: &mut FilledTotal) -> O
     let (len, saved) = mapping.kept.saved.take()?;
     let span = place.whole.first(mapping.file_len())?.last(len)?;
     let kept = match span.is_touched() {
-        Ok(false) => span.put_back(saved).map(|()| false),
+        Ok(false) => span.replace_with(saved).map(|()| false),
         touched => touched,
     };
     note(place, &kept);
