@@ -206,5 +206,5 @@ fn memory_table(ram: &Ram) -> MemoryTable {
         user_addr: region.host as u64,
         mmap_offset: region.file_offset,
     });
-    MemoryTable::new(Arc::clone(ram.file()), regions.collect())
+    MemoryTable { file: Arc::clone(ram.file()), regions: regions.collect() }
 }
