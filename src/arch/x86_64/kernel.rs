@@ -2,7 +2,7 @@
 //!
 //! Documentation/arch/x86/boot.rst in the Linux sources, "64-bit Boot Protocol": an ELF file is entered at
 //! `e_entry`, a bzImage 512 bytes after its start. Both are read straight into guest memory: there is never a
-//! copy of them in this process. [`super::boot`] calls this, and opens the initramfs by [`ImageFile`], too.
+//! copy of them in this process. [`super::boot`] calls this, and opens the initramfs by `ImageFile`, too.
 
 use std::fs::File;
 use std::io;
