@@ -61,8 +61,7 @@ pub struct VhostUserDevice {
     /// The main socket.
     ///
     /// Lock order: after the transport's, before `Sharing`'s. Held for a conversation with the back-end,
-    /// which has a deadline. The channel's thread never takes it: a back-end that maps while we wait for its
-    /// answer is served.
+    /// which has a deadline. The channel's thread never takes it (see [`super::watch`]).
     main: Arc<Mutex<Frontend>>,
 
     // Dropped last, in this order:
@@ -194,9 +193,7 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
-        let Ok(start) = usize::try_from(offset) else {
-            return Ok(());
-        };
+        let start = offset as usize;
         let end = start.saturating_add(data.len());
         if self.config.get(start..end).is_none() || !self.agreement.has(protocol::CONFIG) {
             return Ok(());

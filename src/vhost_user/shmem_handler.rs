@@ -16,8 +16,8 @@ use crate::report::{MisuseLog, with_causes};
 /// A device's backend channel.
 ///
 /// Lock order of its inbox: before `SharedMemory`'s and `Sharing`'s. With `share-shmem=on` it is held while
-/// other back-ends are told, too: a reset, which drains the channel, finds each mapping shared or not begun,
-/// and a range is not mapped again before all have let go of it. `sharing` says why that wait ends.
+/// other back-ends are told, too: a range is not mapped again before all have let go of it. `sharing` says
+/// why that wait ends.
 pub type BackendChannel = Channel<ShmemHandler>;
 
 /// Maps and unmaps in one device's shared memory.

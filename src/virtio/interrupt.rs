@@ -104,8 +104,8 @@ impl Interrupt {
 
     /// Changes registers all at once, then interrupts the driver if `action` says so.
     fn change(&self, action: impl FnOnce(&mut Registers<'_>) -> bool) {
-        let tell = action(&mut self.page.lock());
-        if tell {
+        let is_new = action(&mut self.page.lock());
+        if is_new {
             // The only error is EAGAIN, a full counter: then an interrupt is pending anyway.
             let _ = self.call.write(1);
         }

@@ -117,7 +117,10 @@ impl Participant {
     /// is answered.
     pub fn share(&self, mapping: &MappingInfo, host: u64, file: OwnedFd) -> Result<(), TooManyFiles> {
         let address = mapping.guest.start();
-        if !is_for_both(mapping, &file) {
+        // Whether others can map it as they do: neither how it was opened nor its seals tell for sure.
+        let try_both =
+            || OwnedPages::of_file(file.as_fd(), mapping.file_offset, PAGE_SIZE as usize, Access::ReadWrite);
+        if mapping.access != Access::ReadWrite && try_both().is_err() {
             log::debug!(
                 "the mapping at {address:#x} is not shared: its file cannot be mapped for reading and writing"
             );
@@ -290,14 +293,4 @@ impl Participant {
     fn link_of(&self, recipient: usize) -> Option<Arc<Link>> {
         self.sharing.lock().links[recipient].clone()
     }
-}
-
-/// Whether others can map the file as they do: for reading and writing.
-fn is_for_both(mapping: &MappingInfo, file: &OwnedFd) -> bool {
-    if mapping.access == Access::ReadWrite {
-        return true;
-    }
-    // Neither how it was opened nor its seals tell for sure; trying does.
-    let len = PAGE_SIZE as usize;
-    OwnedPages::of_file(file.as_fd(), mapping.file_offset, len, Access::ReadWrite).is_ok()
 }

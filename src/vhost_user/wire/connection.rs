@@ -100,15 +100,9 @@ pub struct Connection {
     buffer: Vec<u8>,
     /// Position in the stream of `buffer`'s first byte.
     position: u64,
-    /// The descriptors that arrived with a read, by the stream position at which that read ended.
-    descriptors: VecDeque<Descriptors>,
-}
-
-#[derive(Debug)]
-struct Descriptors {
-    position: u64,
-    fds: Vec<OwnedFd>,
-    lost: bool,
+    /// Of each read with descriptors: the stream position at which it ended, the descriptors, whether any
+    /// were lost.
+    descriptors: VecDeque<(u64, Vec<OwnedFd>, bool)>,
 }
 
 impl Connection {
@@ -223,10 +217,10 @@ impl Connection {
         let mut message = Message { header, payload: payload.to_vec(), fds: Vec::new(), fds_lost: false };
         self.buffer.drain(..needed);
         self.position += needed as u64;
-        let ours = self.descriptors.iter().take_while(|arrived| arrived.position <= self.position).count();
-        for arrived in self.descriptors.drain(..ours) {
-            message.fds.extend(arrived.fds);
-            message.fds_lost |= arrived.lost;
+        let ours = self.descriptors.iter().take_while(|(end, ..)| *end <= self.position).count();
+        for (_, fds, lost) in self.descriptors.drain(..ours) {
+            message.fds.extend(fds);
+            message.fds_lost |= lost;
         }
         Ok(Some(message))
     }
@@ -252,13 +246,13 @@ impl Connection {
         if !fds.is_empty() || lost {
             // Each byte of a message can bring MAX_FDS descriptors: without a limit, a back-end could leave
             // this process none for others.
-            let waiting: usize = self.descriptors.iter().map(|waiting| waiting.fds.len()).sum();
+            let waiting: usize = self.descriptors.iter().map(|(_, fds, _)| fds.len()).sum();
             if waiting + fds.len() > MAX_FDS {
                 fds.clear();
                 lost = true;
             }
-            let position = self.position + self.buffer.len() as u64;
-            self.descriptors.push_back(Descriptors { position, fds, lost });
+            let end = self.position + self.buffer.len() as u64;
+            self.descriptors.push_back((end, fds, lost));
         }
         Ok(true)
     }
