@@ -19,14 +19,14 @@ const SHMEM_BIT: u32 = 22;
 
 /// A device of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
 pub struct DeviceSpec {
     /// Its name in messages.
     pub name: String,
     /// The socket that its back-end listens on.
     pub socket: PathBuf,
-    /// The device type.
     pub kind: DeviceKind,
-    /// The number of queues; `None` for what is usual for the type.
+    /// `None` for what is usual for the type.
     pub queues: Option<u16>,
     /// The largest queue size that the driver may choose: a power of two up to 32768.
     pub queue_size: u16,

@@ -58,10 +58,8 @@ pub struct VhostUserDevice {
     /// The queues whose rings the back-end runs.
     running: BTreeSet<u16>,
     agreement: Agreement,
-    /// The main socket.
-    ///
-    /// Lock order: after the transport's, before `Sharing`'s. Held for a conversation with the back-end,
-    /// which has a deadline. The channel's thread never takes it (see [`super::watch`]).
+    /// The main socket. Lock order: after the transport's, before `Sharing`'s. Held for a conversation with
+    /// the back-end, which has a deadline. The channel's thread never takes it (see [`super::watch`]).
     main: Arc<Mutex<Frontend>>,
 
     // Dropped last, in this order:
@@ -102,15 +100,11 @@ impl VhostUserDevice {
             frontend.set_backend_channel(theirs.as_fd())?;
         }
         let main = Arc::new(Mutex::new(frontend));
-        let updates = match participant.zip(memory_slots) {
-            Some((participant, slots)) => {
-                let room = usize::try_from(slots).unwrap_or(usize::MAX);
-                let room = room.saturating_sub(memory.regions.len());
-                let (main, link) = (Arc::clone(&main), Arc::clone(&link));
-                Some(UpdateThread::start(&spec.name, participant, room, main, link)?)
-            }
-            None => None,
-        };
+        let updates = participant.zip(memory_slots).map(|(participant, slots)| {
+            let room = (slots as usize).saturating_sub(memory.regions.len());
+            UpdateThread::start(&spec.name, participant, room, Arc::clone(&main), Arc::clone(&link))
+        });
+        let updates = updates.transpose()?;
         Ok(VhostUserDevice {
             device_type: spec.kind.id(),
             queue_sizes: vec![spec.queue_size; queues.into()],

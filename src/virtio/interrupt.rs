@@ -92,7 +92,9 @@ impl Interrupt {
 
     /// The driver wrote `bits` to InterruptACK.
     pub(super) fn acknowledge(&self, bits: u32) {
-        self.page.lock().clear_bits(Register::InterruptStatus, bits & VIRTIO_MMIO_INT_CONFIG);
+        let mut registers = self.page.lock();
+        let pending = registers.get(Register::InterruptStatus) & !(bits & VIRTIO_MMIO_INT_CONFIG);
+        registers.set(Register::InterruptStatus, pending);
     }
 
     /// Clears InterruptStatus and Status, as the last step of a reset.

@@ -478,8 +478,8 @@ impl BusDevice for MmioTransport {
     fn write(&self, offset: u64, data: &[u8]) -> Option<Exit> {
         if let Some(offset) = offset.checked_sub(CONFIG_START as u64) {
             if let Err(misuse) = self.write_config(offset, data) {
-                let at = format_args!("at {offset:#x} of Config");
-                self.log.warn(format_args!("the driver wrote {data:02x?} {at}: {misuse}"));
+                self.log
+                    .warn(format_args!("the driver wrote {data:02x?} at {offset:#x} of Config: {misuse}"));
             }
             return None;
         }
