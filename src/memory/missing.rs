@@ -67,11 +67,9 @@ impl MissingPages {
         for device in &self.devices {
             if let Some(kept) = device.shmem.fill_all_temporarily() {
                 device.report(&kept);
+                since.get_or_insert_with(Instant::now);
                 any = true;
             }
-        }
-        if any {
-            since.get_or_insert_with(Instant::now);
         }
         any
     }

@@ -13,36 +13,29 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 use super::alloc::WindowAllocator;
 pub use super::error::{LayoutError, ShmemError};
 use super::ledger::{self, Key, Ledger};
-use super::window::{ReserveVma, SavedPages, Span, Window};
+use super::pages::OwnedPages;
+use super::window::{ReserveVma, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
 
 /// A back-end's request to map a file. Offsets and lengths are in bytes.
 #[derive(Debug)]
+#[allow(missing_docs)] // The names say it.
 pub struct MapRequest<'a> {
-    /// The region's id.
     pub shmid: u8,
-    /// The offset in the region.
     pub shm_offset: u64,
-    /// The length.
     pub len: u64,
-    /// The file.
     pub file: BorrowedFd<'a>,
-    /// The offset in the file.
     pub file_offset: u64,
-    /// What the guest may do there.
     pub access: Access,
 }
 
-/// A live mapping, as SIGUSR1's memory map shows it.
+/// A live mapping, as SIGUSR1's memory map shows it. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // The names say it.
 pub struct MappingInfo {
-    /// The region's id.
     pub shmid: u8,
-    /// Where the guest sees it.
     pub guest: GuestRange,
-    /// The offset in the file, in bytes.
     pub file_offset: u64,
-    /// What the guest may do there.
     pub access: Access,
     /// How many of its last bytes are zeroes because the file became shorter (SHM-45).
     pub filled: u64,
@@ -50,10 +43,9 @@ pub struct MappingInfo {
 
 /// What was missing at the end of mappings and reads as zeroes since (SHM-45), over the device's life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
 pub struct FilledTotal {
-    /// How many mappings it happened to.
     pub mappings: u64,
-    /// How many bytes of them.
     pub bytes: u64,
 }
 
@@ -106,7 +98,7 @@ pub(super) struct Placed {
     /// The length of the inaccessible end of what is neither permanent nor temporary zeroes.
     pub guarded: u64,
     /// The length of the temporary zeroes, ahead of the permanent ones; and the file's pages that were there.
-    pub saved: Option<(u64, SavedPages)>,
+    pub saved: Option<(u64, OwnedPages)>,
 }
 
 impl SharedMemory {
@@ -152,26 +144,17 @@ impl SharedMemory {
     /// The live mappings, by region and address.
     pub fn mappings(&self) -> Vec<MappingInfo> {
         let state = self.lock();
-        let infos = state.ledger.mappings.iter().filter_map(|(&key, mapping)| self.info(key, mapping));
-        infos.map(|(info, _)| info).collect()
+        let info = |(&key, mapping): (&Key, &Mapping)| {
+            let guest = self.span(key, mapping.span_len())?.guest();
+            let Mapping { file_offset, access, .. } = *mapping;
+            Some(MappingInfo { shmid: key.0, guest, file_offset, access, filled: mapping.kept.filled })
+        };
+        state.ledger.mappings.iter().filter_map(info).collect()
     }
 
-    /// The live mapping that starts at an offset of a region, and its address in this process, which no other
-    /// memory of the guest has.
-    pub fn mapping(&self, shmid: u8, shm_offset: u64) -> Option<(MappingInfo, u64)> {
-        let key = (shmid, shm_offset);
-        self.info(key, self.lock().ledger.mappings.get(&key)?)
-    }
-
-    fn info(&self, key: Key, mapping: &Mapping) -> Option<(MappingInfo, u64)> {
-        let span = self.span(key, mapping.span_len())?;
-        let Mapping { file_offset, access, .. } = *mapping;
-        let (shmid, guest, filled) = (key.0, span.guest(), mapping.kept.filled);
-        Some((MappingInfo { shmid, guest, file_offset, access, filled }, span.host() as u64))
-    }
-
-    /// Maps a file; the guest sees it when this returns (SHM-60).
-    pub fn map(&self, request: &MapRequest<'_>) -> Result<(), ShmemError> {
+    /// Maps a file; the guest sees it when this returns (SHM-60). Gives the mapping, and its address in this
+    /// process, which no other memory of the guest has.
+    pub fn map(&self, request: &MapRequest<'_>) -> Result<(MappingInfo, u64), ShmemError> {
         let &MapRequest { shmid, shm_offset, len, file, file_offset, access } = request;
         let key = (shmid, shm_offset);
         let State { ledger, reserve_vma, .. } = &mut *self.lock();
@@ -188,7 +171,7 @@ impl SharedMemory {
         })?;
         ledger.insert(key, len, file_offset, access, Placed { slot, filled: 0, guarded: 0, saved: None });
         self.index().insert(guest.start(), (guest.last(), access));
-        Ok(())
+        Ok((MappingInfo { shmid, guest, file_offset, access, filled: 0 }, span.host() as u64))
     }
 
     /// Takes one whole mapping away; no vCPU can reach the file when this returns (SHM-56).

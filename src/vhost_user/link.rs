@@ -17,7 +17,8 @@ pub struct Link {
     /// For what its back-end can provoke.
     pub log: MisuseLog,
     lost: AtomicBool,
-    interrupt: Arc<Interrupt>,
+    /// The device's interrupt.
+    pub interrupt: Arc<Interrupt>,
     /// The main socket.
     pub main: Arc<UnixStream>,
     channel: Option<Arc<UnixStream>>,
