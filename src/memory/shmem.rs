@@ -1,6 +1,6 @@
-//! The shared memory regions of one device (VIRTIO section 2.10), and what its back-end mapped into them
-//! (SHM-25 to SHM-56, as far as they do not depend on the wire format). A request that the ledger allows is
-//! carried out here; if a step fails, those before it are undone.
+//! One device's shared memory regions (VIRTIO section 2.10) and mappings (SHM-25 to SHM-56, as far as they do
+//! not depend on the wire format). Carries out the requests that the ledger allows, and undoes them if a step
+//! fails.
 //!
 //! `vhost_user` maps and unmaps; its device closes the gate and unmaps everything at a reset; the set-up and
 //! the transport ask where regions are; `memory::missing` looks after mappings whose file became shorter.
@@ -65,7 +65,8 @@ pub struct SharedMemory {
     /// Where each region is.
     windows: BTreeMap<u8, Window>,
     /// Lock order: taken under the device's channel lock or the transport's, or alone; `GuestMapper`'s own
-    /// lock comes after it. Never held while a peer is waited for.
+    /// lock comes after it. Never held while an answer of a peer is waited for; calls on a back-end's file
+    /// can wait (design, "Calls on a back-end's descriptor can wait").
     pub(super) state: Mutex<State>,
     /// Held by `memory::missing` while it probes for missing pages and changes what it found. Probing reads
     /// pages: without this lock our read of a page that another thread has filled temporarily would look like
@@ -166,7 +167,7 @@ impl SharedMemory {
         // it, after they took the slot away; no Rust reference goes into it, only system calls look there.
         let mapped = unsafe { self.mapper.map(guest, span.host(), access) };
         let slot = mapped.map_err(|error| {
-            release(reserve_vma, Some(span));
+            reserve_again(reserve_vma, Some(span));
             ShmemError::Guest(error)
         })?;
         ledger.insert(key, len, file_offset, access, Placed { slot, filled: 0, guarded: 0, saved: None });
@@ -181,7 +182,7 @@ impl SharedMemory {
         self.hide(key, ledger.named(key, len)?)?;
         ledger.mappings.remove(&key);
         let (hole, len) = ledger.hole(key);
-        release(reserve_vma, self.span(hole, len));
+        reserve_again(reserve_vma, self.span(hole, len));
         Ok(())
     }
 
@@ -215,7 +216,7 @@ impl SharedMemory {
         freed.extend(self.windows.keys().map(|&shmid| (shmid, 0)));
         let holes: BTreeSet<_> = freed.into_iter().map(|key| ledger.hole(key)).collect();
         for (key, len) in holes {
-            release(reserve_vma, self.span(key, len));
+            reserve_again(reserve_vma, self.span(key, len));
         }
         first_error.map_or(Ok(gone), Err)
     }
@@ -276,11 +277,13 @@ impl Drop for SharedMemory {
     }
 }
 
-/// Reserves again what the guest no longer sees: all of the hole around it, so that what could not be
-/// reserved earlier is reserved then.
-fn release(reserve_vma: &mut ReserveVma, hole: Option<Span<'_>>) {
+/// Reserves a span again that the guest no longer sees; after an unmapping all of the hole around it, so that
+/// a part that could not be reserved earlier is reserved then.
+fn reserve_again(reserve_vma: &mut ReserveVma, hole: Option<Span<'_>>) {
     if let Some(Err(error)) = hole.map(|hole| reserve_vma.clear(&hole)) {
-        log::warn!("an unmapped file stays in the VMM's address space for now: {error}");
+        log::warn!(
+            "an unmapped file stays in the VMM's address space until the hole around it is reserved again: {error}"
+        );
     }
 }
 

@@ -2,9 +2,8 @@
 //!
 //! A [`Window`] is a guest physical range and, of the same size, a range of host addresses in which nothing
 //! can be accessed (PROT_NONE). A file that a back-end hands over is placed inside it, at the offset that the
-//! guest sees it at. A [`Span`] is a part of a window; it cannot be built without the range checks, and it
-//! alone can place and clear, so nothing that a back-end sends turns into an address before it was checked
-//! (SHM-50).
+//! guest sees it at. A [`Span`] is a checked part of a window. Only a span can place or clear, so no
+//! unchecked number becomes an address (SHM-50).
 //!
 //! `memory::shmem` and `memory::missing` are the only callers.
 

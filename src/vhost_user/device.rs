@@ -1,6 +1,6 @@
-//! A virtio device whose back-end is another process: what the driver does, told to the back-end.
+//! A virtio device whose back-end is another process: passes the driver's start, stop and reset to it.
 //!
-//! The set-up makes one in two steps, since the place of the shared memory regions depends on all back-ends:
+//! The set-up makes one in two steps, since sharing and the search for missing pages need all devices first:
 //! [`super::connect::connect`] learns what the back-end is, [`VhostUserDevice::new`] opens the backend
 //! channel. From then on `virtio::mmio` calls it on vCPU threads; [`super::watch`] runs beside it, and an
 //! update thread of [`super::sharing`] where the back-end sees other devices' mappings.

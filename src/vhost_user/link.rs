@@ -1,4 +1,4 @@
-//! The two sockets to a device's back-end: whether they can still be used, and the way to end that.
+//! The two sockets to a device's back-end: whether they can still be used, and how to hang up.
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;

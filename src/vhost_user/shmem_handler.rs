@@ -1,5 +1,5 @@
-//! What the back-end asks for on the backend channel, done: mappings in its device's shared memory, which
-//! others see where the user wants that.
+//! Carries out SHMEM_MAP and SHMEM_UNMAP in a device's shared memory, and tells the recipients
+//! (`share-shmem=on`).
 
 use std::error::Error;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! What a device tells its driver unasked: used buffers, a changed configuration, that it needs a reset.
+//! A device's interrupt: used buffers, configuration changes, DEVICE_NEEDS_RESET.
 //!
 //! VIRTIO 1.3, sections 2.1, 2.3, 3.2.1 and 4.2.3.4. Shared by the transport, the device, and the threads
 //! that listen to the device's back-end.

@@ -1,5 +1,5 @@
-//! What a device does among those that see each other's mappings: it shares and withdraws, and waits until
-//! the others were told; it is told, and is given up where that fails.
+//! A device as an owner (shares, withdraws, waits until the recipients were told) and as a recipient (is
+//! told, and is cut off where that fails).
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -58,8 +58,7 @@ struct Table {
 pub struct TooManyFiles(usize);
 
 impl Sharing {
-    /// Without devices. Each owner may keep `max_files` open files here; what it maps of more is
-    /// not shared.
+    /// Without devices. Each owner may keep `max_files` open files here; what it maps of more is not shared.
     pub fn new(max_files: usize) -> Arc<Self> {
         Arc::new(Sharing { max_files, table: Mutex::default(), changed: Condvar::new() })
     }

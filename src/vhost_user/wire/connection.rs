@@ -1,8 +1,8 @@
 //! One vhost-user socket: whole messages in and out, with their file descriptors, never blocking past a
 //! deadline.
 //!
-//! `frontend` uses it for the main socket, `channel` for the backend channel. A message of the usual size is
-//! one recvmsg(2), in however many writes it was sent (SHM-65).
+//! `frontend` uses it for the main socket, `channel` for the backend channel. A message of the usual size
+//! that has arrived whole is one recvmsg(2); it may arrive in any number of pieces (SHM-65).
 //!
 //! # Which message a descriptor belongs to
 //!

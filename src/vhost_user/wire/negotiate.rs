@@ -1,4 +1,4 @@
-//! What is agreed with a back-end, as a pure function of what it offers (SHM-1 to SHM-6).
+//! Negotiates features: a pure function of the back-end's offer (SHM-1 to SHM-6).
 //!
 //! `frontend` asks the back-end and calls [`negotiate`]; no I/O happens here.
 
