@@ -8,17 +8,11 @@ use clap::Parser;
 use hotslot::arch::x86_64::layout::Layout;
 use hotslot::cli::Cli;
 use hotslot::config::DEFAULT_CMDLINE;
-use hotslot::report::{Failure, STATUS_USAGE, say, with_causes};
+use hotslot::report::{Failure, STATUS_USAGE, fail, say};
 use hotslot::vmm::Vmm;
 
 fn main() -> ExitCode {
-    run(Cli::parse()).unwrap_or_else(|failure| {
-        say(format_args!("error: {}", with_causes(&*failure)));
-        if let Some(hint) = failure.hint() {
-            say(format_args!("hint: {hint}"));
-        }
-        ExitCode::from(failure.status())
-    })
+    run(Cli::parse()).unwrap_or_else(|failure| fail(&*failure))
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Box<dyn Failure>> {
@@ -29,10 +23,7 @@ fn run(cli: Cli) -> Result<ExitCode, Box<dyn Failure>> {
         let _closed = writeln!(io::stdout(), "{text}");
         return Ok(ExitCode::SUCCESS);
     }
-    let Some(config) = cli.into_config() else {
-        // The parser does not let this through.
-        return Ok(ExitCode::from(STATUS_USAGE));
-    };
+    let config = cli.into_config().expect("invariant: the parser demands a kernel");
     let exit = Vmm::build(&config)?.run()?;
     say(format_args!("hotslot: {exit}"));
     Ok(ExitCode::from(u8::from(&exit)))

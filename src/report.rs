@@ -4,6 +4,7 @@
 use std::error::Error;
 use std::fmt;
 use std::io::{self, Write};
+use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,8 +20,7 @@ pub const STATUS_ERROR: u8 = 1;
 /// The exit status of a wrong command line, of files that cannot be used, of a host that lacks something.
 pub const STATUS_USAGE: u8 = 2;
 
-/// An error that ends the program. `main` prints it with its causes, then the hint, and exits with the
-/// status.
+/// An error that ends a program, by [`fail`].
 pub trait Failure: Error + Send + Sync {
     /// The exit status.
     fn status(&self) -> u8 {
@@ -37,6 +37,15 @@ impl<E: Failure + 'static> From<E> for Box<dyn Failure> {
     fn from(error: E) -> Self {
         Box::new(error)
     }
+}
+
+/// Prints an error with its causes, then its hint. The result is its status, for `main` to return.
+pub fn fail(failure: &dyn Failure) -> ExitCode {
+    say(format_args!("error: {}", with_causes(failure)));
+    if let Some(hint) = failure.hint() {
+        say(format_args!("hint: {hint}"));
+    }
+    ExitCode::from(failure.status())
 }
 
 /// An error and its causes, each once, in one line.

@@ -4,6 +4,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use hotslot::report::{Failure, STATUS_ERROR, STATUS_USAGE};
+
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the socket path {path:?} has {len} bytes, more than the {max} that fit in a socket address")]
@@ -53,18 +55,17 @@ pub enum Error {
 /// How a user makes a disk.
 pub const MAKE_DISK: &str = "truncate -s SIZE PATH makes an empty disk";
 
-impl Error {
-    /// The exit status: 2 if another command line helps.
-    pub fn status(&self) -> u8 {
+impl Failure for Error {
+    /// [`STATUS_USAGE`] if another command line helps.
+    fn status(&self) -> u8 {
         match self {
-            Error::SetUp { .. } | Error::Session(_) | Error::NotAsSpecified(_) => 1,
-            _ => 2,
+            Error::SetUp { .. } | Error::Session(_) | Error::NotAsSpecified(_) => STATUS_ERROR,
+            _ => STATUS_USAGE,
         }
     }
 
-    /// What the user can do.
-    pub fn hint(&self) -> Option<&'static str> {
-        match self {
+    fn hint(&self) -> Option<String> {
+        let hint = match self {
             Error::PathTooLong { .. } => Some("a path relative to the working directory may be shorter"),
             Error::InUse(_) => Some("each back-end needs a socket of its own"),
             Error::NoFile { hint, .. } | Error::File { hint, .. } => *hint,
@@ -76,9 +77,12 @@ impl Error {
             Error::TooShort { .. } => Some(MAKE_DISK),
             Error::NotAsSpecified(_) => Some("each is a line with NOT in it, on stdout"),
             _ => None,
-        }
+        };
+        hint.map(str::to_owned)
     }
+}
 
+impl Error {
     /// For `map_err`: what could not be set up.
     pub fn set_up(what: &'static str) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::SetUp { what, source }

@@ -31,7 +31,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use hotslot::report::{say, with_causes};
+use hotslot::report::fail;
 
 /// vhost-user devices that hand files to a front-end, which maps them into its guest.
 #[derive(Parser)]
@@ -56,12 +56,5 @@ fn main() -> ExitCode {
         Device::Fs(args) => fs::run(&args),
         Device::Torture(args) => torture::run(&args),
     };
-    let Err(error) = served else {
-        return ExitCode::SUCCESS;
-    };
-    say(format_args!("error: {}", with_causes(&error)));
-    if let Some(hint) = error.hint() {
-        say(format_args!("hint: {hint}"));
-    }
-    ExitCode::from(error.status())
+    served.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
 }
