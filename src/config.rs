@@ -8,8 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use device::DeviceSpec;
-use thiserror::Error;
+use device::{BadValue, DeviceSpec};
 
 /// The kernel command line's beginning, unless the user leaves it out.
 ///
@@ -41,25 +40,6 @@ pub struct Config {
     pub debug_exit: bool,
 }
 
-/// Why a text is not what it should be.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum ConfigError {
-    /// A value of the wrong kind.
-    #[error("`{value}` is not a good {key}: {wanted}")]
-    BadValue {
-        /// What it was meant to be.
-        key: &'static str,
-        /// What it is.
-        value: String,
-        /// What it should be.
-        wanted: &'static str,
-    },
-}
-
-fn bad(key: &'static str, value: &str, wanted: &'static str) -> ConfigError {
-    ConfigError::BadValue { key, value: value.into(), wanted }
-}
-
 /// The host's side of the serial port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialLine {
@@ -72,27 +52,31 @@ pub enum SerialLine {
 }
 
 impl FromStr for SerialLine {
-    type Err = ConfigError;
+    type Err = BadValue;
 
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
+    fn from_str(text: &str) -> Result<Self, BadValue> {
         match text.split_once('=') {
             None if text == "stdio" => Ok(SerialLine::Stdio),
             None if text == "off" => Ok(SerialLine::Off),
             Some(("file", path)) if !path.is_empty() => Ok(SerialLine::File(path.into())),
-            _ => Err(bad("serial line", text, "it is stdio, off or file=PATH")),
+            _ => Err(BadValue::new("serial line", text, "stdio, off or file=PATH")),
         }
     }
 }
 
 /// A time span: a whole number, of seconds or with the unit `s` or `ms`.
-pub fn parse_duration(text: &str) -> Result<Duration, ConfigError> {
+pub fn parse_duration(text: &str) -> Result<Duration, BadValue> {
     let (number, unit): (_, fn(u64) -> Duration) = match text.strip_suffix("ms") {
         Some(number) => (number, Duration::from_millis),
         None => (text.strip_suffix('s').unwrap_or(text), Duration::from_secs),
     };
     let number = number.parse::<u64>().ok().filter(|_| !number.starts_with('+'));
     number.map(unit).ok_or_else(|| {
-        bad("time span", text, "it is a whole number of seconds, as in 5s, or of milliseconds, as in 500ms")
+        BadValue::new(
+            "time span",
+            text,
+            "a whole number of seconds, as in 5s, or of milliseconds, as in 500ms",
+        )
     })
 }
 

@@ -47,18 +47,12 @@ impl fmt::Display for Exit {
             Exit::Panicked => write!(f, "the guest's kernel panicked"),
             Exit::DebugExit(status) => write!(f, "the guest ended with status {status} (debug exit)"),
             Exit::Quit => write!(f, "ended by Ctrl-a x"),
-            Exit::Signal(signal) => write!(f, "ended by {}", signal_name(*signal)),
+            Exit::Signal(libc::SIGHUP) => write!(f, "ended by SIGHUP"),
+            Exit::Signal(libc::SIGINT) => write!(f, "ended by SIGINT"),
+            Exit::Signal(libc::SIGQUIT) => write!(f, "ended by SIGQUIT"),
+            Exit::Signal(libc::SIGTERM) => write!(f, "ended by SIGTERM"),
+            Exit::Signal(other) => write!(f, "ended by signal {other}"),
         }
-    }
-}
-
-fn signal_name(signal: i32) -> String {
-    match signal {
-        libc::SIGHUP => "SIGHUP".into(),
-        libc::SIGINT => "SIGINT".into(),
-        libc::SIGQUIT => "SIGQUIT".into(),
-        libc::SIGTERM => "SIGTERM".into(),
-        other => format!("signal {other}"),
     }
 }
 

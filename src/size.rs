@@ -5,21 +5,18 @@
 
 /// Why a text is not a size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)]
 pub enum SizeError {
-    /// No digits before the unit, or something else than digits.
     #[error(
         "{0:?} is not a size: expected a whole number of bytes with an optional unit K, M, G or T, as in 16M"
     )]
     NotANumber(String),
-    /// The number, or the number times its unit, does not fit in 64 bits.
     #[error("{0:?} is more than 2^64 - 1 bytes")]
     TooLarge(String),
 }
 
 /// The number of bytes that `text` names: decimal digits, then at most one of the units K, M, G, T (either
-/// case).
-///
-/// Zero is a size; the caller decides whether it makes sense.
+/// case). Zero is a size; the caller decides whether it makes sense.
 ///
 /// # Errors
 ///

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::stdio::stdin;
-use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
 
 /// The terminal's settings before it was raw. Written once, before [`IS_RAW`] is set for the first time.
 static SAVED: OnceLock<Termios> = OnceLock::new();
@@ -19,12 +19,8 @@ const FATAL: [libc::c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes the terminal on stdin raw; `None` if stdin is not a terminal. Dropping the value, a panic and a
-    /// fatal signal restore it.
-    pub fn new() -> io::Result<Option<RawTerminal>> {
-        if !isatty(stdin()) {
-            return Ok(None);
-        }
+    /// Makes the terminal on stdin raw. Dropping the value, a panic and a fatal signal restore it.
+    pub fn new() -> io::Result<RawTerminal> {
         let now = tcgetattr(stdin())?;
         let mut raw = SAVED
             .get_or_init(|| {
@@ -38,7 +34,7 @@ impl RawTerminal {
         IS_RAW.store(true, Ordering::SeqCst);
         tcsetattr(stdin(), OptionalActions::Now, &raw)
             .inspect_err(|_| IS_RAW.store(false, Ordering::SeqCst))?;
-        Ok(Some(RawTerminal(())))
+        Ok(RawTerminal(()))
     }
 }
 

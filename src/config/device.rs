@@ -129,6 +129,21 @@ pub fn help() -> String {
     text
 }
 
+/// Why a text is not what it should be.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("`{value}` is not a good {key}: it is {wanted}")]
+pub struct BadValue {
+    key: &'static str,
+    value: String,
+    wanted: &'static str,
+}
+
+impl BadValue {
+    pub(super) fn new(key: &'static str, value: &str, wanted: &'static str) -> Self {
+        BadValue { key, value: value.into(), wanted }
+    }
+}
+
 /// Why a text is not a device string.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -145,8 +160,8 @@ pub enum DeviceStringError {
     Twice(&'static str),
     #[error(transparent)]
     Type(#[from] UnknownKind),
-    #[error("`{value}` is not a good {key}: it is {wanted}")]
-    BadValue { key: &'static str, value: String, wanted: &'static str },
+    #[error(transparent)]
+    BadValue(#[from] BadValue),
 }
 
 fn names() -> String {
@@ -190,11 +205,7 @@ impl FromStr for DeviceSpec {
             shmem_rate: None,
         };
         for (&Key { name, wanted, set, .. }, value) in given {
-            set(&mut spec, value).ok_or_else(|| DeviceStringError::BadValue {
-                key: name,
-                value: value.into(),
-                wanted,
-            })?;
+            set(&mut spec, value).ok_or_else(|| BadValue::new(name, value, wanted))?;
         }
         Ok(spec)
     }

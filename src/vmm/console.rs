@@ -74,12 +74,10 @@ impl Console {
         })
     }
 
-    /// Makes a terminal on stdin raw, if the console uses stdin.
+    /// Makes stdin raw, if the console uses it and it is a terminal.
     pub fn make_raw(&self) -> Result<Option<RawTerminal>, VmmError> {
-        if self.input.is_none() {
-            return Ok(None);
-        }
-        RawTerminal::new().map_err(failed_to("make the terminal raw"))
+        let raw = self.escape.as_ref().map(|_| RawTerminal::new());
+        raw.transpose().map_err(failed_to("make the terminal raw"))
     }
 
     /// Gives the guest as much pending input as it has room for.
