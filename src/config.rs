@@ -19,24 +19,20 @@ pub const DEFAULT_CMDLINE: &str = "console=ttyS0 8250.nr_uarts=1 panic=-1";
 
 /// A machine's configuration.
 #[derive(Clone, Debug)]
+#[allow(missing_docs)]
 pub struct Config {
-    /// The kernel: an ELF vmlinux or a bzImage.
     pub kernel: PathBuf,
-    /// The initial RAM file system.
     pub initramfs: Option<PathBuf>,
     /// The whole kernel command line.
     pub cmdline: String,
     /// Bytes of RAM.
     pub memory: u64,
-    /// Number of processors.
     pub cpus: u32,
     /// The virtio devices, in the order in which the guest finds them.
     pub devices: Vec<DeviceSpec>,
-    /// The host's side of the serial port.
     pub serial: SerialLine,
     /// How long to wait for a back-end's socket.
     pub connect_timeout: Duration,
-    /// Whether there is a debug-exit port.
     pub debug_exit: bool,
 }
 
@@ -71,13 +67,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, BadValue> {
         None => (text.strip_suffix('s').unwrap_or(text), Duration::from_secs),
     };
     let number = number.parse::<u64>().ok().filter(|_| !number.starts_with('+'));
-    number.map(unit).ok_or_else(|| {
-        BadValue::new(
-            "time span",
-            text,
-            "a whole number of seconds, as in 5s, or of milliseconds, as in 500ms",
-        )
-    })
+    let wanted = "a whole number of seconds, as in 5s, or of milliseconds, as in 500ms";
+    number.map(unit).ok_or_else(|| BadValue::new("time span", text, wanted))
 }
 
 #[cfg(test)]

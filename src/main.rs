@@ -18,9 +18,8 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode, Box<dyn Failure>> {
     start_log(&cli)?;
     if cli.print_layout {
-        let text = format!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
         // Unlike `println!`, this does not panic when stdout is closed.
-        let _closed = writeln!(io::stdout(), "{text}");
+        let _closed = writeln!(io::stdout(), "{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
         return Ok(ExitCode::SUCCESS);
     }
     let config = cli.into_config().expect("invariant: the parser demands a kernel");

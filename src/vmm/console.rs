@@ -84,8 +84,7 @@ impl Console {
     fn feed(&mut self) {
         let room = self.port.room().min(self.pending.len());
         if room > 0 {
-            let bytes: Vec<u8> = self.pending.iter().take(room).copied().collect();
-            let taken = self.port.enqueue(&bytes);
+            let taken = self.port.enqueue(&self.pending.make_contiguous()[..room]);
             self.pending.drain(..taken);
         }
     }

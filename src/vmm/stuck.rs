@@ -6,7 +6,7 @@
 //! (PROT_NONE): the vCPU's next access fails with EFAULT, and zeroes take the page's place.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::kvm::vcpu::Vcpu;
@@ -24,7 +24,8 @@ const MANY: u64 = 20;
 /// The main loop's watch over the processors.
 pub(super) struct StuckWatch {
     pages: Arc<MissingPages>,
-    guarding: Arc<AtomicBool>,
+    /// Makes missing pages inaccessible, or did so. At most one at a time.
+    guard: Option<JoinHandle<()>>,
     next: Option<Instant>,
     /// The processors' unresolved faults at the last look.
     faults: Vec<Option<u64>>,
@@ -32,7 +33,7 @@ pub(super) struct StuckWatch {
 
 impl StuckWatch {
     pub fn new(pages: Arc<MissingPages>) -> Self {
-        StuckWatch { pages, guarding: Arc::default(), next: None, faults: Vec::new() }
+        StuckWatch { pages, guard: None, next: None, faults: Vec::new() }
     }
 
     /// Called by the main loop each time around. Looks if it is time to. The result is the number of
@@ -58,20 +59,15 @@ impl StuckWatch {
         i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
     }
 
-    /// On a thread of its own, at most one at a time: a search for missing pages may wait for a disk.
-    fn guard(&self) {
-        if self.guarding.swap(true, Ordering::SeqCst) {
+    /// On a thread of its own: a search for missing pages may wait for a disk.
+    fn guard(&mut self) {
+        if self.guard.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return;
         }
-        let (pages, guarding) = (Arc::clone(&self.pages), Arc::clone(&self.guarding));
-        let started = thread::spawn("guard".into(), move || {
-            pages.guard();
-            guarding.store(false, Ordering::SeqCst);
-        });
-        if let Err(error) = started {
-            log::debug!("cannot look for missing pages: {error}");
-            self.guarding.store(false, Ordering::SeqCst);
-        }
+        let pages = Arc::clone(&self.pages);
+        self.guard = thread::spawn("guard".into(), move || pages.guard())
+            .inspect_err(|error| log::debug!("cannot look for missing pages: {error}"))
+            .ok();
     }
 
     fn is_any_stuck(&mut self, vcpus: &[Vcpu]) -> bool {
