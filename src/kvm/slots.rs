@@ -17,8 +17,9 @@ use crate::memory::{Access, GuestMapper, GuestRange, SlotId};
 /// Fields are dropped in their order here: first the machine, then the memory that permanent slots point to.
 pub struct Slots {
     /// The only reference outside tests.
-    vm: Arc<VmFd>,
-    limit: u32,
+    pub(super) vm: Arc<VmFd>,
+    /// The number of slots that the machine can have.
+    pub limit: u32,
     /// Lock order: innermost. Held while KVM changes a slot, which waits for no other process.
     state: Mutex<State>,
 }
@@ -36,15 +37,6 @@ impl Slots {
     /// The slots of `vm`, at most `limit` (KVM_CAP_NR_MEMSLOTS) of them.
     pub fn new(vm: Arc<VmFd>, limit: u32) -> Self {
         Slots { vm, limit, state: Mutex::default() }
-    }
-
-    /// The number of slots that the machine can have.
-    pub fn limit(&self) -> u32 {
-        self.limit
-    }
-
-    pub(super) fn vm(&self) -> &VmFd {
-        &self.vm
     }
 
     /// Maps like [`GuestMapper::map`], for as long as the machine exists. Keeps `owner` until after that.
@@ -91,33 +83,23 @@ impl GuestMapper for Slots {
             Access::ReadWrite => 0,
         };
         let mut state = self.lock();
-        let reused = state.free.last().copied();
-        let slot = match reused {
-            Some(slot) => slot,
-            None => u32::try_from(state.slots.len())
-                .ok()
-                .filter(|&slot| slot < self.limit)
-                .ok_or(io::Error::from_raw_os_error(libc::ENOSPC))?,
-        };
-        self.set(slot, guest, guest.len(), host, flags)?;
-        match reused {
-            Some(_) => {
-                state.free.pop();
-                state.slots[slot as usize] = Some(guest);
-            }
-            None => state.slots.push(Some(guest)),
+        let slot = state.free.last().copied().unwrap_or(state.slots.len() as u32);
+        if slot >= self.limit {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
+        self.set(slot, guest, guest.len(), host, flags)?;
+        if state.free.pop().is_none() {
+            state.slots.push(None);
+        }
+        state.slots[slot as usize] = Some(guest);
         Ok(SlotId(slot))
     }
 
     fn unmap(&self, SlotId(slot): SlotId) -> io::Result<()> {
         let mut state = self.lock();
-        let guest = state
-            .slots
-            .get(slot as usize)
-            .copied()
-            .flatten()
-            .ok_or(io::Error::from_raw_os_error(libc::ENOENT))?;
+        let Some(&Some(guest)) = state.slots.get(slot as usize) else {
+            return Err(io::Error::from_raw_os_error(libc::ENOENT));
+        };
         self.set(slot, guest, 0, std::ptr::null_mut(), 0)?;
         state.slots[slot as usize] = None;
         state.free.push(slot);
@@ -243,8 +225,8 @@ mod tests {
         let vm = Vm::new(&vm::Kvm::open().unwrap(), 0xfffb_c000).unwrap();
         let machine_was_gone = Arc::new(AtomicBool::new(false));
         let owner =
-            Owner { vm: Arc::downgrade(&vm.slots().vm), machine_was_gone: Arc::clone(&machine_was_gone) };
-        let (slots, owner) = (Arc::clone(vm.slots()), Arc::new(owner));
+            Owner { vm: Arc::downgrade(&vm.slots.vm), machine_was_gone: Arc::clone(&machine_was_gone) };
+        let (slots, owner) = (Arc::clone(&vm.slots), Arc::new(owner));
         // SAFETY: the page stays, and only the guest uses it.
         unsafe { slots.map_permanent(guest_page(PAGE_AT), page(&[7]), Access::ReadWrite, owner) }.unwrap();
         let processor = vm.create_vcpu(0).unwrap();

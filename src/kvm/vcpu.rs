@@ -28,12 +28,10 @@ use crate::thread;
 
 /// The registers with which the first processor starts. The others wait for the guest's INIT and SIPI.
 #[derive(Clone, Debug)]
+#[allow(missing_docs)]
 pub struct BootRegisters {
-    /// General registers.
     pub regs: kvm_regs,
-    /// Segments, control registers, page table root.
     pub sregs: kvm_sregs,
-    /// Floating point control words.
     pub fpu: kvm_fpu,
 }
 
@@ -65,6 +63,7 @@ pub struct UnclaimedCounts {
 }
 
 /// The state that the processors of one machine share.
+#[derive(Default)]
 pub struct Machine {
     /// The devices at I/O ports.
     pub ports: Bus,
@@ -76,19 +75,6 @@ pub struct Machine {
     pub unclaimed: UnclaimedCounts,
     /// Set before the processors are interrupted for the last time; then none goes back to the guest.
     pub stopping: Arc<AtomicBool>,
-}
-
-impl Machine {
-    /// A machine without devices.
-    pub fn new(missing_pages: Arc<MissingPages>) -> Self {
-        Machine {
-            ports: Bus::default(),
-            mmio: Bus::default(),
-            missing_pages,
-            unclaimed: UnclaimedCounts::default(),
-            stopping: Arc::default(),
-        }
-    }
 }
 
 /// A processor's thread.
@@ -224,7 +210,7 @@ impl Runner {
             Ok(VcpuExit::IoOut(port, data)) => {
                 let data: *const [u8] = data;
                 let width = self.port_width();
-                // SAFETY: as above.
+                // SAFETY: as above: pages of the vCPU, which only this thread uses until the next KVM_RUN.
                 Ok(self.port_out(port, width, unsafe { &*data }))
             }
             Ok(VcpuExit::Intr) => Ok(None),
@@ -312,15 +298,8 @@ impl fmt::Display for Registers<'_> {
             [("r14", regs.r14), ("r15", regs.r15), ("cr0", sregs.cr0), ("cr2", sregs.cr2)],
             [("cr3", sregs.cr3), ("cr4", sregs.cr4), ("efer", sregs.efer), ("cs", sregs.cs.selector.into())],
         ];
-        for (number, row) in rows.iter().enumerate() {
-            if number > 0 {
-                writeln!(f)?;
-            }
-            for (name, value) in row {
-                write!(f, "  {name:>6} {value:016x}")?;
-            }
-        }
-        Ok(())
+        let rows = rows.map(|row| row.map(|(name, value)| format!("  {name:>6} {value:016x}")).concat());
+        f.write_str(&rows.join("\n"))
     }
 }
 

@@ -32,12 +32,10 @@ pub enum KvmError {
     /// The version is 12 since 2007.
     #[error("/dev/kvm speaks version {0} of the KVM interface, not {KVM_API_VERSION}")]
     ApiVersion(i32),
-    /// A needed capability, and what it is for.
     #[error("this KVM lacks {0}, {1}")]
     Capability(&'static str, &'static str),
     #[error("{asked} vCPUs are more than the {most} that this KVM can do")]
     TooManyVcpus { asked: u32, most: u32 },
-    /// An ioctl failed; with what it was to do.
     #[error("KVM cannot {0}")]
     Ioctl(String, #[source] io::Error),
 }
@@ -135,7 +133,8 @@ impl Kvm {
 
 /// A machine with interrupt controllers and memory slots; processors can be added.
 pub struct Vm {
-    slots: Arc<Slots>,
+    /// Its memory slots, which own it.
+    pub slots: Arc<Slots>,
 }
 
 impl Vm {
@@ -163,14 +162,9 @@ impl Vm {
         Ok(Vm { slots: Arc::new(Slots::new(Arc::new(vm), limit)) })
     }
 
-    /// The machine's memory slots, which own it.
-    pub fn slots(&self) -> &Arc<Slots> {
-        &self.slots
-    }
-
     /// Adds the processor with this id, which is its APIC id too.
     pub fn create_vcpu(&self, id: u32) -> Result<Processor, KvmError> {
-        let fd = self.slots.vm().create_vcpu(u64::from(id));
+        let fd = self.slots.vm.create_vcpu(u64::from(id));
         let fd = fd.map_err(failed_to(format!("create vCPU {id}")))?;
         Ok(Processor { id, fd, _slots: Arc::clone(&self.slots) })
     }
@@ -178,7 +172,7 @@ impl Vm {
     /// A write to `event`, by any process, pulses interrupt line `gsi`.
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
         self.slots
-            .vm()
+            .vm
             .register_irqfd(event, gsi)
             .map_err(failed_to(format!("connect an eventfd to interrupt {gsi}")))
     }
@@ -186,7 +180,7 @@ impl Vm {
     /// A guest's write of `value`, 4 bytes wide, to `address` signals `event` instead of causing an exit.
     pub fn register_ioeventfd(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
         self.slots
-            .vm()
+            .vm
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
             .map_err(failed_to(format!("connect an eventfd to writes of {value:#x} at {address:#x}")))
     }

@@ -21,6 +21,7 @@ const SETTLE: Duration = Duration::from_millis(500);
 const ATTEMPTS: usize = 8;
 
 /// The shared memory of all devices, to be searched for missing pages.
+#[derive(Default)]
 pub struct MissingPages {
     devices: Vec<Device>,
     /// When something was first filled temporarily.

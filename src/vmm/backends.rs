@@ -104,7 +104,7 @@ pub fn connect(
     slots: &Arc<Slots>,
 ) -> Result<Vec<Backend>, BackendError> {
     let specs = &config.devices;
-    let quota = mapping_quota(slots.limit(), specs.len());
+    let quota = mapping_quota(slots.limit, specs.len());
     let mut backends = Vec::new();
     for (index, spec) in specs.iter().enumerate() {
         let sees_others = specs.iter().enumerate().any(|(other, spec)| other != index && spec.share_shmem);
@@ -178,7 +178,7 @@ pub fn attach(
             .expect("invariant: `layout` gives each device a page of its own");
         let registers = GuestRange::new(address, PAGE_SIZE).expect("invariant: below 4 GiB");
         // SAFETY: the page is mapped until it is dropped; it is written through atomics only.
-        unsafe { vm.slots().map_permanent(registers, page.host_ptr(), Access::ReadOnly, page.clone()) }
+        unsafe { vm.slots.map_permanent(registers, page.host_ptr(), Access::ReadOnly, page.clone()) }
             .map_err(&registers_failed)?;
         attached.push(DeviceMemory { name: spec.name, registers, shmem, participant });
     }

@@ -1,10 +1,9 @@
 //! Building a machine: [`Vmm::build`], and its steps in the order in which it takes them.
 
-use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvm_bindings::CpuId;
-use vm_memory::{Bytes, GuestAddress};
 
 use super::Vmm;
 use super::backends::{self, Backend};
@@ -48,12 +47,12 @@ impl Vmm {
         let supported = kvm.supported_cpuid()?;
         check_address_width(&ram, &supported)?;
         let vm = Vm::new(&kvm, layout::KVM_PAGES)?;
-        map_ram(vm.slots(), &ram)?;
+        map_ram(&vm.slots, &ram)?;
 
         // The back-ends: connect to each, negotiate, and place its windows.
-        let backends = backends::connect(config, windows(&ram, &supported), vm.slots())?;
+        let backends = backends::connect(config, windows(&ram, &supported), &vm.slots)?;
         let missing_pages = MissingPages::new(backends.iter().map(Backend::shared_memory));
-        let machine = Arc::new(Machine::new(Arc::new(missing_pages)));
+        let machine = Arc::new(Machine { missing_pages: Arc::new(missing_pages), ..Machine::default() });
 
         // The devices.
         let exit = Arc::new(ExitOnce::new()?);
@@ -62,9 +61,8 @@ impl Vmm {
         let devices = backends::attach(backends, &machine, &vm, &ram)?;
 
         // What the kernel finds in memory, and the processors that run it.
-        write_acpi_tables(&ram, config)?;
         log::info!("kernel command line: {}", config.cmdline);
-        let entry = boot.load(&ram)?;
+        let entry = boot.load(&ram, config.cpus, config.devices.len())?;
         let topology = Topology { vcpus: config.cpus, tsc_deadline: kvm.has_tsc_deadline() };
         let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
 
@@ -117,30 +115,24 @@ fn attach_serial_port(
     let interrupt = eventfd()?;
     vm.register_irqfd(&interrupt, layout::COM1_GSI)?;
     let console = Console::open(line, interrupt, Arc::clone(&machine.stopping), Arc::clone(exit))?;
-    insert(&machine.ports, layout::COM1, layout::COM1_LEN, console.port.clone());
+    insert(&machine.ports, layout::COM1, console.port.clone());
     Ok(console)
 }
 
 /// The devices with which a guest ends the machine.
 fn attach_power(ports: &Bus, debug_exit: bool) {
     let power = PowerControl { sleep_type_off: acpi::SLEEP_TYPE_S5, reset_value: acpi::RESET_VALUE };
-    insert(ports, layout::ACPI_POWER, layout::ACPI_POWER_LEN, Arc::new(power));
-    insert(ports, layout::I8042, layout::I8042_LEN, Arc::new(I8042));
-    insert(ports, layout::PVPANIC, 1, Arc::new(Pvpanic));
+    insert(ports, layout::ACPI_POWER, Arc::new(power));
+    insert(ports, layout::I8042, Arc::new(I8042));
+    insert(ports, layout::PVPANIC, Arc::new(Pvpanic));
     if debug_exit {
-        insert(ports, layout::DEBUG_EXIT, 1, Arc::new(DebugExit));
+        insert(ports, layout::DEBUG_EXIT, Arc::new(DebugExit));
     }
 }
 
-fn insert(ports: &Bus, first: u16, count: u16, device: Arc<dyn BusDevice>) {
-    ports.insert(first.into(), count.into(), device).expect("invariant: no two ranges in `layout` overlap");
-}
-
-fn write_acpi_tables(ram: &Ram, config: &Config) -> Result<(), VmmError> {
-    let tables = acpi::tables(layout::ACPI, config.cpus, config.devices.len());
-    ram.memory()
-        .write_slice(&tables, GuestAddress(layout::ACPI))
-        .map_err(|error| failed_to("write the ACPI tables to guest memory")(io::Error::other(error)))
+fn insert(ports: &Bus, range: Range<u16>, device: Arc<dyn BusDevice>) {
+    let len = range.len() as u64;
+    ports.insert(range.start.into(), len, device).expect("invariant: no two ranges in `layout` overlap");
 }
 
 /// The first processor starts at the kernel's entry point, the others wait until it starts them.

@@ -26,7 +26,6 @@ pub(super) enum VmmError {
     AddressWidth { end: u64, bits: u32 },
     #[error("cannot open {0} for the serial port")]
     SerialFile(PathBuf, #[source] io::Error),
-    /// The host's kernel refused a system call.
     #[error("cannot {0}")]
     Os(&'static str, #[source] io::Error),
 }

@@ -6,6 +6,7 @@
 //! also say which legacy devices are absent, because a kernel would wait for a clock chip or a keyboard
 //! controller.
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate, Scope, ZERO,
 };
@@ -15,7 +16,6 @@ use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, P
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, AmlSink};
 
 use super::layout;
 use crate::memory::PAGE_SIZE;
@@ -38,32 +38,23 @@ const NO_CMOS_RTC: u16 = 1 << 5;
 /// [`layout::ACPI_SPACE`] with at most [`layout::MAX_VCPUS`] processors and [`layout::MAX_DEVICES`] devices.
 pub fn tables(base: u64, vcpus: u32, devices: usize) -> Vec<u8> {
     // The root pointer is filled in last, because it holds the address of the XSDT.
-    let mut tables = Tables { base, bytes: vec![0; Rsdp::len()] };
-    let dsdt = tables.add(&dsdt(devices));
-    let fadt = tables.add(&fadt(dsdt));
-    let madt = tables.add(&madt(vcpus));
+    let mut bytes = vec![0; Rsdp::len()];
+    // Appends a table on a 16-byte boundary. Gives its guest address.
+    let mut add = |table: &dyn Aml| {
+        bytes.resize(bytes.len().next_multiple_of(16), 0);
+        let address = base + bytes.len() as u64;
+        table.to_aml_bytes(&mut bytes);
+        address
+    };
+    let dsdt = add(&dsdt(devices));
+    let fadt = add(&fadt(dsdt));
+    let madt = add(&madt(vcpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
-    let xsdt = tables.add(&xsdt);
-    let mut bytes = tables.bytes;
+    let xsdt = add(&xsdt);
     bytes[..Rsdp::len()].copy_from_slice(&to_bytes(&Rsdp::new(OEM_ID, xsdt)));
     bytes
-}
-
-struct Tables {
-    base: u64,
-    bytes: Vec<u8>,
-}
-
-impl Tables {
-    /// Appends a table on a 16-byte boundary. Gives its guest address.
-    fn add(&mut self, table: &dyn Aml) -> u64 {
-        self.bytes.resize(self.bytes.len().next_multiple_of(16), 0);
-        let address = self.base + self.bytes.len() as u64;
-        table.to_aml_bytes(&mut self.bytes);
-        address
-    }
 }
 
 fn to_bytes(aml: &dyn Aml) -> Vec<u8> {
@@ -75,7 +66,7 @@ fn to_bytes(aml: &dyn Aml) -> Vec<u8> {
 /// The fixed description: which legacy devices are absent, and where the power registers are.
 fn fadt(dsdt: u64) -> impl Aml {
     let register = |number: u16| {
-        let port = layout::ACPI_POWER + number;
+        let port = layout::ACPI_POWER.start + number;
         GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into())
     };
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
@@ -113,24 +104,15 @@ fn madt(vcpus: u32) -> impl Aml {
 /// The devices.
 fn dsdt(devices: usize) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    let mut aml = Vec::new();
     let mut children = [serial_port(), pvpanic()].concat();
     for (number, (address, gsi)) in (0..devices).map_while(layout::virtio_device).enumerate() {
         children.extend(virtio_device(number, address, gsi));
     }
-    Scope::new("\\_SB_".into(), vec![&Raw(children)]).to_aml_bytes(&mut aml);
-    sleep_state_s5().to_aml_bytes(&mut aml);
-    dsdt.append_slice(&aml);
+    dsdt.append_slice(&Scope::raw("\\_SB_".into(), children));
+    // The sleep type for "off", for both of ACPI's sleep control registers.
+    let s5 = Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]);
+    dsdt.append_slice(&to_bytes(&Name::new("_S5_".into(), &s5)));
     dsdt
-}
-
-/// AML bytes.
-struct Raw(Vec<u8>);
-
-impl Aml for Raw {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        sink.vec(&self.0);
-    }
 }
 
 /// The kind of interrupt that all devices here have: edge-triggered, active high, not shared.
@@ -139,13 +121,8 @@ fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(consumer, edge, active_low, shared, gsi)
 }
 
-/// `\_S5`: the sleep type for "off", for both of ACPI's sleep control registers.
-fn sleep_state_s5() -> impl Aml {
-    Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
-}
-
 fn serial_port() -> Vec<u8> {
-    let ports = IO::new(layout::COM1, layout::COM1, 1, layout::COM1_LEN as u8);
+    let ports = IO::new(layout::COM1.start, layout::COM1.start, 1, layout::COM1.len() as u8);
     to_bytes(&Device::new(
         "COM1".into(),
         vec![
@@ -158,7 +135,7 @@ fn serial_port() -> Vec<u8> {
 
 /// As QEMU describes its pvpanic device, for which Linux has the driver.
 fn pvpanic() -> Vec<u8> {
-    let port = IO::new(layout::PVPANIC, layout::PVPANIC, 1, 1);
+    let port = IO::new(layout::PVPANIC.start, layout::PVPANIC.start, 1, 1);
     to_bytes(&Device::new(
         "PEVT".into(),
         vec![

@@ -100,9 +100,9 @@ impl Boot {
     }
 
     /// Writes kernel, initramfs, command line, boot parameters, segment descriptors, page tables and reset
-    /// vector to RAM. Gives the kernel's entry point. The ACPI root pointer must be at [`layout::ACPI`]
-    /// before the kernel runs.
-    pub fn load(mut self, ram: &Ram) -> Result<u64, BootError> {
+    /// vector to RAM, and the ACPI tables of a machine with these processors and devices. Gives the kernel's
+    /// entry point.
+    pub fn load(mut self, ram: &Ram, vcpus: u32, devices: usize) -> Result<u64, BootError> {
         let memory = ram.memory();
         let (entry, header) = self.kernel.load(memory)?;
         if let Some(Initramfs { image, start }) = &mut self.initramfs {
@@ -114,6 +114,7 @@ impl Boot {
             memory.write_slice(bytes, GuestAddress(address)).map_err(|error| BootError::Write(what, error))
         };
         write("command line", &[self.cmdline.as_bytes(), &[0]].concat(), layout::CMDLINE)?;
+        write("ACPI tables", &acpi::tables(layout::ACPI, vcpus, devices), layout::ACPI)?;
         let params = boot_parameters(header, ram, self.initramfs.as_ref());
         write("boot parameters", params.as_slice(), layout::BOOT_PARAMS)?;
         write("page tables", &le_bytes(&regs::page_tables()), layout::PAGE_TABLES)?;
@@ -158,9 +159,7 @@ fn boot_parameters(header: setup_header, ram: &Ram, initramfs: Option<&Initramfs
         (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = (*start as u32, image.len as u32);
     }
     let map = memory_map(ram);
-    for (entry, (addr, size, type_)) in params.e820_table.iter_mut().zip(&map) {
-        *entry = boot_e820_entry { addr: *addr, size: *size, r#type: *type_ };
-    }
+    params.e820_table[..map.len()].copy_from_slice(&map);
     params.e820_entries = map.len() as u8;
     params
 }
@@ -168,16 +167,16 @@ fn boot_parameters(header: setup_header, ram: &Ram, initramfs: Option<&Initramfs
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-/// The memory map for the kernel: start, length, type. The gap is not in it: ACPI describes the devices
-/// there.
-fn memory_map(ram: &Ram) -> Vec<(u64, u64, u32)> {
+/// The memory map for the kernel. The gap is not in it: ACPI describes the devices there.
+fn memory_map(ram: &Ram) -> Vec<boot_e820_entry> {
+    let entry = |addr, size, r#type| boot_e820_entry { addr, size, r#type };
     let mut map = vec![
-        (0, layout::LOW_RAM_END, E820_RAM),
-        (layout::LOW_RAM_END, layout::HIGH_RAM - layout::LOW_RAM_END, E820_RESERVED),
-        (layout::HIGH_RAM, ram.low_end() - layout::HIGH_RAM, E820_RAM),
+        entry(0, layout::LOW_RAM_END, E820_RAM),
+        entry(layout::LOW_RAM_END, layout::HIGH_RAM - layout::LOW_RAM_END, E820_RESERVED),
+        entry(layout::HIGH_RAM, ram.low_end() - layout::HIGH_RAM, E820_RAM),
     ];
     let above = ram.regions[1..].iter().map(|region| region.guest);
-    map.extend(above.map(|guest| (guest.start(), guest.len(), E820_RAM)));
+    map.extend(above.map(|guest| entry(guest.start(), guest.len(), E820_RAM)));
     map
 }
 
@@ -187,8 +186,9 @@ mod tests {
 
     use tempfile::NamedTempFile;
 
-    use super::super::kernel::{EM_X86_64, SETUP_HEADER, XLF_KERNEL_64};
+    use super::super::kernel::{SETUP_HEADER, XLF_KERNEL_64};
     use super::*;
+    use libc::EM_X86_64;
 
     const MIB: u64 = 1 << 20;
 
@@ -243,7 +243,7 @@ mod tests {
     fn boot(kernel: &[u8], initramfs: Option<&[u8]>, cmdline: &str, ram: &Ram) -> Result<u64, BootError> {
         let (kernel, initramfs) = (file(kernel), initramfs.map(file));
         let initramfs = initramfs.as_ref().map(|file| file.path());
-        Boot::plan(kernel.path(), initramfs, cmdline, ram)?.load(ram)
+        Boot::plan(kernel.path(), initramfs, cmdline, ram)?.load(ram, 1, 0)
     }
 
     fn bytes_at(ram: &Ram, address: u64, len: usize) -> Vec<u8> {

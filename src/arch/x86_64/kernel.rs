@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use libc::EM_X86_64;
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::elf::Elf;
@@ -35,7 +36,6 @@ pub enum KernelError {
         "the kernel {path} is an ELF file for {found}, not for a 64-bit x86-64 (ELF machine {EM_X86_64})"
     )]
     OtherMachine { path: PathBuf, found: String },
-    /// The format is right, and the contents cannot be a kernel.
     #[error("the kernel {path} cannot be booted: {problem}")]
     BadKernel { path: PathBuf, problem: String },
     /// A bzImage from before Linux 3.8, or for 32-bit processors. The version is major << 8 | minor.
@@ -132,14 +132,8 @@ impl Kernel {
         let mut start = vec![0; image.len.min(8) as usize];
         image.read(&mut start, 0)?;
         if start.starts_with(b"\x7fELF") {
-            let end = check_elf(&image)?;
-            return Ok(Kernel {
-                image,
-                header: None,
-                end,
-                cmdline_most: CMDLINE_MOST,
-                initrd_max: INITRD_MAX,
-            });
+            let (end, cmdline_most, initrd_max) = (check_elf(&image)?, CMDLINE_MOST, INITRD_MAX);
+            return Ok(Kernel { image, header: None, end, cmdline_most, initrd_max });
         }
         let Some(header) = read_setup_header(&image)? else {
             return Err(KernelError::UnknownFormat { path: image.path, start });
@@ -198,22 +192,18 @@ fn check_bzimage(image: &ImageFile, header: &setup_header) -> Result<u64, Kernel
     Ok(image.len - setup)
 }
 
-pub(super) const EM_X86_64: u16 = 62;
-
 /// Checks what the ELF loader does not: machine, completeness, addresses. Gives the first address after the
 /// segments. The names of fields are those of the ELF-64 file header and program header.
 fn check_elf(image: &ImageFile) -> Result<u64, KernelError> {
-    const EHDR_LEN: usize = 64;
-    const PHDR_LEN: usize = 56;
-    const ELFCLASS64: u64 = 2;
-    const ELFDATA2LSB: u64 = 1;
-    const PT_LOAD: u64 = 1;
+    const EHDR_LEN: usize = size_of::<libc::Elf64_Ehdr>();
+    const PHDR_LEN: usize = size_of::<libc::Elf64_Phdr>();
 
     image.check_len(EHDR_LEN as u64)?;
     let mut header = [0; EHDR_LEN];
     image.read(&mut header, 0)?;
     let (class, data, e_machine) = (le(&header, 4, 1), le(&header, 5, 1), le(&header, 18, 2));
-    if e_machine != u64::from(EM_X86_64) || class != ELFCLASS64 || data != ELFDATA2LSB {
+    let wanted = (libc::ELFCLASS64.into(), libc::ELFDATA2LSB.into(), EM_X86_64.into());
+    if (class, data, e_machine) != wanted {
         let found = machine_name(e_machine, class, data);
         return Err(KernelError::OtherMachine { path: image.path.clone(), found });
     }
@@ -227,7 +217,7 @@ fn check_elf(image: &ImageFile) -> Result<u64, KernelError> {
     for number in 0..e_phnum {
         let mut segment = [0; PHDR_LEN];
         image.read(&mut segment, e_phoff + number * e_phentsize)?;
-        if le(&segment, 0, 4) != PT_LOAD {
+        if le(&segment, 0, 4) != u64::from(libc::PT_LOAD) {
             continue;
         }
         let (p_offset, p_paddr) = (le(&segment, 8, 8), le(&segment, 24, 8));

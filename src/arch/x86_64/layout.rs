@@ -10,6 +10,7 @@
 //! ```
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::memory::PAGE_SIZE;
 
@@ -56,32 +57,24 @@ pub const IOAPIC: u64 = 0xfec0_0000;
 pub const IOAPIC_INPUTS: u32 = 24;
 /// The local APICs' registers; reset value of the processors' APIC base.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
-/// Four pages that KVM uses itself on Intel processors: below where a BIOS would be mapped (256 KiB below 4
-/// GiB).
-pub const KVM_PAGES: u64 = GAP_END - 256 * KIB - KVM_PAGES_LEN;
-/// An identity map and three pages of TSS.
-pub const KVM_PAGES_LEN: u64 = 4 * PAGE_SIZE;
+/// Four pages that KVM uses itself on Intel processors, an identity map and three of TSS: below where a BIOS
+/// would be mapped (256 KiB below 4 GiB).
+pub const KVM_PAGES: u64 = GAP_END - 256 * KIB - 4 * PAGE_SIZE;
 
 /// The first serial port's registers.
-pub const COM1: u16 = 0x3f8;
-/// The number of its registers.
-pub const COM1_LEN: u16 = 8;
+pub const COM1: Range<u16> = 0x3f8..0x400;
 /// Its interrupt.
 pub const COM1_GSI: u32 = 4;
-/// The keyboard controller: data port here, command port 4 above. Only its reset command works.
-pub const I8042: u16 = 0x60;
-/// Its ports.
-pub const I8042_LEN: u16 = 5;
+/// The keyboard controller: the data port first, the command port last. Only its reset command works.
+pub const I8042: Range<u16> = 0x60..0x65;
 /// The debug-exit port: where QEMU's isa-debug-exit usually is, so that test kernels need no change.
-pub const DEBUG_EXIT: u16 = 0xf4;
+pub const DEBUG_EXIT: Range<u16> = 0xf4..0xf5;
 /// The pvpanic port: where QEMU has it.
-pub const PVPANIC: u16 = 0x505;
+pub const PVPANIC: Range<u16> = 0x505..0x506;
 /// ACPI's sleep control register, then its sleep status register, then the reset register.
-pub const ACPI_POWER: u16 = 0x600;
-/// Their number.
-pub const ACPI_POWER_LEN: u16 = 3;
+pub const ACPI_POWER: Range<u16> = 0x600..0x603;
 /// The last of them: the reset register.
-pub const ACPI_RESET: u16 = ACPI_POWER + 2;
+pub const ACPI_RESET: u16 = 0x602;
 
 /// The first interrupt for devices. Those below are the legacy devices' of a PC, COM1's among them; with
 /// hardware-reduced ACPI those above are free.
@@ -115,8 +108,8 @@ impl fmt::Display for Layout {
             writeln!(f, "  {start:#011x}..{end:11}  {name}")?;
         }
         writeln!(f, "I/O ports:")?;
-        for (name, start, len) in PORTS {
-            writeln!(f, "  {start:#05x}..{:#05x}  {name}", start + len)?;
+        for (name, Range { start, end }) in PORTS {
+            writeln!(f, "  {start:#05x}..{end:#05x}  {name}")?;
         }
         writeln!(f, "interrupts:")?;
         writeln!(f, "  {COM1_GSI}       serial port COM1")?;
@@ -139,18 +132,18 @@ const MEMORY: [(&str, u64, u64); 13] = [
     ("virtio devices' registers, a page each", VIRTIO_REGISTERS, MAX_DEVICES as u64 * PAGE_SIZE),
     ("IOAPIC", IOAPIC, PAGE_SIZE),
     ("local APICs", LOCAL_APIC, PAGE_SIZE),
-    ("KVM's own pages", KVM_PAGES, KVM_PAGES_LEN),
+    ("KVM's own pages", KVM_PAGES, 4 * PAGE_SIZE),
     ("RAM beyond 3 GiB, as far as there is", GAP_END, 0),
     ("then, from the next GiB on: windows of shared memory regions", GAP_END, 0),
 ];
 
-const PORTS: [(&str, u16, u16); 6] = [
-    ("keyboard controller, reset only", I8042, I8042_LEN),
-    ("debug exit, with --debug-exit", DEBUG_EXIT, 1),
-    ("serial port COM1", COM1, COM1_LEN),
-    ("pvpanic", PVPANIC, 1),
-    ("ACPI sleep control and status", ACPI_POWER, 2),
-    ("ACPI reset", ACPI_RESET, 1),
+const PORTS: [(&str, Range<u16>); 6] = [
+    ("keyboard controller, reset only", I8042),
+    ("debug exit, with --debug-exit", DEBUG_EXIT),
+    ("serial port COM1", COM1),
+    ("pvpanic", PVPANIC),
+    ("ACPI sleep control and status", ACPI_POWER.start..ACPI_RESET),
+    ("ACPI reset", ACPI_RESET..ACPI_POWER.end),
 ];
 
 #[cfg(test)]
@@ -171,7 +164,7 @@ mod tests {
     #[test]
     fn nothing_overlaps() {
         assert_disjoint(&MEMORY);
-        assert_disjoint(&PORTS.map(|(name, start, len)| (name, start.into(), len.into())));
+        assert_disjoint(&PORTS.map(|(name, ports)| (name, ports.start.into(), ports.len() as u64)));
     }
 
     #[test]
