@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::link::Link;
 use super::memory_table::MemoryTable;
+use super::own_regions::OwnRegions;
 use super::sharing::{Owner, Participant, UpdateThread};
 use super::shmem_handler::{BackendChannel, ShmemHandler};
 use super::watch::Watch;
@@ -59,6 +60,8 @@ pub struct VhostUserDevice {
     config: Vec<u8>,
     memory: MemoryTable,
     shmem: Arc<SharedMemory>,
+    /// Its shared memory regions, where the back-end is to be told of them.
+    own_regions: OwnRegions,
     interrupt: Arc<Interrupt>,
     link: Arc<Link>,
     channel: Option<Arc<BackendChannel>>,
@@ -95,6 +98,10 @@ impl VhostUserDevice {
     ) -> Result<VhostUserDevice, DeviceError> {
         let Handshake { mut frontend, queues, config, memory_slots, .. } = handshake;
         let agreement = *frontend.agreement();
+        let own_regions = match agreement.has(protocol::SHMEM_ADDRESSES) {
+            true => OwnRegions::new(&shmem)?,
+            false => OwnRegions::default(),
+        };
         let sharing = participant.clone().filter(|_| spec.share_shmem);
         let (channel, theirs) = if agreement.has(protocol::BACKEND_REQ) {
             let (ours, theirs) = UnixStream::pair()?;
@@ -114,7 +121,7 @@ impl VhostUserDevice {
         let updates = match participant.zip(memory_slots) {
             Some((participant, slots)) => {
                 let room = usize::try_from(slots).unwrap_or(usize::MAX);
-                let room = room.saturating_sub(memory.regions().len());
+                let room = room.saturating_sub(memory.regions().len() + own_regions.len());
                 let (main, link) = (Arc::clone(&main), Arc::clone(&link));
                 Some(UpdateThread::start(&spec.name, participant, room, main, link)?)
             }
@@ -127,6 +134,7 @@ impl VhostUserDevice {
             config,
             memory,
             shmem,
+            own_regions,
             interrupt,
             link,
             channel,
@@ -228,6 +236,7 @@ impl VirtioDevice for VhostUserDevice {
         let started = self.talk(Deadline::after(START_TIMEOUT), |to| {
             self.shmem.open_gate();
             to.set_features_and_memory(features, self.memory.regions(), self.memory.file().as_fd())?;
+            self.own_regions.tell(to, &self.link)?;
             if let Some(updates) = &self.updates {
                 updates.recipient.tell_all(to)?;
             }

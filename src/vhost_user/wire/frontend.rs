@@ -103,7 +103,7 @@ impl Frontend {
         frontend.set_up().check_queues(needs.queues)?;
         let region_sizes = frontend.set_up().region_sizes()?;
         let config = frontend.set_up().config(needs.config_len)?;
-        let memory_slots = match agreement.has(protocol::CONFIGURE_MEM_SLOTS) {
+        let memory_slots = match needs.memory_slots && agreement.has(protocol::CONFIGURE_MEM_SLOTS) {
             true => Some(frontend.set_up().memory_slots()?),
             false => None,
         };
