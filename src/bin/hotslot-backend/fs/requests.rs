@@ -21,8 +21,10 @@ use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writ
 use fuse_vm_memory::ByteValued;
 use rustix::io::Errno;
 
+use super::copies::Copies;
 use super::dax::{PAGE, Window};
 use super::directory::Directory;
+use super::guest::Guest;
 use super::queue::{self, Chain, Memory};
 use crate::complaints::Complaints;
 
@@ -31,7 +33,7 @@ const FUSE_SYNCFS: u32 = 50;
 const FUSE_TMPFILE: u32 = 51;
 
 /// A request has a header, arguments and at most the data of one write.
-const MAX_REQUEST: usize = MAX_BUFFER_SIZE as usize + (64 << 10);
+pub const MAX_REQUEST: usize = MAX_BUFFER_SIZE as usize + (64 << 10);
 
 /// Answers the requests of one front-end.
 pub struct Requester {
@@ -56,7 +58,23 @@ impl Requester {
     }
 
     /// Executes a request. Returns how many bytes of its buffers were written.
-    pub fn answer(&self, chain: Chain, memory: &Memory) -> u32 {
+    pub fn answer(&self, chain: Chain, guest: &Guest) -> u32 {
+        let copies = match Copies::of(&chain, guest, self.window.as_deref(), &self.directory) {
+            Ok(None) => return self.answer_in(chain, &guest.ram),
+            Ok(Some(copies)) => copies,
+            Err(why) => return self.refuse(chain, &guest.ram, &why),
+        };
+        let written = self.answer_in(chain.clone(), copies.memory());
+        let Err(why) = copies.write_back(written) else {
+            return written;
+        };
+        let written = self.refuse(chain, copies.memory(), &why);
+        // The place of the answer's header may be outside RAM, too.
+        if copies.write_back(written).is_ok() { written } else { 0 }
+    }
+
+    /// The same, for a request that is all in this memory.
+    fn answer_in(&self, chain: Chain, memory: &Memory) -> u32 {
         match self.try_answer(&chain, memory) {
             Ok(written) => written,
             Err(why) => self.refuse(chain, memory, &why),
@@ -188,11 +206,11 @@ impl Requester {
 }
 
 /// Why a request is answered with an error.
-struct Refused {
+pub struct Refused {
     /// For the guest.
-    error: Errno,
+    pub error: Errno,
     /// For the user.
-    why: String,
+    pub why: String,
 }
 
 /// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING only where there is one of these. It
