@@ -210,7 +210,7 @@ impl Machine {
         if let Some(window) = self.window {
             // SHM-82
             let file = memfd(window.1);
-            file.set_permissions(Permissions::from_mode(0)).unwrap();
+            file.set_permissions(Permissions::from_mode(0o0)).unwrap();
             self.add_memory(window, &file, 0);
         }
         for (index, ring) in self.rings.iter().enumerate() {
