@@ -3,8 +3,8 @@
 //!
 //! Reading order: [`wire`] (the protocol), [`connect`] (finding a back-end), [`link`] (its two sockets),
 //! [`shmem_handler`] (what it asks for, done), [`watch`] (the thread that serves it), [`device`] (the virtio
-//! device that all this makes), `own_regions` (what its back-end is told of its own regions), [`sharing`] (what
-//! devices see of each other's mappings).
+//! device that all this makes), `own_regions` (what its back-end is told of its own regions), [`sharing`]
+//! (what devices see of each other's mappings).
 
 pub mod connect;
 pub mod device;

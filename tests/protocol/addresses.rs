@@ -1,4 +1,5 @@
-//! What a back-end is told of its own shared memory regions (protocol feature SHMEM_ADDRESSES, hotslot's own).
+//! What a back-end is told of its own shared memory regions (protocol feature SHMEM_ADDRESSES, which is
+//! hotslot's own).
 
 use std::sync::mpsc;
 

@@ -20,7 +20,7 @@ use super::dax::{PAGE, Window};
 use super::directory::Directory;
 use super::guest::Guest;
 use super::queue::{Chain, Memory};
-use super::requests::{MAX_REQUEST, Refused};
+use super::refused::{MAX_REQUEST, Refused};
 
 /// The most separate ranges of copies for a request: Linux sends at most one for each page.
 const MAX_RANGES: usize = MAX_REQUEST / PAGE as usize;

@@ -21,6 +21,7 @@ mod guest;
 mod inodes;
 mod passthrough;
 mod queue;
+mod refused;
 mod requests;
 
 use std::fs::File;

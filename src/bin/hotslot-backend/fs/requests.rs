@@ -16,7 +16,7 @@ use fuse_backend_rs::abi::fuse_abi::{
 };
 use fuse_backend_rs::abi::virtio_fs::RemovemappingOne;
 use fuse_backend_rs::api::filesystem::Context;
-use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
+use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writer};
 use fuse_vm_memory::ByteValued;
 use rustix::io::Errno;
@@ -26,14 +26,12 @@ use super::dax::{PAGE, Window};
 use super::directory::Directory;
 use super::guest::Guest;
 use super::queue::{self, Chain, Memory};
+use super::refused::{MAX_REQUEST, Refused};
 use crate::complaints::Complaints;
 
 /// Opcodes that are newer than fuse-backend-rs.
 const FUSE_SYNCFS: u32 = 50;
 const FUSE_TMPFILE: u32 = 51;
-
-/// A request has a header, arguments and at most the data of one write.
-pub const MAX_REQUEST: usize = MAX_BUFFER_SIZE as usize + (64 << 10);
 
 /// Answers the requests of one front-end.
 pub struct Requester {
@@ -203,14 +201,6 @@ impl Requester {
         let open = OpenOut { fh: handle.unwrap_or_default(), open_flags: options.bits(), passthrough: 0 };
         Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
     }
-}
-
-/// Why a request is answered with an error.
-pub struct Refused {
-    /// For the guest.
-    pub error: Errno,
-    /// For the user.
-    pub why: String,
 }
 
 /// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING only where there is one of these. It
