@@ -22,7 +22,9 @@ use std::time::Duration;
 use hotslot_test_support::driver::*;
 use hotslot_test_support::files::MIB;
 use hotslot_test_support::names::*;
-use hotslot_test_support::program::{Backend, DEADLINE, assert_refused, directory, file};
+use hotslot_test_support::program::{
+    Backend, DEADLINE, FAILS_LATER, assert_refused, directory, file, start_after,
+};
 use hotslot_test_support::wait::eventually;
 use hotslot_test_support::wire::{
     self, MMap, Message, NEED_REPLY, REPLY, SHMEM_MAP, Wire, message, shmem_config,
@@ -374,6 +376,27 @@ fn a_flush_writes_the_mapping_back() {
     }
 }
 
+/// Also the flushes after the first: the pages that could not be written back count as clean from then on.
+#[test]
+fn a_flush_that_fails_is_an_error_and_so_are_all_after_it() {
+    let dir = directory();
+    let Some(backend) = start_after(FAILS_LATER, "pmem", &dir, "--file full/disk/memory.img") else {
+        return;
+    };
+    let mut machine = Machine::connect(&backend);
+    let mapped = machine.map(0).file();
+    machine.start_queue();
+    // As the guest would by its stores; no other file descriptor is told of an error of the write-back.
+    assert_eq!(machine.request(0), (4, 0));
+    for block in 0..24 {
+        mapped.write_all_at(&[0xab; MIB as usize], block * MIB).unwrap();
+    }
+    for _ in 0..3 {
+        assert_eq!(machine.request(0), (4, u32::MAX));
+    }
+    backend.wait_for("pmem: cannot flush \"full/disk/memory.img\": ");
+}
+
 fn is_on_tmpfs(path: &Path) -> bool {
     let output = Command::new("stat").args(["-f", "-c", "%T"]).arg(path).output().unwrap();
     output.stdout.starts_with(b"tmpfs")
@@ -561,6 +584,21 @@ fn once_ends_after_the_first_front_end() {
     assert!(!backend.socket.exists());
 }
 
+/// The guest may still store into the file whose back-end has died, so nobody else may.
+#[test]
+fn the_file_stays_locked_while_a_front_end_has_it() {
+    let dir = directory();
+    file(&dir, 2 * MIB);
+    let backend = Backend::start("pmem", &dir, "");
+    let machine = Machine::connect(&backend);
+    let mapped = machine.map(0);
+    drop((machine, backend));
+    let in_use = "\"memory.img\" is in use: another process has it open for writing";
+    assert_refused("pmem", &dir, "--socket t --file memory.img", in_use);
+    drop(mapped);
+    drop(Backend::start("pmem", &dir, ""));
+}
+
 #[test]
 fn signals_end_it_with_status_zero_and_no_socket() {
     for signal in ["INT", "TERM"] {
@@ -617,10 +655,11 @@ fn a_socket_in_use_is_left_alone_and_a_dead_one_is_taken_over() {
     let dir = directory();
     file(&dir, 2 * MIB);
     let backend = Backend::start("pmem", &dir, "");
+    fs::copy(dir.path().join("memory.img"), dir.path().join("other.img")).unwrap();
     assert_refused(
         "pmem",
         &dir,
-        "--socket s --file memory.img",
+        "--socket s --file other.img",
         "cannot listen on \"s\": another process is listening there",
     );
     Machine::connect(&backend).map(0);

@@ -19,14 +19,14 @@ const SHMEM_BIT: u32 = 22;
 
 /// A device of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
 pub struct DeviceSpec {
     /// Its name in messages.
     pub name: String,
     /// The socket that its back-end listens on.
     pub socket: PathBuf,
-    /// The device type.
     pub kind: DeviceKind,
-    /// The number of queues; `None` for what is usual for the type.
+    /// `None` for what is usual for the type.
     pub queues: Option<u16>,
     /// The largest queue size that the driver may choose: a power of two up to 32768.
     pub queue_size: u16,
@@ -50,12 +50,9 @@ struct Key {
     set: fn(&mut DeviceSpec, &str) -> Option<()>,
 }
 
-/// `type` is needed to make a [`DeviceSpec`]; the parser reads it first.
-const TYPE: &str = "type";
-
 const KEYS: &[Key] = &[
     Key {
-        name: TYPE,
+        name: "type",
         value: "TYPE",
         wanted: "a device type",
         help: "what the device is",
@@ -99,12 +96,8 @@ const KEYS: &[Key] = &[
         help: "shows what this device's back-end maps to the back-ends of the other devices, so that the guest can use \
                it for their requests (O_DIRECT from a DAX file to a disk)",
         set: |spec, text| {
-            match text {
-                "on" => spec.share_shmem = true,
-                "off" => spec.share_shmem = false,
-                _ => return None,
-            }
-            Some(())
+            spec.share_shmem = text == "on";
+            ["on", "off"].contains(&text).then_some(())
         },
     },
     Key {
@@ -183,7 +176,8 @@ impl FromStr for DeviceSpec {
             given.push((key, value));
         }
         let socket = PathBuf::from(path);
-        let kind = given.iter().find(|(key, _)| key.name == TYPE);
+        // Without it there is no `DeviceSpec` to set the others in.
+        let kind = given.iter().find(|(key, _)| key.name == "type");
         let (_, kind) = kind.ok_or_else(|| DeviceStringError::NoType(socket.clone()))?;
         let mut spec = DeviceSpec {
             name: socket.file_name().unwrap_or(socket.as_os_str()).to_string_lossy().into_owned(),

@@ -5,9 +5,9 @@
 //! output is dropped and the guest goes on.
 //!
 //! A guest writes its output byte by byte. It is passed on in pieces, because each piece may wake another
-//! process. A piece ends at a newline, at [`PIECE`] bytes, or when the guest seems to be done. It seems so when
-//! the guest sets its interrupts (a driver that has nothing more to send switches one off), or reads the line
-//! status [`PAUSE`] after its last byte (a program that waits for a key).
+//! process. A piece ends at a newline, at [`PIECE`] bytes, or when the guest seems to be done. It seems so
+//! when the guest sets its interrupts (a driver that has nothing more to send switches one off), or reads the
+//! line status [`PAUSE`] after its last byte (a program that waits for a key).
 
 use std::fs::File;
 use std::io::{self, Write};

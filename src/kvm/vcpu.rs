@@ -3,7 +3,7 @@
 //! ```text
 //!   spawn ──▶ apply the state ──▶ KVM_RUN ──▶ an access ──▶ bus ──┬──▶ again
 //!                                    │  ▲                         └──▶ Exit (power-off, reset, ...)
-//!                                    │  └── interrupted: stopping? ──no
+//!                                    │  └── interrupted: stopping? ──no; yes ──▶ the thread ends
 //!                                    ├── EFAULT: MissingPages mends it? ──no, again and again──▶ Exit::Crash
 //!                                    └── triple fault, internal error, failed entry ──▶ Exit::Crash
 //! ```

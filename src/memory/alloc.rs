@@ -40,9 +40,8 @@ impl WindowAllocator {
         let no_room = NoRoom { len, free: self.limit.saturating_sub(self.next), limit: self.limit };
         let alignment = if len < LARGE { SMALL } else { LARGE };
         let start = self.next.checked_next_multiple_of(alignment).ok_or(no_room)?;
-        let range = GuestRange::new(start, len).ok_or(no_room)?;
-        let end = start.checked_add(len).filter(|&end| end <= self.limit).ok_or(no_room)?;
-        self.next = end;
+        let range = GuestRange::new(start, len).filter(|range| range.last() < self.limit).ok_or(no_room)?;
+        self.next = range.last() + 1;
         Ok(range)
     }
 }

@@ -19,7 +19,6 @@ pub enum LayoutError {
     /// SHM-16.
     #[error("shared memory region {shmid} does not fit into the guest's physical address space")]
     NoGuestAddresses { shmid: u8, source: NoRoom },
-    /// The VMM has no addresses for it.
     #[error("cannot reserve {size:#x} bytes of address space for shared memory region {shmid}")]
     NoHostAddresses { shmid: u8, size: u64, source: io::Error },
 }

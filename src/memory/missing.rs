@@ -1,5 +1,5 @@
-//! Zeroes in place of what is missing because the file under a mapping became shorter (SHM-45): for all
-//! devices of a machine, with what is logged about it.
+//! When a file under a mapping becomes shorter, puts zeroes in place of the missing pages (SHM-45) and logs
+//! it, for all devices of a machine.
 //!
 //! vCPU threads call it when the guest accessed a missing page, and so does the main loop (`vmm::stuck`),
 //! which looks for vCPUs that wait for such a page without end. `fill` does it for one device.
@@ -67,11 +67,9 @@ impl MissingPages {
         for device in &self.devices {
             if let Some(kept) = device.shmem.fill_all_temporarily() {
                 device.report(&kept);
+                since.get_or_insert_with(Instant::now);
                 any = true;
             }
-        }
-        if any {
-            since.get_or_insert_with(Instant::now);
         }
         any
     }

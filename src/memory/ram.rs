@@ -25,16 +25,12 @@ pub const SMALLEST: u64 = 2 << 20;
 #[derive(Debug, Error)]
 #[allow(missing_docs)] // The messages say it.
 pub enum RamError {
-    /// Less than [`SMALLEST`], zero among it.
     #[error("{0} bytes of guest memory are too few: the least is {SMALLEST}")]
     TooSmall(u64),
-    /// Not a whole number of pages.
     #[error("{0} bytes of guest memory are not a multiple of the page size, {PAGE_SIZE}")]
     Unaligned(u64),
-    /// More than the host could ever fill, swap included. In bytes.
     #[error("{asked} bytes of guest memory are more than the {host} bytes that this host has, swap included")]
     MoreThanHost { asked: u64, host: u64 },
-    /// The kernel refused.
     #[error("cannot {what} for {size} bytes of guest memory")]
     Os { what: &'static str, size: u64, source: io::Error },
 }
@@ -71,9 +67,11 @@ pub struct RamRegion {
 /// The guest's RAM. Unmapped when the last clone of [`Ram::memory`] is gone.
 #[derive(Debug)]
 pub struct Ram {
-    file: Arc<File>,
+    /// The memfd behind all of it.
+    pub file: Arc<File>,
     memory: GuestMemoryMmap,
-    regions: Vec<RamRegion>,
+    /// The pieces, by rising guest address.
+    pub regions: Vec<RamRegion>,
 }
 
 /// Splits `size` bytes into guest ranges: from 0 up to `gap_start`, the rest from `gap_end` on.
@@ -102,23 +100,12 @@ impl Ram {
             ask_for_huge_pages(mapping.as_ptr(), mapping.size());
             RamRegion { guest, host: mapping.as_ptr(), file_offset }
         });
-        let regions = regions.collect();
-        Ok(Ram { file, memory, regions })
+        Ok(Ram { regions: regions.collect(), file, memory })
     }
 
     /// Access to RAM by guest physical address, to load the kernel and its tables.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
-    }
-
-    /// The pieces, by rising guest address.
-    pub fn regions(&self) -> &[RamRegion] {
-        &self.regions
-    }
-
-    /// The memfd behind all of it.
-    pub fn file(&self) -> &Arc<File> {
-        &self.file
     }
 
     /// The first address after the RAM below the gap.
@@ -201,16 +188,16 @@ mod tests {
     fn both_pieces_are_one_file_that_cannot_change_its_size() {
         // A gap at 4 MiB stands in for the one at 3 GiB.
         let ram = Ram::new(6 << 20, 4 << 20, 16 << 20).unwrap();
-        let offsets: Vec<_> = ram.regions().iter().map(|region| region.file_offset).collect();
+        let offsets: Vec<_> = ram.regions.iter().map(|region| region.file_offset).collect();
         assert_eq!(offsets, [0, 4 << 20]);
         assert_eq!((ram.low_end(), ram.end()), (4 << 20, 18 << 20));
         ram.memory().write_obj(0x1234_u16, GuestAddress(16 << 20)).unwrap();
         let mut bytes = [0; 2];
-        std::os::unix::fs::FileExt::read_exact_at(&**ram.file(), &mut bytes, 4 << 20).unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(&*ram.file, &mut bytes, 4 << 20).unwrap();
         assert_eq!(u16::from_le_bytes(bytes), 0x1234);
         assert!(ram.memory().write_obj(0_u8, GuestAddress(4 << 20)).is_err());
         for size in [0, 5 << 20, 7 << 20] {
-            let error = ram.file().set_len(size).unwrap_err();
+            let error = ram.file.set_len(size).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{size}");
         }
     }

@@ -1,6 +1,6 @@
-//! The shared memory regions of one device (VIRTIO section 2.10), and what its back-end mapped into them
-//! (SHM-25 to SHM-56, as far as they do not depend on the wire format). A request that the ledger allows is
-//! carried out here; if a step fails, those before it are undone.
+//! One device's shared memory regions (VIRTIO section 2.10) and mappings (SHM-25 to SHM-56, as far as they do
+//! not depend on the wire format). Carries out the requests that the ledger allows, and undoes them if a step
+//! fails.
 //!
 //! `vhost_user` maps and unmaps; its device closes the gate and unmaps everything at a reset; the set-up and
 //! the transport ask where regions are; `memory::missing` looks after mappings whose file became shorter.
@@ -13,36 +13,29 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 use super::alloc::WindowAllocator;
 pub use super::error::{LayoutError, ShmemError};
 use super::ledger::{self, Key, Ledger};
-use super::window::{ReserveVma, SavedPages, Span, Window};
+use super::pages::OwnedPages;
+use super::window::{ReserveVma, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
 
 /// A back-end's request to map a file. Offsets and lengths are in bytes.
 #[derive(Debug)]
+#[allow(missing_docs)] // The names say it.
 pub struct MapRequest<'a> {
-    /// The region's id.
     pub shmid: u8,
-    /// The offset in the region.
     pub shm_offset: u64,
-    /// The length.
     pub len: u64,
-    /// The file.
     pub file: BorrowedFd<'a>,
-    /// The offset in the file.
     pub file_offset: u64,
-    /// What the guest may do there.
     pub access: Access,
 }
 
-/// A live mapping, as SIGUSR1's memory map shows it.
+/// A live mapping, as SIGUSR1's memory map shows it. Offsets and lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // The names say it.
 pub struct MappingInfo {
-    /// The region's id.
     pub shmid: u8,
-    /// Where the guest sees it.
     pub guest: GuestRange,
-    /// The offset in the file, in bytes.
     pub file_offset: u64,
-    /// What the guest may do there.
     pub access: Access,
     /// How many of its last bytes are zeroes because the file became shorter (SHM-45).
     pub filled: u64,
@@ -50,10 +43,9 @@ pub struct MappingInfo {
 
 /// What was missing at the end of mappings and reads as zeroes since (SHM-45), over the device's life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
 pub struct FilledTotal {
-    /// How many mappings it happened to.
     pub mappings: u64,
-    /// How many bytes of them.
     pub bytes: u64,
 }
 
@@ -73,7 +65,8 @@ pub struct SharedMemory {
     /// Where each region is.
     windows: BTreeMap<u8, Window>,
     /// Lock order: taken under the device's channel lock or the transport's, or alone; `GuestMapper`'s own
-    /// lock comes after it. Never held while a peer is waited for.
+    /// lock comes after it. Never held while an answer of a peer is waited for; calls on a back-end's file
+    /// can wait (design, "Calls on a back-end's descriptor can wait").
     pub(super) state: Mutex<State>,
     /// Held by `memory::missing` while it probes for missing pages and changes what it found. Probing reads
     /// pages: without this lock our read of a page that another thread has filled temporarily would look like
@@ -106,7 +99,7 @@ pub(super) struct Placed {
     /// The length of the inaccessible end of what is neither permanent nor temporary zeroes.
     pub guarded: u64,
     /// The length of the temporary zeroes, ahead of the permanent ones; and the file's pages that were there.
-    pub saved: Option<(u64, SavedPages)>,
+    pub saved: Option<(u64, OwnedPages)>,
 }
 
 impl SharedMemory {
@@ -157,26 +150,17 @@ impl SharedMemory {
     /// The live mappings, by region and address.
     pub fn mappings(&self) -> Vec<MappingInfo> {
         let state = self.lock();
-        let infos = state.ledger.mappings.iter().filter_map(|(&key, mapping)| self.info(key, mapping));
-        infos.map(|(info, _)| info).collect()
+        let info = |(&key, mapping): (&Key, &Mapping)| {
+            let guest = self.span(key, mapping.span_len())?.guest();
+            let Mapping { file_offset, access, .. } = *mapping;
+            Some(MappingInfo { shmid: key.0, guest, file_offset, access, filled: mapping.kept.filled })
+        };
+        state.ledger.mappings.iter().filter_map(info).collect()
     }
 
-    /// The live mapping that starts at an offset of a region, and its address in this process, which no other
-    /// memory of the guest has.
-    pub fn mapping(&self, shmid: u8, shm_offset: u64) -> Option<(MappingInfo, u64)> {
-        let key = (shmid, shm_offset);
-        self.info(key, self.lock().ledger.mappings.get(&key)?)
-    }
-
-    fn info(&self, key: Key, mapping: &Mapping) -> Option<(MappingInfo, u64)> {
-        let span = self.span(key, mapping.span_len())?;
-        let Mapping { file_offset, access, .. } = *mapping;
-        let (shmid, guest, filled) = (key.0, span.guest(), mapping.kept.filled);
-        Some((MappingInfo { shmid, guest, file_offset, access, filled }, span.host() as u64))
-    }
-
-    /// Maps a file; the guest sees it when this returns (SHM-60).
-    pub fn map(&self, request: &MapRequest<'_>) -> Result<(), ShmemError> {
+    /// Maps a file; the guest sees it when this returns (SHM-60). Gives the mapping, and its address in this
+    /// process, which no other memory of the guest has.
+    pub fn map(&self, request: &MapRequest<'_>) -> Result<(MappingInfo, u64), ShmemError> {
         let &MapRequest { shmid, shm_offset, len, file, file_offset, access } = request;
         let key = (shmid, shm_offset);
         let State { ledger, reserve_vma, .. } = &mut *self.lock();
@@ -188,12 +172,12 @@ impl SharedMemory {
         // it, after they took the slot away; no Rust reference goes into it, only system calls look there.
         let mapped = unsafe { self.mapper.map(guest, span.host(), access) };
         let slot = mapped.map_err(|error| {
-            release(reserve_vma, Some(span));
+            reserve_again(reserve_vma, Some(span));
             ShmemError::Guest(error)
         })?;
         ledger.insert(key, len, file_offset, access, Placed { slot, filled: 0, guarded: 0, saved: None });
         self.index().insert(guest.start(), (guest.last(), access));
-        Ok(())
+        Ok((MappingInfo { shmid, guest, file_offset, access, filled: 0 }, span.host() as u64))
     }
 
     /// Takes one whole mapping away; no vCPU can reach the file when this returns (SHM-56).
@@ -203,7 +187,7 @@ impl SharedMemory {
         self.hide(key, ledger.named(key, len)?)?;
         ledger.mappings.remove(&key);
         let (hole, len) = ledger.hole(key);
-        release(reserve_vma, self.span(hole, len));
+        reserve_again(reserve_vma, self.span(hole, len));
         Ok(())
     }
 
@@ -237,7 +221,7 @@ impl SharedMemory {
         freed.extend(self.windows.keys().map(|&shmid| (shmid, 0)));
         let holes: BTreeSet<_> = freed.into_iter().map(|key| ledger.hole(key)).collect();
         for (key, len) in holes {
-            release(reserve_vma, self.span(key, len));
+            reserve_again(reserve_vma, self.span(key, len));
         }
         first_error.map_or(Ok(gone), Err)
     }
@@ -298,11 +282,13 @@ impl Drop for SharedMemory {
     }
 }
 
-/// Reserves again what the guest no longer sees: all of the hole around it, so that what could not be
-/// reserved earlier is reserved then.
-fn release(reserve_vma: &mut ReserveVma, hole: Option<Span<'_>>) {
+/// Reserves a span again that the guest no longer sees; after an unmapping all of the hole around it, so that
+/// a part that could not be reserved earlier is reserved then.
+fn reserve_again(reserve_vma: &mut ReserveVma, hole: Option<Span<'_>>) {
     if let Some(Err(error)) = hole.map(|hole| reserve_vma.clear(&hole)) {
-        log::warn!("an unmapped file stays in the VMM's address space for now: {error}");
+        log::warn!(
+            "an unmapped file stays in the VMM's address space until the hole around it is reserved again: {error}"
+        );
     }
 }
 

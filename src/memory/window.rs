@@ -2,9 +2,8 @@
 //!
 //! A [`Window`] is a guest physical range and, of the same size, a range of host addresses in which nothing
 //! can be accessed (PROT_NONE). A file that a back-end hands over is placed inside it, at the offset that the
-//! guest sees it at. A [`Span`] is a part of a window; it cannot be built without the range checks, and it
-//! alone can place and clear, so nothing that a back-end sends turns into an address before it was checked
-//! (SHM-50).
+//! guest sees it at. A [`Span`] is a checked part of a window. Only a span can place or clear, so no
+//! unchecked number becomes an address (SHM-50).
 //!
 //! `memory::shmem` and `memory::missing` are the only callers.
 
@@ -113,8 +112,9 @@ impl Span<'_> {
         self.replace_with(OwnedPages::of_file(file, file_offset, self.len as usize, access)?)
     }
 
-    /// Moves pages, as many, into the span. An error unmaps them.
-    fn replace_with(&self, mut pages: OwnedPages) -> io::Result<()> {
+    /// Moves pages, as many, into the span: those of a file, or what [`Self::fill_and_save`] gave. An error
+    /// unmaps them.
+    pub fn replace_with(&self, mut pages: OwnedPages) -> io::Result<()> {
         let (at, len) = self.pages();
         // SAFETY: the source is the value's own; the target lies in the window's own range.
         unsafe { mm::mremap_fixed(pages.address, pages.len, len, MremapFlags::MAYMOVE, at) }?;
@@ -124,15 +124,11 @@ impl Span<'_> {
 
     /// Puts the reservation back in place of whatever is in the span.
     pub fn clear(&self) -> io::Result<()> {
-        self.replace_with_zeroes(None)
+        self.fill(None)
     }
 
-    /// Puts zero pages in place of what is mapped in the span.
-    pub fn fill(&self, access: Access) -> io::Result<()> {
-        self.replace_with_zeroes(Some(access))
-    }
-
-    fn replace_with_zeroes(&self, access: Option<Access>) -> io::Result<()> {
+    /// Puts zero pages in place of what is in the span, inaccessible ones for `None`.
+    pub fn fill(&self, access: Option<Access>) -> io::Result<()> {
         let (at, len) = self.pages();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: the span lies in the window's own range, and stays mapped.
@@ -140,20 +136,15 @@ impl Span<'_> {
         Ok(())
     }
 
-    /// Puts zero pages in place of the file in the span, and keeps the file's pages for [`Self::put_back`].
-    pub fn fill_and_save(&self, access: Access) -> io::Result<SavedPages> {
+    /// Puts zero pages in place of the file in the span. Gives the file's pages, at addresses of their own.
+    pub fn fill_and_save(&self, access: Access) -> io::Result<OwnedPages> {
         let (at, len) = self.pages();
         // SAFETY: an old length of 0 makes a second mapping of the file, which the result owns; the first
         // stays.
         let address = unsafe { mm::mremap(at, 0, len, MremapFlags::MAYMOVE) }?;
-        let saved = SavedPages(OwnedPages { address, len });
-        self.fill(access)?;
+        let saved = OwnedPages { address, len };
+        self.fill(Some(access))?;
         Ok(saved)
-    }
-
-    /// Puts back what was saved of this very span.
-    pub fn put_back(&self, saved: SavedPages) -> io::Result<()> {
-        self.replace_with(saved.0)
     }
 
     /// Whether a page in the span was accessed since [`Self::fill_and_save`] filled it.
@@ -258,10 +249,6 @@ impl ReserveVma {
         })
     }
 }
-
-/// The part of a file that was under a span, mapped at addresses of its own.
-#[derive(Debug)]
-pub struct SavedPages(OwnedPages);
 
 #[cfg(test)]
 mod tests {
@@ -369,7 +356,7 @@ mod tests {
             let missing = whole.missing();
             assert_eq!(missing.map_or(0, |span| span.len), (8 - present) * 0x1000);
             if let Some(missing) = missing {
-                missing.fill(Access::ReadOnly).unwrap();
+                missing.fill(Some(Access::ReadOnly)).unwrap();
             }
             let seen: Vec<_> = (0..8).map(|page| peek(&whole, page * 0x1000)).collect();
             let expected: Vec<_> = (0..8).map(|page| Some(if page < present { 9 } else { 0 })).collect();

@@ -51,7 +51,7 @@ pub fn connect(spec: &DeviceSpec, timeout: Duration, sees_others: bool) -> Resul
         queues: spec.queues.unwrap_or(facts.queues),
     };
     let handshake = Frontend::handshake(socket, &needs)?;
-    let has_config = handshake.frontend.agreement().has(protocol::CONFIG);
+    let has_config = handshake.frontend.agreement.has(protocol::CONFIG);
     if has_config && needs.config_len.is_none() && handshake.config.is_empty() {
         log::warn!("{}: the back-end gives no configuration space: it stays empty", spec.name);
     }

@@ -1,6 +1,6 @@
-//! A virtio device whose back-end is another process: what the driver does, told to the back-end.
+//! A virtio device whose back-end is another process: passes the driver's start, stop and reset to it.
 //!
-//! The set-up makes one in two steps, since the place of the shared memory regions depends on all back-ends:
+//! The set-up makes one in two steps, since sharing and the search for missing pages need all devices first:
 //! [`super::connect::connect`] learns what the back-end is, [`VhostUserDevice::new`] opens the backend
 //! channel. From then on `virtio::mmio` calls it on vCPU threads; [`super::watch`] runs beside it, and an
 //! update thread of [`super::sharing`] where the back-end sees other devices' mappings.
@@ -38,23 +38,17 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// back-end, in all.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The back-end is gone, or was cut off.
+/// Why the back-end is not asked at all.
 #[derive(Debug, Error)]
-#[error("its back-end is gone")]
-struct BackendLost;
-
-/// A ring that is not all in RAM.
-#[derive(Debug, Error)]
-#[error("queue {index} has its {part} at {address:#x}, which is not all in RAM")]
-struct RingOutsideRam {
-    index: u16,
-    part: &'static str,
-    address: u64,
+enum NotAsked {
+    #[error("its back-end is gone")]
+    BackendLost,
+    #[error("queue {index} has its {part} at {address:#x}, which is not all in RAM")]
+    RingOutsideRam { index: u16, part: &'static str, address: u64 },
 }
 
 /// A virtio device behind vhost-user.
 pub struct VhostUserDevice {
-    name: String,
     device_type: u32,
     queue_sizes: Vec<u16>,
     config: Vec<u8>,
@@ -62,17 +56,13 @@ pub struct VhostUserDevice {
     shmem: Arc<SharedMemory>,
     /// Its shared memory regions, where the back-end is to be told of them.
     own_regions: OwnRegions,
-    interrupt: Arc<Interrupt>,
     link: Arc<Link>,
     channel: Option<Arc<BackendChannel>>,
     /// The queues whose rings the back-end runs.
     running: BTreeSet<u16>,
     agreement: Agreement,
-    /// The main socket.
-    ///
-    /// Lock order: after the transport's, before `Sharing`'s. Held for a conversation with the back-end,
-    /// which has a deadline. The channel's thread never takes it: a back-end that maps while we wait for its
-    /// answer is served.
+    /// The main socket. Lock order: after the transport's, before `Sharing`'s. Held for a conversation with
+    /// the back-end, which has a deadline. The channel's thread never takes it (see [`super::watch`]).
     main: Arc<Mutex<Frontend>>,
 
     // Dropped last, in this order:
@@ -97,45 +87,38 @@ impl VhostUserDevice {
         participant: Option<Participant>,
     ) -> Result<VhostUserDevice, DeviceError> {
         let Handshake { mut frontend, queues, config, memory_slots, .. } = handshake;
-        let agreement = *frontend.agreement();
+        let agreement = frontend.agreement;
         let own_regions = match agreement.has(protocol::SHMEM_ADDRESSES) {
             true => OwnRegions::new(&shmem)?,
             false => OwnRegions::default(),
         };
         let sharing = participant.clone().filter(|_| spec.share_shmem);
-        let (channel, theirs) = if agreement.has(protocol::BACKEND_REQ) {
-            let (ours, theirs) = UnixStream::pair()?;
+        let pair = agreement.has(protocol::BACKEND_REQ).then(UnixStream::pair).transpose()?;
+        let (ours, theirs) = pair.unzip();
+        let channel = ours.map(|ours| {
             let handler = ShmemHandler::new(&spec.name, Arc::clone(&shmem), sharing.clone());
-            (Some(Arc::new(BackendChannel::new(&agreement, ours, handler))), Some(theirs))
-        } else {
-            (None, None)
-        };
+            Arc::new(BackendChannel::new(&agreement, ours, handler))
+        });
         let channel_socket = channel.as_ref().map(|channel| Arc::clone(channel.socket()));
         let main_socket = Arc::clone(frontend.socket());
-        let link = Link::new(&spec.name, Arc::clone(&interrupt), main_socket, channel_socket);
+        let link = Link::new(&spec.name, interrupt, main_socket, channel_socket);
         let watch = Watch::start(Arc::clone(&link), channel.clone(), spec.shmem_rate)?;
         if let Some(theirs) = theirs {
             frontend.set_backend_channel(theirs.as_fd())?;
         }
         let main = Arc::new(Mutex::new(frontend));
-        let updates = match participant.zip(memory_slots) {
-            Some((participant, slots)) => {
-                let room = usize::try_from(slots).unwrap_or(usize::MAX);
-                let room = room.saturating_sub(memory.regions().len() + own_regions.len());
-                let (main, link) = (Arc::clone(&main), Arc::clone(&link));
-                Some(UpdateThread::start(&spec.name, participant, room, main, link)?)
-            }
-            None => None,
-        };
+        let updates = participant.zip(memory_slots).map(|(participant, slots)| {
+            let room = (slots as usize).saturating_sub(memory.regions.len() + own_regions.len());
+            UpdateThread::start(&spec.name, participant, room, Arc::clone(&main), Arc::clone(&link))
+        });
+        let updates = updates.transpose()?;
         Ok(VhostUserDevice {
-            name: spec.name.clone(),
             device_type: spec.kind.id(),
             queue_sizes: vec![spec.queue_size; queues.into()],
             config,
             memory,
             shmem,
             own_regions,
-            interrupt,
             link,
             channel,
             running: BTreeSet::new(),
@@ -155,7 +138,7 @@ impl VhostUserDevice {
     ) -> Result<T, DeviceError> {
         let mut frontend = self.main.lock().unwrap_or_else(PoisonError::into_inner);
         if self.link.is_lost() {
-            return Err(BackendLost.into());
+            return Err(NotAsked::BackendLost.into());
         }
         conversation(&mut frontend.converse(deadline)).map_err(|error| {
             if error.is_fatal() {
@@ -166,10 +149,10 @@ impl VhostUserDevice {
     }
 
     /// A ring as the back-end is to be told of it.
-    fn ring<'a>(&'a self, queue: &QueueSetup<'a>) -> Result<Ring<'a>, RingOutsideRam> {
+    fn ring<'a>(&'a self, queue: &QueueSetup<'a>) -> Result<Ring<'a>, NotAsked> {
         let &QueueSetup { index, size, .. } = queue;
         let place = |part, address, len| {
-            self.memory.user_address(address, len).ok_or(RingOutsideRam { index, part, address })
+            self.memory.user_address(address, len).ok_or(NotAsked::RingOutsideRam { index, part, address })
         };
         // VIRTIO section 2.7: sizes of the three parts of a split virtqueue.
         let entries = u64::from(size);
@@ -180,7 +163,7 @@ impl VhostUserDevice {
             available_ring: place("available ring", queue.driver_area, 6 + 2 * entries)?,
             used_ring: place("used ring", queue.device_area, 6 + 8 * entries)?,
             kick: borrow(queue.kick),
-            call: borrow(self.interrupt.call()),
+            call: borrow(self.link.interrupt.call()),
         })
     }
 }
@@ -192,7 +175,7 @@ fn borrow(event: &EventFd) -> BorrowedFd<'_> {
 
 impl VirtioDevice for VhostUserDevice {
     fn name(&self) -> &str {
-        &self.name
+        &self.link.name
     }
 
     fn device_type(&self) -> u32 {
@@ -212,9 +195,7 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
-        let Ok(start) = usize::try_from(offset) else {
-            return Ok(());
-        };
+        let start = offset as usize;
         let end = start.saturating_add(data.len());
         if self.config.get(start..end).is_none() || !self.agreement.has(protocol::CONFIG) {
             return Ok(());
@@ -235,7 +216,7 @@ impl VirtioDevice for VhostUserDevice {
         // before the write of DRIVER_OK completes, so the driver finds what the back-end maps when it starts.
         let started = self.talk(Deadline::after(START_TIMEOUT), |to| {
             self.shmem.open_gate();
-            to.set_features_and_memory(features, self.memory.regions(), self.memory.file().as_fd())?;
+            to.set_features_and_memory(features, &self.memory.regions, self.memory.file.as_fd())?;
             self.own_regions.tell(to, &self.link)?;
             if let Some(updates) = &self.updates {
                 updates.recipient.tell_all(to)?;
@@ -256,27 +237,25 @@ impl VirtioDevice for VhostUserDevice {
         self.shmem.close_gate();
         let deadline = Deadline::after(CONTROL_TIMEOUT);
         let running = std::mem::take(&mut self.running);
-        if !self.link.is_lost() {
-            let told = self.talk(deadline, |to| {
-                running.into_iter().try_for_each(|index| to.stop_ring(index))?;
-                to.reset_device()
-            });
-            match told {
-                // The back-end is cut off, and the log says so.
-                Err(_) if self.link.is_lost() => {}
-                Err(error) => {
-                    log::warn!("{}: while the device is reset: {}", self.name, with_causes(&*error))
-                }
-                Ok(()) => {}
-            }
+        let told = self.talk(deadline, |to| {
+            running.into_iter().try_for_each(|index| to.stop_ring(index))?;
+            to.reset_device()
+        });
+        // Where the back-end is lost, the log says so already.
+        if let Err(error) = told
+            && !self.link.is_lost()
+        {
+            log::warn!("{}: while the device is reset: {}", self.name(), with_causes(&*error));
         }
         if let Some(Err(error)) = self.channel.as_ref().map(|channel| channel.drain(deadline)) {
             self.link.channel_ended(&error);
         }
         match self.shmem.unmap_all() {
             Ok(0) => {}
-            Ok(count) => log::info!("{}: the reset removed {count} mappings", self.name),
-            Err(error) => log::error!("{}: mappings stay after a reset: {}", self.name, with_causes(&error)),
+            Ok(count) => log::info!("{}: the reset removed {count} mappings", self.name()),
+            Err(error) => {
+                log::error!("{}: mappings stay after a reset: {}", self.name(), with_causes(&error))
+            }
         }
         if let Some(sharing) = &self.sharing {
             sharing.withdraw_all();

@@ -1,4 +1,4 @@
-//! The two sockets to a device's back-end: whether they can still be used, and the way to end that.
+//! The two sockets to a device's back-end: whether they can still be used, and how to hang up.
 
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -17,7 +17,8 @@ pub struct Link {
     /// For what its back-end can provoke.
     pub log: MisuseLog,
     lost: AtomicBool,
-    interrupt: Arc<Interrupt>,
+    /// The device's interrupt.
+    pub interrupt: Arc<Interrupt>,
     /// The main socket.
     pub main: Arc<UnixStream>,
     channel: Option<Arc<UnixStream>>,

@@ -10,30 +10,13 @@ use super::wire::message::MemoryRegion;
 /// Guest RAM: ranges of one file.
 #[derive(Clone, Debug)]
 pub struct MemoryTable {
-    file: Arc<File>,
-    regions: Vec<MemoryRegion>,
+    /// The file that all regions are in.
+    pub file: Arc<File>,
+    /// At most 8, the most that SET_MEM_TABLE can carry; x86-64 needs two.
+    pub regions: Vec<MemoryRegion>,
 }
 
 impl MemoryTable {
-    /// The most regions that SET_MEM_TABLE can carry.
-    pub const MAX_REGIONS: usize = 8;
-
-    /// RAM made of these regions of `file`; at most [`Self::MAX_REGIONS`], of which x86-64 needs two.
-    pub fn new(file: Arc<File>, regions: Vec<MemoryRegion>) -> Self {
-        debug_assert!(regions.len() <= Self::MAX_REGIONS);
-        MemoryTable { file, regions }
-    }
-
-    /// The file that all regions are in.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// The regions.
-    pub fn regions(&self) -> &[MemoryRegion] {
-        &self.regions
-    }
-
     /// The address that a back-end is to be given for `len` bytes at a guest physical address; `None` where
     /// those are not all in one region.
     pub fn user_address(&self, guest_addr: u64, len: u64) -> Option<u64> {
@@ -55,7 +38,7 @@ mod tests {
             |guest_addr, size, user_addr| MemoryRegion { guest_addr, size, user_addr, mmap_offset: 0 };
         let file = Arc::new(tempfile::tempfile().unwrap());
         let regions = vec![region(0, 0x8000, 0x10_0000), region(0x1_0000, 0x1000, 0x20_0000)];
-        let table = MemoryTable::new(file, regions);
+        let table = MemoryTable { file, regions };
         for (address, len, expected) in [
             (0, 0x8000, Some(0x10_0000)),
             (0x7fff, 1, Some(0x10_7fff)),

@@ -2,9 +2,9 @@
 //! those map into the guest (protocol feature SHMEM).
 //!
 //! Reading order: [`wire`] (the protocol), [`connect`] (finding a back-end), [`link`] (its two sockets),
-//! [`shmem_handler`] (what it asks for, done), [`watch`] (the thread that serves it), [`device`] (the virtio
-//! device that all this makes), `own_regions` (what its back-end is told of its own regions), [`sharing`]
-//! (what devices see of each other's mappings).
+//! `memory_table` (RAM as it is told of it), `own_regions` (what it is told of its own regions),
+//! [`shmem_handler`] (carries out its requests), [`watch`] (the thread that serves it), [`device`] (the virtio
+//! device that all this makes), [`sharing`] (a device's mappings, shown to other back-ends).
 
 pub mod connect;
 pub mod device;

@@ -41,7 +41,7 @@ impl OwnRegions {
     /// the log says so.
     pub fn tell(&self, to: &mut Conversation<'_>, link: &Link) -> Result<(), FrontendError> {
         for (region, file) in &self.0 {
-            match to.add_memory(region, file.as_fd()) {
+            match to.change_memory(region, Some(file.as_fd())) {
                 Err(error @ FrontendError::Refused { .. }) => {
                     let address = region.guest_addr;
                     link.log.warn(format_args!("{error}: it is not told of its own region at {address:#x}"));

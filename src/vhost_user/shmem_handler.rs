@@ -1,5 +1,5 @@
-//! What the back-end asks for on the backend channel, done: mappings in its device's shared memory, which
-//! others see where the user wants that.
+//! Carries out SHMEM_MAP and SHMEM_UNMAP in a device's shared memory, and tells the recipients
+//! (`share-shmem=on`).
 
 use std::error::Error;
 use std::fmt;
@@ -16,8 +16,8 @@ use crate::report::{MisuseLog, with_causes};
 /// A device's backend channel.
 ///
 /// Lock order of its inbox: before `SharedMemory`'s and `Sharing`'s. With `share-shmem=on` it is held while
-/// other back-ends are told, too: a reset, which drains the channel, finds each mapping shared or not begun,
-/// and a range is not mapped again before all have let go of it. `sharing` says why that wait ends.
+/// other back-ends are told, too: a range is not mapped again before all have let go of it. `sharing` says
+/// why that wait ends.
 pub type BackendChannel = Channel<ShmemHandler>;
 
 /// Maps and unmaps in one device's shared memory.
@@ -43,11 +43,11 @@ impl Handler for ShmemHandler {
             0 => Access::ReadOnly,
             _ => Access::ReadWrite,
         };
-        self.shmem.map(&MapRequest { shmid, shm_offset, len, file: file.as_fd(), file_offset, access })?;
+        let request = MapRequest { shmid, shm_offset, len, file: file.as_fd(), file_offset, access };
+        let (mapping, host) = self.shmem.map(&request)?;
         // After the guest's mapping, and before the answer: the guest hands no page to a device that does not
         // know it.
         if let Some(sharing) = &self.sharing
-            && let Some((mapping, host)) = self.shmem.mapping(shmid, shm_offset)
             && let Err(error) = sharing.share(&mapping, host, file)
         {
             self.log.warn(format_args!("{error}"));

@@ -1,7 +1,7 @@
 //! A device's own thread: serves the backend channel, and sees when the back-end goes away.
 //!
-//! It takes no lock that is held while another thread waits for this back-end (deadlock rule of the protocol:
-//! a back-end that maps while we wait for its answer on the main socket is served here).
+//! It takes no lock that is held while another thread waits for an answer of this back-end (deadlock rule of
+//! the protocol: a back-end that maps while we wait for its answer on the main socket is served here).
 
 use std::io;
 use std::num::NonZeroU32;

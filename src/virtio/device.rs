@@ -1,4 +1,4 @@
-//! What a virtio device is to its transport (VIRTIO 1.3, section 2).
+//! The trait through which a transport calls a virtio device (VIRTIO 1.3, section 2).
 //!
 //! `super::mmio::MmioTransport` owns a device and calls it; `vhost_user::device` implements it.
 //!
@@ -38,8 +38,8 @@ pub type DeviceError = Box<dyn std::error::Error + Send + Sync>;
 ///
 /// All methods are called by a vCPU thread inside a guest's register write (or by the set-up, before the
 /// first), with the transport's lock held: one at a time for each device. They may wait for a back-end,
-/// always with a deadline. None may call back into the transport. A device tells its driver something unasked
-/// through `interrupt::Interrupt`.
+/// always with a deadline. None may call back into the transport. A device interrupts its driver through
+/// `interrupt::Interrupt`.
 pub trait VirtioDevice: Send {
     /// The device's name in messages, as the user gave it.
     fn name(&self) -> &str;
@@ -74,9 +74,9 @@ pub trait VirtioDevice: Send {
     fn start(&mut self, features: u64, queues: &[QueueSetup]) -> Result<(), DeviceError>;
 
     /// The driver wrote 0 to Status. Any state, also stopped → stopped. When it returns every mapping in the
-    /// device's shared memory is gone (SHM-69), and no other thread reports anything about the time before
-    /// (Status would show it to the next driver). It cannot fail: a device that no longer answers is cut off.
-    /// The transport shows [`Self::config`] anew afterwards.
+    /// device's shared memory is gone (SHM-69), unless KVM refused to delete its slot, and no other thread
+    /// reports anything about the time before (Status would show it to the next driver). It cannot fail: a
+    /// device that no longer answers is cut off. The transport shows [`Self::config`] anew afterwards.
     fn reset(&mut self);
 
     /// The driver reset one queue (VIRTIO section 2.6.1), or set its QueueReady to 0, which it may do without

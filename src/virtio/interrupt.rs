@@ -1,4 +1,4 @@
-//! What a device tells its driver unasked: used buffers, a changed configuration, that it needs a reset.
+//! A device's interrupt: used buffers, configuration changes, DEVICE_NEEDS_RESET.
 //!
 //! VIRTIO 1.3, sections 2.1, 2.3, 3.2.1 and 4.2.3.4. Shared by the transport, the device, and the threads
 //! that listen to the device's back-end.
@@ -92,7 +92,9 @@ impl Interrupt {
 
     /// The driver wrote `bits` to InterruptACK.
     pub(super) fn acknowledge(&self, bits: u32) {
-        self.page.lock().clear_bits(Register::InterruptStatus, bits & VIRTIO_MMIO_INT_CONFIG);
+        let mut registers = self.page.lock();
+        let pending = registers.get(Register::InterruptStatus) & !(bits & VIRTIO_MMIO_INT_CONFIG);
+        registers.set(Register::InterruptStatus, pending);
     }
 
     /// Clears InterruptStatus and Status, as the last step of a reset.
@@ -104,8 +106,8 @@ impl Interrupt {
 
     /// Changes registers all at once, then interrupts the driver if `action` says so.
     fn change(&self, action: impl FnOnce(&mut Registers<'_>) -> bool) {
-        let tell = action(&mut self.page.lock());
-        if tell {
+        let is_new = action(&mut self.page.lock());
+        if is_new {
             // The only error is EAGAIN, a full counter: then an interrupt is pending anyway.
             let _ = self.call.write(1);
         }

@@ -1,5 +1,5 @@
-//! What a driver may not write to a virtio-mmio register (VIRTIO 1.3, section 4.2.2). `super::mmio` refuses
-//! and logs it.
+//! The writes to virtio-mmio registers that a driver must not make (VIRTIO 1.3, section 4.2.2). `super::mmio`
+//! refuses and logs it.
 
 use thiserror::Error;
 

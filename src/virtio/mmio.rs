@@ -223,15 +223,12 @@ impl MmioTransport {
     }
 
     fn write_status(&self, state: &mut State, value: u32) -> Result<(), Misuse> {
-        let steps = match status::request(self.status(), value)? {
-            status::Request::Reset => {
-                self.reset(state);
-                return Ok(());
-            }
-            status::Request::Add(steps) => steps,
-        };
-        for step in steps {
-            match step.bit {
+        if value == 0 {
+            self.reset(state);
+            return Ok(());
+        }
+        for bit in status::added(self.status(), value)? {
+            match bit {
                 FEATURES_OK => self.check_features(state)?,
                 DRIVER_OK => {
                     self.start(state);
@@ -239,8 +236,8 @@ impl MmioTransport {
                 }
                 _ => {}
             }
-            self.page.lock().set_bits(Register::Status, step.bit);
-            if step.bit == FAILED {
+            self.page.lock().set_bits(Register::Status, bit);
+            if bit == FAILED {
                 return Err(Misuse::GaveUp);
             }
         }
@@ -481,8 +478,8 @@ impl BusDevice for MmioTransport {
     fn write(&self, offset: u64, data: &[u8]) -> Option<Exit> {
         if let Some(offset) = offset.checked_sub(CONFIG_START as u64) {
             if let Err(misuse) = self.write_config(offset, data) {
-                let at = format_args!("at {offset:#x} of Config");
-                self.log.warn(format_args!("the driver wrote {data:02x?} {at}: {misuse}"));
+                self.log
+                    .warn(format_args!("the driver wrote {data:02x?} at {offset:#x} of Config: {misuse}"));
             }
             return None;
         }
@@ -513,17 +510,14 @@ impl State {
 fn check_device(device: &dyn VirtioDevice) -> Result<(), String> {
     let (queues, config) = (device.queue_sizes(), device.config().len());
     if device.features() & VERSION_1 == 0 {
-        return Err(
-            "does not offer VIRTIO_F_VERSION_1, without which there is no virtio-mmio version 2".into()
-        );
+        Err("does not offer VIRTIO_F_VERSION_1, without which there is no virtio-mmio version 2".into())
+    } else if let Some(size) = queues.iter().find(|size| **size > MAX_QUEUE_SIZE) {
+        Err(format!("has a queue of size {size}; the largest is {MAX_QUEUE_SIZE}"))
+    } else if config > CONFIG_MAX {
+        Err(format!("has {config} bytes of configuration space; there is room for {CONFIG_MAX}"))
+    } else {
+        Ok(())
     }
-    if let Some(size) = queues.iter().find(|size| **size > MAX_QUEUE_SIZE) {
-        return Err(format!("has a queue of size {size}; the largest is {MAX_QUEUE_SIZE}"));
-    }
-    if config > CONFIG_MAX {
-        return Err(format!("has {config} bytes of configuration space; there is room for {CONFIG_MAX}"));
-    }
-    Ok(())
 }
 
 fn set_low(whole: &mut u64, low: u32) {

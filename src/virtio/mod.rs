@@ -1,8 +1,8 @@
-//! The virtio transport over MMIO (VIRTIO 1.3, section 4.2), and what a device is to it.
+//! The virtio transport over MMIO (VIRTIO 1.3, section 4.2), and the trait of a device.
 //!
 //! Reading order: [`device`] (the trait), [`register_page`] (what the guest reads), [`mmio`] (what its writes
-//! do), [`interrupt`] (what a device tells its driver unasked). `status` and `queue` are the rules behind two
-//! of the registers, `misuse` is what breaks a rule.
+//! do), [`interrupt`]. `status` and `queue` are the rules behind two of the registers, `misuse` names the
+//! writes that break a rule.
 
 pub mod device;
 pub mod interrupt;

@@ -176,15 +176,6 @@ impl RegisterPage {
         // write it.
         unsafe { &*self.frames.address().cast() }
     }
-
-    /// Replaces what the guest sees by the frame `index`, all at once: the view stays a mapping of the same
-    /// size, so the promise to the slot holds.
-    ///
-    /// An error (ENOMEM, when the process has as many mappings as it may have) comes before the old mapping
-    /// is touched.
-    fn show(&self, index: usize) -> io::Result<()> {
-        self.view.replace_with_file(self.file.as_fd(), (index * BLOCK_SIZE) as u64, Access::ReadOnly)
-    }
 }
 
 /// The registers, with the page's lock held.
@@ -204,10 +195,6 @@ impl Registers<'_> {
 
     pub(super) fn set_bits(&mut self, register: Register, bits: u32) {
         self.set(register, self.get(register) | bits);
-    }
-
-    pub(super) fn clear_bits(&mut self, register: Register, bits: u32) {
-        self.set(register, self.get(register) & !bits);
     }
 
     /// A 64-bit value in a pair of registers.
@@ -237,7 +224,10 @@ impl Registers<'_> {
         }
         store_config(frame, &new);
         bump_generation(frame);
-        match self.page.show(back) {
+        // The guest sees the other frame, all at once: the view stays a mapping of the same size, as the slot
+        // needs. An error (ENOMEM: the process has no mapping left) comes before the old one is touched.
+        let RegisterPage { view, file, .. } = self.page;
+        match view.replace_with_file(file.as_fd(), (back * BLOCK_SIZE) as u64, Access::ReadOnly) {
             Ok(()) => *self.front = back,
             Err(error) => {
                 // Second best: only a driver that reads everything during the change misses the new

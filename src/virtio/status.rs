@@ -25,30 +25,21 @@ pub(super) const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 pub(super) const DEVICE_NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 
 /// A bit that the driver may set, and the bits that it must have set before.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Step {
-    pub(super) bit: u32,
+struct Step {
+    bit: u32,
+    name: &'static str,
     needs: u32,
 }
 
 /// The driver's bits, in the order of the initialization sequence.
 const STEPS: [Step; 5] = [
-    Step { bit: ACKNOWLEDGE, needs: 0 },
-    Step { bit: DRIVER, needs: ACKNOWLEDGE },
-    Step { bit: FEATURES_OK, needs: ACKNOWLEDGE | DRIVER },
-    Step { bit: DRIVER_OK, needs: ACKNOWLEDGE | DRIVER | FEATURES_OK },
-    Step { bit: FAILED, needs: 0 },
+    Step { bit: ACKNOWLEDGE, name: "ACKNOWLEDGE", needs: 0 },
+    Step { bit: DRIVER, name: "DRIVER", needs: ACKNOWLEDGE },
+    Step { bit: FEATURES_OK, name: "FEATURES_OK", needs: ACKNOWLEDGE | DRIVER },
+    Step { bit: DRIVER_OK, name: "DRIVER_OK", needs: ACKNOWLEDGE | DRIVER | FEATURES_OK },
+    Step { bit: FAILED, name: "FAILED", needs: 0 },
 ];
 const DRIVERS_BITS: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
-
-/// The meaning of a write to Status.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Request {
-    /// Zero: a reset.
-    Reset,
-    /// These bits, one after the other (none, if they are all set already). More than one at a time is fine.
-    Add(Vec<&'static Step>),
-}
 
 /// Why a write to Status changes nothing.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -63,13 +54,11 @@ pub(super) enum Refused {
     AfterFailed(Bits),
 }
 
-/// The meaning of `written` from a driver that sees `current`: the whole write is fine, or none of it.
+/// The bits that a driver which sees `current` sets by writing `written`, which is not 0 (a reset). They are
+/// in the order of [`STEPS`]; none, if all are set already. The whole write is fine, or none of it.
 ///
 /// DEVICE_NEEDS_RESET in `written` is ignored: drivers write back what they read, maybe before it was set.
-pub(super) fn request(current: u32, written: u32) -> Result<Request, Refused> {
-    if written == 0 {
-        return Ok(Request::Reset);
-    }
+pub(super) fn added(current: u32, written: u32) -> Result<Vec<u32>, Refused> {
     let undefined = written & !(DRIVERS_BITS | DEVICE_NEEDS_RESET);
     if undefined != 0 {
         return Err(Refused::Undefined(undefined));
@@ -83,33 +72,26 @@ pub(super) fn request(current: u32, written: u32) -> Result<Request, Refused> {
         return Err(Refused::AfterFailed(Bits(added)));
     }
     let mut reached = current;
-    let mut steps = Vec::new();
+    let mut bits = Vec::new();
     for step in STEPS.iter().filter(|step| added & step.bit != 0) {
         let missing = step.needs & !reached;
         if missing != 0 {
             return Err(Refused::TooEarly(Bits(step.bit), Bits(missing)));
         }
         reached |= step.bit;
-        steps.push(step);
+        bits.push(step.bit);
     }
-    Ok(Request::Add(steps))
+    Ok(bits)
 }
 
-/// Status bits, shown by their names.
+/// Status bits of the driver's, shown by their names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bits(pub(super) u32);
 
 impl fmt::Display for Bits {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let names = [
-            (ACKNOWLEDGE, "ACKNOWLEDGE"),
-            (DRIVER, "DRIVER"),
-            (FEATURES_OK, "FEATURES_OK"),
-            (DRIVER_OK, "DRIVER_OK"),
-            (DEVICE_NEEDS_RESET, "DEVICE_NEEDS_RESET"),
-            (FAILED, "FAILED"),
-        ];
-        let set: Vec<_> = names.iter().filter(|(bit, _)| self.0 & bit != 0).map(|(_, name)| *name).collect();
+        let set = STEPS.iter().filter(|step| self.0 & step.bit != 0);
+        let set: Vec<_> = set.map(|step| step.name).collect();
         f.write_str(&set.join(" and "))
     }
 }
@@ -119,11 +101,7 @@ mod tests {
     use super::*;
 
     fn bits(current: u32, written: u32) -> Result<Vec<u32>, String> {
-        match request(current, written) {
-            Ok(Request::Reset) => Ok(vec![0]),
-            Ok(Request::Add(steps)) => Ok(steps.iter().map(|step| step.bit).collect()),
-            Err(refused) => Err(refused.to_string()),
-        }
+        added(current, written).map_err(|refused| refused.to_string())
     }
 
     #[test]
@@ -136,7 +114,6 @@ mod tests {
         assert_eq!(bits(3, 3), Ok(vec![]));
         for status in [0, 1, 3, 11, 15] {
             assert_eq!(bits(status, status | FAILED), Ok(vec![FAILED]));
-            assert_eq!(bits(status | FAILED | DEVICE_NEEDS_RESET, 0), Ok(vec![0]));
         }
     }
 
@@ -178,9 +155,9 @@ mod tests {
             .flat_map(|state| [state, state | DEVICE_NEEDS_RESET])
             .collect();
         for &current in &states {
-            for written in 0..=0xff {
-                if let Ok(Request::Add(steps)) = request(current, written) {
-                    let next = steps.iter().fold(current, |status, step| status | step.bit);
+            for written in 1..=0xff {
+                if let Ok(bits) = added(current, written) {
+                    let next = bits.iter().fold(current, |status, bit| status | bit);
                     assert!(states.contains(&next), "{current:#x} -> {written:#x}: {next:#x}");
                 }
             }

@@ -200,11 +200,11 @@ fn sharing(backends: &[Backend]) -> Option<Arc<Sharing>> {
 
 /// RAM, in the form for back-ends.
 fn memory_table(ram: &Ram) -> MemoryTable {
-    let regions = ram.regions().iter().map(|region| MemoryRegion {
+    let regions = ram.regions.iter().map(|region| MemoryRegion {
         guest_addr: region.guest.start(),
         size: region.guest.len(),
         user_addr: region.host as u64,
         mmap_offset: region.file_offset,
     });
-    MemoryTable::new(Arc::clone(ram.file()), regions.collect())
+    MemoryTable { file: Arc::clone(&ram.file), regions: regions.collect() }
 }

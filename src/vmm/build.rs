@@ -68,7 +68,7 @@ impl Vmm {
         let topology = Topology { vcpus: config.cpus, tsc_deadline: kvm.has_tsc_deadline() };
         let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
 
-        let ram = ram.regions().iter().map(|region| region.guest).collect();
+        let ram = ram.regions.iter().map(|region| region.guest).collect();
         Ok(Vmm { vcpus, machine, console, memory_map: MemoryMap { ram, devices }, exit })
     }
 }
@@ -93,7 +93,7 @@ fn check_address_width(ram: &Ram, supported: &CpuId) -> Result<(), VmmError> {
 
 fn map_ram(slots: &Slots, ram: &Ram) -> Result<(), VmmError> {
     let owner = Arc::new(ram.memory().clone());
-    for region in ram.regions() {
+    for region in &ram.regions {
         // SAFETY: the clone of the memory keeps the region mapped; everything here accesses guest memory
         // through vm-memory's volatile methods only.
         unsafe { slots.map_permanent(region.guest, region.host, Access::ReadWrite, owner.clone()) }

@@ -1,9 +1,9 @@
-//! Finds processors that wait in KVM for a page of a mapping that is permanently missing (SHM-45).
+//! Finds vCPUs that wait in KVM for a page of a mapping that is permanently missing (SHM-45).
 //!
-//! With interrupts enabled in the guest, KVM fetches such a page asynchronously, fails, and lets the
-//! processor retry without end and without an exit. The processor's statistics then show page faults that are
-//! not resolved. That alone proves nothing: a slow disk looks the same. So the missing pages are only made
-//! inaccessible: a processor that touches one then fails with EFAULT, and zeroes take the page's place.
+//! With interrupts enabled in the guest, KVM fetches such a page asynchronously, fails, and lets the vCPU
+//! retry without end and without an exit. The vCPU's statistics then show page faults that are not resolved.
+//! That alone proves nothing: a slow disk looks the same. So the missing pages are only made inaccessible
+//! (PROT_NONE): the vCPU's next access fails with EFAULT, and zeroes take the page's place.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -176,7 +176,7 @@ fn memory_map(ram: &Ram) -> Vec<(u64, u64, u32)> {
         (layout::LOW_RAM_END, layout::HIGH_RAM - layout::LOW_RAM_END, E820_RESERVED),
         (layout::HIGH_RAM, ram.low_end() - layout::HIGH_RAM, E820_RAM),
     ];
-    let above = ram.regions()[1..].iter().map(|region| region.guest);
+    let above = ram.regions[1..].iter().map(|region| region.guest);
     map.extend(above.map(|guest| (guest.start(), guest.len(), E820_RAM)));
     map
 }

@@ -4,8 +4,9 @@
 //!             0  RAM: boot structures below 1 MiB, the kernel at its own address, the initramfs at the top
 //!         3 GiB  gap: device registers, IOAPIC, local APICs, KVM's own pages
 //!         4 GiB  RAM beyond 3 GiB
-//!   end of RAM,
-//!    up to 1 GiB  windows of shared memory regions
+//!      1st GiB
+//!     after RAM,
+//! never < 4 GiB  windows of shared memory regions
 //! ```
 
 use std::fmt;

@@ -1,17 +1,15 @@
 //! The file that is a device's memory: which files can be, and how much of one is mapped.
 //!
-//! Called by `pmem` and, to open its file, by `blk`, before they listen.
+//! Called by `pmem` before it listens.
 
 use std::fmt::Display;
-use std::fs::{self, File, OpenOptions};
-use std::io;
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use hotslot::size;
 
 use crate::error::Error;
+use crate::image::{Image, Open, failed};
 
 const PAGE: u64 = 4096;
 /// Linux' unit of `struct page`s, the sub-section: it refuses a pmem region or a DAX window whose ends are
@@ -35,18 +33,22 @@ pub struct Args {
     /// Let the guest read only; the file is neither created nor extended, and needs no write permission
     #[arg(long)]
     read_only: bool,
+
+    /// Let others that are started with --shared or --read-only use the file at the same time. Without it, a
+    /// second back-end on a file that one may write is refused. Guests see each other's stores at once; but a
+    /// file system that two guests mount at a time, one of them for writing, is destroyed, unless it is made
+    /// for that
+    #[arg(long)]
+    shared: bool,
 }
 
 /// The file, and how much of it is the memory.
 #[derive(Clone)]
 pub struct Backing {
-    pub file: Arc<File>,
-    pub path: PathBuf,
-    /// Bytes of the region and of its mapping, a multiple of the page size.
+    pub image: Arc<Image>,
+    /// Bytes of the region and of its mapping, a multiple of the page size; the file may be shorter or
+    /// longer.
     pub size: u64,
-    /// Bytes of the file when it was opened: less than `size`, or more.
-    file_len: u64,
-    pub read_only: bool,
 }
 
 impl Backing {
@@ -56,40 +58,44 @@ impl Backing {
     ///
     /// See [`Error`]; a file is created or extended only once all else is right.
     pub fn open(args: &Args) -> Result<Self, Error> {
-        let path = args.file.clone();
-        let read_only = args.read_only;
         if let Some(size) = args.size.filter(|size| *size == 0 || size % PAGE != 0) {
             return Err(Error::BadSize { size, page: PAGE });
         }
-        let hint = (!read_only).then_some("--size SIZE creates it");
-        let (file, mut file_len) = open_file(&path, read_only, !read_only && args.size.is_some(), hint)?;
+        let read_only = args.read_only;
+        let mut image = Image::open(Open {
+            path: &args.file,
+            read_only,
+            shared: args.shared,
+            create: !read_only && args.size.is_some(),
+            block_device: false,
+            missing: (!read_only).then_some("--size SIZE creates it"),
+        })?;
 
+        let path = || args.file.clone();
         let size = match args.size {
             Some(size) => size,
-            None if file_len == 0 => return Err(Error::Empty { path, read_only }),
-            None => file_len
+            None if image.len == 0 => return Err(Error::Empty { path: path(), read_only }),
+            None => image
+                .len
                 .checked_next_multiple_of(LINUX_UNIT)
-                .ok_or(Error::TooLong { path: path.clone(), len: file_len })?,
+                .ok_or_else(|| Error::TooLong { path: path(), len: image.len })?,
         };
-        if !read_only && args.size.is_some() && file_len < size {
-            file.set_len(size).map_err(failed("extend", &path, None))?;
-            file_len = size;
+        if !read_only && args.size.is_some() && image.len < size {
+            image.file.set_len(size).map_err(failed("extend", &args.file, None))?;
+            image.len = size;
         }
-        Ok(Backing { file: Arc::new(file), path, size, file_len, read_only })
-    }
-
-    pub fn access(&self) -> &'static str {
-        if self.read_only { "read-only" } else { "read-write" }
+        Ok(Backing { image: Arc::new(image), size })
     }
 
     /// What the user may not expect.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
-        if self.file_len < self.size && !self.read_only {
+        let Image { len, read_only, .. } = *self.image;
+        if len < self.size && !read_only {
             notes.push(format!(
                 "the last {} bytes of the memory lie past the end of the file: the guest's writes there are lost \
                  (--size {} extends the file)",
-                self.size - self.file_len,
+                self.size - len,
                 self.size
             ));
         }
@@ -105,55 +111,6 @@ impl Backing {
 
 impl Display for Backing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?}, {} bytes, {}", self.path, self.size, self.access())
-    }
-}
-
-/// Opens a regular file, for reading only or for writing, too; creates it where `create` says so. Returns its
-/// length, too.
-///
-/// # Errors
-///
-/// See [`Error`]; `missing` is the hint for a file that is not there.
-pub fn open_file(
-    path: &Path,
-    read_only: bool,
-    create: bool,
-    missing: Option<&'static str>,
-) -> Result<(File, u64), Error> {
-    // Not opened yet: an open of a FIFO waits, and an open of a device may have any effect.
-    let exists = match fs::metadata(path) {
-        Ok(metadata) => match kind_if_not_regular(metadata.file_type()) {
-            Some(kind) => return Err(Error::NotRegular { path: path.to_owned(), kind }),
-            None => true,
-        },
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("look at", path, None)(e)),
-        Err(_) if !create => return Err(Error::NoFile { path: path.to_owned(), hint: missing }),
-        Err(_) => false,
-    };
-    let (action, hint) = match read_only {
-        true => ("open for reading", None),
-        false => ("open for reading and writing", Some("--read-only needs no write permission")),
-    };
-    let file = OpenOptions::new().read(true).write(!read_only).create(!exists).open(path);
-    let file = file.map_err(failed(action, path, hint))?;
-    let metadata = file.metadata().map_err(failed("look at", path, None))?;
-    Ok((file, metadata.len()))
-}
-
-fn failed(action: &'static str, path: &Path, hint: Option<&'static str>) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::File { action, path, hint, source }
-}
-
-fn kind_if_not_regular(kind: fs::FileType) -> Option<&'static str> {
-    match kind {
-        _ if kind.is_file() => None,
-        _ if kind.is_dir() => Some("directory"),
-        _ if kind.is_block_device() => Some("block device"),
-        _ if kind.is_char_device() => Some("character device"),
-        _ if kind.is_fifo() => Some("FIFO"),
-        _ if kind.is_socket() => Some("socket"),
-        _ => Some("special file"),
+        write!(f, "{:?}, {} bytes, {}", self.image.path, self.size, self.image.access())
     }
 }

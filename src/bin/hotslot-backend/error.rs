@@ -17,8 +17,16 @@ pub enum Error {
 
     #[error("there is no file {path:?}")]
     NoFile { path: PathBuf, hint: Option<&'static str> },
-    #[error("{path:?} is a {kind}; only a regular file can be served")]
-    NotRegular { path: PathBuf, kind: &'static str },
+    #[error("{path:?} is a {kind}; only {allowed} can be served")]
+    NotRegular { path: PathBuf, kind: &'static str, allowed: &'static str },
+    #[error(
+        "{path:?} is in use: another process{} has it open for {}",
+        pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(),
+        if *.writing { "writing" } else { "reading, or --shared" }
+    )]
+    InUseFile { path: PathBuf, writing: bool, pid: Option<i32> },
+    #[error("{0:?} is in use: it is mounted, or a program has claimed it")]
+    Claimed(PathBuf),
     #[error("{path:?} is empty, so the memory would have no size")]
     Empty { path: PathBuf, read_only: bool },
     #[error("--size {size} is not a multiple of the page size, {page}, or is zero")]
@@ -60,9 +68,10 @@ impl Error {
             Error::PathTooLong { .. } => Some("a path relative to the working directory may be shorter"),
             Error::InUse(_) => Some("each back-end needs a socket of its own"),
             Error::NoFile { hint, .. } | Error::File { hint, .. } => *hint,
-            Error::NotRegular { kind: "block device", .. } => {
-                Some("another vhost-user block back-end can serve it as a disk")
-            }
+            Error::NotRegular { kind: "block device", .. } => Some("hotslot-backend blk serves it as a disk"),
+            Error::InUseFile { .. } | Error::Claimed(_) => Some(
+                "several may use it if each has --read-only, or each has --shared (--help tells its danger)",
+            ),
             Error::Empty { read_only: false, .. } => Some("--size SIZE extends it"),
             Error::TooShort { .. } => Some(MAKE_DISK),
             Error::NotAsSpecified(_) => Some("each is a line with NOT in it, on stdout"),

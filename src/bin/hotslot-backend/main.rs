@@ -2,7 +2,7 @@
 //!
 //! Reading order:
 //!
-//! - `pmem`: a device; `backing`: its file;
+//! - `pmem`: a device; `backing`: its memory; `image`: its file, opened and locked;
 //! - `device`: the adapter that devices share, and their queues;
 //! - `server`: the socket, one front-end after another; `channel`: requests to the front-end;
 //! - `fs`: a directory, whose files are mapped as the guest asks;
@@ -21,6 +21,7 @@ mod complaints;
 mod device;
 mod error;
 mod fs;
+mod image;
 mod lock;
 mod pmem;
 mod server;

@@ -101,7 +101,7 @@ impl Pmem {
             (Arc::clone(&self.channel), Arc::clone(&self.mapped), self.backing.clone());
         // On a thread of its own, because the crate cannot wait with a time limit.
         let spawned = thread::Builder::new().name("shmem-map".to_owned()).spawn(move || {
-            match channel.map(0, backing.size, (&backing.file, 0), !backing.read_only) {
+            match channel.map(0, backing.size, (&backing.image.file, 0), !backing.image.read_only) {
                 Ok(()) => mapped.store(true, Ordering::Release),
                 Err(e) => say(format_args!(
                     "{NAME}: {e}{}",
@@ -126,13 +126,10 @@ impl Pmem {
 
     /// Makes the guest's writes durable.
     fn flush(&self) -> u32 {
-        if self.backing.read_only {
-            return RET_OK;
-        }
-        match self.backing.file.sync_data() {
+        match self.backing.image.flush() {
             Ok(()) => RET_OK,
             Err(e) => {
-                self.complaints.say(format_args!("cannot flush {:?}: {e}", self.backing.path));
+                self.complaints.say(format_args!("cannot flush {:?}: {e}", self.backing.image.path));
                 RET_FAILED
             }
         }

@@ -85,7 +85,7 @@ pub fn listen(options: &Options) -> Result<Listening, Error> {
     }
     // Before there is a socket: a process that sees it may send a signal at once.
     end_event();
-    for signal in [libc::SIGINT, libc::SIGTERM] {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGXFSZ] {
         register_signal_handler(signal, on_signal)
             .map_err(|e| Error::set_up("the signal handlers")(e.into()))?;
     }
@@ -128,9 +128,13 @@ impl Drop for SocketFile {
 /// Written by the signal handler and by the end of the `front-ends` thread.
 static END: OnceLock<EventFd> = OnceLock::new();
 
-extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+/// SIGXFSZ comes with a write beyond the limit of file sizes (RLIMIT_FSIZE), and would end this process where
+/// a guest chooses. As it is handled, the write fails with EFBIG.
+extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // An atomic load and a write(2): both are async-signal-safe.
-    if let Some(end) = END.get() {
+    if signal != libc::SIGXFSZ
+        && let Some(end) = END.get()
+    {
         let _ = end.write(1);
     }
 }

@@ -21,30 +21,24 @@ const ALL: RangeInclusive<Key> = (0, 0)..=(u8::MAX, u64::MAX);
 
 /// A mapping whose end is zeroes now (SHM-45).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
 pub struct Filled {
     /// Whether it is the first time for this mapping.
     pub is_first: bool,
-    /// The region's id.
     pub shmid: u8,
-    /// Where the guest sees the mapping.
     pub guest: GuestRange,
     /// How many of its last bytes read 0 permanently.
     pub len: u64,
 }
 
-/// A mapping at whose end something may be missing.
-struct Candidate<'a> {
-    place: Place<'a>,
-    number: u64,
-    /// The part that is not filled.
-    in_place: Span<'a>,
-}
-
-/// Where a mapping is, all of it.
+/// Where a mapping is.
 #[derive(Clone, Copy)]
 struct Place<'a> {
     key: Key,
+    number: u64,
     whole: Span<'a>,
+    /// The part that was not filled when this was made: something may be missing at its end.
+    in_place: Option<Span<'a>>,
 }
 
 impl Mapping {
@@ -60,8 +54,7 @@ impl Mapping {
 
     /// Makes what is guarded accessible again. False where nothing is.
     fn unguard(&mut self, place: Place<'_>) -> bool {
-        let file = place.whole.first(self.in_place());
-        let Some(guarded) = file.and_then(|file| file.last(self.kept.guarded)) else {
+        let Some(guarded) = place.in_place.and_then(|file| file.last(self.kept.guarded)) else {
             return false;
         };
         note(place, &guarded.protect(Some(self.access)));
@@ -94,7 +87,7 @@ impl SharedMemory {
         let mut filled = None;
         self.change_missing(key..=key, true, |place, missing, mapping, total| {
             if missing.guest().contains(at) {
-                missing.fill(mapping.access)?;
+                missing.fill(Some(mapping.access))?;
                 // The temporary zeroes behind it stand for missing pages, too: they become permanent with it.
                 let behind = mapping.kept.saved.take().map_or(0, |(len, _)| len);
                 filled = Some(mapping.keep_filled(missing.guest().len() + behind, place, total));
@@ -158,30 +151,28 @@ impl SharedMemory {
     ) -> bool {
         let _probing = self.probe_lock.lock().unwrap_or_else(PoisonError::into_inner);
         let (candidates, mut changed) = self.candidates(keys, unguard);
-        for candidate in &candidates {
-            if let Some(missing) = candidate.in_place.missing() {
-                let place = candidate.place;
-                changed |= self.change(candidate, |mapping, total| action(place, missing, mapping, total));
+        for place in candidates {
+            if let Some(missing) = place.in_place.and_then(|file| file.missing()) {
+                changed |= self.change(place, |mapping, total| action(place, missing, mapping, total));
             }
         }
         changed
     }
 
     fn place(&self, key: Key, mapping: &Mapping) -> Option<Place<'_>> {
-        Some(Place { key, whole: self.span(key, mapping.span_len())? })
+        let whole = self.span(key, mapping.span_len())?;
+        Some(Place { key, number: mapping.number, whole, in_place: whole.first(mapping.in_place()) })
     }
 
-    /// The mappings of these keys that are not filled from end to end. They are probed when the state is
+    /// The mappings of these keys. They are probed when the state is
     /// unlocked again: that may wait for the disk, or for the server of the file. `unguard` makes what is
     /// guarded accessible again; the second value says whether anything was.
-    fn candidates(&self, keys: RangeInclusive<Key>, unguard: bool) -> (Vec<Candidate<'_>>, bool) {
+    fn candidates(&self, keys: RangeInclusive<Key>, unguard: bool) -> (Vec<Place<'_>>, bool) {
         let (mut candidates, mut unguarded) = (Vec::new(), false);
         for (&key, mapping) in self.lock().ledger.mappings.range_mut(keys) {
             let Some(place) = self.place(key, mapping) else { continue };
             unguarded |= unguard && mapping.unguard(place);
-            if let Some(in_place) = place.whole.first(mapping.in_place()) {
-                candidates.push(Candidate { place, number: mapping.number, in_place });
-            }
+            candidates.push(place);
         }
         (candidates, unguarded)
     }
@@ -189,14 +180,14 @@ impl SharedMemory {
     /// Changes a mapping, unless it was replaced or filled since it became a candidate.
     fn change(
         &self,
-        candidate: &Candidate<'_>,
+        place: Place<'_>,
         action: impl FnOnce(&mut Mapping, &mut FilledTotal) -> io::Result<()>,
     ) -> bool {
         let State { ledger, filled, .. } = &mut *self.lock();
-        let Candidate { place, number, in_place } = candidate;
+        let len = place.in_place.map_or(0, |file| file.guest().len());
         match ledger.mappings.get_mut(&place.key) {
-            Some(mapping) if mapping.number == *number && mapping.in_place() == in_place.guest().len() => {
-                note(*place, &action(mapping, filled))
+            Some(mapping) if mapping.number == place.number && mapping.in_place() == len => {
+                note(place, &action(mapping, filled))
             }
             _ => false,
         }
@@ -209,7 +200,7 @@ fn settle(place: Place<'_>, mapping: &mut Mapping, total: &mut FilledTotal) -> O
     let (len, saved) = mapping.kept.saved.take()?;
     let span = place.whole.first(mapping.file_len())?.last(len)?;
     let kept = match span.is_touched() {
-        Ok(false) => span.put_back(saved).map(|()| false),
+        Ok(false) => span.replace_with(saved).map(|()| false),
         touched => touched,
     };
     note(place, &kept);

@@ -37,7 +37,7 @@ impl Bench {
     }
 
     pub fn map(&self, shmid: u8, shm_offset: u64, len: u64) -> Result<(), ShmemError> {
-        self.shmem.map(&self.request(shmid, shm_offset, len, 0))
+        self.shmem.map(&self.request(shmid, shm_offset, len, 0)).map(drop)
     }
 
     pub fn region(&self, shmid: u8) -> GuestRange {

@@ -1,18 +1,17 @@
-//! Who else sees a device's mappings (`share-shmem=on`, SHM-80): other back-ends are told of each by
-//! ADD_MEM_REG, and told to let go of it by REM_MEM_REG, so that the guest can hand its pages to their
-//! devices.
+//! Shows a device's mappings to other back-ends (ADD_MEM_REG) and takes them back (REM_MEM_REG), SHM-80. With
+//! `share-shmem=on` the guest can then hand pages of the mappings to the devices of those back-ends.
 //!
 //! `vmm::backends` makes one [`Sharing`] for the machine and a [`Participant`] for each device. As an owner,
 //! a participant is used by `shmem_handler` (MAP, UNMAP) and by `device` (reset, end); as a recipient, by
 //! `device` (start) and by its [`UpdateThread`]. `state` has what each recipient knows and is to be told, as
 //! data; `participant` waits and talks.
 //!
-//! # Who waits for whom
+//! # Waits between threads
 //!
-//! Recipients are told of a mapping before MAP is answered, and of its end before UNMAP is answered: the
-//! owner's channel thread waits for *another* back-end, never for its own. That back-end may itself be
-//! waiting for us, on the thread that would answer: while it is started or reset (a vCPU has its main
-//! socket), or because a request of its own is being handled, whose sharing waits for a third back-end, or
+//! Recipients are told of a mapping before MAP is answered, and of its end before UNMAP is answered. So the
+//! owner's device's thread waits for *another* back-end, never for its own. That back-end may be waiting for
+//! us at that moment, on the thread that would answer. One case: it is started or reset, and a vCPU has its
+//! main socket. Another: a request of its own is being handled, whose sharing waits for a third back-end, or
 //! for the first. So:
 //!
 //! - A channel thread neither touches another device's main socket nor waits for its lock. It marks what is

@@ -1,19 +1,17 @@
-//! What a device does among those that see each other's mappings: it shares and withdraws, and waits until
-//! the others were told; it is told, and is given up where that fails.
+//! A device as an owner (shares, withdraws, waits until the recipients were told) and as a recipient (is
+//! told, and is cut off where that fails).
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
 
 use super::super::link::Link;
 use super::super::wire::frontend::{Conversation, FrontendError};
 use super::super::wire::message::MemoryRegion;
 use super::state::{Change, Device, Recipient, State};
+use crate::memory::pages::OwnedPages;
 use crate::memory::shmem::MappingInfo;
 use crate::memory::{Access, PAGE_SIZE};
 
@@ -60,8 +58,7 @@ struct Table {
 pub struct TooManyFiles(usize);
 
 impl Sharing {
-    /// Without devices. Each owner may keep `max_files` open files here; what it maps of more is
-    /// not shared.
+    /// Without devices. Each owner may keep `max_files` open files here; what it maps of more is not shared.
     pub fn new(max_files: usize) -> Arc<Self> {
         Arc::new(Sharing { max_files, table: Mutex::default(), changed: Condvar::new() })
     }
@@ -119,15 +116,17 @@ impl Participant {
     /// is answered.
     pub fn share(&self, mapping: &MappingInfo, host: u64, file: OwnedFd) -> Result<(), TooManyFiles> {
         let address = mapping.guest.start();
-        if !is_for_both(mapping, &file) {
+        // Whether others can map it as they do: neither how it was opened nor its seals tell for sure.
+        let try_both =
+            || OwnedPages::of_file(file.as_fd(), mapping.file_offset, PAGE_SIZE as usize, Access::ReadWrite);
+        if mapping.access != Access::ReadWrite && try_both().is_err() {
             log::debug!(
                 "the mapping at {address:#x} is not shared: its file cannot be mapped for reading and writing"
             );
             return Ok(());
         }
-        let file = File::from(file);
-        let Ok(metadata) = file.metadata() else { return Ok(()) };
-        let inode = (metadata.dev(), metadata.ino());
+        let Ok(stat) = rustix::fs::fstat(&file) else { return Ok(()) };
+        let inode = (stat.st_dev, stat.st_ino);
         let region = MemoryRegion {
             guest_addr: address,
             size: mapping.guest.len(),
@@ -135,7 +134,7 @@ impl Participant {
             mmap_offset: mapping.file_offset,
         };
         let max_files = self.sharing.max_files;
-        if !self.sharing.lock().state.share(self.id, region, inode, file.into(), max_files) {
+        if !self.sharing.lock().state.share(self.id, region, inode, file, max_files) {
             return Err(TooManyFiles(max_files));
         }
         self.sharing.changed.notify_all();
@@ -240,11 +239,12 @@ impl Participant {
         drop(table);
         if let (Some(change), Some(link)) = (&change, link) {
             let told = match change {
-                Change::Add(shared) => to.add_memory(&shared.region, shared.file.as_fd()),
-                Change::Remove(region) => to.remove_memory(region),
+                Change::Add(shared) => to.change_memory(&shared.region, Some(shared.file.as_fd())),
+                Change::Remove(region) => to.change_memory(region, None),
                 Change::LeaveOut { address, told } => {
                     link.log.warn(format_args!(
-                        "the back-end knows {told} mappings of other devices, and cannot be told of more: it does not see                          the one at {address:#x}"
+                        "the back-end knows {told} mappings of other devices, and cannot be told of more: it does not see \
+                         the one at {address:#x}"
                     ));
                     Ok(())
                 }
@@ -292,17 +292,4 @@ impl Participant {
     fn link_of(&self, recipient: usize) -> Option<Arc<Link>> {
         self.sharing.lock().links[recipient].clone()
     }
-}
-
-/// Whether others can map the file as they do: for reading and writing.
-fn is_for_both(mapping: &MappingInfo, file: &OwnedFd) -> bool {
-    if mapping.access == Access::ReadWrite {
-        return true;
-    }
-    // Neither how it was opened nor its seals tell for sure; trying does.
-    let (len, both) = (PAGE_SIZE as usize, ProtFlags::READ | ProtFlags::WRITE);
-    // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing of this process has.
-    let page = unsafe { mmap(std::ptr::null_mut(), len, both, MapFlags::SHARED, file, mapping.file_offset) };
-    // SAFETY: the page was mapped above, for this function alone.
-    page.is_ok_and(|page| unsafe { munmap(page, len) }.is_ok())
 }

@@ -71,10 +71,6 @@ impl Recipient {
         Recipient { room, ..Recipient::default() }
     }
 
-    pub(super) fn is_being_told(&self, addresses: &[u64]) -> bool {
-        addresses.iter().any(|address| self.due.contains(address) || self.under_way == Some(*address))
-    }
-
     /// It is lost: it knows of nothing, and is told of nothing.
     pub(super) fn forget(&mut self) {
         *self = Recipient::new(self.room);
@@ -156,7 +152,8 @@ impl State {
 
     pub(super) fn is_being_told(&self, id: usize, addresses: &[u64]) -> bool {
         let recipient = self.devices.get(id).and_then(|device| device.sees.as_ref());
-        recipient.is_some_and(|recipient| recipient.is_being_told(addresses))
+        let is_open = |it: &Recipient, at| it.due.contains(at) || it.under_way == Some(*at);
+        recipient.is_some_and(|recipient| addresses.iter().any(|address| is_open(recipient, address)))
     }
 
     /// Whether `recipient` waits, over however many others, for `owner`.
@@ -196,9 +193,7 @@ impl State {
 
     /// A recipient was told, and may have refused.
     pub(super) fn record(&mut self, id: usize, change: &Change, is_refused: bool) {
-        let Some(recipient) = self.devices.get_mut(id).and_then(|device| device.sees.as_mut()) else {
-            return;
-        };
+        let Some(recipient) = self.devices[id].sees.as_mut() else { return };
         recipient.under_way = None;
         match change {
             Change::Add(shared) if !is_refused => {
@@ -208,9 +203,7 @@ impl State {
             Change::Remove(MemoryRegion { guest_addr, .. }) => {
                 recipient.told.remove(guest_addr);
                 recipient.due.extend(recipient.left_out.pop_first());
-                if self.live.contains_key(guest_addr) {
-                    recipient.due.insert(*guest_addr);
-                }
+                recipient.due.extend(self.live.contains_key(guest_addr).then_some(*guest_addr));
             }
         }
     }

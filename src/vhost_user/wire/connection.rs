@@ -1,8 +1,8 @@
 //! One vhost-user socket: whole messages in and out, with their file descriptors, never blocking past a
 //! deadline.
 //!
-//! `frontend` uses it for the main socket, `channel` for the backend channel. A message of the usual size is
-//! one recvmsg(2), in however many writes it was sent (SHM-65).
+//! `frontend` uses it for the main socket, `channel` for the backend channel. A message of the usual size
+//! that has arrived whole is one recvmsg(2); it may arrive in any number of pieces (SHM-65).
 //!
 //! # Which message a descriptor belongs to
 //!
@@ -69,8 +69,7 @@ impl Deadline {
     /// The time until then, for poll(2); `None` once it has passed.
     pub fn time_left(&self) -> Option<Timespec> {
         let left = self.at.saturating_duration_since(Instant::now());
-        let (tv_sec, tv_nsec) = (left.as_secs() as i64, left.subsec_nanos().into());
-        (!left.is_zero()).then_some(Timespec { tv_sec, tv_nsec })
+        Timespec::try_from(left).ok().filter(|_| !left.is_zero())
     }
 
     /// Whether it has passed.
@@ -101,15 +100,9 @@ pub struct Connection {
     buffer: Vec<u8>,
     /// Position in the stream of `buffer`'s first byte.
     position: u64,
-    /// The descriptors that arrived with a read, by the stream position at which that read ended.
-    descriptors: VecDeque<Descriptors>,
-}
-
-#[derive(Debug)]
-struct Descriptors {
-    position: u64,
-    fds: Vec<OwnedFd>,
-    lost: bool,
+    /// Of each read with descriptors: the stream position at which it ended, the descriptors, whether any
+    /// were lost.
+    descriptors: VecDeque<(u64, Vec<OwnedFd>, bool)>,
 }
 
 impl Connection {
@@ -224,10 +217,10 @@ impl Connection {
         let mut message = Message { header, payload: payload.to_vec(), fds: Vec::new(), fds_lost: false };
         self.buffer.drain(..needed);
         self.position += needed as u64;
-        let ours = self.descriptors.iter().take_while(|arrived| arrived.position <= self.position).count();
-        for arrived in self.descriptors.drain(..ours) {
-            message.fds.extend(arrived.fds);
-            message.fds_lost |= arrived.lost;
+        let ours = self.descriptors.iter().take_while(|(end, ..)| *end <= self.position).count();
+        for (_, fds, lost) in self.descriptors.drain(..ours) {
+            message.fds.extend(fds);
+            message.fds_lost |= lost;
         }
         Ok(Some(message))
     }
@@ -237,31 +230,29 @@ impl Connection {
         let start = self.buffer.len();
         self.buffer.resize(self.needed()?.max(self.usual), 0);
         let received = receive_some(&self.socket, &mut self.buffer[start..]);
-        let count = received.as_ref().map_or(0, |received| received.count);
-        self.buffer.truncate(start + count);
-        let mut received = match received {
-            Ok(Received { count: 0, .. }) | Err(Errno::PIPE | Errno::CONNRESET) => {
+        self.buffer.truncate(start + received.as_ref().map_or(0, |(count, ..)| *count));
+        let (mut fds, mut lost) = match received {
+            Ok((0, ..)) | Err(Errno::PIPE | Errno::CONNRESET) => {
                 return Err(match start {
                     0 => ConnectionError::HungUp,
                     count => ConnectionError::HungUpInside(count),
                 });
             }
-            Ok(received) => received,
+            Ok((_, fds, lost)) => (fds, lost),
             Err(Errno::AGAIN) => return Ok(false),
             Err(Errno::INTR) => return Ok(true),
             Err(error) => return Err(ConnectionError::Io(error.into())),
         };
-        if !received.fds.is_empty() || received.fds_lost {
+        if !fds.is_empty() || lost {
             // Each byte of a message can bring MAX_FDS descriptors: without a limit, a back-end could leave
             // this process none for others.
-            let waiting: usize = self.descriptors.iter().map(|waiting| waiting.fds.len()).sum();
-            if waiting + received.fds.len() > MAX_FDS {
-                received.fds.clear();
-                received.fds_lost = true;
+            let waiting: usize = self.descriptors.iter().map(|(_, fds, _)| fds.len()).sum();
+            if waiting + fds.len() > MAX_FDS {
+                fds.clear();
+                lost = true;
             }
-            let position = self.position + self.buffer.len() as u64;
-            let Received { fds, fds_lost: lost, .. } = received;
-            self.descriptors.push_back(Descriptors { position, fds, lost });
+            let end = self.position + self.buffer.len() as u64;
+            self.descriptors.push_back((end, fds, lost));
         }
         Ok(true)
     }
@@ -282,14 +273,9 @@ fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) -> Result
 /// Room for `MAX_FDS` descriptors as a control message.
 const CONTROL_LEN: usize = rustix::cmsg_space!(ScmRights(MAX_FDS));
 
-struct Received {
-    count: usize,
-    fds: Vec<OwnedFd>,
-    fds_lost: bool,
-}
-
-/// Fills the beginning of `bytes`.
-fn receive_some(socket: &UnixStream, bytes: &mut [u8]) -> Result<Received, Errno> {
+/// Fills the beginning of `bytes`. Gives how much, the descriptors that came with it, and whether any were
+/// lost.
+fn receive_some(socket: &UnixStream, bytes: &mut [u8]) -> Result<(usize, Vec<OwnedFd>, bool), Errno> {
     let mut space = [MaybeUninit::uninit(); CONTROL_LEN];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
@@ -301,7 +287,7 @@ fn receive_some(socket: &UnixStream, bytes: &mut [u8]) -> Result<Received, Errno
         }
     }
     // MSG_CTRUNC: the kernel closed descriptors for which this process had no room.
-    Ok(Received { count: received.bytes, fds, fds_lost: received.flags.contains(ReturnFlags::CTRUNC) })
+    Ok((received.bytes, fds, received.flags.contains(ReturnFlags::CTRUNC)))
 }
 
 #[cfg(test)]

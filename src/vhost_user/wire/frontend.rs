@@ -57,7 +57,8 @@ impl FrontendError {
 #[derive(Debug)]
 pub struct Frontend {
     connection: Connection,
-    agreement: Agreement,
+    /// What was agreed.
+    pub agreement: Agreement,
 }
 
 /// What the handshake learns from a back-end.
@@ -95,24 +96,15 @@ pub struct Ring<'a> {
 impl Frontend {
     /// Finds out what the back-end behind a connected socket is, and agrees with it.
     pub fn handshake(socket: UnixStream, needs: &Needs) -> Result<Handshake, FrontendError> {
-        let nothing_yet = Agreement::default();
         let connection = Connection::new(socket, u64::LEN);
-        let mut frontend = Frontend { connection, agreement: nothing_yet };
-        let agreement = frontend.set_up().negotiate(needs)?;
-        frontend.agreement = agreement;
+        let mut frontend = Frontend { connection, agreement: Agreement::default() };
+        frontend.agreement = frontend.set_up().negotiate(needs)?;
         frontend.set_up().check_queues(needs.queues)?;
         let region_sizes = frontend.set_up().region_sizes()?;
         let config = frontend.set_up().config(needs.config_len)?;
-        let memory_slots = match needs.memory_slots && agreement.has(protocol::CONFIGURE_MEM_SLOTS) {
-            true => Some(frontend.set_up().memory_slots()?),
-            false => None,
-        };
+        let has_slots = needs.memory_slots && frontend.agreement.has(protocol::CONFIGURE_MEM_SLOTS);
+        let memory_slots = has_slots.then(|| frontend.set_up().memory_slots()).transpose()?;
         Ok(Handshake { frontend, queues: needs.queues, config, region_sizes, memory_slots })
-    }
-
-    /// What was agreed.
-    pub fn agreement(&self) -> &Agreement {
-        &self.agreement
     }
 
     /// The main socket, to wait on and to shut down.
@@ -215,24 +207,15 @@ impl Conversation<'_> {
         self.tell(FrontendRequest::SetMemTable, &message::memory_table(regions), &files)
     }
 
-    /// Tells the back-end of one more range of memory, in `file`; it knows the range when this returns.
-    pub fn add_memory(&mut self, region: &MemoryRegion, file: BorrowedFd<'_>) -> Result<(), FrontendError> {
-        self.change_memory(FrontendRequest::AddMemReg, region, &[file])
-    }
-
-    /// Tells the back-end that it no longer has a range of memory, given as it was told of it; it has let go
-    /// of it when this returns.
-    pub fn remove_memory(&mut self, region: &MemoryRegion) -> Result<(), FrontendError> {
-        self.change_memory(FrontendRequest::RemMemReg, region, &[])
-    }
-
-    fn change_memory(
+    /// ADD_MEM_REG of a range of memory, in `file`: the back-end knows it when this returns. Without `file`,
+    /// REM_MEM_REG of a range, given as it was added: the back-end has let go of it when this returns.
+    pub fn change_memory(
         &mut self,
-        request: FrontendRequest,
         &region: &MemoryRegion,
-        files: &[BorrowedFd<'_>],
+        file: Option<BorrowedFd<'_>>,
     ) -> Result<(), FrontendError> {
-        self.tell(request, &SingleRegion { padding: 0, region }.encode(), files)?;
+        let request = if file.is_some() { FrontendRequest::AddMemReg } else { FrontendRequest::RemMemReg };
+        self.tell(request, &SingleRegion { padding: 0, region }.encode(), file.as_slice())?;
         if self.agreement.has(protocol::REPLY_ACK) {
             return Ok(());
         }

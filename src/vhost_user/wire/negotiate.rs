@@ -1,4 +1,4 @@
-//! What is agreed with a back-end, as a pure function of what it offers (SHM-1 to SHM-6).
+//! Negotiates features: a pure function of the back-end's offer (SHM-1 to SHM-6).
 //!
 //! `frontend` asks the back-end and calls [`negotiate`]; no I/O happens here.
 
@@ -57,7 +57,6 @@ impl Agreement {
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum NegotiationError {
-    /// A back-end for legacy drivers only.
     #[error("the back-end does not offer VIRTIO_F_VERSION_1 (its features are {0:#x})")]
     NoVersion1(u64),
     /// The device type cannot do without a feature; `offered` has the features, or protocol features, that

@@ -156,7 +156,7 @@ impl Unbuilt {
         let page = RegisterPage::new()?;
         let interrupt = Interrupt::new(Arc::clone(&page))?;
         let ram = MemoryRegion { guest_addr: 0, size: 16 << 20, user_addr: 0x7000_0000_0000, mmap_offset: 0 };
-        let memory = MemoryTable::new(Arc::new(memfd(ram.size)), vec![ram]);
+        let memory = MemoryTable { file: Arc::new(memfd(ram.size)), regions: vec![ram] };
         let device = VhostUserDevice::new(&spec, handshake, memory, Arc::clone(&shmem), interrupt, member)?;
         let kicks = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
         Ok(Bench { device: Mutex::new(Some(device)), shmem, page, kicks, guest, backend })

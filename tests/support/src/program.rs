@@ -107,6 +107,38 @@ impl Backend {
     }
 }
 
+/// A device of it, started by a shell after `script`, in a mount namespace of its own; the file system that
+/// the script mounts is seen at `/proc/PID/root`. None, with a word on stderr, where the script fails: it may
+/// need root.
+pub fn start_after(script: &str, device: &str, dir: &TempDir, args: &str) -> Option<Backend> {
+    let shell = |last: &str| {
+        let mut command = Command::new("unshare");
+        if !rustix::process::geteuid().is_root() {
+            command.arg("--map-root-user");
+        }
+        let script = format!("set -e; PATH=$PATH:/usr/sbin:/sbin; {script}\n{last}");
+        command.current_dir(dir.path()).args(["--mount", "sh", "-c", &script]);
+        command
+    };
+    let probe = shell("").output();
+    if !probe.as_ref().is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIPPED: this cannot be set up here: {probe:?}");
+        return None;
+    }
+    let last = format!("exec {:?} {device} --socket {SOCKET} {args}", hotslot_backend());
+    Some(Backend::spawn(shell(&last), dir))
+}
+
+/// For [`start_after`]: `full` is a small tmpfs, `full/memory.img` a larger, sparse file.
+pub const FULL: &str = "mkdir -p full; mount -t tmpfs -o size=1m none full; truncate -s 4M full/memory.img";
+
+/// For [`start_after`]: `full/disk/memory.img` is on an ext4 whose own disk is full, so that writes to it
+/// succeed, and the write-back fails.
+pub const FAILS_LATER: &str = "mkdir -p full; mount -t tmpfs -o size=8m none full; mkdir full/disk;
+    truncate -s 64M full/ext4.img; mkfs.ext4 -q -O ^has_journal full/ext4.img;
+    mount -o loop full/ext4.img full/disk;
+    truncate -s 32M full/disk/memory.img";
+
 /// Such a command line is refused in a sentence with this in it.
 pub fn assert_refused(device: &str, dir: &TempDir, args: &str, sentence: &str) {
     let mut command = Command::new(hotslot_backend());

@@ -2,8 +2,8 @@
 //!
 //! A file is reached from a directory that is held, by one name: no path, and no link is followed. From then
 //! on it is held itself, by an O_PATH descriptor. For operations that such a descriptor does not allow, the
-//! program opens `/proc/self/fd/N`, never the name, which may mean another file by then. Only regular files and
-//! directories are opened. Called by [`super::passthrough`].
+//! program opens `/proc/self/fd/N`, never the name, which may mean another file by then. Only regular files
+//! and directories are opened. Called by [`super::passthrough`].
 
 use std::ffi::CStr;
 use std::fs::{File, Metadata};

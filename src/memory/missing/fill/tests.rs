@@ -10,7 +10,7 @@ fn a_mapping_that_was_replaced_or_filled_since_it_was_probed_is_not_changed() {
     let shmem = &bench.shmem;
     let request = || bench.request(0, 0, PAGES * PAGE, 0);
     let found = || shmem.candidates(ALL, true).0.remove(0);
-    let is_changed = |candidate: &Candidate<'_>| shmem.change(candidate, |_, _| Ok(()));
+    let is_changed = |candidate: &Place<'_>| shmem.change(*candidate, |_, _| Ok(()));
 
     shmem.map(&request()).unwrap();
     let candidate = found();

@@ -245,9 +245,9 @@ fn what_has_no_room_at_once_is_sent_in_pieces_with_its_descriptors_once() {
         while read.len() < whole {
             wait(theirs.as_fd(), PollFlags::IN, Deadline::after(SOON)).unwrap();
             let mut piece = [0; 1 << 16];
-            let received = receive_some(&theirs, &mut piece).unwrap();
-            read.extend(&piece[..received.count]);
-            fds += received.fds.len();
+            let (count, received, _) = receive_some(&theirs, &mut piece).unwrap();
+            read.extend(&piece[..count]);
+            fds += received.len();
         }
         sent.join().unwrap().unwrap();
     });
