@@ -46,7 +46,7 @@ fn map(file: &File, path: &Path, writable: bool) -> Outcome<Mapping> {
 type Check = fn(&Path) -> Outcome<()>;
 
 /// Each gets a path at which there is nothing.
-const CHECKS: [(&str, Check); 14] = [
+const CHECKS: [(&str, Check); 15] = [
     ("write", write),
     ("append", append),
     ("truncate", truncate),
@@ -59,6 +59,7 @@ const CHECKS: [(&str, Check); 14] = [
     ("fcntl", fcntl),
     ("mmap-shared", mmap_shared),
     ("mmap-private", mmap_private),
+    ("mmap-buffer", mmap_buffer),
     ("fallocate", fallocate),
     ("sparse", sparse),
 ];
@@ -257,6 +258,39 @@ fn mmap_shared(path: &Path) -> Outcome<()> {
     }
     one.synchronise().map_err(failed("synchronise", path))?;
     file.sync_all().map_err(failed("synchronise", path))
+}
+
+/// A mapping is the buffer of `write` to a new file, and of `read`.
+fn mmap_buffer(path: &Path) -> Outcome<()> {
+    const LENGTH: usize = 2 * MIB + 123;
+    let pattern: Vec<u8> = (0..LENGTH).map(|at| (at % 251) as u8).collect();
+    fs::write(path, &pattern).map_err(failed("write", path))?;
+    let file = open(path)?;
+    let mapping = map(&file, path, true)?;
+    let copy_path = path.with_extension("copy");
+    for start in [0, 2 * MIB - PAGE - 1, LENGTH - 5] {
+        fs::write(&copy_path, b"").map_err(failed("empty", &copy_path))?;
+        let mut copy = open(&copy_path)?;
+        let mut at = start;
+        while at < LENGTH {
+            match mapping.write_to(&copy, at).map_err(failed("write out of a mapping to", &copy_path))? {
+                0 => return Err(format!("a write out of a mapping wrote nothing at {at}")),
+                count => at += count,
+            }
+        }
+        let found = fs::read(&copy_path).map_err(failed("read", &copy_path))?;
+        if found != pattern[start..] {
+            return Err(format!("what was written out of a mapping from {start} on is something else"));
+        }
+        // Back, to another place of the file.
+        copy.rewind().map_err(failed("seek in", &copy_path))?;
+        let count = mapping.fill_from(&copy, LENGTH - found.len()).map_err(failed("read into", path))?;
+        expect("the bytes read into a mapping", count, found.len())?;
+        if fs::read(path).map_err(failed("read", path))? != pattern {
+            return Err("what was read into a mapping is something else".to_string());
+        }
+    }
+    Ok(())
 }
 
 /// What is written to a private mapping stays there.

@@ -137,6 +137,11 @@ impl SharedMemory {
         self.windows.get(&shmid).map(Window::guest)
     }
 
+    /// Where a region is reserved in this process, which has no other memory of the guest there.
+    pub fn host_address(&self, shmid: u8) -> Option<u64> {
+        self.windows.get(&shmid).map(|window| window.whole().host() as u64)
+    }
+
     /// All regions, by id.
     pub fn regions(&self) -> Vec<(u8, GuestRange)> {
         self.windows.iter().map(|(&shmid, window)| (shmid, window.guest())).collect()

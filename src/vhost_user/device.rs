@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::link::Link;
 use super::memory_table::MemoryTable;
+use super::own_regions::OwnRegions;
 use super::sharing::{Owner, Participant, UpdateThread};
 use super::shmem_handler::{BackendChannel, ShmemHandler};
 use super::watch::Watch;
@@ -53,6 +54,8 @@ pub struct VhostUserDevice {
     config: Vec<u8>,
     memory: MemoryTable,
     shmem: Arc<SharedMemory>,
+    /// Its shared memory regions, where the back-end is to be told of them.
+    own_regions: OwnRegions,
     link: Arc<Link>,
     channel: Option<Arc<BackendChannel>>,
     /// The queues whose rings the back-end runs.
@@ -85,6 +88,10 @@ impl VhostUserDevice {
     ) -> Result<VhostUserDevice, DeviceError> {
         let Handshake { mut frontend, queues, config, memory_slots, .. } = handshake;
         let agreement = frontend.agreement;
+        let own_regions = match agreement.has(protocol::SHMEM_ADDRESSES) {
+            true => OwnRegions::new(&shmem)?,
+            false => OwnRegions::default(),
+        };
         let sharing = participant.clone().filter(|_| spec.share_shmem);
         let pair = agreement.has(protocol::BACKEND_REQ).then(UnixStream::pair).transpose()?;
         let (ours, theirs) = pair.unzip();
@@ -101,7 +108,7 @@ impl VhostUserDevice {
         }
         let main = Arc::new(Mutex::new(frontend));
         let updates = participant.zip(memory_slots).map(|(participant, slots)| {
-            let room = (slots as usize).saturating_sub(memory.regions.len());
+            let room = (slots as usize).saturating_sub(memory.regions.len() + own_regions.len());
             UpdateThread::start(&spec.name, participant, room, Arc::clone(&main), Arc::clone(&link))
         });
         let updates = updates.transpose()?;
@@ -111,6 +118,7 @@ impl VhostUserDevice {
             config,
             memory,
             shmem,
+            own_regions,
             link,
             channel,
             running: BTreeSet::new(),
@@ -209,6 +217,7 @@ impl VirtioDevice for VhostUserDevice {
         let started = self.talk(Deadline::after(START_TIMEOUT), |to| {
             self.shmem.open_gate();
             to.set_features_and_memory(features, &self.memory.regions, self.memory.file.as_fd())?;
+            self.own_regions.tell(to, &self.link)?;
             if let Some(updates) = &self.updates {
                 updates.recipient.tell_all(to)?;
             }

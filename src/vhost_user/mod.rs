@@ -2,14 +2,15 @@
 //! those map into the guest (protocol feature SHMEM).
 //!
 //! Reading order: [`wire`] (the protocol), [`connect`] (finding a back-end), [`link`] (its two sockets),
-//! `memory_table` (RAM as it is told of it), [`shmem_handler`] (carries out its requests), [`watch`] (the
-//! thread that serves it), [`device`] (the virtio device that all this makes), [`sharing`] (a device's
-//! mappings, shown to other back-ends).
+//! `memory_table` (RAM as it is told of it), `own_regions` (what it is told of its own regions),
+//! [`shmem_handler`] (carries out its requests), [`watch`] (the thread that serves it), [`device`] (the
+//! virtio device that all this makes), [`sharing`] (a device's mappings, shown to other back-ends).
 
 pub mod connect;
 pub mod device;
 pub mod link;
 pub mod memory_table;
+mod own_regions;
 pub mod sharing;
 pub mod shmem_handler;
 pub mod watch;

@@ -1,12 +1,13 @@
 //! A running back-end, a front-end, and the guest behind it, whose queues are made by hand.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
-pub use hotslot_test_support::files::MIB;
+pub use hotslot_test_support::files::{MIB, memfd};
 use hotslot_test_support::names::*;
 use hotslot_test_support::program::{self, Backend};
 use hotslot_test_support::wait::eventually;
@@ -116,8 +117,20 @@ pub struct Machine {
     ram_file: File,
     ram: GuestMemoryMmap,
     rings: Vec<Ring>,
+    /// The window's guest address and size, if the back-end is told at the start.
+    window: Option<(u64, u64)>,
     /// The guest's user.
     pub user: (u32, u32),
+}
+
+fn region((address, len): (u64, u64), file: &File, offset: u64) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: address,
+        memory_size: len,
+        userspace_addr: USER_ADDRESS + address,
+        mmap_offset: offset,
+        mmap_handle: file.as_raw_fd(),
+    }
 }
 
 /// Error number, 0 for none, and what follows the header.
@@ -127,6 +140,15 @@ impl Machine {
     /// A front-end whose guest has mounted the file system; with two queues.
     pub fn mounted(backend: &Backend) -> Self {
         let mut machine = Self::connect(backend, 2);
+        machine.start();
+        machine.ok(fuse::INIT, 0, &fuse::init());
+        machine
+    }
+
+    /// The same, and the back-end is told where the window is.
+    pub fn told(backend: &Backend, window: (u64, u64)) -> Self {
+        let mut machine = Self::connect(backend, 2);
+        machine.window = Some(window);
         machine.start();
         machine.ok(fuse::INIT, 0, &fuse::init());
         machine
@@ -142,7 +164,9 @@ impl Machine {
             | PROTOCOL_F_BACKEND_REQ
             | PROTOCOL_F_CONFIG
             | PROTOCOL_F_RESET_DEVICE
-            | PROTOCOL_F_SHMEM;
+            | PROTOCOL_F_CONFIGURE_MEM_SLOTS
+            | PROTOCOL_F_SHMEM
+            | PROTOCOL_F_SHMEM_ADDRESSES;
         let agreed = offered & VhostUserProtocolFeatures::from_bits_retain(wanted);
         front_end.set_protocol_features(agreed).unwrap();
         front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -167,6 +191,7 @@ impl Machine {
             ram_file,
             ram,
             rings: (0..queues).map(ring).collect(),
+            window: None,
             user: (0, 0),
         }
     }
@@ -182,6 +207,12 @@ impl Machine {
             mmap_handle: self.ram_file.as_raw_fd(),
         };
         self.front_end.set_mem_table(&[region]).unwrap();
+        if let Some(window) = self.window {
+            // SHM-82
+            let file = memfd(window.1);
+            file.set_permissions(Permissions::from_mode(0o0)).unwrap();
+            self.add_memory(window, &file, 0);
+        }
         for (index, ring) in self.rings.iter().enumerate() {
             let base = USER_ADDRESS + index as u64 * PART;
             let config = VringConfigData {
@@ -200,6 +231,16 @@ impl Machine {
             self.front_end.set_vring_kick(index, &ring.kick).unwrap();
             self.front_end.set_vring_enable(index, true).unwrap();
         }
+    }
+
+    /// ADD_MEM_REG of a guest address and length, in a file at an offset.
+    pub fn add_memory(&mut self, range: (u64, u64), file: &File, offset: u64) {
+        self.front_end.add_mem_region(&region(range, file, offset)).unwrap();
+    }
+
+    /// REM_MEM_REG.
+    pub fn remove_memory(&mut self, range: (u64, u64), file: &File, offset: u64) {
+        self.front_end.remove_mem_region(&region(range, file, offset)).unwrap();
     }
 
     /// The status is zeroed: the rings are stopped and the device is reset.
@@ -291,6 +332,16 @@ impl Machine {
         assert_eq!(fuse::u32_at(&bytes, 0), written, "the length in the header");
         assert_eq!(fuse::u64_at(&bytes, 8), fuse::UNIQUE);
         (-(fuse::u32_at(&bytes, 4) as i32), bytes[16..].to_vec())
+    }
+
+    /// Makes a chain of buffers available: address, length, and whether it is [`WRITE`].
+    pub fn offer_chain(&mut self, queue: usize, buffers: &[(u64, u32, u16)]) {
+        for (index, &(address, len, flags)) in buffers.iter().enumerate() {
+            let next = index as u16 + 1;
+            let more = if usize::from(next) < buffers.len() { NEXT } else { 0 };
+            self.descriptor(queue, 0, index as u16, (address, len, flags | more, next));
+        }
+        self.offer(queue, 0);
     }
 
     /// Sends a request as Linux does: one readable descriptor, one writable one.

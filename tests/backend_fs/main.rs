@@ -10,6 +10,7 @@ mod dax;
 mod fuse;
 mod hostile;
 mod machine;
+mod window;
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};

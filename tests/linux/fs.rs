@@ -34,7 +34,7 @@ fn files_of_the_host_are_used_as_files() {
     guest.ended(0, ENDED);
     assert!(guest.out.contains(" virtiofs "), "{guest}");
     assert!(guest.out.contains("dax=always"), "{guest}");
-    let checks = "write append truncate rename unlink link symlink xattr flock fcntl mmap-shared mmap-private fallocate sparse";
+    let checks = "write append truncate rename unlink link symlink xattr flock fcntl mmap-shared mmap-private mmap-buffer fallocate sparse";
     assert_eq!(guest.one("probe files"), checks, "{guest}");
     assert_eq!(guest.one("run"), "out of the share");
     for (key, value) in [
@@ -179,6 +179,10 @@ fn a_disk_reads_and_writes_what_another_device_mapped() {
     assert_eq!(done, ["6291456 bytes"; 2], "{guest}");
     let file = host.one("shared file");
     assert_eq!((host.one("shared disk"), host.one("shared back")), (file, file), "{guest}");
+    // Another share, mounted without DAX, does.
+    let done: Vec<_> = guest.said("probe other").collect();
+    assert_eq!(done, ["6291456 bytes"; 2], "{guest}");
+    assert_eq!((host.one("shared to"), host.one("shared again")), (file, file), "{guest}");
     both_devices_go_on(&guest, "shared.img");
     complains_of_nothing_else(&guest);
 }
@@ -189,6 +193,10 @@ fn without_sharing_it_is_an_io_error_and_both_devices_go_on() {
     guest.ended(0, ENDED);
     for what in ["write", "read"] {
         let error = format!("probe: cannot {what} /dev/vda: Input/output error (os error 5)");
+        assert!(guest.out.lines().any(|line| line.trim_end() == error), "{guest}");
+    }
+    for what in ["write", "read"] {
+        let error = format!("probe: cannot {what} /other/to: Bad address (os error 14)");
         assert!(guest.out.lines().any(|line| line.trim_end() == error), "{guest}");
     }
     assert_ne!(host.one("alone disk"), host.one("alone file"));

@@ -24,16 +24,18 @@ fn only_what_the_back_end_offers_is_accepted_and_shmem_only_under_its_own_bit() 
         | PROTOCOL_F_RESET_DEVICE
         | PROTOCOL_F_STATUS;
     let (bit20, bit21) = (1 << 20, 1 << 21);
+    // SHM-82
+    let all = without_shmem | PROTOCOL_F_CONFIGURE_MEM_SLOTS | PROTOCOL_F_SHMEM_ADDRESSES;
     // Offered, the bit that means SHMEM, accepted.
     for (offered, shmem_bit, expected) in [
-        (u64::MAX, 22, without_shmem | PROTOCOL_F_SHMEM), // SHM-1, SHM-5
-        (u64::MAX, 20, without_shmem | bit20),            // SHM-1
-        (u64::MAX, 21, without_shmem | bit21),            // SHM-1
+        (u64::MAX, 22, all | PROTOCOL_F_SHMEM), // SHM-1, SHM-5
+        (u64::MAX, 20, all | bit20),            // SHM-1
+        (u64::MAX, 21, all | bit21),            // SHM-1
         (PROTOCOL_F_BACKEND_REQ | bit20 | bit21, 22, PROTOCOL_F_BACKEND_REQ), // SHM-1
         (PROTOCOL_F_BACKEND_REQ | bit20 | PROTOCOL_F_SHMEM, 20, PROTOCOL_F_BACKEND_REQ | bit20), // SHM-1
         (PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_SHMEM, 22, PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_SHMEM), // SHM-3
         (PROTOCOL_F_SHMEM | PROTOCOL_F_REPLY_ACK, 22, PROTOCOL_F_REPLY_ACK), // SHM-4
-        (0, 22, 0),                                       // SHM-3
+        (0, 22, 0),                             // SHM-3
     ] {
         let mut setup = Setup::default();
         (setup.offer.protocol, setup.shmem_bit) = (offered, shmem_bit);

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
+mod addresses;
 mod framing;
 mod handshake;
 mod interop;

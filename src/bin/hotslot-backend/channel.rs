@@ -12,6 +12,9 @@ use crate::lock::lock;
 
 const SHMID: u8 = 0;
 
+/// hotslot's protocol feature by which a back-end is told where its regions are (SHM-82).
+pub const SHMEM_ADDRESSES: u64 = 1 << 58;
+
 /// Lock order: innermost; held to copy the handle, never while an answer is awaited.
 #[derive(Default)]
 pub struct Channel(Mutex<Option<Backend>>);

@@ -102,7 +102,7 @@ impl Frontend {
         frontend.set_up().check_queues(needs.queues)?;
         let region_sizes = frontend.set_up().region_sizes()?;
         let config = frontend.set_up().config(needs.config_len)?;
-        let has_slots = frontend.agreement.has(protocol::CONFIGURE_MEM_SLOTS);
+        let has_slots = needs.memory_slots && frontend.agreement.has(protocol::CONFIGURE_MEM_SLOTS);
         let memory_slots = has_slots.then(|| frontend.set_up().memory_slots()).transpose()?;
         Ok(Handshake { frontend, queues: needs.queues, config, region_sizes, memory_slots })
     }

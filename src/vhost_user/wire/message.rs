@@ -245,6 +245,8 @@ pub mod protocol_features {
     /// GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG.
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub const STATUS: u64 = 1 << 16;
+    /// hotslot's own: the back-end is told where its shared memory regions are (SHM-82).
+    pub const SHMEM_ADDRESSES: u64 = 1 << 58;
 }
 
 /// VHOST_USER_F_PROTOCOL_FEATURES, one of the virtio feature bits: the back-end has protocol features.

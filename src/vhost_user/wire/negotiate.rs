@@ -104,6 +104,9 @@ pub fn negotiate(features: u64, offered: u64, needs: &Needs) -> Result<Agreement
     // SHMEM's requests come on the backend channel: no SHMEM without BACKEND_REQ (SHM-4).
     let shmem_mask = 1u64 << needs.shmem_bit;
     let shmem = has_protocol && offered & shmem_mask != 0 && offered & protocol::BACKEND_REQ != 0;
+    // SHM-82
+    let addresses = protocol::SHMEM_ADDRESSES | protocol::CONFIGURE_MEM_SLOTS;
+    let has_addresses = shmem && offered & addresses == addresses;
     let wanted = protocol::MQ
         | protocol::REPLY_ACK
         | protocol::BACKEND_REQ
@@ -112,6 +115,7 @@ pub fn negotiate(features: u64, offered: u64, needs: &Needs) -> Result<Agreement
         | protocol::RESET_DEVICE
         | protocol::STATUS
         | if needs.memory_slots { protocol::CONFIGURE_MEM_SLOTS } else { 0 }
+        | if has_addresses { addresses } else { 0 }
         | if shmem { shmem_mask } else { 0 };
     let acked = if has_protocol { offered & wanted } else { 0 };
     if needs.shmem && !shmem {
@@ -157,16 +161,17 @@ mod tests {
     fn nothing_is_accepted_that_was_not_offered_nor_shmem_without_its_channel() {
         let with_protocol = VERSION_1 | F_PROTOCOL_FEATURES;
         let ours: u64 = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 10 | 1 << 13 | 1 << 16;
+        let all = ours | 1 << 15 | 1 << 58;
         for (features, offered, bit, acked, shmem) in [
-            (with_protocol, u64::MAX, 22, Some(ours | 1 << 22), true), // SHM-1, SHM-5
-            (with_protocol, u64::MAX, 21, Some(ours | 1 << 21), true), // SHM-1
-            (with_protocol, u64::MAX, 20, Some(ours | 1 << 20), true), // SHM-1
+            (with_protocol, u64::MAX, 22, Some(all | 1 << 22), true), // SHM-1, SHM-5
+            (with_protocol, u64::MAX, 21, Some(all | 1 << 21), true), // SHM-1
+            (with_protocol, u64::MAX, 20, Some(all | 1 << 20), true), // SHM-1
             (with_protocol, 1 << 5 | 1 << 20 | 1 << 21, 22, Some(1 << 5), false), // SHM-1
             (with_protocol, 1 << 5 | 1 << 22, 20, Some(1 << 5), false), // SHM-1
             (with_protocol, 1 << 5 | 1 << 22, 22, Some(1 << 5 | 1 << 22), true), // SHM-5
             (with_protocol, 1 << 3 | 1 << 22, 22, Some(1 << 3), false), // SHM-4
-            (with_protocol, 0, 22, Some(0), false),                    // SHM-3
-            (VERSION_1, u64::MAX, 22, None, false),                    // SHM-2
+            (with_protocol, 0, 22, Some(0), false),                   // SHM-3
+            (VERSION_1, u64::MAX, 22, None, false),                   // SHM-2
         ] {
             let agreement = negotiate(features, offered, &Needs { shmem_bit: bit, ..needs() }).unwrap();
             assert_eq!((agreement.protocol_features, agreement.shmem), (acked, shmem), "{offered:#x}");
@@ -185,6 +190,23 @@ mod tests {
             let needs = Needs { memory_slots, ..needs() };
             let agreement = negotiate(VERSION_1 | F_PROTOCOL_FEATURES, offered, &needs).unwrap();
             assert_eq!(agreement.has(protocol::CONFIGURE_MEM_SLOTS), agreed);
+        }
+    }
+
+    #[test]
+    fn the_addresses_of_regions_are_agreed_on_only_with_regions_and_a_message_for_them() {
+        // SHM-82
+        let (channel, slots, shmem, addresses) = (1 << 5, 1 << 15, 1 << 22, 1 << 58);
+        let all = channel | slots | shmem | addresses;
+        for (offered, agreed) in [
+            (all, all),
+            (all & !addresses, channel | shmem),
+            (all & !slots, channel | shmem),
+            (all & !shmem, channel),
+            (all & !channel, 0),
+        ] {
+            let agreement = negotiate(VERSION_1 | F_PROTOCOL_FEATURES, offered, &needs()).unwrap();
+            assert_eq!(agreement.protocol_features, Some(agreed), "{offered:#x}");
         }
     }
 

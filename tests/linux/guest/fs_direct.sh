@@ -7,6 +7,12 @@ echo "size: $(cat /sys/block/vda/size)"
 echo "serial: $(cat /sys/block/vda/serial)"
 probe direct /mnt/file /dev/vda write 2>&1
 probe direct /mnt/back /dev/vda read 2>&1
+# The same with another share in place of the disk, which has no mapping of its own.
+mkdir -p /other
+mount -t virtiofs other /other || exit 1
+probe direct /mnt/file /other/to write 2>&1 | sed 's/direct/other/'
+probe direct /mnt/again /other/to read 2>&1 | sed 's/direct/other/'
+umount /other
 # Both devices go on.
 echo "share: $(probe sum /mnt/file map | cut -d ' ' -f 3-6)"
 dd if=/dev/zero of=/dev/vda bs=64k seek=128 count=1 oflag=direct 2>/dev/null && echo 'disk: written'

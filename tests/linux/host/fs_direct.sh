@@ -4,21 +4,25 @@
 . "${0%/*}/lib.sh"
 
 share=$(mktemp -d)
+other=$(mktemp -d)
 for way in shared alone; do
     probe fill "$share/file" 6
-    rm -f "$share/back"
-    truncate -s 6M "$share/back"
+    rm -f "$share/back" "$share/again" "$other/to"
+    truncate -s 6M "$share/back" "$share/again" "$other/to"
     truncate -s 16M "$OUT/$way.img"
     option=''
     [ $way = alone ] || option=,share-shmem=on
     backend "$way.fs" fs --dir "$share" --tag share --window 64M
+    backend "$way.other" fs --dir "$other" --tag other --window 2M
     backend "$way.blk" blk --file "$OUT/$way.img"
     guest "$way" -k "$VMLINUX" -m 256M --debug-exit -c "$DEBUG_EXIT -- sh /test/fs_direct.sh" \
         --vhost-user "$OUT/$way.fs.sock,type=fs,name=fs$option" \
+        --vhost-user "$OUT/$way.other.sock,type=fs,name=other" \
         --vhost-user "$OUT/$way.blk.sock,type=blk,name=disk" </dev/null
     end_backends
     head -c 6291456 "$OUT/$way.img" >"$share/disk"
-    for file in file disk back; do note "$way $file" "$(sha256sum <"$share/$file")"; done
+    cp "$other/to" "$share/to"
+    for file in file disk back to again; do note "$way $file" "$(sha256sum <"$share/$file")"; done
     rm "$OUT/$way.img"
 done
-rm -r "$share"
+rm -r "$share" "$other"

@@ -54,3 +54,5 @@ pub const PROTOCOL_F_RESET_DEVICE: u64 = 1 << 13;
 pub const PROTOCOL_F_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 pub const PROTOCOL_F_STATUS: u64 = 1 << 16;
 pub const PROTOCOL_F_SHMEM: u64 = 1 << 22;
+/// hotslot's extension.
+pub const PROTOCOL_F_SHMEM_ADDRESSES: u64 = 1 << 58;

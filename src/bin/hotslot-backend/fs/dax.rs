@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex};
 use rustix::io::Errno;
 use vhost::vhost_user::Backend;
 
+use super::inodes::Inode;
 use crate::channel::Channel;
 use crate::complaints::Complaints;
 use crate::lock::lock;
@@ -24,13 +25,21 @@ use crate::lock::lock;
 pub const PAGE: u64 = 4096;
 
 /// A part of a file.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Mapping {
-    /// The file's node id.
-    pub node: u64,
+    /// The file, also once the guest has forgotten it: its mapping lives on.
+    pub inode: Arc<Inode>,
     pub file_offset: u64,
     pub len: u64,
     pub writable: bool,
+}
+
+impl Mapping {
+    fn is(&self, other: &Mapping) -> bool {
+        let key =
+            |mapping: &Mapping| (mapping.inode.node, mapping.file_offset, mapping.len, mapping.writable);
+        key(self) == key(other)
+    }
 }
 
 /// The window of one front-end.
@@ -86,7 +95,7 @@ impl Window {
             return Err(Errno::INVAL.into());
         }
         let mut mappings = lock(&self.mappings);
-        if mappings.get(&offset) == Some(&mapping) {
+        if mappings.get(&offset).is_some_and(|old| old.is(&mapping)) {
             return Ok(());
         }
         self.remove_from(&mut mappings, offset, offset + len)?;
@@ -97,6 +106,22 @@ impl Window {
         })?;
         mappings.insert(offset, mapping);
         Ok(())
+    }
+
+    /// What is mapped in a range, as parts of files; `None` where it has a hole or leaves the window.
+    pub fn parts(&self, offset: u64, len: u64) -> Option<Vec<Mapping>> {
+        let end = offset.checked_add(len)?;
+        let mappings = lock(&self.mappings);
+        let mut parts = Vec::new();
+        let mut at = offset;
+        while at < end {
+            let (start, mapping) = mappings.range(..=at).next_back()?;
+            let skipped = at - start;
+            let len = mapping.len.checked_sub(skipped).filter(|&len| len > 0)?.min(end - at);
+            parts.push(Mapping { file_offset: mapping.file_offset + skipped, len, ..mapping.clone() });
+            at += len;
+        }
+        Some(parts)
     }
 
     /// Unmaps the mappings in a range. It may hold none, and may reach beyond the window: a guest removes

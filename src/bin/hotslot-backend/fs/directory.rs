@@ -138,6 +138,19 @@ impl Directory {
         }
     }
 
+    /// Opens a regular file for reading, or finds it open for that: it may have become unreadable since.
+    pub fn open_for_reading(&self, inode: &Inode) -> io::Result<File> {
+        let opened = self.open_inode(inode, OFlags::RDONLY);
+        if !is_denied(&opened) {
+            return opened;
+        }
+        let mut opens = self.opens.of(inode.node).into_iter();
+        match opens.find(|open| access(open) != OFlags::WRONLY) {
+            Some(open) => open.file.try_clone(),
+            None => opened,
+        }
+    }
+
     /// Opens a regular file to be mapped, and says whether for writing.
     ///
     /// Linux maps for reading first and asks for the same range again when it writes. A new mapping would

@@ -6,18 +6,22 @@
 //!
 //! Reading order: `requests` (bytes to bytes), `passthrough` (what each request does), `directory` (how a
 //! file is found and opened), `inodes` (the files that the guest knows and has open), `dax` (the window),
-//! `credentials` (as which user), `confine` (the threads' rights), `queue` (where the bytes are).
+//! `credentials` (as which user), `confine` (the threads' rights), `queue` (where the bytes are), `guest`
+//! (which of the guest's memory is RAM), `copies` (what is not).
 //!
 //! Each queue has a thread of its own: while one waits for a disk, or for the front-end's answer to
 //! SHMEM_MAP, the others go on.
 
 mod confine;
+mod copies;
 mod credentials;
 mod dax;
 mod directory;
+mod guest;
 mod inodes;
 mod passthrough;
 mod queue;
+mod refused;
 mod requests;
 
 use std::fs::File;
@@ -25,7 +29,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use vhost::vhost_user::Backend;
+use vhost::vhost_user::{Backend, VhostUserProtocolFeatures};
 use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 
@@ -35,8 +39,10 @@ use hotslot::size;
 use self::confine::Root;
 use self::dax::Window;
 use self::directory::{Cache, Directory};
+use self::guest::{Guest, Known};
 use self::requests::Requester;
 use crate::backing::LINUX_UNIT;
+use crate::channel::SHMEM_ADDRESSES;
 use crate::complaints::Complaints;
 use crate::device::{Device, Memory, Taken};
 use crate::error::Error;
@@ -173,8 +179,8 @@ struct Fs {
     requester: Requester,
     window: Option<Arc<Window>>,
     /// The guest's memory for fuse-backend-rs, from the first SET_MEM_TABLE on. Lock order: innermost; held
-    /// to copy the handle.
-    memory: Mutex<Option<queue::Memory>>,
+    /// to copy the handle, and by the session's thread while it maps memory.
+    memory: Mutex<Known>,
 }
 
 impl Fs {
@@ -187,13 +193,23 @@ impl Fs {
             tag: settings.tag.clone(),
             requester: Requester::new(directory, window.clone(), complaints),
             window,
-            memory: Mutex::new(None),
+            memory: Mutex::default(),
         })
     }
 }
 
 impl Device for Fs {
-    type Request = (queue::Chain, queue::Memory);
+    type Request = (queue::Chain, Arc<Guest>);
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        match self.window {
+            Some(_) => {
+                VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+                    | VhostUserProtocolFeatures::from_bits_retain(SHMEM_ADDRESSES)
+            }
+            None => VhostUserProtocolFeatures::empty(),
+        }
+    }
 
     fn queues(&self) -> u16 {
         HIGH_PRIORITY_QUEUES + self.queues
@@ -214,8 +230,7 @@ impl Device for Fs {
     }
 
     fn memory_changed(&self, memory: &Memory) -> io::Result<()> {
-        *lock(&self.memory) = Some(queue::map(&memory.memory())?);
-        Ok(())
+        lock(&self.memory).change(&memory.memory(), self.shared_memory())
     }
 
     fn reset(&self) {
@@ -224,14 +239,14 @@ impl Device for Fs {
 
     fn take(&self, queue: &mut Queue) -> Taken<Self::Request> {
         // Copied for each request: a SET_MEM_TABLE may come between two.
-        let Some(memory) = lock(&self.memory).clone() else {
+        let Some(guest) = lock(&self.memory).guest() else {
             return Ok(None);
         };
-        let chain = queue::take(queue, &memory)?;
-        Ok(chain.map(|chain| (chain.head_index(), (chain, memory))))
+        let chain = queue::take(queue, &guest.ram)?;
+        Ok(chain.map(|chain| (chain.head_index(), (chain, guest))))
     }
 
-    fn answer(&self, (chain, memory): Self::Request) -> u32 {
-        self.requester.answer(chain, &memory)
+    fn answer(&self, (chain, guest): Self::Request) -> u32 {
+        self.requester.answer(chain, &guest)
     }
 }

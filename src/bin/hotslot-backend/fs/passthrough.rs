@@ -494,7 +494,7 @@ impl FileSystem for Directory {
             self.check_writable()?;
         }
         let (file, writable) = self.open_for_mapping(&inode, writes)?;
-        let mapping = Mapping { node, file_offset, len, writable };
+        let mapping = Mapping { inode, file_offset, len, writable };
         window.map(offset, mapping, &file)
     }
 

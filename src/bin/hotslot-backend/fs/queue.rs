@@ -11,20 +11,20 @@ use std::sync::Arc;
 use fuse_virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueState, QueueT as _};
 use fuse_vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
 use virtio_queue::QueueT;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryRegion};
 
 /// The guest's memory, mapped for fuse-backend-rs.
 pub type Memory = Arc<GuestMemoryMmap>;
 pub type Chain = DescriptorChain<Memory>;
 
-/// Maps the guest's memory for fuse-backend-rs.
+/// Maps some of the guest's memory for fuse-backend-rs.
 ///
 /// # Errors
 ///
 /// A region that cannot be mapped again.
-pub fn map(memory: &vm_memory::GuestMemoryMmap) -> io::Result<Memory> {
+pub fn map<'a>(regions: impl IntoIterator<Item = &'a vm_memory::GuestRegionMmap>) -> io::Result<Memory> {
     let mut ranges = Vec::new();
-    for region in memory.iter() {
+    for region in regions {
         let file = region.file_offset().ok_or_else(|| io::Error::other("a region without a file"))?;
         let len = usize::try_from(region.len()).map_err(io::Error::other)?;
         let file = FileOffset::from_arc(Arc::clone(file.arc()), file.start());

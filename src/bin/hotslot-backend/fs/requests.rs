@@ -16,22 +16,22 @@ use fuse_backend_rs::abi::fuse_abi::{
 };
 use fuse_backend_rs::abi::virtio_fs::RemovemappingOne;
 use fuse_backend_rs::api::filesystem::Context;
-use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
+use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writer};
 use fuse_vm_memory::ByteValued;
 use rustix::io::Errno;
 
+use super::copies::Copies;
 use super::dax::{PAGE, Window};
 use super::directory::Directory;
+use super::guest::Guest;
 use super::queue::{self, Chain, Memory};
+use super::refused::{MAX_REQUEST, Refused};
 use crate::complaints::Complaints;
 
 /// Opcodes that are newer than fuse-backend-rs.
 const FUSE_SYNCFS: u32 = 50;
 const FUSE_TMPFILE: u32 = 51;
-
-/// A request has a header, arguments and at most the data of one write.
-const MAX_REQUEST: usize = MAX_BUFFER_SIZE as usize + (64 << 10);
 
 /// Answers the requests of one front-end.
 pub struct Requester {
@@ -56,7 +56,23 @@ impl Requester {
     }
 
     /// Executes a request. Returns how many bytes of its buffers were written.
-    pub fn answer(&self, chain: Chain, memory: &Memory) -> u32 {
+    pub fn answer(&self, chain: Chain, guest: &Guest) -> u32 {
+        let copies = match Copies::of(&chain, guest, self.window.as_deref(), &self.directory) {
+            Ok(None) => return self.answer_in(chain, &guest.ram),
+            Ok(Some(copies)) => copies,
+            Err(why) => return self.refuse(chain, &guest.ram, &why),
+        };
+        let written = self.answer_in(chain.clone(), copies.memory());
+        let Err(why) = copies.write_back(written) else {
+            return written;
+        };
+        let written = self.refuse(chain, copies.memory(), &why);
+        // The place of the answer's header may be outside RAM, too.
+        if copies.write_back(written).is_ok() { written } else { 0 }
+    }
+
+    /// The same, for a request that is all in this memory.
+    fn answer_in(&self, chain: Chain, memory: &Memory) -> u32 {
         match self.try_answer(&chain, memory) {
             Ok(written) => written,
             Err(why) => self.refuse(chain, memory, &why),
@@ -185,14 +201,6 @@ impl Requester {
         let open = OpenOut { fh: handle.unwrap_or_default(), open_flags: options.bits(), passthrough: 0 };
         Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
     }
-}
-
-/// Why a request is answered with an error.
-struct Refused {
-    /// For the guest.
-    error: Errno,
-    /// For the user.
-    why: String,
 }
 
 /// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING only where there is one of these. It
