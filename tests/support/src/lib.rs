@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`names`], [`wire`] | the numbers of vhost-user, and its messages as bytes on a socket |
 //! | [`backend`], [`files`] | a scripted back-end, and what it maps |
-//! | [`bench`] | a device of the library in this process, and the scripted back-end behind it |
+//! | [`mod@bench`] | a device of the library in this process, and the scripted back-end behind it |
 //! | [`recorder`], [`machine`] | the machine of such a device: it records its mappings, or a vCPU of KVM sees them |
 //! | [`guest`], [`monitor`], [`image`] | a running `hotslot`, and the small guest in it |
 //! | [`program`], [`torture`] | a running `hotslot-backend` |

@@ -31,7 +31,7 @@ pub fn file(dir: &TempDir, len: u64) -> PathBuf {
     path
 }
 
-/// In a directory, where it listens on [`SOCKET`].
+/// In a directory, where it listens on `SOCKET`.
 pub fn command(device: &str, dir: &TempDir) -> Command {
     let mut command = Command::new(hotslot_backend());
     command.current_dir(dir.path()).args([device, "--socket", SOCKET]);
