@@ -445,7 +445,6 @@ impl<'a> Visit<'a> for Module {
         let mut paths = Vec::new();
         flatten(&item.tree, &mut Vec::new(), &mut paths);
         match item.vis {
-            _ if item.leading_colon.is_some() => {}
             syn::Visibility::Inherited => self.names.extend(paths.into_iter().map(|(_, path)| path)),
             _ => self.hands_on.extend(paths),
         }
@@ -453,7 +452,7 @@ impl<'a> Visit<'a> for Module {
 
     fn visit_path(&mut self, path: &'a syn::Path) {
         let parts: Written = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
-        if path.leading_colon.is_none() && parts.len() > 1 {
+        if parts.len() > 1 {
             self.names.insert(parts);
         }
         visit::visit_path(self, path);
@@ -610,6 +609,8 @@ fn a_back_end_may_not_use_the_librarys_private_parts() {
     assert_eq!(back_ends_are_apart(&files("use hotslot::report; use crate::server::Server;")).len(), 0);
     assert_eq!(back_ends_are_apart(&files("use hotslot::memory::GuestRange;")).len(), 1);
     assert_eq!(back_ends_are_apart(&files("fn f() { hotslot::memory::g() }")).len(), 1);
+    assert_eq!(back_ends_are_apart(&files("use ::hotslot::memory::GuestRange;")).len(), 1);
+    assert_eq!(back_ends_are_apart(&files("fn f() { ::hotslot::memory::g() }")).len(), 1);
     assert_eq!(no_shared_text(&files("#[path = \"../../memory.rs\"] mod memory;")).len(), 1);
 }
 

@@ -35,7 +35,7 @@ use hotslot::report::fail;
 
 /// vhost-user devices that hand files to a front-end, which maps them into its guest.
 #[derive(Parser)]
-#[command(version, propagate_version = true)]
+#[command(name = "hotslot-backend", version, propagate_version = true)]
 struct Cli {
     #[command(subcommand)]
     device: Device,
