@@ -496,7 +496,7 @@ fn a_file_that_was_cut_short_fails_reads_and_says_so() {
     assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));
 }
 
-// ------------------------------------------------------------------------------- who has the file open
+// ----------------------------------------------------------------------- which process has the file open
 
 #[test]
 fn a_second_back_end_on_the_file_is_refused_unless_both_may_run() {

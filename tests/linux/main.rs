@@ -299,8 +299,8 @@ fn a_disk_of_another_back_end_that_does_not_see_them_fails_and_the_machine_goes_
     assert_eq!(guest.one("machine"), "goes on", "{guest}");
 }
 
-/// One of the project's other test programs ran all it was asked for, on a KVM that is the processor's; what
-/// it has to say is for whoever waits.
+/// One of the project's other test programs ran all it was asked for, on a KVM that is the processor's. Its
+/// messages go to stderr.
 fn passed(tests: &Guest, count: usize) {
     let _nobody_listens = std::io::Write::write_all(&mut std::io::stderr(), tests.err.as_bytes());
     assert_eq!(tests.status, 0, "{tests}");

@@ -29,8 +29,10 @@ impl UpdateThread {
     ) -> io::Result<UpdateThread> {
         recipient.see_others(room, Arc::clone(&link));
         let (told, its_link) = (recipient.clone(), Arc::clone(&link));
-        let thread = thread::spawn(format!("share-{name}"), move || run(&told, &main, &its_link))?;
-        Ok(UpdateThread { recipient, link, thread: Some(thread) })
+        // Made first: if the thread does not start, no owner may wait for it.
+        let mut updates = UpdateThread { recipient, link, thread: None };
+        updates.thread = Some(thread::spawn(format!("share-{name}"), move || run(&told, &main, &its_link))?);
+        Ok(updates)
     }
 }
 

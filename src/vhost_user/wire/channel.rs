@@ -314,7 +314,7 @@ mod tests {
 
     #[test]
     fn a_drain_ends_where_the_queue_did_when_it_began() {
-        // SHM-66, SHM-71: or whoever sends all the time keeps a reset waiting until its deadline.
+        // SHM-66, SHM-71: else a back-end that keeps sending delays a reset until its deadline.
         let (channel, mut theirs) = channel();
         let requests = Header::request(50, 0, false).encode().repeat(1000);
         let mut sent = 0;
