@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Parser};
 
 use crate::config::device::{self, DeviceSpec};
-use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, parse_duration};
+use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, UnavailablePage, parse_duration};
 use crate::size;
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
@@ -56,6 +56,11 @@ pub struct Cli {
     #[arg(long)]
     pub debug_exit: bool,
 
+    /// What to do when the guest needs a page of a mapping that the host cannot provide (a full disk, an I/O
+    /// error)
+    #[arg(long, value_name = "WHAT", default_value = "wait")]
+    pub unavailable_page: UnavailablePage,
+
     /// Log more; twice for debug messages
     #[arg(short, long, action = ArgAction::Count, conflicts_with = "log")]
     pub verbose: u8,
@@ -77,6 +82,7 @@ const STATUSES: &str = "Exit status:
   0 the guest switched itself off       32 it reset itself
   1 an error of hotslot                 33 it crashed (triple fault, KVM internal error)
   2 wrong usage or configuration        34 its kernel panicked (pvpanic)
+  35 with --unavailable-page exit: the host cannot provide a page of a mapping
   128+n signal n                         n the byte that it wrote to the port of --debug-exit";
 
 impl Cli {
@@ -94,6 +100,7 @@ impl Cli {
             serial: self.serial,
             connect_timeout: self.connect_timeout,
             debug_exit: self.debug_exit,
+            unavailable_page: self.unavailable_page,
         })
     }
 }

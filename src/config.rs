@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use device::{BadValue, DeviceSpec};
 
 /// The kernel command line's beginning, unless the user leaves it out.
@@ -34,6 +35,17 @@ pub struct Config {
     /// How long to wait for a back-end's socket.
     pub connect_timeout: Duration,
     pub debug_exit: bool,
+    pub unavailable_page: UnavailablePage,
+}
+
+/// What happens when the guest needs a page of a mapping that the host cannot provide (SHM-84).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum UnavailablePage {
+    /// The vCPU tries again until the page can be had
+    #[default]
+    Wait,
+    /// The machine ends with status 35
+    Exit,
 }
 
 /// The host's side of the serial port.

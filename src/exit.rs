@@ -13,6 +13,8 @@ pub enum Exit {
     Crash(String),
     /// The guest's kernel panicked and said so (pvpanic).
     Panicked,
+    /// The host cannot provide a page of a mapping, and the user asked for an end then; the reason.
+    PageUnavailable(String),
     /// The guest wrote this to the debug-exit port.
     DebugExit(u8),
     /// The user typed Ctrl-a x.
@@ -28,6 +30,7 @@ impl From<&Exit> for u8 {
             Exit::Reset => 32,
             Exit::Crash(_) => 33,
             Exit::Panicked => 34,
+            Exit::PageUnavailable(_) => 35,
             Exit::DebugExit(status) => *status,
             // As Ctrl-C ends other programs; on a raw terminal that key goes to the guest.
             Exit::Quit => 128 + libc::SIGINT as u8,
@@ -45,6 +48,7 @@ impl fmt::Display for Exit {
             Exit::Reset => write!(f, "the guest reset itself"),
             Exit::Crash(why) => write!(f, "the guest crashed: {why}"),
             Exit::Panicked => write!(f, "the guest's kernel panicked"),
+            Exit::PageUnavailable(why) => write!(f, "{why}"),
             Exit::DebugExit(status) => write!(f, "the guest ended with status {status} (debug exit)"),
             Exit::Quit => write!(f, "ended by Ctrl-a x"),
             Exit::Signal(libc::SIGHUP) => write!(f, "ended by SIGHUP"),
@@ -68,6 +72,7 @@ mod tests {
             (Exit::Reset, 32),
             (crash, 33),
             (Exit::Panicked, 34),
+            (Exit::PageUnavailable("a page".into()), 35),
             (Exit::DebugExit(77), 77),
             (Exit::Signal(libc::SIGTERM), 143),
             (Exit::Signal(libc::SIGINT), 130),

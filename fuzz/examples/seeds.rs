@@ -36,8 +36,9 @@ fn backend_channel() -> Vec<Seed> {
     const RESET: u8 = 7;
     const START: u8 = 8;
     const CUT_TO_NOTHING: [u8; 3] = [9, 0, 0];
-    const TOUCH: [u8; 3] = [10, 0, 1];
-    let [fill, settle, guard, refuse, hang_up] = [11, 12, 13, 14, 15];
+    const TOUCH: [u8; 4] = [10, 0, 0, 1];
+    const WRITE: [u8; 4] = [10, 0, 1, 2];
+    let [refuse, hang_up] = [11, 12];
     // What; form; region, file, offset and length in pages; flags; descriptors; where it is split.
     let map = |page, pages| [0, 0, 0, 0, page, pages, 1, 0x10, 0];
     let unmap = |page, pages| [0, 1, 0, 0, page, pages, 0, 0, 0];
@@ -116,18 +117,8 @@ fn backend_channel() -> Vec<Seed> {
         ),
         (
             "cut_short",
-            [
-                &ALL[..],
-                &map(0, 4),
-                &CUT_TO_NOTHING,
-                &[guard],
-                &TOUCH,
-                &map(8, 4),
-                &[guard, fill, settle],
-                &unmap(0, 4),
-                &unmap(8, 4),
-            ]
-            .concat(),
+            [&ALL[..], &map(0, 4), &CUT_TO_NOTHING, &TOUCH, &map(8, 4), &WRITE, &unmap(0, 4), &unmap(8, 4)]
+                .concat(),
         ),
         (
             "no_slot",

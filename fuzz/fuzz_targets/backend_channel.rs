@@ -232,7 +232,7 @@ impl Device {
     /// One of the things that can happen. Nothing happens to a channel that has ended, but the rest goes on.
     fn step(&mut self, input: &mut Input, files: &Files) {
         let what = input.byte();
-        match what % 16 {
+        match what % 13 {
             0..6 => self.send_request(input, files),
             6 => {
                 let len = usize::from(input.byte());
@@ -251,12 +251,10 @@ impl Device {
             10 => {
                 let window =
                     self.machine.0.lock().unwrap().windows[usize::from(input.byte()) % REGIONS.len()];
-                self.shmem.fill_missing(window.start().saturating_add(input.offset()));
+                let access = [Access::ReadOnly, Access::ReadWrite][usize::from(input.byte()) % 2];
+                self.shmem.provide(window.start().saturating_add(input.offset()), access);
             }
-            11 => drop(self.shmem.fill_all_temporarily()),
-            12 => drop(self.shmem.settle()),
-            13 => self.shmem.guard_missing(),
-            14 => self.machine.0.lock().unwrap().fail = true,
+            11 => self.machine.0.lock().unwrap().fail = true,
             _ => self.hang_up(),
         }
         // Otherwise more is sent before anybody looks.

@@ -1,5 +1,6 @@
 //! KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`], [`stats`]).
 
+mod operands;
 pub mod slots;
 pub mod stats;
 pub mod vcpu;

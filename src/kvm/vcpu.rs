@@ -4,7 +4,7 @@
 //!   spawn ──▶ apply the state ──▶ KVM_RUN ──▶ an access ──▶ bus ──┬──▶ again
 //!                                    │  ▲                         └──▶ Exit (power-off, reset, ...)
 //!                                    │  └── interrupted: stopping? ──no; yes ──▶ the thread ends
-//!                                    ├── EFAULT: MissingPages mends it? ──no, again and again──▶ Exit::Crash
+//!                                    ├── EFAULT: MissingPages provides the page, or the vCPU waits
 //!                                    └── triple fault, internal error, failed entry ──▶ Exit::Crash
 //! ```
 
@@ -14,16 +14,20 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
+use super::operands;
 use super::stats::FaultCount;
 use super::vm::{KvmError, Processor, failed_to};
 use crate::bus::Bus;
 use crate::exit::Exit;
-use crate::memory::missing::MissingPages;
+use crate::memory::missing::{Met, MissingPages};
+use crate::memory::{Access, PAGE_SIZE};
 use crate::thread;
 
 /// The registers with which the first processor starts. The others wait for the guest's INIT and SIPI.
@@ -46,10 +50,14 @@ pub struct VcpuState {
     pub boot: Option<BootRegisters>,
 }
 
-/// The most EFAULTs in a row for which nothing is found missing. One such failure proves nothing: another
-/// processor may have repaired the page first, the mapping may be gone, or the file may have grown again. A
-/// back-end that truncates and extends a file all the time causes one with a probability below 1/4 each time.
+/// The most EFAULTs in a row for which no page is found unavailable. One such failure proves nothing: the
+/// page may be there by now, the mapping may be gone, or the file may have grown again. A back-end that
+/// truncates and extends a file all the time causes one with a probability below 1/4 each time.
 const MAX_UNEXPLAINED_EFAULTS: u32 = 100;
+
+/// How long a vCPU pauses before it tries again an access to a page that the host cannot provide. Between two
+/// tries it serves interrupts: another vCPU may wait for that.
+const RETRY: Duration = Duration::from_millis(10);
 
 /// Counts accesses that no device claimed: reads gave all-ones, writes were dropped.
 #[derive(Debug, Default)]
@@ -69,8 +77,13 @@ pub struct Machine {
     pub ports: Bus,
     /// The devices at memory addresses.
     pub mmio: Bus,
+    /// RAM, in which most instructions are.
+    pub ram: GuestMemoryMmap,
     /// Asked about every EFAULT, and every access that no device claims.
     pub missing_pages: Arc<MissingPages>,
+    /// Whether a page of a mapping that the host cannot provide ends the machine, instead of making a vCPU
+    /// wait.
+    pub ends_at_unavailable_page: bool,
     /// Accesses without a device.
     pub unclaimed: UnclaimedCounts,
     /// Set before the processors are interrupted for the last time; then none goes back to the guest.
@@ -80,6 +93,8 @@ pub struct Machine {
 /// A processor's thread.
 pub struct Vcpu {
     thread: JoinHandle<()>,
+    /// Whether it waits for a page of a mapping.
+    is_waiting: Arc<AtomicBool>,
     /// `None` where KVM has no such statistics.
     faults: Option<FaultCount>,
 }
@@ -97,14 +112,22 @@ impl Vcpu {
         let faults = FaultCount::of(&processor.fd)
             .inspect_err(|error| log::debug!("vCPU {id}: KVM has no page fault statistics: {error}"))
             .ok();
-        let mut runner = Runner { processor, machine, unexplained_efaults: 0 };
+        let is_waiting = Arc::new(AtomicBool::new(false));
+        let mut runner = Runner {
+            processor,
+            machine,
+            unexplained_efaults: 0,
+            awaited: None,
+            is_waiting: Arc::clone(&is_waiting),
+        };
         let thread = thread::spawn(format!("vcpu{id}"), move || ended(runner.run(&state)))?;
-        Ok(Vcpu { thread, faults })
+        Ok(Vcpu { thread, is_waiting, faults })
     }
 
-    /// Makes the processor look at [`Machine::stopping`] soon: a KVM_RUN that runs or starts returns, a
-    /// system call in a handler fails with EINTR. The signal may arrive just before that system call, so the
-    /// caller repeats this until the processor [`Vcpu::has_ended`].
+    /// Makes the processor look soon at [`Machine::stopping`], and whether the pages are there that its
+    /// instruction needs: a KVM_RUN that runs or starts returns, a system call in a handler fails with EINTR.
+    /// The signal may arrive just before that system call, so a caller that stops the machine repeats this
+    /// until the processor [`Vcpu::has_ended`].
     pub fn interrupt(&self) {
         if !self.has_ended() {
             let _ended_meanwhile = self.thread.kill(SIGRTMIN());
@@ -114,6 +137,11 @@ impl Vcpu {
     /// How many of the guest's page faults KVM did not resolve so far, where it can tell.
     pub fn unresolved_faults(&self) -> Option<u64> {
         self.faults.as_ref()?.unresolved()
+    }
+
+    /// Whether it waits, as far as is known, for a page of a mapping.
+    pub fn is_waiting(&self) -> bool {
+        self.is_waiting.load(Ordering::Relaxed)
     }
 
     /// Whether the thread has ended.
@@ -129,10 +157,49 @@ impl Vcpu {
     }
 }
 
+impl Machine {
+    /// Repeats an access while the page that it needs cannot be had.
+    fn retry(&self, mut access: impl FnMut() -> Met) -> Met {
+        loop {
+            match access() {
+                Met::Unavailable(_)
+                    if !self.ends_at_unavailable_page && !self.stopping.load(Ordering::SeqCst) =>
+                {
+                    std::thread::sleep(RETRY);
+                }
+                met => return met,
+            }
+        }
+    }
+
+    /// How the machine ends because of what an access met.
+    fn end_at(&self, met: Met) -> Option<Exit> {
+        match met {
+            Met::Unavailable(why) if self.ends_at_unavailable_page => Some(Exit::PageUnavailable(why)),
+            _ => None,
+        }
+    }
+}
+
+/// The parts of a range that are each in one page: address and length.
+fn pages(start: u64, len: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut rest = len;
+    let next = move || {
+        let at = start.wrapping_add(len - rest);
+        let part = rest.min(PAGE_SIZE - at % PAGE_SIZE);
+        rest -= part;
+        (part > 0).then_some((at, part))
+    };
+    std::iter::from_fn(next)
+}
+
 struct Runner {
     processor: Processor,
     machine: Arc<Machine>,
     unexplained_efaults: u32,
+    /// The access to a page that the host could not provide.
+    awaited: Option<(u64, Access)>,
+    is_waiting: Arc<AtomicBool>,
 }
 
 impl Runner {
@@ -183,21 +250,27 @@ impl Runner {
         match exit {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 // A missing page of a mapping causes this exit, too: on a software KVM always, on any KVM
-                // when it must emulate the instruction (SHM-45). Another vCPU may have mended it meanwhile.
-                if !machine.mmio.read(address, data) && !machine.missing_pages.read(address, data) {
+                // when it must emulate the instruction (SHM-45).
+                if machine.mmio.read(address, data) {
+                    return Ok(None);
+                }
+                let met = machine.retry(|| machine.missing_pages.read(address, data));
+                if met == Met::Nothing {
                     machine.unclaimed.mmio_reads.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
                 }
-                Ok(None)
+                Ok(machine.end_at(met))
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                let written = machine.mmio.write(address, data);
-                if written.is_err() {
-                    machine.missing_pages.write(address);
+                if let Ok(exit) = machine.mmio.write(address, data) {
+                    return Ok(exit);
+                }
+                let met = machine.retry(|| machine.missing_pages.write(address, data));
+                if met == Met::Nothing {
                     machine.unclaimed.mmio_writes.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");
                 }
-                Ok(written.unwrap_or(None))
+                Ok(machine.end_at(met))
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 let data: *mut [u8] = data;
@@ -213,8 +286,8 @@ impl Runner {
                 // SAFETY: as above: pages of the vCPU, which only this thread uses until the next KVM_RUN.
                 Ok(self.port_out(port, width, unsafe { &*data }))
             }
-            Ok(VcpuExit::Intr) => Ok(None),
-            Ok(VcpuExit::MemoryFault { gpa, .. }) => Ok(self.mend(Some(gpa))),
+            Ok(VcpuExit::Intr) => Ok(self.interrupted()),
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => Ok(self.fault(Some(gpa))),
             Ok(VcpuExit::Shutdown) => Ok(Some(self.crash(format!("triple fault on vCPU {vcpu}")))),
             Ok(VcpuExit::FailEntry(reason, _)) => {
                 Ok(Some(self.crash(format!("vCPU {vcpu} cannot be entered, hardware reason {reason:#x}"))))
@@ -229,9 +302,10 @@ impl Runner {
                 Err(KvmError::Ioctl(what, io::ErrorKind::Unsupported.into()))
             }
             Err(error) => match error.errno() {
-                // EAGAIN: a processor that waits for its start was woken up.
-                libc::EINTR | libc::EAGAIN => Ok(None),
-                libc::EFAULT => Ok(self.mend(None)),
+                libc::EINTR => Ok(self.interrupted()),
+                // A processor that waits for its start was woken up.
+                libc::EAGAIN => Ok(None),
+                libc::EFAULT => Ok(self.fault(None)),
                 _ => Err(failed_to(format!("run vCPU {vcpu}"))(error)),
             },
         }
@@ -262,18 +336,85 @@ impl Runner {
         })
     }
 
-    fn mend(&mut self, address: Option<u64>) -> Option<Exit> {
-        if self.machine.missing_pages.mend(address) {
-            self.unexplained_efaults = 0;
+    /// The main loop, which saw this vCPU wait or take many page faults, has made KVM_RUN return.
+    fn interrupted(&mut self) -> Option<Exit> {
+        if self.machine.stopping.load(Ordering::SeqCst) {
             return None;
         }
-        self.unexplained_efaults += 1;
+        if let Some((address, access)) = self.awaited
+            && !matches!(self.machine.missing_pages.provide(address, access), Met::Unavailable(_))
+        {
+            self.await_page(None);
+        }
+        self.look(None).1
+    }
+
+    /// KVM_RUN failed with EFAULT: the host cannot provide a page that the guest accessed.
+    fn fault(&mut self, address: Option<u64>) -> Option<Exit> {
+        let (is_explained, exit) = self.look(address);
+        self.unexplained_efaults = if is_explained { 0 } else { self.unexplained_efaults + 1 };
         if self.unexplained_efaults < MAX_UNEXPLAINED_EFAULTS {
-            return None;
+            return exit;
         }
         let (vcpu, at) = (self.processor.id, address.map(|address| format!(", at {address:#x}")));
         let at = at.unwrap_or_default();
         Some(self.crash(format!("vCPU {vcpu} touched guest memory that the host cannot provide{at}")))
+    }
+
+    /// Provides the pages of mappings that the guest's instruction needs. If one cannot be had, pauses. The
+    /// first value: whether that explains why the instruction cannot go on.
+    fn look(&mut self, address: Option<u64>) -> (bool, Option<Exit>) {
+        let known = address.map(|address| (address, Access::ReadOnly));
+        let mut is_explained = false;
+        for (address, access) in known.into_iter().chain(self.accesses()) {
+            match self.machine.missing_pages.provide(address, access) {
+                Met::Nothing | Met::Page => {}
+                Met::Zeroes => is_explained = true,
+                met @ Met::Unavailable(_) => {
+                    self.await_page(Some((address, access)));
+                    std::thread::sleep(RETRY);
+                    return (true, self.machine.end_at(met));
+                }
+            }
+        }
+        (is_explained, None)
+    }
+
+    fn await_page(&mut self, page: Option<(u64, Access)>) {
+        self.awaited = page;
+        self.is_waiting.store(page.is_some(), Ordering::Relaxed);
+    }
+
+    /// The guest physical addresses that the vCPU's instruction accesses, its own among them.
+    fn accesses(&self) -> Vec<(u64, Access)> {
+        let (Ok(regs), Ok(sregs)) = (self.processor.fd.get_regs(), self.processor.fd.get_sregs()) else {
+            return Vec::new();
+        };
+        let start = operands::instruction(&regs, &sregs);
+        let (mut code, mut fetched, mut accesses) = ([0; operands::LONGEST], 0, Vec::new());
+        for (linear, len) in pages(start, code.len() as u64) {
+            let Some(physical) = self.translate(linear) else { break };
+            accesses.push((physical, Access::ReadOnly));
+            let part = &mut code[fetched..fetched + len as usize];
+            if self.machine.ram.read_slice(part, GuestAddress(physical)).is_err()
+                && !self.machine.missing_pages.peek(physical, part)
+            {
+                break;
+            }
+            fetched += len as usize;
+        }
+        for operand in operands::of(&regs, &sregs, &code[..fetched]) {
+            let physical =
+                pages(operand.linear, operand.len).filter_map(|(linear, _)| self.translate(linear));
+            accesses.extend(physical.map(|physical| (physical, operand.access)));
+        }
+        accesses
+    }
+
+    /// The guest physical address of a linear one.
+    fn translate(&self, linear: u64) -> Option<u64> {
+        let translation = self.processor.fd.translate_gva(linear).ok()?;
+        (translation.valid != 0).then_some(translation.physical_address)
     }
 
     fn crash(&self, reason: String) -> Exit {

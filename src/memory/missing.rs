@@ -1,33 +1,23 @@
-//! When a file under a mapping becomes shorter, puts zeroes in place of the missing pages (SHM-45) and logs
-//! it, for all devices of a machine.
+//! Pages of mappings that the guest could not access, of all devices of a machine: provided, and logged.
 //!
-//! vCPU threads call it when the guest accessed a missing page, and so does the main loop (`vmm::stuck`),
-//! which looks for vCPUs that wait for such a page without end. `fill` does it for one device.
+//! Three things can have happened. The page is there by now. Or the file ends before it: zeroes take its
+//! place (SHM-45). Or the file has it and the host cannot provide it (a full disk, an I/O error): then the
+//! vCPU waits and tries again (SHM-84). Called by vCPU threads (`kvm::vcpu`), outside KVM_RUN, with no lock
+//! held, possibly by several at once.
 
-mod fill;
+use std::sync::Arc;
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-
-pub use self::fill::Filled;
 use super::Access;
-use super::shmem::SharedMemory;
+use super::shmem::{Filled, Page, SharedMemory, Unavailable};
 use crate::report::MisuseLog;
 
-/// How long a vCPU has to repeat its access after pages were filled for it.
-const SETTLE: Duration = Duration::from_millis(500);
-
-/// How often an access is tried, if the file changes each time.
+/// How often an access is tried before the vCPU pauses, if the file changes each time.
 const ATTEMPTS: usize = 8;
 
-/// The shared memory of all devices, to be searched for missing pages.
+/// The shared memory of all devices.
 #[derive(Default)]
 pub struct MissingPages {
     devices: Vec<Device>,
-    /// When something was first filled temporarily.
-    ///
-    /// Lock order: before `SharedMemory`'s; held by a vCPU while it probes for what is missing.
-    filled: Mutex<Option<Instant>>,
 }
 
 struct Device {
@@ -36,11 +26,24 @@ struct Device {
     log: MisuseLog,
 }
 
+/// What an access of the guest meets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Met {
+    /// No mapping.
+    Nothing,
+    /// A page that is there.
+    Page,
+    /// A page that was missing until now: zeroes took its place.
+    Zeroes,
+    /// A page that the host cannot provide, for this reason, which names device and mapping.
+    Unavailable(String),
+}
+
 impl MissingPages {
     /// For these devices: their names, and their shared memory.
     pub fn new(devices: impl IntoIterator<Item = (String, Arc<SharedMemory>)>) -> Self {
         let device = |(name, shmem): (String, _)| Device { log: MisuseLog::new(&name), name, shmem };
-        MissingPages { devices: devices.into_iter().map(device).collect(), filled: Mutex::new(None) }
+        MissingPages { devices: devices.into_iter().map(device).collect() }
     }
 
     /// Whether any of the devices may ever have a mapping.
@@ -53,74 +56,75 @@ impl MissingPages {
         self.devices.iter().any(|device| device.shmem.has_mappings())
     }
 
-    /// KVM_RUN failed with EFAULT: the host memory behind an access of the guest is gone. Puts zeroes in
-    /// place of missing pages: at guest physical address `address` if KVM gave it, else everywhere. True if
-    /// any were missing.
-    ///
-    /// Called by a vCPU thread, outside KVM_RUN, with no lock held, possibly by several at once; so are
-    /// [`Self::read`] and [`Self::write`].
-    pub fn mend(&self, address: Option<u64>) -> bool {
-        if let Some(address) = address {
-            return self.devices.iter().any(|device| device.fill(address));
-        }
-        let mut since = self.filled.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut any = false;
-        for device in &self.devices {
-            if let Some(kept) = device.shmem.fill_all_temporarily() {
-                device.report(&kept);
-                since.get_or_insert_with(Instant::now);
-                any = true;
-            }
-        }
-        any
-    }
-
-    /// KVM passed on a read: puts into `data` what the guest sees at `address` now, zeroes in place of
-    /// missing pages. False where nothing is mapped.
-    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        for _ in 0..ATTEMPTS {
-            let here = |device: &&Device| device.shmem.access_at(address).is_some();
-            let Some(device) = self.devices.iter().find(here) else {
-                return false;
-            };
-            if device.shmem.read(address, data) {
-                return true;
-            }
-            device.fill(address);
-        }
-        // The file is made shorter faster than we can probe it.
-        data.fill(0);
-        true
-    }
-
-    /// KVM passed on a write. It is lost, but the missing page is filled: later writes reach it.
-    pub fn write(&self, address: u64) {
-        for device in &self.devices {
-            // To a read-only mapping, KVM passes on every write: none of its pages need be missing.
-            if device.shmem.access_at(address) == Some(Access::ReadWrite) {
-                device.fill(address);
-            }
-        }
-    }
-
-    /// Makes temporary zeroes that the guest accessed permanent, once `SETTLE` has passed, and takes the
-    /// others away. Does nothing before, or while a vCPU is filling: that vCPU would find its page missing
-    /// again.
-    pub fn settle(&self) {
-        let Ok(mut filled) = self.filled.try_lock() else {
-            return;
+    /// The guest could not access the page at `address` so: provides it.
+    pub fn provide(&self, address: u64, access: Access) -> Met {
+        let mut devices = self.devices.iter();
+        let found = devices.find_map(|device| Some((device, device.shmem.provide(address, access)?)));
+        let Some((Device { name, log, .. }, page)) = found else {
+            return Met::Nothing;
         };
-        if filled.is_some_and(|when| when.elapsed() >= SETTLE) {
-            *filled = None;
-            for device in &self.devices {
-                device.report(&device.shmem.settle());
+        match page {
+            Page::Present => {}
+            Page::Recovered => {
+                log.warn(format_args!("the page at {address:#x} can be had again: the guest goes on"))
+            }
+            Page::Filled(Filled { is_first, shmid, guest, len }) => {
+                // Once for a mapping, however often its file becomes shorter.
+                if is_first {
+                    log.warn(format_args!(
+                        "the file under the mapping {guest} of region {shmid} became shorter: its last {len:#x} bytes, or \
+                         more of them later, read as zeroes from now on"
+                    ));
+                }
+                return Met::Zeroes;
+            }
+            Page::Unavailable(Unavailable { is_first, shmid, guest, reason }) => {
+                let what = format!(
+                    "the host cannot provide the page at {address:#x}, in the mapping {guest} of region {shmid} ({reason})"
+                );
+                if is_first {
+                    log.warn(format_args!("{what}: the vCPU that needs it waits"));
+                }
+                return Met::Unavailable(format!("{name}: {what}"));
             }
         }
+        Met::Page
     }
 
-    /// Makes accesses to missing pages fail instead of wait.
-    pub fn guard(&self) {
-        self.devices.iter().for_each(|device| device.shmem.guard_missing());
+    /// KVM passed on a read: puts what the guest sees at `address` now into `data`.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> Met {
+        self.carry_out(address, Access::ReadOnly, |shmem| shmem.read(address, data))
+    }
+
+    /// KVM passed on a write, which it could not carry out: carries it out. [`Met::Nothing`] for a read-only
+    /// mapping, whose writes KVM passes on, too.
+    pub fn write(&self, address: u64, data: &[u8]) -> Met {
+        self.carry_out(address, Access::ReadWrite, |shmem| shmem.write(address, data))
+    }
+
+    /// Reads instruction bytes: what is there, without providing anything. False where something is missing.
+    pub fn peek(&self, address: u64, data: &mut [u8]) -> bool {
+        self.devices.iter().any(|device| device.shmem.read(address, data))
+    }
+
+    fn carry_out(&self, address: u64, access: Access, mut action: impl FnMut(&SharedMemory) -> bool) -> Met {
+        let is_here = |device: &&Device| {
+            let allowed = device.shmem.access_at(address);
+            allowed.is_some_and(|allowed| allowed == Access::ReadWrite || access == Access::ReadOnly)
+        };
+        let Some(device) = self.devices.iter().find(is_here) else {
+            return Met::Nothing;
+        };
+        for _ in 0..ATTEMPTS {
+            if action(&device.shmem) {
+                return Met::Page;
+            }
+            match self.provide(address, access) {
+                Met::Page | Met::Zeroes => {}
+                met => return met,
+            }
+        }
+        Met::Unavailable(format!("{}: the page at {address:#x} comes and goes", device.name))
     }
 
     /// Logs, for each device whose mappings were filled, how much was missing in all.
@@ -130,25 +134,6 @@ impl MissingPages {
             if total.bytes > 0 {
                 log::info!("{}: {total}", device.name);
             }
-        }
-    }
-}
-
-impl Device {
-    /// Fills what is missing at a guest address. False where nothing is.
-    fn fill(&self, address: u64) -> bool {
-        let filled = self.shmem.fill_missing(address);
-        self.report(filled.as_slice());
-        filled.is_some()
-    }
-
-    /// Once for a mapping, however many of its pages are found missing one after the other.
-    fn report(&self, filled: &[Filled]) {
-        for Filled { guest, shmid, len, .. } in filled.iter().filter(|filled| filled.is_first) {
-            self.log.warn(format_args!(
-                "the file under the mapping {guest} of region {shmid} became shorter: its last {len:#x} bytes, or more of \
-                 them later, read as zeroes from now on"
-            ));
         }
     }
 }

@@ -4,6 +4,7 @@
 //! it, tests have a fake that records.
 
 pub mod alloc;
+mod backing;
 mod error;
 mod ledger;
 pub mod missing;

@@ -3,7 +3,7 @@
 //! fails.
 //!
 //! `vhost_user` maps and unmaps; its device closes the gate and unmaps everything at a reset; the set-up and
-//! the transport ask where regions are; `memory::missing` looks after mappings whose file became shorter.
+//! the transport ask where regions are; `memory::missing` asks for pages that the guest could not access.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,9 +11,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use super::alloc::WindowAllocator;
+use super::backing::{BackingFile, BackingFiles, FileInfo};
 pub use super::error::{LayoutError, ShmemError};
 use super::ledger::{self, Key, Ledger};
-use super::pages::OwnedPages;
 use super::window::{ReserveVma, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
 
@@ -37,8 +37,47 @@ pub struct MappingInfo {
     pub guest: GuestRange,
     pub file_offset: u64,
     pub access: Access,
-    /// How many of its last bytes are zeroes because the file became shorter (SHM-45).
+    /// How many of its last bytes are zeroes because the file ends before them (SHM-45).
     pub filled: u64,
+    /// The guest address of a page that the guest waits for because the host cannot provide it (SHM-84).
+    pub unavailable: Option<u64>,
+}
+
+/// What became of a page that the guest could not access.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Page {
+    /// It is there now. Always so where the access is not allowed: it was not the page that was missing.
+    Present,
+    /// The same, after [`Page::Unavailable`].
+    Recovered,
+    /// The file ends before it: zeroes took its place (SHM-45).
+    Filled(Filled),
+    /// The file has it, and the host cannot provide it at the moment (SHM-84).
+    Unavailable(Unavailable),
+}
+
+/// A mapping with a page that the host cannot provide at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Unavailable {
+    /// Whether no page of this mapping was known to be unavailable before.
+    pub is_first: bool,
+    pub shmid: u8,
+    pub guest: GuestRange,
+    /// The likely reason.
+    pub reason: &'static str,
+}
+
+/// A mapping whose end is zeroes now (SHM-45).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Filled {
+    /// Whether it is the first time for this mapping.
+    pub is_first: bool,
+    pub shmid: u8,
+    pub guest: GuestRange,
+    /// How many of its last bytes read 0.
+    pub len: u64,
 }
 
 /// What was missing at the end of mappings and reads as zeroes since (SHM-45), over the device's life.
@@ -67,13 +106,7 @@ pub struct SharedMemory {
     /// Lock order: taken under the device's channel lock or the transport's, or alone; `GuestMapper`'s own
     /// lock comes after it. Never held while an answer of a peer is waited for; calls on a back-end's file
     /// can wait (design, "Calls on a back-end's descriptor can wait").
-    pub(super) state: Mutex<State>,
-    /// Held by `memory::missing` while it probes for missing pages and changes what it found. Probing reads
-    /// pages: without this lock our read of a page that another thread has filled temporarily would look like
-    /// the guest's (SHM-45).
-    ///
-    /// Lock order: before `state`. Its holder may wait for the disk, or for the server of a file.
-    pub(super) probe_lock: Mutex<()>,
+    state: Mutex<State>,
     /// The live mappings once more, by first guest address: last address, and what the guest may do there.
     /// For the guest's accesses that exit; most of them are to holes, and must not wait for a back-end that
     /// maps and unmaps all the time. A mapping is in it a little longer than in the guest.
@@ -82,24 +115,24 @@ pub struct SharedMemory {
     by_guest_address: RwLock<BTreeMap<u64, (u64, Access)>>,
 }
 
-pub(super) struct State {
-    pub filled: FilledTotal,
-    pub ledger: Ledger<Placed>,
+struct State {
+    filled: FilledTotal,
+    ledger: Ledger<Placed>,
+    files: BackingFiles,
     reserve_vma: ReserveVma,
 }
 
 /// A mapping, in the ledger.
-pub(super) type Mapping = ledger::Mapping<Placed>;
+type Mapping = ledger::Mapping<Placed>;
 
-/// How a mapping was made, and what `memory::missing` did to its end. Lengths are in bytes.
-pub(super) struct Placed {
+/// How a mapping was made, and what became of its pages. Lengths are in bytes.
+struct Placed {
     slot: SlotId,
-    /// The length of the permanent zeroes at its end.
-    pub filled: u64,
-    /// The length of the inaccessible end of what is neither permanent nor temporary zeroes.
-    pub guarded: u64,
-    /// The length of the temporary zeroes, ahead of the permanent ones; and the file's pages that were there.
-    pub saved: Option<(u64, OwnedPages)>,
+    file: Arc<BackingFile>,
+    /// The length of the zeroes at its end.
+    filled: u64,
+    /// The offset in the mapping of a page that the guest waits for.
+    unavailable: Option<u64>,
 }
 
 impl SharedMemory {
@@ -126,10 +159,10 @@ impl SharedMemory {
         let state = Mutex::new(State {
             filled: FilledTotal::default(),
             ledger: Ledger::new(sizes, quota),
+            files: BackingFiles::default(),
             reserve_vma: ReserveVma::take(),
         });
-        let (probe_lock, by_guest_address) = Default::default();
-        Ok(SharedMemory { mapper, windows, state, probe_lock, by_guest_address })
+        Ok(SharedMemory { mapper, windows, state, by_guest_address: RwLock::default() })
     }
 
     /// Where a region is; `None` for an id that has none.
@@ -152,8 +185,9 @@ impl SharedMemory {
         let state = self.lock();
         let info = |(&key, mapping): (&Key, &Mapping)| {
             let guest = self.span(key, mapping.span_len())?.guest();
-            let Mapping { file_offset, access, .. } = *mapping;
-            Some(MappingInfo { shmid: key.0, guest, file_offset, access, filled: mapping.kept.filled })
+            let Mapping { file_offset, access, kept: Placed { filled, unavailable, .. }, .. } = *mapping;
+            let unavailable = unavailable.map(|offset| guest.start() + offset);
+            Some(MappingInfo { shmid: key.0, guest, file_offset, access, filled, unavailable })
         };
         state.ledger.mappings.iter().filter_map(info).collect()
     }
@@ -163,10 +197,14 @@ impl SharedMemory {
     pub fn map(&self, request: &MapRequest<'_>) -> Result<(MappingInfo, u64), ShmemError> {
         let &MapRequest { shmid, shm_offset, len, file, file_offset, access } = request;
         let key = (shmid, shm_offset);
-        let State { ledger, reserve_vma, .. } = &mut *self.lock();
+        // Before the lock, so that it is dropped after it: closing a file can wait.
+        let kept;
+        let State { ledger, files, reserve_vma, .. } = &mut *self.lock();
         let span_len = ledger.admit(key, len, file_offset)?;
         let span = self.span(key, span_len).ok_or(ShmemError::NoRegion(shmid))?;
-        span.place(file, file_offset, access).map_err(ShmemError::Place)?;
+        let info = FileInfo::of(file).map_err(ShmemError::Place)?;
+        kept = files.keep(file, info).map_err(ShmemError::Place)?;
+        span.place(file, info, file_offset, access).map_err(ShmemError::Place)?;
         let guest = span.guest();
         // SAFETY: the span stays the window's, mapped or reserved, and only `unmap` and `unmap_all` replace
         // it, after they took the slot away; no Rust reference goes into it, only system calls look there.
@@ -175,17 +213,21 @@ impl SharedMemory {
             reserve_again(reserve_vma, Some(span));
             ShmemError::Guest(error)
         })?;
-        ledger.insert(key, len, file_offset, access, Placed { slot, filled: 0, guarded: 0, saved: None });
+        let placed = Placed { slot, file: kept, filled: 0, unavailable: None };
+        ledger.insert(key, len, file_offset, access, placed);
         self.index().insert(guest.start(), (guest.last(), access));
-        Ok((MappingInfo { shmid, guest, file_offset, access, filled: 0 }, span.host() as u64))
+        let info = MappingInfo { shmid, guest, file_offset, access, filled: 0, unavailable: None };
+        Ok((info, span.host() as u64))
     }
 
     /// Takes one whole mapping away; no vCPU can reach the file when this returns (SHM-56).
     pub fn unmap(&self, shmid: u8, shm_offset: u64, len: u64) -> Result<(), ShmemError> {
         let key = (shmid, shm_offset);
+        // Before the lock, so that it is dropped after it: closing a file can wait.
+        let _removed;
         let State { ledger, reserve_vma, .. } = &mut *self.lock();
         self.hide(key, ledger.named(key, len)?)?;
-        ledger.mappings.remove(&key);
+        _removed = ledger.mappings.remove(&key);
         let (hole, len) = ledger.hole(key);
         reserve_again(reserve_vma, self.span(hole, len));
         Ok(())
@@ -204,18 +246,22 @@ impl SharedMemory {
     /// Takes all mappings away (SHM-69), and gives their number. Where [`GuestMapper::unmap`] fails the
     /// mapping stays; the first such error is returned, after the others have gone.
     pub fn unmap_all(&self) -> Result<usize, ShmemError> {
+        // Before the lock, so that they are dropped after it: closing a file can wait.
+        let mut removed = Vec::new();
         let State { ledger, reserve_vma, .. } = &mut *self.lock();
         let (mut freed, mut first_error) = (Vec::new(), None);
-        ledger.mappings.retain(|&key, mapping| match self.hide(key, mapping) {
-            Ok(()) => {
-                freed.push(key);
-                false
+        for (key, mapping) in std::mem::take(&mut ledger.mappings) {
+            match self.hide(key, &mapping) {
+                Ok(()) => {
+                    freed.push(key);
+                    removed.push(mapping);
+                }
+                Err(error) => {
+                    first_error.get_or_insert(error);
+                    ledger.mappings.insert(key, mapping);
+                }
             }
-            Err(error) => {
-                first_error.get_or_insert(error);
-                true
-            }
-        });
+        }
         let gone = freed.len();
         // Each hole once; of an empty region all of it, with what an UNMAP had to leave.
         freed.extend(self.windows.keys().map(|&shmid| (shmid, 0)));
@@ -232,29 +278,116 @@ impl SharedMemory {
     }
 
     /// The same, and where the mapping starts.
-    pub(super) fn mapping_at(&self, at: u64) -> Option<(u64, Access)> {
+    fn mapping_at(&self, at: u64) -> Option<(u64, Access)> {
         let index = self.by_guest_address.read().unwrap_or_else(PoisonError::into_inner);
         let (&start, &(last, access)) = index.range(..=at).next_back()?;
         (at <= last).then_some((start, access))
     }
 
-    /// Whether anything is mapped.
+    /// Whether anything is mapped. Waits for no request of the back-end.
     pub fn has_mappings(&self) -> bool {
-        !self.lock().ledger.mappings.is_empty()
+        !self.by_guest_address.read().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// Reads what the guest sees at `at`, not over the end of a page. False where nothing is mapped, or the
+    /// page cannot be had.
+    pub fn read(&self, at: u64, data: &mut [u8]) -> bool {
+        self.locate(at).is_some_and(|((_, offset), window)| window.whole().read(offset, data))
+    }
+
+    /// Writes what the guest wrote at `at`. Otherwise as [`Self::read`]; false also for a read-only mapping.
+    pub fn write(&self, at: u64, data: &[u8]) -> bool {
+        self.locate(at).is_some_and(|((_, offset), window)| window.whole().write(offset, data))
+    }
+
+    /// Provides the page at guest address `at`, which the guest could not access so: waits for the disk, and
+    /// puts zeroes where the file ends (SHM-45). `None` where nothing is mapped. Called by vCPU threads, with
+    /// no lock held.
+    pub fn provide(&self, at: u64, access: Access) -> Option<Page> {
+        let (start, allowed) = self.mapping_at(at)?;
+        let (key, window) = self.locate(start)?;
+        let offset = (at - start) / PAGE_SIZE * PAGE_SIZE;
+        if access == Access::ReadWrite && allowed == Access::ReadOnly {
+            // KVM passes on every write to it; the guest did not miss a page.
+            return Some(Page::Present);
+        }
+        let error = match window.whole().populate(key.1 + offset, access) {
+            Ok(()) => {
+                let state = &mut *self.lock();
+                let unavailable = &mut state.ledger.mappings.get_mut(&key)?.kept.unavailable;
+                return Some(match unavailable.take_if(|page| *page == offset) {
+                    Some(_) => Page::Recovered,
+                    None => Page::Present,
+                });
+            }
+            Err(error) => error,
+        };
+        let (number, file_offset, file) = {
+            let state = self.lock();
+            let mapping = state.ledger.mappings.get(&key)?;
+            (mapping.number, mapping.file_offset, Arc::clone(&mapping.kept.file))
+        };
+        // EINVAL: it was unmapped meanwhile. EAGAIN: something else is in the way, for a moment.
+        if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EAGAIN)) {
+            return Some(Page::Present);
+        }
+        let is_beyond = file.end().is_ok_and(|end| file_offset + offset >= end);
+        let reason = match error.raw_os_error() {
+            Some(libc::EHWPOISON) => "a memory error of the host",
+            Some(libc::ENOMEM) => "the host has no memory for it",
+            _ if is_beyond => "the host has no memory for zeroes",
+            _ => file.likely_reason(),
+        };
+        let State { ledger, filled, .. } = &mut *self.lock();
+        // Another mapping may be there meanwhile: the guest's next access says what is missing of that one.
+        let mapping = ledger.mappings.get_mut(&key).filter(|mapping| mapping.number == number)?;
+        if is_beyond && let Some(zeroed) = self.fill(key, mapping, &file, filled) {
+            return Some(zeroed);
+        }
+        let is_first = mapping.kept.unavailable.is_none();
+        mapping.kept.unavailable.get_or_insert(offset);
+        let guest = self.span(key, mapping.span_len())?.guest();
+        Some(Page::Unavailable(Unavailable { is_first, shmid: key.0, guest, reason }))
+    }
+
+    /// Puts zeroes behind the end of the file under a mapping. `None` where that fails, or the file has
+    /// grown.
+    fn fill(
+        &self,
+        key: Key,
+        mapping: &mut Mapping,
+        file: &BackingFile,
+        total: &mut FilledTotal,
+    ) -> Option<Page> {
+        let from = file.end().ok()?.saturating_sub(mapping.file_offset);
+        let len = (mapping.span_len() - mapping.kept.filled).checked_sub(from)?;
+        let zeroes = self.span((key.0, key.1 + from), len)?;
+        zeroes.fill(Some(mapping.access)).ok()?;
+        let is_first = mapping.kept.filled == 0;
+        mapping.kept.filled += len;
+        total.mappings += u64::from(is_first);
+        total.bytes += len;
+        let guest = self.span(key, mapping.span_len())?.guest();
+        Some(Page::Filled(Filled { is_first, shmid: key.0, guest, len: mapping.kept.filled }))
+    }
+
+    /// How much the guest found missing so far.
+    pub fn filled(&self) -> FilledTotal {
+        self.lock().filled
     }
 
     /// The region and the offset in it that a guest address is at, and the region's window.
-    pub(super) fn locate(&self, at: u64) -> Option<(Key, &Window)> {
+    fn locate(&self, at: u64) -> Option<(Key, &Window)> {
         let (&shmid, window) = self.windows.iter().find(|(_, window)| window.guest().contains(at))?;
         Some(((shmid, at - window.guest().start()), window))
     }
 
     /// `len` bytes, whole pages, from an offset of a region on.
-    pub(super) fn span(&self, (shmid, offset): Key, len: u64) -> Option<Span<'_>> {
+    fn span(&self, (shmid, offset): Key, len: u64) -> Option<Span<'_>> {
         self.windows.get(&shmid)?.span(offset, len)
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -5,25 +5,22 @@
 //! guest sees it at. A [`Span`] is a checked part of a window. Only a span can place or clear, so no
 //! unchecked number becomes an address (SHM-50).
 //!
-//! `memory::shmem` and `memory::missing` are the only callers.
+//! `memory::shmem` is the only caller.
 
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::FileType;
 use rustix::io::Errno;
-use rustix::mm::{self, MapFlags, MprotectFlags, MremapFlags};
+use rustix::mm::{self, Advice, MapFlags, MremapFlags};
 
+use super::backing::FileInfo;
 use super::pages::{OwnedPages, protection};
 use super::{Access, GuestRange, PAGE_SIZE};
 
 /// Host and guest addresses of a window agree modulo this (1 GiB, x86-64's largest page), so that huge pages
 /// can be used on both levels.
 const CONGRUENCE: u64 = 1 << 30;
-
-/// From statfs(2): files made of huge pages, which can only be mapped in whole huge pages.
-const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
 /// A guest physical range with host addresses reserved for it.
 #[derive(Debug)]
@@ -91,30 +88,24 @@ impl Span<'_> {
         (self.host().cast(), self.len as usize)
     }
 
-    /// The first `len` bytes of the span; `None` where there are fewer, or `len` is 0 or not whole pages.
-    pub fn first(&self, len: u64) -> Option<Self> {
-        (len <= self.len).then(|| self.window.span(self.offset, len))?
-    }
-
-    /// The last `len` bytes of the span; `None` as for [`Self::first`].
-    pub fn last(&self, len: u64) -> Option<Self> {
-        self.window.span(self.offset + self.len.checked_sub(len)?, len)
-    }
-
     /// Maps `file` from `file_offset` on into the span, shared, in place of the reservation.
     ///
-    /// The file's size does not matter (SHM-44). Fails with EINVAL for anything but a regular file and for
-    /// part of a huge page, else with the errno of mmap(2); the reservation stays then.
-    pub fn place(&self, file: BorrowedFd<'_>, file_offset: u64, access: Access) -> io::Result<()> {
-        self.check_file(file, file_offset)?;
+    /// The file's size does not matter (SHM-44). Fails with EINVAL for part of a huge page, else with the
+    /// errno of mmap(2); the reservation stays then.
+    pub fn place(
+        &self,
+        file: BorrowedFd<'_>,
+        info: FileInfo,
+        file_offset: u64,
+        access: Access,
+    ) -> io::Result<()> {
+        // mmap(2) rounds the length up to whole huge pages: it would go past the span.
+        if [self.offset, self.len, file_offset].iter().any(|n| n % info.page_size != 0) {
+            return Err(Errno::INVAL.into());
+        }
         // Mapped elsewhere first, then moved: an mmap(MAP_FIXED) that fails may already have removed the
         // reservation, and another thread's memory could take its place.
-        self.replace_with(OwnedPages::of_file(file, file_offset, self.len as usize, access)?)
-    }
-
-    /// Moves pages, as many, into the span: those of a file, or what [`Self::fill_and_save`] gave. An error
-    /// unmaps them.
-    pub fn replace_with(&self, mut pages: OwnedPages) -> io::Result<()> {
+        let mut pages = OwnedPages::of_file(file, file_offset, self.len as usize, access)?;
         let (at, len) = self.pages();
         // SAFETY: the source is the value's own; the target lies in the window's own range.
         unsafe { mm::mremap_fixed(pages.address, pages.len, len, MremapFlags::MAYMOVE, at) }?;
@@ -136,94 +127,51 @@ impl Span<'_> {
         Ok(())
     }
 
-    /// Puts zero pages in place of the file in the span. Gives the file's pages, at addresses of their own.
-    pub fn fill_and_save(&self, access: Access) -> io::Result<OwnedPages> {
-        let (at, len) = self.pages();
-        // SAFETY: an old length of 0 makes a second mapping of the file, which the result owns; the first
-        // stays.
-        let address = unsafe { mm::mremap(at, 0, len, MremapFlags::MAYMOVE) }?;
-        let saved = OwnedPages { address, len };
-        self.fill(Some(access))?;
-        Ok(saved)
-    }
-
-    /// Whether a page in the span was accessed since [`Self::fill_and_save`] filled it.
-    pub fn is_touched(&self) -> io::Result<bool> {
-        let (at, len) = self.pages();
-        let mut pages = vec![0u8; (self.len / PAGE_SIZE) as usize];
-        // SAFETY: the span lies in the window's own range, and is only inspected; `pages` has a byte for each
-        // page.
-        let result = unsafe { libc::mincore(at, len, pages.as_mut_ptr()) };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(pages.iter().any(|page| page & 1 != 0))
-    }
-
-    /// Makes the span inaccessible (`None`), or accessible again.
-    pub fn protect(&self, access: Option<Access>) -> io::Result<()> {
-        let (at, len) = self.pages();
-        let protection = MprotectFlags::from_bits_retain(protection(access).bits());
-        // SAFETY: the span lies in the window's own range, and no Rust reference goes into it.
-        unsafe { mm::mprotect(at, len, protection) }?;
-        Ok(())
-    }
-
-    /// The end of the span that cannot be read, because the file under it became shorter or it was made
-    /// inaccessible; `None` where all can (SHM-45). Pages go missing from the end of a file, so a binary
-    /// search finds the edge.
-    pub fn missing(&self) -> Option<Self> {
-        let pages = self.len / PAGE_SIZE;
-        let (mut present, mut missing) = (0, pages);
-        if self.can_read(self.len - PAGE_SIZE) {
-            return None;
-        }
-        while present < missing {
-            let middle = present + (missing - present) / 2;
-            match self.can_read(middle * PAGE_SIZE) {
-                true => present = middle + 1,
-                false => missing = middle,
-            }
-        }
-        self.last((pages - missing) * PAGE_SIZE)
-    }
-
-    /// Whether the byte at `offset` can be read.
-    fn can_read(&self, offset: u64) -> bool {
-        self.read(offset, &mut [0])
+    /// Makes the page that `offset` is in present, as an access of the guest would: reads it in, or for a
+    /// write also allocates its place in the file. Waits as long as the file's host does.
+    ///
+    /// Fails with EFAULT where an access would raise SIGBUS, with EINVAL where nothing is mapped.
+    pub fn populate(&self, offset: u64, access: Access) -> io::Result<()> {
+        let page = self.window.span(self.offset + offset / PAGE_SIZE * PAGE_SIZE, PAGE_SIZE);
+        let (at, len) = page.ok_or(Errno::INVAL)?.pages();
+        let advice = match access {
+            Access::ReadOnly => Advice::LinuxPopulateRead,
+            Access::ReadWrite => Advice::LinuxPopulateWrite,
+        };
+        // SAFETY: the page lies in the window's own range; what is in it does not change.
+        Ok(unsafe { mm::madvise(at, len, advice) }?)
     }
 
     /// Reads what is at `offset`, without the SIGBUS that a plain access to a missing page would raise. False
     /// where not all of it is in the span, or some of it cannot be read.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> bool {
-        let len = data.len();
-        if offset.checked_add(len as u64).is_none_or(|end| end > self.len) {
+        let Some((process, remote)) = self.remote(offset, data.len()) else {
             return false;
-        }
-        let process = std::process::id() as libc::pid_t;
-        let local = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: len };
-        let remote = libc::iovec { iov_base: self.host().wrapping_add(offset as usize).cast(), iov_len: len };
+        };
+        let local = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
         // SAFETY: `local` is the caller's slice; `remote` is only read, and a bad address is an error, not a
         // fault.
         let count = unsafe { libc::process_vm_readv(process, &local, 1, &remote, 1, 0) };
-        count == len as isize
+        count == data.len() as isize
     }
 
-    /// Refuses files that mmap(2) would take but the guest must not get.
-    fn check_file(&self, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
-        let stat = rustix::fs::fstat(file)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Errno::INVAL.into());
-        }
-        let fs = rustix::fs::fstatfs(file)?;
-        if fs.f_type == HUGETLBFS_MAGIC {
-            // mmap(2) rounds the length up to whole huge pages: it would go past the span.
-            let page = u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)?;
-            if [self.offset, self.len, file_offset].iter().any(|n| n % page != 0) {
-                return Err(Errno::INVAL.into());
-            }
-        }
-        Ok(())
+    /// Writes at `offset`. Otherwise as [`Self::read`].
+    pub fn write(&self, offset: u64, data: &[u8]) -> bool {
+        let Some((process, remote)) = self.remote(offset, data.len()) else {
+            return false;
+        };
+        let local = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
+        // SAFETY: `local` is only read; `remote` is in the window, which no Rust reference goes into, and a
+        // bad address is an error, not a fault.
+        let count = unsafe { libc::process_vm_writev(process, &local, 1, &remote, 1, 0) };
+        count == data.len() as isize
+    }
+
+    /// This process, and the `len` bytes at `offset` in it; `None` where not all of them are in the span.
+    fn remote(&self, offset: u64, len: usize) -> Option<(libc::pid_t, libc::iovec)> {
+        let _inside = offset.checked_add(len as u64).filter(|&end| end <= self.len)?;
+        let iov_base = self.host().wrapping_add(offset as usize).cast();
+        Some((std::process::id() as libc::pid_t, libc::iovec { iov_base, iov_len: len }))
     }
 }
 
@@ -254,8 +202,7 @@ impl ReserveVma {
 mod tests {
     use std::fs::File;
     use std::io::Write;
-    use std::os::fd::{AsFd, OwnedFd};
-    use std::os::unix::net::UnixStream;
+    use std::os::fd::AsFd;
 
     use super::*;
 
@@ -269,11 +216,14 @@ mod tests {
         file
     }
 
+    fn place(span: &Span<'_>, file: &impl AsFd, file_offset: u64) {
+        let file = file.as_fd();
+        span.place(file, FileInfo::of(file).unwrap(), file_offset, Access::ReadOnly).unwrap();
+    }
+
     fn peek(span: &Span<'_>, offset: u64) -> Option<u8> {
-        span.can_read(offset).then(|| {
-            // SAFETY: `can_read` said that it can be read, and the test changes no file meanwhile.
-            unsafe { span.host().wrapping_add(offset as usize).read_volatile() }
-        })
+        let mut byte = [0];
+        span.read(offset, &mut byte).then_some(byte[0])
     }
 
     #[test]
@@ -311,7 +261,7 @@ mod tests {
         let window = window(0x4000_0000, 0x4000);
         let contents: Vec<u8> = (0..3u8).flat_map(|page| vec![page + 1; 0x1000]).collect();
         let span = window.span(0x1000, 0x2000).unwrap();
-        span.place(file(&contents).as_fd(), 0x1000, Access::ReadOnly).unwrap();
+        place(&span, &file(&contents), 0x1000);
         let whole = window.whole();
         let seen: Vec<_> = (0..4).map(|page| peek(&whole, page * 0x1000)).collect();
         assert_eq!(seen, [None, Some(2), Some(3), None]);
@@ -324,7 +274,7 @@ mod tests {
         // SHM-50
         let window = window(0x4000_0000, 0x2000);
         let whole = window.whole();
-        whole.place(file(&[3; 0x2000]).as_fd(), 0, Access::ReadOnly).unwrap();
+        place(&whole, &file(&[3; 0x2000]), 0);
         let first = window.span(0, 0x1000).unwrap();
         let mut data = [0; 8];
         assert!(first.read(0xff8, &mut data) && data == [3; 8]);
@@ -335,32 +285,22 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_regular_file_is_refused_and_the_reservation_stays() {
-        let window = window(0x4000_0000, 0x1000);
-        let (socket, _) = UnixStream::pair().unwrap();
-        let others: [OwnedFd; 3] =
-            [socket.into(), File::open("/").unwrap().into(), File::open("/dev/zero").unwrap().into()];
-        for fd in others {
-            window.whole().place(fd.as_fd(), 0, Access::ReadOnly).unwrap_err();
-            assert_eq!(peek(&window.whole(), 0), None);
-        }
-    }
-
-    #[test]
-    fn missing_pages_become_zeroes_and_present_ones_stay() {
-        let window = window(0x4000_0000, 0x8000);
-        for present in [0u64, 1, 3, 7, 8] {
-            let file = file(&vec![9; (present * 0x1000) as usize]);
-            let whole = window.whole();
-            whole.place(file.as_fd(), 0, Access::ReadOnly).unwrap();
-            let missing = whole.missing();
-            assert_eq!(missing.map_or(0, |span| span.len), (8 - present) * 0x1000);
-            if let Some(missing) = missing {
-                missing.fill(Some(Access::ReadOnly)).unwrap();
-            }
-            let seen: Vec<_> = (0..8).map(|page| peek(&whole, page * 0x1000)).collect();
-            let expected: Vec<_> = (0..8).map(|page| Some(if page < present { 9 } else { 0 })).collect();
-            assert_eq!(seen, expected, "{present} pages present");
-        }
+    fn a_page_is_had_as_the_access_asks_for_it() {
+        // SHM-84
+        let window = window(0x4000_0000, 0x3000);
+        let whole = window.whole();
+        let errno = |offset, access| {
+            let result = whole.populate(offset, access);
+            result.map_or_else(|error| error.raw_os_error().unwrap(), |()| 0)
+        };
+        assert_eq!(errno(0, Access::ReadOnly), libc::EINVAL, "nothing is mapped");
+        let file = file(&[3; 0x1800]);
+        place(&whole, &file, 0);
+        let read = [0, 0x1800, 0x1fff, 0x2000].map(|offset| errno(offset, Access::ReadOnly));
+        assert_eq!(read, [0, 0, 0, libc::EFAULT]);
+        assert_eq!(errno(0, Access::ReadWrite), libc::EINVAL, "the mapping is read-only");
+        assert_eq!(errno(0x3000, Access::ReadOnly), libc::EINVAL);
+        file.set_len(0x3000).unwrap();
+        assert_eq!(errno(0x2fff, Access::ReadOnly), 0);
     }
 }

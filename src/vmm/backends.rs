@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit};
 use thiserror::Error;
 
 use super::error::failed_to;
@@ -129,15 +130,25 @@ pub fn connect(
 }
 
 /// How many mappings each device may have, so that none takes them from another, or from the VMM itself
-/// (SHM-48). A mapping takes one slot and up to four areas of address space: the file, zeroes in place of its
-/// end, that end at addresses of its own (SHM-45), and the hole behind.
+/// (SHM-48). A mapping takes one slot, up to three areas of address space (the file, zeroes in place of its
+/// end, and the hole behind), and one descriptor where it is the only one of its file (SHM-46).
 fn mapping_quota(slots: u32, devices: usize) -> usize {
     // RAM has two slots, each device one for its registers.
     let slots = (slots as usize).saturating_sub(2 + devices);
     // A container may lack /proc: Linux' default then.
     let areas = std::fs::read_to_string("/proc/sys/vm/max_map_count");
     let areas: usize = areas.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(65530);
-    slots.min(areas.saturating_sub(SPARE_AREAS) / 4) / devices.max(1)
+    let most = slots.min(areas.saturating_sub(SPARE_AREAS) / 3).min(descriptor_limit() / 2);
+    most / devices.max(1)
+}
+
+/// Raises the limit of file descriptors as far as this process may. Returns it.
+fn descriptor_limit() -> usize {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    // If it fails, there are fewer mappings.
+    let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    let limit = rustix::process::getrlimit(Resource::Nofile).current;
+    limit.map_or(usize::MAX, |limit| limit as usize)
 }
 
 /// Attaches the devices: registers, interrupt, doorbells. From here on their backend channels are served.
@@ -192,10 +203,9 @@ fn sharing(backends: &[Backend]) -> Option<Arc<Sharing>> {
     if owners == 0 || !backends.iter().any(can_see) {
         return None;
     }
-    // Half of the file descriptors that the process may have are for the files of mappings.
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let limit = limit.map_or(usize::MAX, |limit| limit as usize);
-    Some(Sharing::new(limit / 2 / owners))
+    // Half of the file descriptors that the process may have are for mappings, a quarter for those to be
+    // sent.
+    Some(Sharing::new(descriptor_limit() / 4 / owners))
 }
 
 /// RAM, in the form for back-ends.

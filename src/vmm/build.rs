@@ -15,7 +15,7 @@ use crate::arch::x86_64::boot::Boot;
 use crate::arch::x86_64::cpuid::{self, Topology};
 use crate::arch::x86_64::{acpi, layout, msr, regs};
 use crate::bus::{Bus, BusDevice};
-use crate::config::{Config, SerialLine};
+use crate::config::{Config, SerialLine, UnavailablePage};
 use crate::devices::debug_exit::DebugExit;
 use crate::devices::i8042::I8042;
 use crate::devices::power::PowerControl;
@@ -52,7 +52,12 @@ impl Vmm {
         // The back-ends: connect to each, negotiate, and place its windows.
         let backends = backends::connect(config, windows(&ram, &supported), &vm.slots)?;
         let missing_pages = MissingPages::new(backends.iter().map(Backend::shared_memory));
-        let machine = Arc::new(Machine { missing_pages: Arc::new(missing_pages), ..Machine::default() });
+        let machine = Arc::new(Machine {
+            ram: ram.memory().clone(),
+            missing_pages: Arc::new(missing_pages),
+            ends_at_unavailable_page: config.unavailable_page == UnavailablePage::Exit,
+            ..Machine::default()
+        });
 
         // The devices.
         let exit = Arc::new(ExitOnce::new()?);

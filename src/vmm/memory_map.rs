@@ -45,12 +45,15 @@ impl DeviceMemory {
                 };
                 let filled = match mapping.filled {
                     0 => String::new(),
-                    bytes => format!(", the last {bytes:#x} bytes are zeroes (the file became shorter)"),
+                    bytes => format!(", the last {bytes:#x} bytes are zeroes (the file ends before them)"),
                 };
+                let unavailable = mapping.unavailable.map_or(String::new(), |page| {
+                    format!(", the guest waits for the page at {page:#x}, which the host cannot provide")
+                });
                 let is_shared = |participant: &Participant| participant.is_shared(mapping.guest.start());
                 let shared = if self.participant.as_ref().is_some_and(is_shared) { ", shared" } else { "" };
                 lines.push(format!(
-                    "  {}  mapping, {access}{shared}, file offset {:#x}{filled}",
+                    "  {}  mapping, {access}{shared}, file offset {:#x}{filled}{unavailable}",
                     mapping.guest, mapping.file_offset
                 ));
             }

@@ -1,17 +1,16 @@
-//! Finds vCPUs that wait in KVM for a page of a mapping that is permanently missing (SHM-45).
+//! Finds vCPUs that wait in KVM for a page of a mapping that the host cannot provide (SHM-45, SHM-84).
 //!
 //! With interrupts enabled in the guest, KVM fetches such a page asynchronously, fails, and lets the vCPU
 //! retry without end and without an exit. The vCPU's statistics then show page faults that are not resolved.
-//! That alone proves nothing: a slow disk looks the same. So the missing pages are only made inaccessible
-//! (PROT_NONE): the vCPU's next access fails with EFAULT, and zeroes take the page's place.
+//! That alone proves nothing: a slow disk looks the same. So the vCPU is only interrupted: its thread looks
+//! at the pages that its instruction needs. A vCPU that is known to wait is interrupted, too, so that its
+//! thread notices when the page is there.
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::kvm::vcpu::Vcpu;
 use crate::memory::missing::MissingPages;
-use crate::thread;
 
 /// Time between two looks at the processors while mappings exist.
 const LOOK: Duration = Duration::from_millis(200);
@@ -24,8 +23,6 @@ const MANY: u64 = 20;
 /// The main loop's watch over the processors.
 pub(super) struct StuckWatch {
     pages: Arc<MissingPages>,
-    /// Makes missing pages inaccessible, or did so. At most one at a time.
-    guard: Option<JoinHandle<()>>,
     next: Option<Instant>,
     /// The processors' unresolved faults at the last look.
     faults: Vec<Option<u64>>,
@@ -33,7 +30,7 @@ pub(super) struct StuckWatch {
 
 impl StuckWatch {
     pub fn new(pages: Arc<MissingPages>) -> Self {
-        StuckWatch { pages, guard: None, next: None, faults: Vec::new() }
+        StuckWatch { pages, next: None, faults: Vec::new() }
     }
 
     /// Called by the main loop each time around. Looks if it is time to. The result is the number of
@@ -46,10 +43,7 @@ impl StuckWatch {
         let wait = match self.next.map(|next| next.saturating_duration_since(now)) {
             Some(wait) if !wait.is_zero() => wait,
             _ if self.pages.are_to_watch() => {
-                self.pages.settle();
-                if self.is_any_stuck(vcpus) {
-                    self.guard();
-                }
+                self.interrupt_stuck(vcpus);
                 LOOK
             }
             _ => LOOK_FOR_MAPPINGS,
@@ -59,26 +53,15 @@ impl StuckWatch {
         i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
     }
 
-    /// On a thread of its own: a search for missing pages may wait for a disk.
-    fn guard(&mut self) {
-        if self.guard.as_ref().is_some_and(|thread| !thread.is_finished()) {
-            return;
-        }
-        let pages = Arc::clone(&self.pages);
-        self.guard = thread::spawn("guard".into(), move || pages.guard())
-            .inspect_err(|error| log::debug!("cannot look for missing pages: {error}"))
-            .ok();
-    }
-
-    fn is_any_stuck(&mut self, vcpus: &[Vcpu]) -> bool {
+    fn interrupt_stuck(&mut self, vcpus: &[Vcpu]) {
         self.faults.resize(vcpus.len(), None);
-        let mut any = false;
         for (vcpu, last) in vcpus.iter().zip(&mut self.faults) {
             let now = vcpu.unresolved_faults();
-            if let (Some(before), Some(now)) = (std::mem::replace(last, now), now) {
-                any |= now.saturating_sub(before) >= MANY;
+            let before = std::mem::replace(last, now);
+            let has_many = before.zip(now).is_some_and(|(before, now)| now.saturating_sub(before) >= MANY);
+            if has_many || vcpu.is_waiting() {
+                vcpu.interrupt();
             }
         }
-        any
     }
 }

@@ -22,8 +22,6 @@ pub struct Mapping {
     /// Bytes at the end that are zeroes because the file became shorter, and what the guest wrote there.
     pub filled: u64,
     private: BTreeMap<u64, u8>,
-    /// Bytes of the file's end that are out of reach.
-    guarded: u64,
 }
 
 impl Mapping {
@@ -46,8 +44,6 @@ pub enum Found {
     Tail,
     /// The file is too short.
     Missing(Key),
-    /// The file is long enough, but was put out of reach when it was not.
-    Guarded(Key),
 }
 
 #[derive(Default)]
@@ -74,7 +70,6 @@ impl Model {
                 },
                 filled: 0,
                 private: BTreeMap::new(),
-                guarded: 0,
             };
             self.live.insert((request.shmid, request.shm_offset), mapping);
         }
@@ -214,8 +209,6 @@ impl Model {
         let at = mapping.file_offset + offset;
         if at >= (bytes.len() as u64).next_multiple_of(PAGE) {
             Found::Missing(key)
-        } else if offset >= mapping.file_len() - mapping.guarded {
-            Found::Guarded(key)
         } else {
             bytes.get(at as usize).map_or(Found::Tail, |&byte| Found::Byte(byte))
         }
@@ -245,34 +238,14 @@ impl Model {
     pub fn fill(&mut self, key: Key) -> u64 {
         let missing = self.missing(&self.live[&key]);
         self.live.get_mut(&key).map_or(0, |mapping| {
-            mapping.guarded = 0;
             mapping.filled += missing;
             mapping.filled
         })
     }
 
-    pub fn guard(&mut self) {
-        for key in self.keys() {
-            let missing = self.missing(&self.live[&key]);
-            if let Some(mapping) = self.live.get_mut(&key) {
-                mapping.guarded = mapping.guarded.max(missing);
-            }
-        }
-    }
-
-    /// Somebody looked at a mapping's end: nothing is out of reach that is there.
-    pub fn unguard(&mut self, key: Key) {
-        if let Some(mapping) = self.live.get_mut(&key) {
-            mapping.guarded = 0;
-        }
-    }
-
-    /// Whether anything is missing or out of reach.
-    pub fn lacks_something(&self) -> bool {
-        self.live.values().any(|mapping| mapping.guarded > 0 || self.missing(mapping) > 0)
-    }
-
-    pub fn keys(&self) -> Vec<Key> {
-        self.live.keys().copied().collect()
+    /// How many files something is mapped of.
+    pub fn mapped_files(&self) -> usize {
+        let mapped = |file: &usize| self.live.values().any(|mapping| mapping.file == *file);
+        (0..FILES).filter(mapped).count()
     }
 }

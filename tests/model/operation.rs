@@ -35,11 +35,6 @@ pub enum Operation {
     Read(Place),
     /// The guest writes a byte.
     Write(Place, u8),
-    /// A processor is stuck in a page fault: what is missing is put out of reach.
-    Guard,
-    /// A processor touched something that is missing, and nobody knows where. Then the guest reads or writes
-    /// these.
-    Unlocated(Vec<(Place, Option<u8>)>),
     /// The back-end dies after these last requests; the guest resets the device. A new one takes its place.
     Death { late: Vec<Request> },
 }
@@ -50,7 +45,6 @@ impl Operation {
         match self {
             Operation::Requests { requests, .. } => requests.len(),
             Operation::Reset { late, .. } | Operation::Death { late } => 1 + late.len(),
-            Operation::Unlocated(touched) => 1 + touched.len(),
             _ => 1,
         }
     }
@@ -152,8 +146,6 @@ fn operation() -> impl Strategy<Value = Operation> {
             .prop_map(|(file, at, byte)| Operation::Store { file, at, byte }),
         20 => place().prop_map(Operation::Read),
         15 => (place(), any::<u8>()).prop_map(|(place, byte)| Operation::Write(place, byte)),
-        1 => Just(Operation::Guard),
-        1 => vec((place(), any::<Option<u8>>()), 0..4).prop_map(Operation::Unlocated),
         // More rarely than a reset.
         1 => (vec(request(), 0..8), prop::bool::weighted(0.2)).prop_map(|(late, dies)| match dies {
             true => Operation::Death { late },

@@ -8,9 +8,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use hotslot::memory::Access;
 use hotslot::memory::alloc::WindowAllocator;
-use hotslot::memory::missing::Filled;
-use hotslot::memory::shmem::MappingInfo;
+use hotslot::memory::shmem::{Filled, MappingInfo, Page};
 use hotslot_test_support::bench::*;
 use hotslot_test_support::machine::{Machine, WINDOWS};
 use hotslot_test_support::process::{areas, descriptors, threads};
@@ -149,11 +149,6 @@ impl Run<'_> {
             Operation::Store { file, at, byte } => self.store(*file, *at, *byte),
             Operation::Read(place) => self.read(self.model.place(*place)),
             Operation::Write(place, byte) => self.write(self.model.place(*place), *byte),
-            Operation::Guard => {
-                self.bench.shmem().guard_missing();
-                self.model.guard();
-            }
-            Operation::Unlocated(touched) => self.unlocated(touched),
             Operation::Death { late } => self.die(late),
         }
     }
@@ -225,7 +220,9 @@ impl Run<'_> {
         assert_eq!(channel.unmap(nothing), -i64::from(libc::ENOENT));
         assert!(channel.is_silent());
         drop(channel);
-        assert_eq!(descriptors(), self.idle.descriptors, "a descriptor was kept"); // SHM-27
+        // SHM-27, SHM-46
+        let kept = descriptors() - self.idle.descriptors;
+        assert_eq!(kept, self.model.mapped_files(), "descriptors that are kept");
         if self.counts.mapped + self.counts.unmapped == before.1 {
             assert_eq!(areas("self"), before.0, "refused requests left something"); // SHM-49
         }
@@ -310,9 +307,9 @@ impl Run<'_> {
             Found::Hole => None,
             Found::Byte(byte) => Some(byte),
             Found::Tail => Some(0),
-            Found::Missing(_) | Found::Guarded(_) => {
+            Found::Missing(_) => {
                 assert_eq!(self.guest_reads(place), None, "{place:x?} is missing");
-                self.mend(place);
+                self.mend(place, Access::ReadOnly);
                 return self.read(place);
             }
         };
@@ -333,9 +330,9 @@ impl Run<'_> {
             }
             // What is written beyond the end of a file is nobody's.
             (Found::Tail, true) => {}
-            (Found::Missing(_) | Found::Guarded(_), true) => {
+            (Found::Missing(_), true) => {
                 assert!(!self.guest_writes(place, byte), "{place:x?} is missing");
-                self.mend(place);
+                self.mend(place, Access::ReadWrite);
                 self.write(place, byte);
             }
         }
@@ -343,26 +340,17 @@ impl Run<'_> {
 
     fn may_write(&self, (shmid, offset): Key) -> bool {
         let mut seen = self.bench.sees(shmid).into_iter();
-        seen.any(|(start, len, access)| {
-            (start..start + len).contains(&offset) && access == hotslot::memory::Access::ReadWrite
-        })
+        seen.any(|(start, len, access)| (start..start + len).contains(&offset) && access == Access::ReadWrite)
     }
 
     /// What the virtual machine does when its guest found nothing at a place (SHM-45).
-    fn mend(&mut self, place: Key) {
-        let filled = self.bench.shmem().fill_missing(self.address(place));
-        let expected = match self.model.find(place) {
-            Found::Missing(key) => {
-                self.counts.filled += 1;
-                Some(self.fill(key))
-            }
-            Found::Guarded(key) => {
-                self.model.unguard(key);
-                None
-            }
-            _ => None,
+    fn mend(&mut self, place: Key, access: Access) {
+        let provided = self.bench.shmem().provide(self.address(place), access);
+        let Found::Missing(key) = self.model.find(place) else {
+            panic!("{place:x?} is not missing");
         };
-        assert_eq!(filled, expected, "{place:x?}");
+        self.counts.filled += 1;
+        assert_eq!(provided, Some(Page::Filled(self.fill(key))), "{place:x?}");
     }
 
     fn fill(&mut self, key: Key) -> Filled {
@@ -373,43 +361,6 @@ impl Run<'_> {
 
     fn guest_range(&self, key: Key) -> hotslot::memory::GuestRange {
         hotslot::memory::GuestRange::new(self.address(key), self.model.live[&key].span()).unwrap()
-    }
-
-    fn unlocated(&mut self, touched: &[(Place, Option<u8>)]) {
-        let lacking = self.model.lacks_something();
-        assert_eq!(self.bench.shmem().fill_all_temporarily(), lacking.then(Vec::new));
-        for key in self.model.keys() {
-            self.model.unguard(key);
-        }
-        let mut writes = Vec::new();
-        let mut keys = Vec::new();
-        for &(place, byte) in touched {
-            let place = self.model.place(place);
-            let Found::Missing(key) = self.model.find(place) else {
-                self.read(place);
-                continue;
-            };
-            match byte.filter(|_| self.may_write(place)) {
-                Some(byte) => {
-                    assert!(self.guest_writes(place, byte));
-                    writes.push((place, byte));
-                }
-                None => {
-                    let written = writes.iter().rev().find(|(other, _)| *other == place);
-                    let expected = written.map_or(0, |&(_, byte)| byte);
-                    assert_eq!(self.guest_reads(place), Some(expected));
-                }
-            }
-            keys.push(key);
-        }
-        keys.sort();
-        keys.dedup();
-        self.counts.filled += keys.len();
-        let expected: Vec<_> = keys.into_iter().map(|key| self.fill(key)).collect();
-        for (place, byte) in writes {
-            self.model.write(place, byte);
-        }
-        assert_eq!(self.bench.shmem().settle(), expected);
     }
 
     /// The first and last byte of each page, in every region; and all of each file.
@@ -445,6 +396,7 @@ impl Run<'_> {
                 file_offset: mapping.file_offset,
                 access: mapping.access,
                 filled: mapping.filled,
+                unavailable: None,
             })
             .collect();
         assert_eq!(self.bench.shmem().mappings(), expected);

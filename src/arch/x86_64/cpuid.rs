@@ -19,6 +19,10 @@ const HTT: u32 = 1 << 28;
 const CMP_LEGACY: u32 = 1 << 1;
 /// The hypervisor leaf with KVM's features, EAX: the paravirtual clock, by its newer registers.
 pub const KVM_FEATURE_CLOCKSOURCE2: u32 = 1 << 3;
+/// There, too: while the host fetches a page, the guest runs something else (KVM_FEATURE_ASYNC_PF, _VMEXIT,
+/// _INT). The guest does not get these: the instruction at which a vCPU waits tells which page it needs
+/// (SHM-84).
+const KVM_FEATURES_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
 /// The level types of leaves 0xb and 0x1f.
 const LEVEL_THREAD: u32 = 1;
@@ -95,6 +99,7 @@ fn patch(entry: &mut kvm_cpuid_entry2, topology: Topology, id: u32) {
                 entry.eax |= ((1 << topology.id_bits()) - 1_u32).min(63) << 26;
             }
         }
+        0x4000_0001 => entry.eax &= !KVM_FEATURES_ASYNC_PF,
         0x8000_0001 => set(&mut entry.ecx, CMP_LEGACY, many),
         // Sizes. ECX: number of threads - 1 in 7:0, bits of the APIC id 15:12.
         0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | (vcpus - 1).min(255) | topology.id_bits() << 12,

@@ -1,8 +1,9 @@
 mod recorder;
 
-use std::fs::File;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::Ordering;
 
 use recorder::Guest;
@@ -130,4 +131,106 @@ fn nothing_is_left_when_everything_is_unmapped_or_dropped() {
     bench.map(0, 0, PAGE).unwrap();
     drop(bench.shmem);
     assert_eq!(bench.guest.count(), 0);
+}
+
+#[test]
+fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() {
+    // SHM-45
+    let bench = bench();
+    bench.shmem.map(&bench.request(0, 0, 8 * PAGE, 2 * PAGE)).unwrap();
+    bench.shmem.map(&bench.request(7, 0, 2 * PAGE, 0)).unwrap();
+    let pages = |bench: &Bench| (0..8).map(|page| bench.reads(0, page * PAGE)).collect::<Vec<_>>();
+    let region = bench.region(0);
+    let guest = GuestRange::new(region.start(), 8 * PAGE).unwrap();
+    let provide = |at| bench.shmem.provide(at, Access::ReadOnly);
+    assert_eq!(provide(region.start() + 7 * PAGE), Some(Page::Present));
+    for (number, (file_pages, left)) in [(8, 6), (7, 5), (3, 1), (2, 0)].into_iter().enumerate() {
+        bench.file.set_len(file_pages * PAGE).unwrap();
+        // Addresses of present pages and beside the mapping fill nothing.
+        if left > 0 {
+            assert_eq!(provide(region.start() + left * PAGE - 1), Some(Page::Present));
+        }
+        assert_eq!((provide(region.start() + 8 * PAGE), provide(region.start() - 1)), (None, None));
+        let len = (8 - left) * PAGE;
+        let filled = Filled { is_first: number == 0, shmid: 0, guest, len };
+        let touched = region.start() + left * PAGE + 5;
+        assert_eq!(provide(touched), Some(Page::Filled(filled)));
+        let expected: Vec<_> =
+            (0..8).map(|page| Some(if page < left { page as u8 + 3 } else { 0 })).collect();
+        assert_eq!(pages(&bench), expected, "{file_pages} pages left of the file");
+        assert_eq!(bench.shmem.mappings()[0].filled, len);
+        assert_eq!(provide(touched), Some(Page::Present));
+        let total = bench.shmem.filled();
+        assert_eq!((total.mappings, total.bytes), (1, len));
+    }
+    assert_eq!(bench.reads(7, PAGE), Some(2));
+    // SHM-44: a page that the guest did not touch is the file's when it grows.
+    bench.file.set_len(PAGE).unwrap();
+    assert_eq!(bench.reads(7, PAGE), None);
+    bench.file.set_len(2 * PAGE).unwrap();
+    assert_eq!(bench.reads(7, PAGE), Some(0));
+    bench.shmem.unmap(0, 0, 8 * PAGE).unwrap();
+    assert_eq!(bench.reads(0, 0), None);
+}
+
+#[test]
+fn an_access_that_kvm_passed_on_meets_what_is_there_now() {
+    // SHM-45
+    let bench = bench();
+    let start = bench.region(0).start();
+    let read = |at| {
+        let mut byte = [0x55];
+        bench.shmem.read(at, &mut byte).then_some(byte[0])
+    };
+    bench.shmem.map(&bench.request(0, PAGE, 2 * PAGE, 0)).unwrap();
+    let access = |at| bench.shmem.access_at(at);
+    assert_eq!((access(start), access(start + 3 * PAGE)), (None, None));
+    assert_eq!(access(start + PAGE), access(start + 3 * PAGE - 1));
+    assert!(access(start + PAGE).is_some());
+    assert_eq!((read(start), read(start + 2 * PAGE)), (None, Some(2)));
+    // SHM-38
+    assert!(!bench.shmem.write(start + PAGE, &[9]));
+    assert_eq!(bench.shmem.provide(start + PAGE, Access::ReadWrite), Some(Page::Present));
+    bench.file.set_len(PAGE).unwrap();
+    assert_eq!(read(start + 2 * PAGE), None);
+    assert!(matches!(
+        bench.shmem.provide(start + 2 * PAGE, Access::ReadOnly),
+        Some(Page::Filled(Filled { len: PAGE, .. }))
+    ));
+    assert_eq!(read(start + 2 * PAGE), Some(0));
+    bench.shmem.unmap(0, PAGE, 2 * PAGE).unwrap();
+    assert_eq!((access(start + PAGE), read(start + PAGE)), (None, None));
+
+    let request = MapRequest { access: Access::ReadWrite, ..bench.request(0, 0, PAGE, 0) };
+    bench.shmem.map(&request).unwrap();
+    assert!(bench.shmem.write(start + 8, &[9]));
+    let mut byte = [0];
+    bench.file.read_exact_at(&mut byte, 8).unwrap();
+    assert_eq!((byte, read(start + 8)), ([9], Some(9)));
+}
+
+#[test]
+fn one_descriptor_is_kept_for_a_file_as_long_as_it_is_mapped() {
+    // SHM-46
+    let bench = bench();
+    let kept = || {
+        let of_file = |entry: io::Result<fs::DirEntry>| {
+            let target = fs::metadata(entry.unwrap().path()).ok()?;
+            Some(target.ino())
+        };
+        let inode = bench.file.metadata().unwrap().ino();
+        let open = fs::read_dir("/proc/self/fd").unwrap().filter_map(of_file);
+        open.filter(|&other| other == inode).count() - 1
+    };
+    let mut seen = vec![kept()];
+    for page in [0, 2] {
+        bench.map(0, page * PAGE, PAGE).unwrap();
+        seen.push(kept());
+    }
+    bench.map(0, PAGE, 16 * PAGE).unwrap_err();
+    bench.shmem.unmap(0, 0, PAGE).unwrap();
+    seen.push(kept());
+    bench.shmem.unmap_all().unwrap();
+    seen.push(kept());
+    assert_eq!(seen, [0, 1, 1, 1, 0]);
 }

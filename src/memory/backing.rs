@@ -1,0 +1,124 @@
+//! The files behind the mappings of one device: one descriptor of each is kept (SHM-46).
+//!
+//! A page that cannot be had says nothing of why: only the file's size tells whether the file ends before it,
+//! or holds it and cannot give it (SHM-45, SHM-84). Called by [`super::shmem`].
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Weak};
+
+use rustix::fs::{AtFlags, FileType, StatVfs, StatxFlags};
+use rustix::io::Errno;
+
+use super::PAGE_SIZE;
+
+/// From statfs(2): files made of huge pages, which can only be mapped in whole huge pages.
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+
+/// What was found out of a file before it is mapped.
+#[derive(Clone, Copy, Debug)]
+pub struct FileInfo {
+    /// Device and inode.
+    id: (u64, u64),
+    /// The size of its pages in bytes: what is mapped of it are multiples of that.
+    pub page_size: u64,
+}
+
+impl FileInfo {
+    /// Looks at a file. Fails with EINVAL for anything but a regular one: mmap(2) would take others, too.
+    pub fn of(file: BorrowedFd<'_>) -> io::Result<FileInfo> {
+        let stat = rustix::fs::fstat(file)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(Errno::INVAL.into());
+        }
+        let fs = rustix::fs::fstatfs(file)?;
+        let page_size = match fs.f_type {
+            HUGETLBFS_MAGIC => u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)?,
+            _ => PAGE_SIZE,
+        };
+        Ok(FileInfo { id: (stat.st_dev, stat.st_ino), page_size })
+    }
+}
+
+/// A file of which something is mapped.
+#[derive(Debug)]
+pub struct BackingFile {
+    fd: OwnedFd,
+    info: FileInfo,
+}
+
+impl BackingFile {
+    /// Where the file ends now, in whole pages of its own. Asks the kernel, not the file's server.
+    pub fn end(&self) -> io::Result<u64> {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let size = rustix::fs::statx(&self.fd, c"", flags, StatxFlags::SIZE)?.stx_size;
+        size.checked_next_multiple_of(self.info.page_size).ok_or(Errno::OVERFLOW.into())
+    }
+
+    /// Why a page of the file may be unavailable, in words. It may wait for the file system.
+    pub fn likely_reason(&self) -> &'static str {
+        match rustix::fs::fstatvfs(&self.fd) {
+            Ok(StatVfs { f_bavail: 0, .. }) if self.info.page_size > PAGE_SIZE => {
+                "the host has no free huge page"
+            }
+            Ok(StatVfs { f_bavail: 0, .. }) => "its file system is full",
+            _ => "an I/O error, a quota or a full file system",
+        }
+    }
+}
+
+/// The files of which something is mapped, one descriptor each.
+#[derive(Debug, Default)]
+pub struct BackingFiles(BTreeMap<(u64, u64), Weak<BackingFile>>);
+
+impl BackingFiles {
+    /// The file, by the descriptor that is kept of it already, or by a new one. Fails with EMFILE.
+    pub fn keep(&mut self, file: BorrowedFd<'_>, info: FileInfo) -> io::Result<Arc<BackingFile>> {
+        if let Some(kept) = self.0.get(&info.id).and_then(Weak::upgrade) {
+            return Ok(kept);
+        }
+        self.0.retain(|_, file| file.strong_count() > 0);
+        let fd = rustix::io::fcntl_dupfd_cloexec(file.as_fd(), 0)?;
+        let file = Arc::new(BackingFile { fd, info });
+        self.0.insert(info.id, Arc::downgrade(&file));
+        Ok(file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn what_is_no_regular_file_is_refused() {
+        // SHM-47
+        let (socket, _) = UnixStream::pair().unwrap();
+        let others: [OwnedFd; 3] =
+            [socket.into(), File::open("/").unwrap().into(), File::open("/dev/zero").unwrap().into()];
+        for fd in others {
+            assert_eq!(FileInfo::of(fd.as_fd()).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        }
+    }
+
+    #[test]
+    fn a_file_is_kept_once_and_as_long_as_it_is_used() {
+        let file = tempfile::tempfile().unwrap();
+        let info = FileInfo::of(file.as_fd()).unwrap();
+        let mut files = BackingFiles::default();
+        let kept = [0, 1].map(|_| files.keep(file.as_fd(), info).unwrap());
+        assert!(Arc::ptr_eq(&kept[0], &kept[1]));
+        for (size, end) in [(0, 0), (1, 4096), (4096, 4096), (5000, 8192)] {
+            file.set_len(size).unwrap();
+            assert_eq!(kept[0].end().unwrap(), end);
+        }
+        drop(kept);
+        assert!(files.0[&info.id].upgrade().is_none());
+        let other = tempfile::tempfile().unwrap();
+        let _other = files.keep(other.as_fd(), FileInfo::of(other.as_fd()).unwrap()).unwrap();
+        assert_eq!(files.0.len(), 1);
+    }
+}
