@@ -158,16 +158,19 @@ impl Vcpu {
 }
 
 impl Machine {
-    /// Repeats an access while the page that it needs cannot be had.
-    fn retry(&self, mut access: impl FnMut() -> Met) -> Met {
+    /// Carries out an access that KVM passed on; again while the page that it needs cannot be had.
+    fn carry_out(&self, address: u64, access: Access, mut action: impl FnMut() -> Met) -> Met {
         loop {
-            match access() {
-                Met::Unavailable(_)
-                    if !self.ends_at_unavailable_page && !self.stopping.load(Ordering::SeqCst) =>
-                {
-                    std::thread::sleep(RETRY);
+            let mut met = action();
+            if !matches!(met, Met::Unavailable(_)) || self.ends_at_unavailable_page {
+                return met;
+            }
+            while let Met::Unavailable(_) = met {
+                if self.stopping.load(Ordering::SeqCst) {
+                    return met;
                 }
-                met => return met,
+                std::thread::sleep(RETRY);
+                met = self.missing_pages.provide(address, access);
             }
         }
     }
@@ -254,7 +257,8 @@ impl Runner {
                 if machine.mmio.read(address, data) {
                     return Ok(None);
                 }
-                let met = machine.retry(|| machine.missing_pages.read(address, data));
+                let read = || machine.missing_pages.read(address, data);
+                let met = machine.carry_out(address, Access::ReadOnly, read);
                 if met == Met::Nothing {
                     machine.unclaimed.mmio_reads.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
@@ -265,7 +269,8 @@ impl Runner {
                 if let Ok(exit) = machine.mmio.write(address, data) {
                     return Ok(exit);
                 }
-                let met = machine.retry(|| machine.missing_pages.write(address, data));
+                let write = || machine.missing_pages.write(address, data);
+                let met = machine.carry_out(address, Access::ReadWrite, write);
                 if met == Met::Nothing {
                     machine.unclaimed.mmio_writes.fetch_add(1, Ordering::Relaxed);
                     log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");

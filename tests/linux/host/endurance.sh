@@ -13,4 +13,5 @@ tests() {
 
 tests truncation "$ENDURANCE" truncation::
 tests faults "$SMALL_GUEST" faults::
+tests unavailable "$SMALL_GUEST" unavailable::
 tests linux "$ENDURANCE" --ignored a_linux_guest

@@ -64,10 +64,20 @@ impl Guest {
     }
 
     fn ask(&mut self, operation: Operation, width: u8, address: u64, value: u64) -> u64 {
+        self.begin(operation, width, address, value);
+        self.answer()
+    }
+
+    /// Sends an operation, and does not wait for its answer.
+    pub fn begin(&mut self, operation: Operation, width: u8, address: u64, value: u64) {
         let mut request = vec![operation as u8, width];
         request.extend(address.to_le_bytes());
         request.extend(value.to_le_bytes());
         self.stdin.write_all(&request).unwrap_or_else(|error| self.fail(&error.to_string()));
+    }
+
+    /// The answer to the operation that was begun.
+    pub fn answer(&mut self) -> u64 {
         let mut answer = [0; 8];
         for byte in &mut answer {
             self.wait_for_output();
@@ -76,6 +86,17 @@ impl Guest {
             }
         }
         u64::from_le_bytes(answer)
+    }
+
+    /// Whether there is an answer now.
+    pub fn has_answered(&self) -> bool {
+        let mut poll = [PollFd::new(&self.stdout, PollFlags::IN)];
+        rustix::event::poll(&mut poll, Some(&rustix::event::Timespec::default())) == Ok(1)
+    }
+
+    /// Sends a signal to hotslot.
+    pub fn signal(&self, signal: i32) {
+        self.hotslot.signal(signal);
     }
 
     fn wait_for_output(&self) {
@@ -161,10 +182,7 @@ impl Guest {
         address: u64,
         value: u64,
     ) -> (ExitStatus, String) {
-        let mut request = vec![operation as u8, width];
-        request.extend(address.to_le_bytes());
-        request.extend(value.to_le_bytes());
-        self.stdin.write_all(&request).unwrap();
+        self.begin(operation, width, address, value);
         self.wait()
     }
 
