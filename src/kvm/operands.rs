@@ -25,10 +25,8 @@ pub struct Operand {
 
 /// The linear address of the instruction.
 pub fn instruction(regs: &kvm_regs, sregs: &kvm_sregs) -> u64 {
-    match bits(sregs) {
-        64 => regs.rip,
-        _ => sregs.cs.base.wrapping_add(regs.rip) & 0xffff_ffff,
-    }
+    let linear = base(&sregs.cs, sregs).wrapping_add(regs.rip);
+    if bits(sregs) == 64 { linear } else { linear & 0xffff_ffff }
 }
 
 /// The memory that the instruction in `code` accesses; last the top of the stack, where the processor would
@@ -53,7 +51,7 @@ pub fn of(regs: &kvm_regs, sregs: &kvm_sregs, code: &[u8]) -> Vec<Operand> {
         };
         Some(Operand { linear, len, access })
     });
-    let stack = sregs.ss.base.wrapping_add(regs.rsp).wrapping_sub(8);
+    let stack = base(&sregs.ss, sregs).wrapping_add(regs.rsp).wrapping_sub(8);
     used.chain([Operand { linear: stack, len: 8, access: Access::ReadWrite }]).collect()
 }
 
@@ -67,16 +65,20 @@ fn bits(sregs: &kvm_sregs) -> u32 {
     }
 }
 
+/// Where a segment starts. 64-bit code has ES, CS, SS and DS at 0, whatever was loaded before.
+fn base(segment: &kvm_segment, sregs: &kvm_sregs) -> u64 {
+    if bits(sregs) == 64 { 0 } else { segment.base }
+}
+
 /// A register's value; a segment register's base.
 fn value(register: Register, regs: &kvm_regs, sregs: &kvm_sregs) -> Option<u64> {
-    let base = |segment: &kvm_segment| Some(segment.base);
     match register {
-        Register::ES => return base(&sregs.es),
-        Register::CS => return base(&sregs.cs),
-        Register::SS => return base(&sregs.ss),
-        Register::DS => return base(&sregs.ds),
-        Register::FS => return base(&sregs.fs),
-        Register::GS => return base(&sregs.gs),
+        Register::ES => return Some(base(&sregs.es, sregs)),
+        Register::CS => return Some(base(&sregs.cs, sregs)),
+        Register::SS => return Some(base(&sregs.ss, sregs)),
+        Register::DS => return Some(base(&sregs.ds, sregs)),
+        Register::FS => return Some(sregs.fs.base),
+        Register::GS => return Some(sregs.gs.base),
         _ => {}
     }
     let full = match register.full_register() {
@@ -125,6 +127,8 @@ mod tests {
         };
         let mut sregs = kvm_sregs { efer: 1 << 10, ..Default::default() };
         (sregs.cs.l, sregs.gs.base) = (1, 0x10_0000);
+        // Left over from real mode.
+        (sregs.ds.base, sregs.ss.base) = (0x4_0000, 0x4_0000);
         (regs, sregs)
     }
 
@@ -140,6 +144,7 @@ mod tests {
         let mut operands = of(&registers.0, &registers.1, &bytes);
         let stack = operands.pop().unwrap();
         assert_eq!((stack.len, stack.access), (8, Access::ReadWrite));
+        assert_eq!(stack.linear, base(&registers.1.ss, &registers.1) + 0x7ff8);
         let flat = |operand: Operand| (operand.linear, operand.len, operand.access == Access::ReadWrite);
         operands.into_iter().map(flat).collect()
     }
