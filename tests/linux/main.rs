@@ -30,6 +30,8 @@ static PMEM: LazyLock<Session> = LazyLock::new(|| {
     Session::run("pmem", "2G", 300, &disks)
 });
 
+static FULL: LazyLock<Session> = LazyLock::new(|| Session::run("full", "2G", 360, &[]));
+
 static SHARING: LazyLock<Session> = LazyLock::new(|| {
     let files = [("disk.img", disk(None)), ("blk.img", vec![0; 1 << 20])];
     let daemon = stdout("bash", &["-c", "type -P qemu-storage-daemon"]);
@@ -321,4 +323,29 @@ fn files_are_cut_short_on_a_kvm_of_hardware() {
     passed(&parallel, 2);
     assert!(parallel.err.contains("KVM: with hardware virtualisation"), "{parallel}");
     passed(&SMALL.guest("faults"), 2);
+}
+
+#[test]
+fn a_guest_whose_disk_is_full_waits_and_loses_nothing() {
+    // SHM-84
+    let host = FULL.host();
+    if let Some(why) = host.said("skipped").next() {
+        eprintln!("skipped: {why}");
+        return;
+    }
+    let guest = FULL.guest("full");
+    guest.ended(0, "the guest ended with status 0 (debug exit)");
+    for device in ["disk", "share"] {
+        let waits = format!("warn: {device}: the host cannot provide the page at ");
+        assert!(guest.err.contains(&waits), "{guest}");
+        assert!(guest.err.contains(&format!("warn: {device}: the page at ")), "{guest}");
+        assert_eq!(host.one(&format!("ticks while {device} waits")), "they go on", "{guest}{host}");
+        // A bound on the lines: each wait is said, and its end.
+        assert!(guest.err.matches(&waits).count() < 50, "{guest}");
+    }
+    assert!(guest.err.contains("(its file system is full): the vCPU that needs it waits"), "{guest}");
+    let sums = [guest.one("disk sum"), guest.one("written sum")];
+    assert_eq!(sums.join(" "), guest.one("right sums"), "{guest}");
+    assert_eq!(sums, [host.one("disk sum"), host.one("written sum")], "{host}");
+    complains_of_nothing_else(&guest);
 }

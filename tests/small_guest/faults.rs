@@ -3,10 +3,11 @@
 use std::os::unix::fs::FileExt;
 
 use hotslot_test_support::backend::Backend;
-use hotslot_test_support::files::{PAGE, content, numbered_file};
+use hotslot_test_support::files::{PAGE, content, memfd_with, numbered_file};
 use hotslot_test_support::guest::Guest;
 use hotslot_test_support::kvm;
 use hotslot_test_support::wire::{MMap, page_at, writable};
+use rustix::fs::MemfdFlags;
 
 /// `interrupts`: in the guest. Without them KVM fails at a missing page, with them it tries for ever.
 fn cut_short(interrupts: bool) {
@@ -86,4 +87,54 @@ fn a_file_cut_short_reads_as_zeroes_also_with_interrupts_on() {
         return;
     }
     cut_short(true);
+}
+
+/// While it lives, this machine has so many more huge pages.
+struct HugePages(u64);
+
+impl HugePages {
+    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
+
+    /// `None` where this process may not have them.
+    fn reserve(count: u64) -> Option<HugePages> {
+        let read = || std::fs::read_to_string(Self::COUNT).ok()?.trim().parse::<u64>().ok();
+        let before = HugePages(read()?);
+        std::fs::write(Self::COUNT, (before.0 + count).to_string()).ok()?;
+        (read()? >= before.0 + count).then_some(before)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        std::fs::write(Self::COUNT, self.0.to_string()).unwrap();
+    }
+}
+
+#[test]
+fn a_file_of_huge_pages_cut_short_reads_as_zeroes() {
+    // SHM-45
+    const HUGE: u64 = 2 << 20;
+    if !kvm::is_here() {
+        return;
+    }
+    let Some(_reserved) = HugePages::reserve(2) else {
+        eprintln!("skipped: this machine has no huge pages for it");
+        return;
+    };
+    let backend = Backend::start();
+    let mut guest = Guest::with(&backend);
+    let file = memfd_with(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, 2 * HUGE);
+    let whole = MMap { len: 2 * HUGE, ..page_at(0) };
+    assert_eq!(backend.map(writable(whole), &file), 0);
+    let (base, _) = guest.region(0);
+    guest.write64(base + HUGE + 8, 77);
+    assert_eq!(guest.read64(base + HUGE + 8), 77);
+    file.set_len(HUGE).unwrap();
+    assert_eq!(guest.read64(base + HUGE + 8), 0, "{}", guest.log());
+    guest.wait_for_log("became shorter: its last 0x200000 bytes");
+    guest.write64(base + HUGE + PAGE, 78);
+    assert_eq!((guest.read64(base + HUGE + PAGE), guest.read64(base)), (78, 0));
+    assert_eq!(backend.unmap(whole), 0);
+    assert_eq!(guest.read64(base), u64::MAX);
+    guest.exit();
 }
