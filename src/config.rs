@@ -38,7 +38,7 @@ pub struct Config {
     pub unavailable_page: UnavailablePage,
 }
 
-/// What happens when the guest needs a page of a mapping that the host cannot provide (SHM-84).
+/// What happens when the guest needs a page of a mapping that the host cannot provide (SHM-87).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum UnavailablePage {
     /// The vCPU tries again until the page can be had

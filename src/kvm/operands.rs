@@ -1,7 +1,7 @@
 //! Which memory the instruction reads and writes that a vCPU is at.
 //!
 //! KVM_RUN says EFAULT when the host cannot provide a page that the guest accesses, and gives no address
-//! (SHM-84). The vCPU is then still at the instruction that made the access, so its operands are the
+//! (SHM-87). The vCPU is then still at the instruction that made the access, so its operands are the
 //! candidates. Intel SDM, volume 2, decoded by `iced-x86`. Called by [`super::vcpu`].
 
 use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Register};

@@ -1,7 +1,7 @@
 //! The files behind the mappings of one device: one descriptor of each is kept (SHM-46).
 //!
 //! A page that cannot be had says nothing of why: only the file's size tells whether the file ends before it,
-//! or holds it and cannot give it (SHM-45, SHM-84). Called by [`super::shmem`].
+//! or holds it and cannot give it (SHM-45, SHM-87). Called by [`super::shmem`].
 
 use std::collections::BTreeMap;
 use std::io;

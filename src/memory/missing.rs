@@ -2,7 +2,7 @@
 //!
 //! Three things can have happened. The page is there by now. Or the file ends before it: zeroes take its
 //! place (SHM-45). Or the file has it and the host cannot provide it (a full disk, an I/O error): then the
-//! vCPU waits and tries again (SHM-84). Called by vCPU threads (`kvm::vcpu`), outside KVM_RUN, with no lock
+//! vCPU waits and tries again (SHM-87). Called by vCPU threads (`kvm::vcpu`), outside KVM_RUN, with no lock
 //! held, possibly by several at once.
 
 use std::sync::Arc;

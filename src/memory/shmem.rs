@@ -39,7 +39,7 @@ pub struct MappingInfo {
     pub access: Access,
     /// How many of its last bytes are zeroes because the file ends before them (SHM-45).
     pub filled: u64,
-    /// The guest address of a page that the guest waits for because the host cannot provide it (SHM-84).
+    /// The guest address of a page that the guest waits for because the host cannot provide it (SHM-87).
     pub unavailable: Option<u64>,
 }
 
@@ -52,7 +52,7 @@ pub enum Page {
     Recovered,
     /// The file ends before it: zeroes took its place (SHM-45).
     Filled(Filled),
-    /// The file has it, and the host cannot provide it at the moment (SHM-84).
+    /// The file has it, and the host cannot provide it at the moment (SHM-87).
     Unavailable(Unavailable),
 }
 

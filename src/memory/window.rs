@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn a_page_is_had_as_the_access_asks_for_it() {
-        // SHM-84
+        // SHM-87
         let window = window(0x4000_0000, 0x3000);
         let whole = window.whole();
         let errno = |offset, access| {

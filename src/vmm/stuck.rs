@@ -1,4 +1,4 @@
-//! Finds vCPUs that wait in KVM for a page of a mapping that the host cannot provide (SHM-45, SHM-84).
+//! Finds vCPUs that wait in KVM for a page of a mapping that the host cannot provide (SHM-45, SHM-87).
 //!
 //! With interrupts enabled in the guest, KVM fetches such a page asynchronously, fails, and lets the vCPU
 //! retry without end and without an exit. The vCPU's statistics then show page faults that are not resolved.

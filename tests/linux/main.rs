@@ -327,7 +327,7 @@ fn files_are_cut_short_on_a_kvm_of_hardware() {
 
 #[test]
 fn a_guest_whose_disk_is_full_waits_and_loses_nothing() {
-    // SHM-84
+    // SHM-87
     let host = FULL.host();
     if let Some(why) = host.said("skipped").next() {
         eprintln!("skipped: {why}");

@@ -1,4 +1,4 @@
-//! SHM-84: a page that a file has and that the host cannot provide, because its disk is full.
+//! SHM-87: a page that a file has and that the host cannot provide, because its disk is full.
 
 use std::os::unix::fs::FileExt;
 
@@ -92,19 +92,19 @@ fn waits_and_goes_on(interrupts: bool) {
 
 #[test]
 fn a_write_into_a_full_disk_waits_until_there_is_room() {
-    // SHM-84
+    // SHM-87
     waits_and_goes_on(false);
 }
 
 #[test]
 fn a_write_into_a_full_disk_waits_until_there_is_room_also_with_interrupts_on() {
-    // SHM-84
+    // SHM-87
     waits_and_goes_on(true);
 }
 
 #[test]
 fn a_guest_that_waits_for_a_page_can_be_ended() {
-    // SHM-84
+    // SHM-87
     for interrupts in [false, true] {
         let Some(mut bench) = bench(interrupts, &[]) else { return };
         bench.begin(Operation::Read, 3, 0);
@@ -116,7 +116,7 @@ fn a_guest_that_waits_for_a_page_can_be_ended() {
 
 #[test]
 fn a_mapping_with_an_unavailable_page_can_be_cut_and_unmapped() {
-    // SHM-45, SHM-84
+    // SHM-45, SHM-87
     let Some(mut bench) = bench(false, &[]) else { return };
     bench.begin(Operation::Read, 3, 0);
     // Now the file ends before the page.
@@ -138,7 +138,7 @@ fn a_mapping_with_an_unavailable_page_can_be_cut_and_unmapped() {
 
 #[test]
 fn an_unavailable_page_ends_the_machine_where_the_user_asked_for_that() {
-    // SHM-84
+    // SHM-87
     for interrupts in [false, true] {
         let Some(bench) = bench(interrupts, &["--unavailable-page", "exit"]) else { return };
         let (status, log) = bench.guest.end_with(Operation::Write, 8, bench.base + 2 * PAGE, 1);
