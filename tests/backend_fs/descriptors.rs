@@ -296,6 +296,27 @@ fn a_file_that_the_guest_removes_lives_on() {
     });
 }
 
+/// More names than are kept of a file: those that are kept go first.
+#[test]
+fn a_file_with_many_names_is_known_by_some() {
+    const NAMES: usize = 20;
+    each_way(|place, backend| {
+        place.write("0", "data");
+        for index in 1..NAMES {
+            fs::hard_link(place.path("0"), place.path(&index.to_string())).unwrap();
+        }
+        give(place, &backend);
+        let mut machine = Machine::mounted(&backend);
+        let nodes: Vec<u64> = (0..NAMES).map(|index| machine.lookup(&index.to_string())).collect();
+        assert_eq!(nodes, [nodes[0]; NAMES]);
+        for index in (0..NAMES).rev() {
+            machine.ok(fuse::UNLINK, ROOT, &name(&index.to_string()));
+            crowd_out(&mut machine, &backend, &place.path(&index.to_string()));
+            assert_eq!(inode(&mut machine, nodes[0]).0, 0, "without {index}");
+        }
+    });
+}
+
 /// A guest that removes files and never forgets them takes no more than an eighth of the descriptors.
 #[test]
 fn removed_files_that_are_never_forgotten_are_bounded() {
@@ -521,6 +542,30 @@ fn a_large_directory_is_read_while_it_changes() {
             assert_eq!(inode(&mut machine, node), (0, number), "{path}");
         }
     });
+}
+
+/// CAP_DAC_READ_SEARCH, of the threads that serve.
+#[test]
+fn the_capability_for_handles_is_kept_for_handles_only() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: for root only");
+        return;
+    }
+    for (args, kept) in [("", 0), ("--inode-file-handles prefer", 1 << 2)] {
+        let place = Place::new();
+        let backend = start_with(LIMIT, &place, args, None);
+        let _machine = Machine::mounted(&backend);
+        let tasks = fs::read_dir(format!("/proc/{}/task", backend.pid())).unwrap();
+        let statuses = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
+        let main = format!("Pid:\t{}\n", backend.pid());
+        let serving: Vec<String> = statuses.filter(|status| !status.contains(&main)).collect();
+        assert!(serving.len() >= 3);
+        for status in serving {
+            let permitted = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).unwrap();
+            let permitted = u64::from_str_radix(permitted.trim(), 16).unwrap();
+            assert_eq!(permitted & 1 << 2, kept, "{args}: {status}");
+        }
+    }
 }
 
 #[test]

@@ -177,6 +177,8 @@ impl Inodes {
         Ok(Found::Here(inode))
     }
 
+    /// If the host's kernel has dropped the file's name from its memory, the file has no place that Landlock
+    /// could allow: it cannot be opened for reading or writing (EACCES) until the guest looks it up.
     fn open_by_handle(&self, node: u64) -> io::Result<Inode> {
         let stale = || io::Error::from(Errno::STALE);
         let handles = self.root.handles.as_ref().ok_or_else(stale)?;

@@ -101,7 +101,7 @@ pub struct Args {
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     cache: Cache,
 
-    /// Whether to find files again by handles of the host that a host's program has moved. Needs
+    /// Whether to find files by handles of the host's file system where names no longer lead to them. Needs
     /// CAP_DAC_READ_SEARCH, with which a back-end that was taken over could reach all files of that file
     /// system
     #[arg(long, value_name = "WHEN", default_value = "never")]
