@@ -12,6 +12,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use hotslot_test_support::program::{Backend, command};
 
@@ -447,6 +448,12 @@ fn what_takes_the_place_of_a_file_is_not_that_file() {
 fn a_file_with_the_inode_number_of_another_is_another() {
     each_way(|place, backend| {
         place.write("f", "data");
+        if fs::metadata(place.path("f")).unwrap().created().is_err() && !is_by_handles(&backend) {
+            eprintln!("skipped: this file system has no times of birth");
+            return;
+        }
+        // Births are told by a clock that may have ticks of 10 ms.
+        std::thread::sleep(Duration::from_millis(20));
         let mut machine = Machine::mounted(&backend);
         let node = machine.lookup("f");
         let (_, number) = inode(&mut machine, node);

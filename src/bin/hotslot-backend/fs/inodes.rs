@@ -312,3 +312,71 @@ pub fn open_name(parent: &Inode, name: &CStr) -> rustix::io::Result<File> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(&parent.path, name, flags, Mode::empty())?.into())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::fs;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    use rustix::fs::AtFlags;
+    use rustix::thread::CapabilitySet;
+
+    use super::*;
+    use crate::fs::credentials::Credentials;
+    use crate::fs::descriptors::Descriptors;
+
+    /// Another thread looks for a file without a descriptor when its name has changed, and that is not yet
+    /// recorded.
+    #[test]
+    fn a_file_is_found_while_its_name_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root {
+            dir: File::open(dir.path()).unwrap(),
+            proc: File::open("/proc/self/fd").unwrap(),
+            credentials: Credentials::of(CapabilitySet::empty()),
+            descriptors: Descriptors { open: 0, cached: 0, pinned: 10 },
+            handles: None,
+            note: None,
+        };
+        let complaints = Arc::new(Complaints::of("test"));
+        let inodes = Inodes::new(Arc::new(root), Arc::new(Opens::new(0)), complaints).unwrap();
+        let top = inodes.get(ROOT).unwrap();
+        let [renamed, removed] = [c"renamed", c"removed"].map(|name| {
+            fs::write(dir.path().join(name.to_str().unwrap()), "").unwrap();
+            inodes.insert(Some((ROOT, name)), open_name(&top, name).unwrap()).unwrap().0
+        });
+        thread::scope(|scope| {
+            let look = |node| {
+                let (begins, begun) = mpsc::channel();
+                let inodes = &inodes;
+                let found = scope.spawn(move || {
+                    begins.send(()).unwrap();
+                    inodes.get(node).map(|inode| inode.node).ok()
+                });
+                begun.recv().unwrap();
+                // Time enough to look in vain, if it did not wait.
+                thread::sleep(Duration::from_millis(50));
+                found
+            };
+            let mut found = Vec::new();
+            let rename = || {
+                rustix::fs::renameat(&top.path, c"renamed", &top.path, c"new")?;
+                found.push(look(renamed));
+                Ok(())
+            };
+            inodes.rename((&top, c"renamed"), (&top, c"new"), false, rename).unwrap();
+            let remove = || {
+                rustix::fs::unlinkat(&top.path, c"removed", AtFlags::empty())?;
+                found.push(look(removed));
+                Ok(())
+            };
+            inodes.remove_name(&top, c"removed", remove).unwrap();
+            let found: Vec<_> = found.into_iter().map(|thread| thread.join().unwrap()).collect();
+            assert_eq!(found, [Some(renamed), Some(removed)]);
+        });
+    }
+}
