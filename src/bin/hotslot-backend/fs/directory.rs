@@ -1,9 +1,10 @@
 //! The directory, for one guest: how its files are found, opened, listed, made and removed.
 //!
-//! A file is reached from a directory that is held, by one name: no path, and no link is followed. From then
-//! on it is held itself, by an O_PATH descriptor. For operations that such a descriptor does not allow, the
-//! program opens `/proc/self/fd/N`, never the name, which may mean another file by then. Only regular files
-//! and directories are opened. Called by [`super::passthrough`].
+//! A file is reached from a directory that is held, by one name: no path, and no link is followed. It is held
+//! itself, by an O_PATH descriptor, for as long as there are enough, and found again ([`super::inodes`]). For
+//! operations that such a descriptor does not allow, the program opens `/proc/self/fd/N`, never the name,
+//! which may mean another file by then. Only regular files and directories are opened. Called by
+//! [`super::passthrough`].
 
 use std::ffi::CStr;
 use std::fs::{File, Metadata};
@@ -21,7 +22,9 @@ use rustix::io::Errno;
 
 use super::confine::Root;
 use super::dax::Window;
-use super::inodes::{Inode, Inodes, Open, Opens, ROOT};
+use super::inodes::{Inode, Inodes, ROOT, open_name};
+use super::opens::{Open, Opens};
+use crate::complaints::Complaints;
 use crate::lock::lock;
 
 /// The most bytes of names that are read from a directory at a time.
@@ -63,7 +66,7 @@ pub struct Directory {
     pub(super) read_only: bool,
     pub(super) cache: Cache,
     pub(super) inodes: Inodes,
-    pub(super) opens: Opens,
+    pub(super) opens: Arc<Opens>,
     pub(super) window: Option<Arc<Window>>,
 }
 
@@ -79,15 +82,11 @@ impl Directory {
         read_only: bool,
         cache: Cache,
         window: Option<Arc<Window>>,
+        complaints: Arc<Complaints>,
     ) -> io::Result<Self> {
-        Ok(Directory {
-            inodes: Inodes::new(&root.dir)?,
-            root,
-            read_only,
-            cache,
-            opens: Opens::default(),
-            window,
-        })
+        let opens = Arc::new(Opens::new(root.descriptors.open));
+        let inodes = Inodes::new(Arc::clone(&root), Arc::clone(&opens), complaints)?;
+        Ok(Directory { inodes, root, read_only, cache, opens, window })
     }
 
     /// A session of the guest begins or ends: closes, forgets and unmaps all.
@@ -173,12 +172,13 @@ impl Directory {
         Ok((self.open_inode(inode, OFlags::RDONLY)?, false))
     }
 
-    /// The flags for an open of the guest.
+    /// The flags for an open of the guest, if it may have one more.
     pub fn open_flags(&self, flags: u32) -> io::Result<OFlags> {
         let flags = OFlags::from_bits_retain(flags) & OPEN_FLAGS;
         if flags & OFlags::RWMODE != OFlags::RDONLY || flags.contains(OFlags::TRUNC) {
             self.check_writable()?;
         }
+        self.opens.check_room()?;
         Ok(flags)
     }
 
@@ -190,9 +190,9 @@ impl Directory {
         }
     }
 
-    /// Counts a lookup of the file of an O_PATH descriptor.
-    fn entry(&self, path: File) -> io::Result<Entry> {
-        let (inode, metadata) = self.inodes.insert(path)?;
+    /// Counts a lookup of the file of an O_PATH descriptor, and of its name in a directory if it has one.
+    fn entry(&self, name: Option<(&Inode, &CStr)>, path: File) -> io::Result<Entry> {
+        let (inode, metadata) = self.inodes.insert(name.map(|(parent, name)| (parent.node, name)), path)?;
         Ok(Entry {
             inode,
             generation: 0,
@@ -204,14 +204,13 @@ impl Directory {
     }
 
     pub fn find(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let path = rustix::fs::openat(&parent.path, one_name(name)?, flags, Mode::empty())?;
-        self.entry(path.into())
+        let path = open_name(parent, one_name(name)?)?;
+        self.entry(Some((parent, name)), path)
     }
 
-    /// The reply for a file that was just created and opened.
-    pub fn opened(&self, file: File) -> io::Result<Opened> {
-        let entry = self.entry(self.reopen(&file, OFlags::PATH)?)?;
+    /// The reply for a file that was just created and opened, by a name or without one.
+    pub fn opened(&self, name: Option<(&Inode, &CStr)>, file: File) -> io::Result<Opened> {
+        let entry = self.entry(name, self.reopen(&file, OFlags::PATH)?)?;
         let handle = self.opens.insert(entry.inode, file);
         Ok((entry, Some(handle), self.open_options(), None))
     }
@@ -277,7 +276,8 @@ impl Directory {
     pub fn remove(&self, parent: u64, name: &CStr, flags: AtFlags) -> io::Result<()> {
         self.check_writable()?;
         let parent = self.inodes.get(parent)?;
-        Ok(rustix::fs::unlinkat(&parent.path, one_name(name)?, flags)?)
+        let name = one_name(name)?;
+        self.inodes.remove_name(&parent, name, || rustix::fs::unlinkat(&parent.path, name, flags))
     }
 }
 

@@ -5,9 +5,11 @@
 //! without a request. Called by `main`.
 //!
 //! Reading order: `requests` (bytes to bytes), `passthrough` (what each request does), `directory` (how a
-//! file is found and opened), `inodes` (the files that the guest knows and has open), `dax` (the window),
-//! `credentials` (as which user), `confine` (the threads' rights), `queue` (where the bytes are), `guest`
-//! (which of the guest's memory is RAM), `copies` (what is not).
+//! file is found and opened), `inodes` (the files that the guest knows, found again when they are no longer
+//! held), `records` (what is recorded of them), `handles` (the host's names for them), `opens` (those that
+//! the guest has open), `lent` (one of these for a read or write), `dax` (the window), `credentials` (as
+//! which user), `confine` (the threads' rights), `descriptors` (how many files may be held), `queue` (where
+//! the bytes are), `guest` (which of the guest's memory is RAM), `copies` (what is not).
 //!
 //! Each queue has a thread of its own: while one waits for a disk, or for the front-end's answer to
 //! SHMEM_MAP, the others go on.
@@ -16,11 +18,16 @@ mod confine;
 mod copies;
 mod credentials;
 mod dax;
+mod descriptors;
 mod directory;
 mod guest;
+mod handles;
 mod inodes;
+mod lent;
+mod opens;
 mod passthrough;
 mod queue;
+mod records;
 mod refused;
 mod requests;
 
@@ -38,8 +45,10 @@ use hotslot::size;
 
 use self::confine::Root;
 use self::dax::Window;
+use self::descriptors::Descriptors;
 use self::directory::{Cache, Directory};
 use self::guest::{Guest, Known};
+use self::handles::Handles;
 use self::requests::Requester;
 use crate::backing::LINUX_UNIT;
 use crate::channel::SHMEM_ADDRESSES;
@@ -92,6 +101,12 @@ pub struct Args {
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     cache: Cache,
 
+    /// Whether to find files by handles of the host's file system where names no longer lead to them. Needs
+    /// CAP_DAC_READ_SEARCH, with which a back-end that was taken over could reach all files of that file
+    /// system
+    #[arg(long, value_name = "WHEN", default_value = "never")]
+    inode_file_handles: handles::Use,
+
     /// Request queues, each served by a thread of its own; the front-end must offer the guest one queue more
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_REQUEST_QUEUES))]
     queues: u16,
@@ -125,7 +140,8 @@ fn parse_window(text: &str) -> Result<u64, String> {
 pub fn run(args: &Args) -> Result<(), Error> {
     let dir =
         confine::open(&args.dir).map_err(|source| Error::Directory { path: args.dir.clone(), source })?;
-    confine::raise_descriptor_limit();
+    let descriptors = Descriptors::raise_limit();
+    let mut handles = handles(args, &dir)?;
     let listening = server::listen(&args.server)?;
     let access = if args.read_only { "read-only" } else { "read-write" };
     let window = match args.window {
@@ -147,15 +163,39 @@ pub fn run(args: &Args) -> Result<(), Error> {
     server::serve(NAME, listening, move |_, complaints| {
         let root = match &root {
             Some(root) => Arc::clone(root),
-            None => Arc::clone(root.insert(confine(&dir, settings.read_only)?)),
+            None => Arc::clone(root.insert(confine(&dir, settings.read_only, descriptors, handles.take())?)),
         };
         Fs::new(&settings, root, complaints).map_err(Error::set_up("the directory"))
     })
 }
 
+/// What opens file handles, if the command line asks for that and it can be done.
+fn handles(args: &Args, dir: &File) -> Result<Option<Handles>, Error> {
+    if args.inode_file_handles == handles::Use::Never {
+        return Ok(None);
+    }
+    match Handles::on_mount_of(dir) {
+        Ok(handles) => Ok(Some(handles)),
+        Err(source) if args.inode_file_handles == handles::Use::Mandatory => {
+            Err(Error::NoHandles { path: args.dir.clone(), source })
+        }
+        Err(e) => {
+            let path = &args.dir;
+            say(format_args!("{NAME}: note: files of {path:?} cannot be opened by handles: {e}"));
+            Ok(None)
+        }
+    }
+}
+
 /// Called once, on the thread that serves.
-fn confine(dir: &File, read_only: bool) -> Result<Arc<Root>, Error> {
-    let root = confine::confine(dir, read_only).map_err(Error::set_up("the confinement to the directory"))?;
+fn confine(
+    dir: &File,
+    read_only: bool,
+    descriptors: Descriptors,
+    handles: Option<Handles>,
+) -> Result<Arc<Root>, Error> {
+    let root = confine::confine(dir, read_only, descriptors, handles)
+        .map_err(Error::set_up("the confinement to the directory"))?;
     if let Some(note) = &root.note {
         say(format_args!("{NAME}: note: {note}"));
     }
@@ -187,7 +227,13 @@ impl Fs {
     fn new(settings: &Settings, root: Arc<Root>, complaints: Arc<Complaints>) -> io::Result<Self> {
         let window =
             (settings.window != 0).then(|| Arc::new(Window::new(settings.window, Arc::clone(&complaints))));
-        let directory = Directory::new(root, settings.read_only, settings.cache, window.clone())?;
+        let directory = Directory::new(
+            root,
+            settings.read_only,
+            settings.cache,
+            window.clone(),
+            Arc::clone(&complaints),
+        )?;
         Ok(Fs {
             queues: settings.queues,
             tag: settings.tag.clone(),
