@@ -8,17 +8,17 @@ done &
 ticks=$!
 
 # text MIB: of it, the same each time.
-text() { yes 'What is written to a full disk must not be lost.' | head -c "$1M"; }
+text() { yes 'What is written to a full disk must not be lost.' | head -c $(($1 << 20)); }
 
-text 32 | dd of=/dev/pmem0 bs=64k conv=fsync 2>/dev/null
+text 8 | dd of=/dev/pmem0 bs=64k conv=fsync 2>/dev/null
 echo 3 >/proc/sys/vm/drop_caches
-echo "disk sum: $(head -c 32M /dev/pmem0 | md5sum)"
+echo "disk sum: $(head -c $((8 << 20)) /dev/pmem0 | md5sum)"
 
 mkdir -p /mnt
 mount -t virtiofs -o dax=always share /mnt
-text 8 | dd of=/mnt/written bs=64k conv=notrunc,fsync 2>/dev/null
+text 2 | dd of=/mnt/written bs=64k conv=notrunc,fsync 2>/dev/null
 echo "written sum: $(md5sum </mnt/written)"
-echo "right sums: $(text 32 | md5sum) $(text 8 | md5sum)"
+echo "right sums: $(text 8 | md5sum) $(text 2 | md5sum)"
 kill $ticks
 umount /mnt
 dmesg -r | grep '^<[0-4]>' | sed 's/^/dmesg: /'

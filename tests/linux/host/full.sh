@@ -4,13 +4,13 @@
 . "${0%/*}/lib.sh"
 
 full=$(mktemp -d)
-mount -t tmpfs -o size=16M full "$full" 2>/dev/null || {
+mount -t tmpfs -o size=4M full "$full" 2>/dev/null || {
     note skipped 'this user may not mount'
     exit
 }
 mkdir "$full/share"
-truncate -s 64M "$full/disk.img"
-truncate -s 8M "$full/share/written"
+truncate -s 32M "$full/disk.img"
+truncate -s 2M "$full/share/written"
 backend disk pmem --file "$full/disk.img"
 backend share fs --dir "$full/share" --tag share --window 64M
 LIMIT=240 guest full -k "$VMLINUX" -m 256M --cpus 2 --debug-exit -c "$DEBUG_EXIT -- sh /test/full.sh" \
@@ -23,11 +23,11 @@ make_room() {
     wait_for "$OUT/full.out" '^tick' $((before + 3)) && note "ticks while $1 waits" 'they go on'
     mount -o "remount,size=$2" "$full"
 }
-# The disk takes 32 MiB, the share 8 MiB.
-make_room disk 36M
-make_room share 48M
+# The disk takes 8 MiB, the share 2 MiB.
+make_room disk 9M
+make_room share 16M
 wait
-note 'disk sum' "$(head -c 32M "$full/disk.img" | md5sum)"
+note 'disk sum' "$(head -c $((8 << 20)) "$full/disk.img" | md5sum)"
 note 'written sum' "$(md5sum <"$full/share/written")"
 umount "$full"
 rmdir "$full"
