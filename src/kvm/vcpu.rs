@@ -116,16 +116,9 @@ impl Vcpu {
         self.faults.as_ref()?.unresolved()
     }
 
-    /// Whether the thread has ended.
+    /// Whether the thread has ended. Nobody waits for one without a time limit: it may be stuck in KVM.
     pub fn has_ended(&self) -> bool {
         self.thread.is_finished()
-    }
-
-    /// Waits for the end of the thread.
-    pub fn join(self) {
-        if self.thread.join().is_err() {
-            log::error!("a vCPU thread panicked");
-        }
     }
 }
 

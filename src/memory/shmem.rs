@@ -238,9 +238,9 @@ impl SharedMemory {
         (at <= last).then_some((start, access))
     }
 
-    /// Whether anything is mapped.
+    /// Whether anything is mapped. Waits for no request of the back-end.
     pub fn has_mappings(&self) -> bool {
-        !self.lock().ledger.mappings.is_empty()
+        !self.by_guest_address.read().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
     /// The region and the offset in it that a guest address is at, and the region's window.

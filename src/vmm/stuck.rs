@@ -5,9 +5,10 @@
 //! That alone proves nothing: a slow disk looks the same. So the missing pages are only made inaccessible
 //! (PROT_NONE): the vCPU's next access fails with EFAULT, and zeroes take the page's place.
 
+use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::kvm::vcpu::Vcpu;
 use crate::memory::missing::MissingPages;
@@ -21,42 +22,42 @@ const LOOK_FOR_MAPPINGS: Duration = Duration::from_secs(1);
 /// second.
 const MANY: u64 = 20;
 
-/// The main loop's watch over the processors.
+/// Starts the thread that looks, if there can be anything to look for. It never ends: nothing waits for it.
+pub(super) fn spawn(mut watch: StuckWatch, processors: Arc<Vec<Vcpu>>) -> io::Result<()> {
+    if watch.pages.are_possible() {
+        thread::spawn("stuck".into(), move || {
+            loop {
+                std::thread::sleep(watch.look(&processors));
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// The watch over the processors.
 pub(super) struct StuckWatch {
     pages: Arc<MissingPages>,
     /// Makes missing pages inaccessible, or did so. At most one at a time.
     guard: Option<JoinHandle<()>>,
-    next: Option<Instant>,
     /// The processors' unresolved faults at the last look.
     faults: Vec<Option<u64>>,
 }
 
 impl StuckWatch {
     pub fn new(pages: Arc<MissingPages>) -> Self {
-        StuckWatch { pages, guard: None, next: None, faults: Vec::new() }
+        StuckWatch { pages, guard: None, faults: Vec::new() }
     }
 
-    /// Called by the main loop each time around. Looks if it is time to. The result is the number of
-    /// milliseconds until the next look; -1 for none.
-    pub fn look(&mut self, vcpus: &[Vcpu]) -> i32 {
-        if !self.pages.are_possible() {
-            return -1;
+    /// Looks. The result is the time until the next look.
+    fn look(&mut self, vcpus: &[Vcpu]) -> Duration {
+        if !self.pages.are_to_watch() {
+            return LOOK_FOR_MAPPINGS;
         }
-        let now = Instant::now();
-        let wait = match self.next.map(|next| next.saturating_duration_since(now)) {
-            Some(wait) if !wait.is_zero() => wait,
-            _ if self.pages.are_to_watch() => {
-                self.pages.settle();
-                if self.is_any_stuck(vcpus) {
-                    self.guard();
-                }
-                LOOK
-            }
-            _ => LOOK_FOR_MAPPINGS,
-        };
-        self.next = Some(now + wait);
-        // Rounded up, so that the time has passed by then.
-        i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
+        self.pages.settle();
+        if self.is_any_stuck(vcpus) {
+            self.guard();
+        }
+        LOOK
     }
 
     /// On a thread of its own: a search for missing pages may wait for a disk.
