@@ -18,6 +18,7 @@ fn main() {
 }
 
 fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
+    fail_beyond_file_size_limit();
     lines::start().map_err(NoThread)?;
     start_log(&cli)?;
     if cli.print_layout {
@@ -27,6 +28,13 @@ fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     }
     let config = cli.into_config().expect("invariant: the parser demands a kernel");
     Vmm::build(&config)?.run()
+}
+
+/// What goes beyond the limit of file sizes (RLIMIT_FSIZE) fails with EFBIG: guest memory, the guest's serial
+/// output, messages. By default SIGXFSZ would end the process.
+fn fail_beyond_file_size_limit() {
+    // SAFETY: no handler runs: the signal is ignored.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 #[derive(Debug, thiserror::Error)]

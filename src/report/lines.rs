@@ -176,3 +176,38 @@ impl Place {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[test]
+    fn what_has_no_room_is_dropped_and_counted_where_it_would_have_been() {
+        let lines = Lines { waiting: Mutex::new(Waiting::NOTHING), changed: Condvar::new() };
+        lines.lock().is_started = true;
+        let (mut reader, writer) = io::pipe().unwrap();
+        let place = Place::File(Arc::new(File::from(std::os::fd::OwnedFd::from(writer))));
+        // One text may be longer than all that may wait.
+        let long = [vec![b'x'; MOST_WAITING], b"\n".to_vec()].concat();
+        lines.add(place.clone(), long.clone());
+        for _ in 0..3 {
+            lines.add(place.clone(), b"dropped\n".to_vec());
+        }
+        let mut said = Vec::new();
+        std::thread::scope(|scope| {
+            scope.spawn(|| lines.write_next());
+            let mut buffer = vec![0; long.len()];
+            reader.read_exact(&mut buffer).unwrap();
+            assert!(buffer == long);
+        });
+        lines.add(place, b"later\n".to_vec());
+        lines.write_next();
+        // The place had the last writer.
+        drop(lines);
+        reader.read_to_end(&mut said).unwrap();
+        let said = String::from_utf8(said).unwrap();
+        assert_eq!(said, "hotslot: warn: 3 lines left out: nobody read them in time\nlater\n");
+    }
+}
