@@ -1,5 +1,5 @@
-//! Threads that leave the process's signals to the thread that takes them, and waiting for a thread's end with
-//! a time limit.
+//! Threads that leave the process's signals to the thread that takes them, and waiting for a thread's end
+//! with a time limit.
 
 use std::io;
 use std::thread::{JoinHandle, sleep};
@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::create_sigset;
 
-/// Starts a thread on which every signal is blocked, so that SIGTERM and the like always reach the
-/// signalfd of `vmm::signals` (or, before there is one, end the process as usual). A thread that needs a signal unblocks
-/// it.
+/// Starts a thread on which every signal is blocked, so that SIGTERM and the like always reach the signalfd
+/// of `vmm::signals` (or, before there is one, end the process as usual). A thread that needs a signal
+/// unblocks it.
 pub fn spawn<T: Send + 'static>(
     name: String,
     body: impl FnOnce() -> T + Send + 'static,

@@ -11,7 +11,6 @@ use std::ffi::c_void;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::mm::{self, MapFlags, MprotectFlags, MremapFlags};
 
@@ -103,10 +102,8 @@ impl Span<'_> {
 
     /// Maps `file` from `file_offset` on into the span, shared, in place of the reservation.
     ///
-    /// The file's size does not matter (SHM-44). Fails with EINVAL for anything but a regular file and for
-    /// part of a huge page, else with the errno of mmap(2); the reservation stays then.
+    /// The file's size does not matter (SHM-44). Fails with the errno of mmap(2); the reservation stays then.
     pub fn place(&self, file: BorrowedFd<'_>, file_offset: u64, access: Access) -> io::Result<()> {
-        self.check_file(file, file_offset)?;
         // Mapped elsewhere first, then moved: an mmap(MAP_FIXED) that fails may already have removed the
         // reservation, and another thread's memory could take its place.
         self.replace_with(OwnedPages::of_file(file, file_offset, self.len as usize, access)?)
@@ -209,19 +206,14 @@ impl Span<'_> {
         count == len as isize
     }
 
-    /// Refuses files that mmap(2) would take but the guest must not get.
-    fn check_file(&self, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
-        let stat = rustix::fs::fstat(file)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Errno::INVAL.into());
-        }
+    /// Refuses, with EINVAL, part of a huge page of a file in memory: mmap(2) would round the length up, past
+    /// the span.
+    pub fn check_huge_pages(&self, file: BorrowedFd<'_>, file_offset: u64) -> io::Result<()> {
         let fs = rustix::fs::fstatfs(file)?;
-        if fs.f_type == HUGETLBFS_MAGIC {
-            // mmap(2) rounds the length up to whole huge pages: it would go past the span.
-            let page = u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)?;
-            if [self.offset, self.len, file_offset].iter().any(|n| n % page != 0) {
-                return Err(Errno::INVAL.into());
-            }
+        let page = u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)?;
+        let is_part = || [self.offset, self.len, file_offset].iter().any(|n| n % page != 0);
+        if fs.f_type == HUGETLBFS_MAGIC && is_part() {
+            return Err(Errno::INVAL.into());
         }
         Ok(())
     }
@@ -238,15 +230,9 @@ impl ReserveVma {
         ReserveVma(OwnedPages::reserve_vma().ok())
     }
 
-    /// [`Span::clear`], also where no area is left. Fails then only if the span is in the middle of what the
-    /// kernel has merged into one area: that takes two more.
-    pub fn clear(&mut self, span: &Span<'_>) -> io::Result<()> {
-        span.clear().or_else(|_| {
-            self.0 = None;
-            let cleared = span.clear();
-            *self = ReserveVma::take();
-            cleared
-        })
+    /// Gives it up.
+    pub fn give_up(&mut self) {
+        self.0 = None;
     }
 }
 
@@ -335,11 +321,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_regular_file_is_refused_and_the_reservation_stays() {
+    fn what_cannot_be_mapped_is_refused_and_the_reservation_stays() {
         let window = window(0x4000_0000, 0x1000);
         let (socket, _) = UnixStream::pair().unwrap();
-        let others: [OwnedFd; 3] =
-            [socket.into(), File::open("/").unwrap().into(), File::open("/dev/zero").unwrap().into()];
+        let others: [OwnedFd; 2] = [socket.into(), File::open("/").unwrap().into()];
         for fd in others {
             window.whole().place(fd.as_fd(), 0, Access::ReadOnly).unwrap_err();
             assert_eq!(peek(&window.whole(), 0), None);

@@ -1,6 +1,6 @@
 //! A queue's kick: an eventfd that a back-end has, too, and whose flags are its as much as ours. It can clear
-//! O_NONBLOCK, so that a read of 0, and a write to a full counter, wait. `virtio::mmio` uses it on vCPU threads;
-//! neither function waits.
+//! O_NONBLOCK, so that a read of 0, and a write to a full counter, wait. `virtio::mmio` uses it on vCPU
+//! threads; neither function waits.
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, BorrowedFd};

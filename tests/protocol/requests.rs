@@ -455,3 +455,23 @@ fn two_devices_map_and_unmap_at_the_same_time() {
     devices[0].reset();
     assert_eq!((machine.count(), devices[1].reads(0, 2 * PAGE)), (1, Some(2)));
 }
+
+#[test]
+fn bytes_beyond_the_device_s_limit_are_refused_until_others_are_unmapped() {
+    // SHM-85: also where each is far below it, and where the file has none of them.
+    let mut setup = Setup::default();
+    setup.bytes = 8 * PAGE;
+    let bench = setup.start();
+    let of = |page, pages| MMap { len: pages * PAGE, ..page_at(page) };
+    assert_eq!(bench.map(of(0, 9), &memfd(0)), ENOSPC);
+    assert_eq!(bench.map(of(0, 5), &file_of(5, 1)), 0);
+    assert_eq!(bench.map(MMap { shmid: 7, ..of(0, 3) }, &memfd(0)), 0);
+    assert_eq!(bench.map(of(5, 1), &memfd(0)), ENOSPC);
+    assert_eq!((bench.reads(0, 4 * PAGE), bench.reads(0, 5 * PAGE)), (Some(1), None));
+    assert_eq!(bench.unmap(of(0, 5)), 0);
+    assert_eq!(bench.map(of(20, 5), &memfd(0)), 0);
+    bench.reset();
+    bench.start().unwrap();
+    assert_eq!(bench.map(of(0, 8), &memfd(0)), 0);
+    assert_eq!(bench.map(of(8, 1), &memfd(0)), ENOSPC);
+}

@@ -14,3 +14,4 @@ mod machine;
 mod mappings;
 mod registers;
 mod streams;
+mod waits;

@@ -123,8 +123,8 @@ fn the_output_cannot_be_written() {
     }
 }
 
-/// A machine whose guest makes hotslot say more than `lines` lines, with this stderr; the guest ends with status
-/// 42 where `ends`.
+/// A machine whose guest makes hotslot say more than `lines` lines, with this stderr; the guest ends with
+/// status 42 where `ends`.
 fn talkative(stderr: OwnedFd, lines: usize, ends: bool) -> std::process::Child {
     // Where nothing is. Each write is a line, with -vv.
     let nowhere = 0xf_0000_0000;

@@ -64,10 +64,7 @@ impl Guest {
     }
 
     fn ask(&mut self, operation: Operation, width: u8, address: u64, value: u64) -> u64 {
-        let mut request = vec![operation as u8, width];
-        request.extend(address.to_le_bytes());
-        request.extend(value.to_le_bytes());
-        self.stdin.write_all(&request).unwrap_or_else(|error| self.fail(&error.to_string()));
+        self.send(operation, width, address, value);
         let mut answer = [0; 8];
         for byte in &mut answer {
             self.wait_for_output();
@@ -153,6 +150,23 @@ impl Guest {
         self.ask(Operation::Interrupts, 1, 0, enabled.into());
     }
 
+    /// Begins a read of 8 bytes whose answer may never come: nothing else can be asked of the guest then.
+    pub fn begin_read64(&mut self, address: u64) {
+        self.send(Operation::Read, 8, address, 0);
+    }
+
+    /// Sends hotslot a signal.
+    pub fn signal(&self, signal: i32) {
+        self.hotslot.signal(signal);
+    }
+
+    fn send(&mut self, operation: Operation, width: u8, address: u64, value: u64) {
+        let mut request = vec![operation as u8, width];
+        request.extend(address.to_le_bytes());
+        request.extend(value.to_le_bytes());
+        self.stdin.write_all(&request).unwrap_or_else(|error| self.fail(&error.to_string()));
+    }
+
     /// Sends an operation whose answer never comes because the machine ends, and waits for that.
     pub fn end_with(
         mut self,
@@ -161,10 +175,7 @@ impl Guest {
         address: u64,
         value: u64,
     ) -> (ExitStatus, String) {
-        let mut request = vec![operation as u8, width];
-        request.extend(address.to_le_bytes());
-        request.extend(value.to_le_bytes());
-        self.stdin.write_all(&request).unwrap();
+        self.send(operation, width, address, value);
         self.wait()
     }
 

@@ -116,7 +116,7 @@ fn without_an_address_only_mappings_that_were_accessed_keep_their_zeroes() {
     // In every state they can be unmapped.
     bench.file.set_len(0).unwrap();
     assert_eq!(bench.shmem.fill_all_temporarily(), Some(vec![]));
-    assert_eq!(bench.shmem.unmap_all().unwrap(), 2);
+    assert_eq!(bench.shmem.unmap_all(|| {}).unwrap(), 2);
     bench.file.set_len(8 * PAGE).unwrap();
     bench.map(0, 0, 8 * PAGE).unwrap();
     assert_eq!(bench.reads(0, 0), Some(0));
