@@ -1,31 +1,50 @@
-//! The program: parse, build, run, and say how it ended.
+//! The program: parse, build, run.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use clap::Parser;
 use hotslot::arch::x86_64::layout::Layout;
 use hotslot::cli::Cli;
 use hotslot::config::DEFAULT_CMDLINE;
-use hotslot::report::{Failure, STATUS_USAGE, fail, say};
+use hotslot::report::{Failure, STATUS_ERROR, STATUS_USAGE, failure_text, lines};
 use hotslot::vmm::Vmm;
 
-fn main() -> ExitCode {
-    run(Cli::parse()).unwrap_or_else(|failure| fail(&*failure))
+fn main() {
+    match run(Cli::parse()) {
+        Ok(()) => lines::end("", 0),
+        Err(failure) => lines::end(&failure_text(&*failure), failure.status()),
+    }
 }
 
-fn run(cli: Cli) -> Result<ExitCode, Box<dyn Failure>> {
+fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
+    fail_beyond_file_size_limit();
+    lines::start().map_err(NoThread)?;
     start_log(&cli)?;
     if cli.print_layout {
         // Unlike `println!`, this does not panic when stdout is closed.
         let _closed = writeln!(io::stdout(), "{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
-        return Ok(ExitCode::SUCCESS);
+        return Ok(());
     }
     let config = cli.into_config().expect("invariant: the parser demands a kernel");
-    let exit = Vmm::build(&config)?.run()?;
-    say(format_args!("hotslot: {exit}"));
-    Ok(ExitCode::from(u8::from(&exit)))
+    Vmm::build(&config)?.run()
+}
+
+/// What goes beyond the limit of file sizes (RLIMIT_FSIZE) fails with EFBIG: guest memory, the guest's serial
+/// output, messages. By default SIGXFSZ would end the process.
+fn fail_beyond_file_size_limit() {
+    // SAFETY: no handler runs: the signal is ignored.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot start the thread that writes messages")]
+struct NoThread(#[source] io::Error);
+
+impl Failure for NoThread {
+    fn status(&self) -> u8 {
+        STATUS_ERROR
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +71,11 @@ fn start_log(cli: &Cli) -> Result<(), LogFileError> {
     });
     if let Some(path) = &cli.log_file {
         let file = std::fs::File::create(path).map_err(|error| LogFileError(path.clone(), error))?;
-        builder.format_timestamp_micros().target(env_logger::Target::Pipe(Box::new(file)));
+        builder
+            .format_timestamp_micros()
+            .target(env_logger::Target::Pipe(Box::new(lines::Log::to_file(file))));
+    } else {
+        builder.target(env_logger::Target::Pipe(Box::new(lines::Log::to_stderr())));
     }
     builder.init();
     Ok(())

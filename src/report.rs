@@ -1,18 +1,20 @@
 //! Messages about errors: lines on stderr, errors with their causes, what an error means for the whole
 //! program ([`Failure`]), and warnings that a guest or a back-end can provoke, at a limited rate.
 
+pub mod lines;
+
 use std::error::Error;
 use std::fmt;
-use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::warn;
+use log::{Level, log, log_enabled};
 
-/// Prints a line to stderr. Unlike `eprintln!` it does not panic when stderr is closed.
+/// Prints a line to stderr. Unlike `eprintln!` it does not panic when stderr is closed, and once
+/// [`lines::start`] was called it does not wait.
 pub fn say(line: impl fmt::Display) {
-    let _closed = writeln!(io::stderr(), "{line}");
+    lines::write(format!("{line}\n").into_bytes());
 }
 
 /// The exit status of an error of the VMM itself.
@@ -41,11 +43,14 @@ impl<E: Failure + 'static> From<E> for Box<dyn Failure> {
 
 /// Prints an error with its causes, then its hint. The result is its status, for `main` to return.
 pub fn fail(failure: &dyn Failure) -> ExitCode {
-    say(format_args!("error: {}", with_causes(failure)));
-    if let Some(hint) = failure.hint() {
-        say(format_args!("hint: {hint}"));
-    }
+    say(failure_text(failure));
     ExitCode::from(failure.status())
+}
+
+/// An error with its causes; its hint, on a second line.
+pub fn failure_text(failure: &dyn Failure) -> String {
+    let hint = failure.hint().map_or(String::new(), |hint| format!("\nhint: {hint}"));
+    format!("error: {}{hint}", with_causes(failure))
 }
 
 /// An error and its causes, each once, in one line.
@@ -64,7 +69,7 @@ const BURST: u32 = 10;
 /// Time that earns one more line. A device reset earns none: a guest can reset as often as it likes.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// The warnings about one device.
+/// The lines about one device that its guest or its back-end can cause, at a limited rate.
 pub struct MisuseLog {
     device: String,
     /// Lock order: innermost; held for a few comparisons.
@@ -78,13 +83,24 @@ impl MisuseLog {
         MisuseLog { device: device.to_owned(), budget: Mutex::new(budget) }
     }
 
-    /// Logs a line, if there is room for one.
+    /// Logs a warning, if there is room for one.
     pub fn warn(&self, message: fmt::Arguments) {
+        self.log(Level::Warn, message);
+    }
+
+    /// Logs a line of this level, if there is room for one.
+    pub fn log(&self, level: Level, message: fmt::Arguments) {
+        // A line that is not logged anyway takes no room from one that is.
+        if !log_enabled!(level) {
+            return;
+        }
         let dropped = self.budget.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now());
         match dropped {
             None => {}
-            Some(0) => warn!("{}: {message}", self.device),
-            Some(dropped) => warn!("{}: {message} ({dropped} lines before this one left out)", self.device),
+            Some(0) => log!(level, "{}: {message}", self.device),
+            Some(dropped) => {
+                log!(level, "{}: {message} ({dropped} lines before this one left out)", self.device)
+            }
         }
     }
 }
@@ -119,6 +135,8 @@ impl Budget {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]

@@ -46,7 +46,7 @@ impl Drop for RawTerminal {
 
 /// Restores the terminal if it is raw. Uses atomics and one system call only, so that a signal handler may
 /// call it.
-fn restore() {
+pub fn restore() {
     if IS_RAW.swap(false, Ordering::SeqCst)
         && let Some(saved) = SAVED.get()
     {

@@ -1,13 +1,15 @@
-//! Threads that leave the process's signals to the main loop.
+//! Threads that leave the process's signals to the thread that takes them, and waiting for a thread's end
+//! with a time limit.
 
 use std::io;
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, sleep};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::create_sigset;
 
-/// Starts a thread on which every signal is blocked, so that SIGTERM and the like always reach the main
-/// loop's signalfd (or, before there is one, end the process as usual). A thread that needs a signal unblocks
-/// it.
+/// Starts a thread on which every signal is blocked, so that SIGTERM and the like always reach the signalfd
+/// of `vmm::signals` (or, before there is one, end the process as usual). A thread that needs a signal
+/// unblocks it.
 pub fn spawn<T: Send + 'static>(
     name: String,
     body: impl FnOnce() -> T + Send + 'static,
@@ -20,6 +22,19 @@ pub fn spawn<T: Send + 'static>(
     let thread = std::thread::Builder::new().name(name).spawn(body);
     set_mask(&old)?;
     thread
+}
+
+/// Waits for the end of a thread. False if it does not end in time: it may be stuck in a system call on what
+/// another process sent, and is left behind. A panic in it was printed already.
+pub fn join_within<T>(limit: Duration, thread: &JoinHandle<T>) -> bool {
+    let start = Instant::now();
+    while !thread.is_finished() {
+        if start.elapsed() >= limit {
+            return false;
+        }
+        sleep(Duration::from_millis(1));
+    }
+    true
 }
 
 /// Sets this thread's signal mask; the result is the one before.

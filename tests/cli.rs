@@ -5,10 +5,12 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
 use hotslot_test_support::{built, child};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use tempfile::TempDir;
 
 /// What hotslot said, and its exit status.
@@ -213,5 +215,24 @@ fn questions_are_answered() {
         assert_eq!(answer.status, Some(0), "{arguments:?}");
         assert!(answer.stdout.contains(part), "{arguments:?}: {}", answer.stdout);
         assert_eq!(answer.stderr, "", "{arguments:?}");
+    }
+}
+
+#[test]
+fn memory_beyond_the_limit_of_file_sizes_is_an_error_and_no_signal() {
+    let directory = TempDir::new().unwrap();
+    for (size, bytes) in [("64M", "67108864"), ("2M", "2097152")] {
+        let mut command = Command::new(built::hotslot());
+        command.args(["-k", "nowhere", "-m", size]).current_dir(directory.path());
+        let limit = || match setrlimit(Resource::Fsize, Rlimit { current: Some(1 << 20), maximum: None }) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(error.into()),
+        };
+        // SAFETY: setrlimit(2) is async-signal-safe.
+        let output = child::run(unsafe { command.pre_exec(limit) });
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(&format!("for {bytes} bytes of guest memory")), "{said}");
+        assert!(said.contains("hint: ") && said.contains("ulimit -f"), "{said}");
     }
 }

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use hotslot::memory::alloc::WindowAllocator;
-use hotslot::memory::shmem::SharedMemory;
+use hotslot::memory::shmem::{Limits, SharedMemory};
 use hotslot::memory::{Access, GuestMapper, GuestRange, SlotId};
 use hotslot::vhost_user::shmem_handler::{BackendChannel, ShmemHandler};
 use hotslot::vhost_user::wire::connection::Deadline;
@@ -200,10 +200,11 @@ impl Device {
             PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_REPLY_ACK,
         ]);
         let quota = [4096, 1, 3, 8][usize::from(settings % 4)];
+        let limits = Limits { mappings: quota, bytes: u64::MAX, foreign_files: false };
         let machine = Arc::<Machine>::default();
         let sizes = REGIONS.map(|(shmid, pages)| (shmid, pages * PAGE));
         let mut windows = WindowAllocator::new(1 << 32, 1 << 40);
-        let shmem = SharedMemory::new(sizes, &mut windows, Arc::clone(&machine) as _, quota).unwrap();
+        let shmem = SharedMemory::new(sizes, &mut windows, Arc::clone(&machine) as _, limits).unwrap();
         let shmem = Arc::new(shmem);
         machine.0.lock().unwrap().windows = shmem.regions().into_iter().map(|(_, range)| range).collect();
         let (ours, peer) = UnixStream::pair().unwrap();
@@ -346,7 +347,7 @@ impl Device {
             self.begun_before_reset = !self.begun.is_empty();
         }
         let fails = self.machine.0.lock().unwrap().fail;
-        let result = self.shmem.unmap_all();
+        let result = self.shmem.unmap_all(|| {});
         assert!(result.is_ok() || fails);
         if result.is_ok() {
             assert!(!self.shmem.has_mappings() && self.machine.live().is_empty());

@@ -41,7 +41,8 @@ fn device(text: &str) {
 }
 
 fn check_device(device: &DeviceSpec) {
-    let DeviceSpec { name, socket, kind, queues, queue_size, shmem_bit, share_shmem, shmem_rate } = device;
+    let DeviceSpec { name, socket, kind, queues, queue_size, shmem_bit, share_shmem, .. } = device;
+    let DeviceSpec { shmem_rate, shmem_limit, foreign_files, .. } = device;
     assert!(!name.is_empty() && !socket.as_os_str().is_empty());
     assert!((1..=255).contains(&kind.id()));
     assert!(queues.is_none_or(|queues| (1..=256).contains(&queues)));
@@ -49,9 +50,11 @@ fn check_device(device: &DeviceSpec) {
     assert!((20..=22).contains(shmem_bit));
     let queues = queues.map_or(String::new(), |queues| format!(",queues={queues}"));
     let rate = shmem_rate.map_or(String::new(), |rate| format!(",shmem-rate={rate}"));
-    let share = if *share_shmem { "on" } else { "off" };
+    assert!(*shmem_limit >= 4096);
+    let [share, foreign] = [share_shmem, foreign_files].map(|is_on| if *is_on { "on" } else { "off" });
+    let more = format!("shmem-limit={shmem_limit},foreign-files={foreign}");
     let full = format!(
-        "{},share-shmem={share},shmem-bit={shmem_bit},queue-size={queue_size},name={name},type={}{queues}{rate}",
+        "{},share-shmem={share},shmem-bit={shmem_bit},queue-size={queue_size},name={name},type={}{queues}{rate},{more}",
         socket.display(),
         kind.id(),
     );

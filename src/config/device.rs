@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use crate::size;
 use crate::virtio::kind::{self, DeviceKind, UnknownKind};
 
 /// The largest queue that a driver may choose where the user does not say otherwise: what most of QEMU's
@@ -16,6 +17,10 @@ const QUEUE_SIZE: u16 = 256;
 
 /// SHMEM's protocol feature bit in the merged specification; drafts had 20 and 21 (SHM-1).
 const SHMEM_BIT: u32 = 22;
+
+/// The bytes that a back-end may map at a time where the user does not say otherwise. KVM without hardware
+/// virtualization keeps 160 MiB for so much.
+const SHMEM_LIMIT: u64 = 64 << 30;
 
 /// A device of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +41,10 @@ pub struct DeviceSpec {
     pub share_shmem: bool,
     /// How many requests of the backend channel are served in a second; `None` for as many as come (SHM-66).
     pub shmem_rate: Option<NonZeroU32>,
+    /// How many bytes its back-end may map at a time (SHM-85).
+    pub shmem_limit: u64,
+    /// Whether its back-end may map files that need another process or the network (SHM-83).
+    pub foreign_files: bool,
 }
 
 /// A key of a device string.
@@ -107,6 +116,27 @@ const KEYS: &[Key] = &[
         help: "carries out no more than N requests of this device's back-end to map or unmap in a second, evenly \
                spread: each holds up the guest's processors for a moment. Without it there is no limit",
         set: |spec, text| text.parse().map(|rate| spec.shmem_rate = Some(rate)).ok(),
+    },
+    Key {
+        name: "shmem-limit",
+        value: "SIZE",
+        wanted: "a size from 4K, as in 128G",
+        help: "lets this device's back-end map no more than SIZE at a time, if not 64G. A KVM without hardware \
+               virtualization takes about 2.5M of the host's memory for each 1G",
+        set: |spec, text| {
+            size::parse(text).ok().filter(|&size| size >= 4096).map(|size| spec.shmem_limit = size)
+        },
+    },
+    Key {
+        name: "foreign-files",
+        value: "on",
+        wanted: "on or off",
+        help: "lets this device's back-end map files that need another process or the network (FUSE, NFS). Where their \
+               server does not answer, the guest and hotslot can wait without end",
+        set: |spec, text| {
+            spec.foreign_files = text == "on";
+            ["on", "off"].contains(&text).then_some(())
+        },
     },
 ];
 
@@ -203,6 +233,8 @@ impl FromStr for DeviceSpec {
             shmem_bit: SHMEM_BIT,
             share_shmem: false,
             shmem_rate: None,
+            shmem_limit: SHMEM_LIMIT,
+            foreign_files: false,
         };
         for (&Key { name, wanted, set, .. }, value) in given {
             set(&mut spec, value).ok_or_else(|| BadValue::new(name, value, wanted))?;
@@ -229,6 +261,8 @@ mod tests {
                 shmem_bit: 22,
                 share_shmem: false,
                 shmem_rate: None,
+                shmem_limit: 64 << 30,
+                foreign_files: false,
             }
         );
         let device: DeviceSpec =
@@ -239,6 +273,8 @@ mod tests {
         assert_eq!(device.shmem_rate, NonZeroU32::new(100));
         let device_off: DeviceSpec = "a,type=fs,share-shmem=off".parse().unwrap();
         assert!(!device_off.share_shmem);
+        let device_of_network: DeviceSpec = "a,type=fs,foreign-files=on,shmem-limit=128G".parse().unwrap();
+        assert_eq!((device_of_network.foreign_files, device_of_network.shmem_limit), (true, 128 << 30));
         assert_eq!(device.socket, PathBuf::from("a=b.sock"));
         assert_eq!((device.kind.id(), device.name.as_str()), (26, "share"));
         assert_eq!((device.queues, device.queue_size, device.shmem_bit), (Some(3), 128, 20));
@@ -268,6 +304,9 @@ mod tests {
             ("a.sock,type=fs,share-shmem=yes", "`yes` is not a good share-shmem: it is on or off"),
             ("a.sock,type=fs,shmem-rate=0", "`0` is not a good shmem-rate"),
             ("a.sock,type=fs,shmem-rate=-1", "`-1` is not a good shmem-rate"),
+            ("a.sock,type=fs,shmem-limit=4095", "`4095` is not a good shmem-limit: it is a size from 4K"),
+            ("a.sock,type=fs,shmem-limit=lots", "`lots` is not a good shmem-limit"),
+            ("a.sock,type=fs,foreign-files=1", "`1` is not a good foreign-files: it is on or off"),
             ("a.sock,share-shmem=on,type=fs,share-shmem=on", "`share-shmem` is given twice"),
         ] {
             let error = text.parse::<DeviceSpec>().unwrap_err().to_string();

@@ -144,16 +144,9 @@ impl Vcpu {
         self.is_waiting.load(Ordering::Relaxed)
     }
 
-    /// Whether the thread has ended.
+    /// Whether the thread has ended. Nobody waits for one without a time limit: it may be stuck in KVM.
     pub fn has_ended(&self) -> bool {
         self.thread.is_finished()
-    }
-
-    /// Waits for the end of the thread.
-    pub fn join(self) {
-        if self.thread.join().is_err() {
-            log::error!("a vCPU thread panicked");
-        }
     }
 }
 

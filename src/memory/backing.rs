@@ -8,10 +8,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
-use rustix::fs::{AtFlags, FileType, StatVfs, StatxFlags};
+use rustix::fs::{AtFlags, StatVfs, Statx, StatxFlags};
 use rustix::io::Errno;
 
 use super::PAGE_SIZE;
+use super::origin::Origin;
 
 /// From statfs(2): files made of huge pages, which can only be mapped in whole huge pages.
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
@@ -19,26 +20,32 @@ const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 /// What was found out of a file before it is mapped.
 #[derive(Clone, Copy, Debug)]
 pub struct FileInfo {
-    /// Device and inode.
-    id: (u64, u64),
+    /// Device, by its two numbers, and inode; `None` where the file's server hides them.
+    id: Option<(u32, u32, u64)>,
     /// The size of its pages in bytes: what is mapped of it are multiples of that.
     pub page_size: u64,
 }
 
 impl FileInfo {
-    /// Looks at a file. Fails with EINVAL for anything but a regular one: mmap(2) would take others, too.
-    pub fn of(file: BorrowedFd<'_>) -> io::Result<FileInfo> {
-        let stat = rustix::fs::fstat(file)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(Errno::INVAL.into());
-        }
-        let fs = rustix::fs::fstatfs(file)?;
-        let page_size = match fs.f_type {
-            HUGETLBFS_MAGIC => u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)?,
-            _ => PAGE_SIZE,
+    /// Looks at a file that may be mapped. Asks the kernel, not the file's server.
+    pub fn of(file: BorrowedFd<'_>, origin: Origin) -> io::Result<FileInfo> {
+        let page_size = match origin {
+            Origin::Memory => {
+                let fs = rustix::fs::fstatfs(file)?;
+                let is_huge = fs.f_type == HUGETLBFS_MAGIC;
+                if is_huge { u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)? } else { PAGE_SIZE }
+            }
+            Origin::FileSystem => PAGE_SIZE,
         };
-        Ok(FileInfo { id: (stat.st_dev, stat.st_ino), page_size })
+        let found = look(file, StatxFlags::INO);
+        let id = found.ok().map(|found| (found.stx_dev_major, found.stx_dev_minor, found.stx_ino));
+        Ok(FileInfo { id, page_size })
     }
+}
+
+/// What the kernel knows of a file without asking its server.
+fn look(file: BorrowedFd<'_>, what: StatxFlags) -> rustix::io::Result<Statx> {
+    rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, what)
 }
 
 /// A file of which something is mapped.
@@ -51,8 +58,7 @@ pub struct BackingFile {
 impl BackingFile {
     /// Where the file ends now, in whole pages of its own. Asks the kernel, not the file's server.
     pub fn end(&self) -> io::Result<u64> {
-        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        let size = rustix::fs::statx(&self.fd, c"", flags, StatxFlags::SIZE)?.stx_size;
+        let size = look(self.fd.as_fd(), StatxFlags::SIZE)?.stx_size;
         size.checked_next_multiple_of(self.info.page_size).ok_or(Errno::OVERFLOW.into())
     }
 
@@ -70,44 +76,30 @@ impl BackingFile {
 
 /// The files of which something is mapped, one descriptor each.
 #[derive(Debug, Default)]
-pub struct BackingFiles(BTreeMap<(u64, u64), Weak<BackingFile>>);
+pub struct BackingFiles(BTreeMap<(u32, u32, u64), Weak<BackingFile>>);
 
 impl BackingFiles {
     /// The file, by the descriptor that is kept of it already, or by a new one. Fails with EMFILE.
     pub fn keep(&mut self, file: BorrowedFd<'_>, info: FileInfo) -> io::Result<Arc<BackingFile>> {
-        if let Some(kept) = self.0.get(&info.id).and_then(Weak::upgrade) {
+        if let Some(kept) = info.id.and_then(|id| self.0.get(&id)).and_then(Weak::upgrade) {
             return Ok(kept);
         }
         self.0.retain(|_, file| file.strong_count() > 0);
         let fd = rustix::io::fcntl_dupfd_cloexec(file.as_fd(), 0)?;
         let file = Arc::new(BackingFile { fd, info });
-        self.0.insert(info.id, Arc::downgrade(&file));
+        self.0.extend(info.id.map(|id| (id, Arc::downgrade(&file))));
         Ok(file)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::os::unix::net::UnixStream;
-
     use super::*;
-
-    #[test]
-    fn what_is_no_regular_file_is_refused() {
-        // SHM-47
-        let (socket, _) = UnixStream::pair().unwrap();
-        let others: [OwnedFd; 3] =
-            [socket.into(), File::open("/").unwrap().into(), File::open("/dev/zero").unwrap().into()];
-        for fd in others {
-            assert_eq!(FileInfo::of(fd.as_fd()).unwrap_err().raw_os_error(), Some(libc::EINVAL));
-        }
-    }
 
     #[test]
     fn a_file_is_kept_once_and_as_long_as_it_is_used() {
         let file = tempfile::tempfile().unwrap();
-        let info = FileInfo::of(file.as_fd()).unwrap();
+        let info = FileInfo::of(file.as_fd(), Origin::FileSystem).unwrap();
         let mut files = BackingFiles::default();
         let kept = [0, 1].map(|_| files.keep(file.as_fd(), info).unwrap());
         assert!(Arc::ptr_eq(&kept[0], &kept[1]));
@@ -116,9 +108,10 @@ mod tests {
             assert_eq!(kept[0].end().unwrap(), end);
         }
         drop(kept);
-        assert!(files.0[&info.id].upgrade().is_none());
+        assert!(files.0[&info.id.unwrap()].upgrade().is_none());
         let other = tempfile::tempfile().unwrap();
-        let _other = files.keep(other.as_fd(), FileInfo::of(other.as_fd()).unwrap()).unwrap();
+        let _other =
+            files.keep(other.as_fd(), FileInfo::of(other.as_fd(), Origin::FileSystem).unwrap()).unwrap();
         assert_eq!(files.0.len(), 1);
     }
 }

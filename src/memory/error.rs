@@ -51,6 +51,18 @@ pub enum ShmemError {
     /// SHM-48.
     #[error("the device has {0} mappings, and may not have more")]
     Quota(usize),
+    /// SHM-85.
+    #[error(
+        "with {len:#x} bytes more than the {mapped:#x} that are mapped the device would have more than its limit of \
+         {limit:#x}: shmem-limit=SIZE sets another"
+    )]
+    Bytes { len: u64, mapped: u64, limit: u64 },
+    /// SHM-83.
+    #[error(
+        "its file is on {0}, where calls may wait for another process or the network without end: foreign-files=on takes \
+         such files"
+    )]
+    Foreign(String),
     /// SHM-51, SHM-52.
     #[error("no mapping of region {shmid} is exactly {len:#x} bytes from {shm_offset:#x} on")]
     NoMapping { shmid: u8, shm_offset: u64, len: u64 },
@@ -72,7 +84,8 @@ impl ShmemError {
             ShmemError::OutOfBounds { .. } => libc::ERANGE,
             ShmemError::FileRange { .. } => libc::EOVERFLOW,
             ShmemError::Overlap { .. } => libc::EEXIST,
-            ShmemError::Quota(_) => libc::ENOSPC,
+            ShmemError::Quota(_) | ShmemError::Bytes { .. } => libc::ENOSPC,
+            ShmemError::Foreign(_) => libc::EPERM,
             ShmemError::Place(error) | ShmemError::Guest(error) => {
                 error.raw_os_error().filter(|&errno| errno > 0).unwrap_or(libc::EIO)
             }

@@ -15,10 +15,13 @@ pub(super) type Key = (u8, u64);
 pub(super) struct Ledger<T> {
     /// In bytes, by region.
     sizes: BTreeMap<u8, u64>,
-    /// Those of a region are disjoint. [`Self::insert`] adds to them; the ledger's user removes from them.
+    /// Those of a region are disjoint. [`Self::insert`] adds to them, [`Self::remove`] removes.
     pub mappings: BTreeMap<Key, Mapping<T>>,
     /// How many mappings there may be at a time, over all regions.
     quota: usize,
+    /// How many bytes they may have, and have.
+    limit: u64,
+    mapped: u64,
     /// Mappings ever made.
     made: u64,
     /// Whether anything may be mapped.
@@ -45,10 +48,11 @@ impl<T> Mapping<T> {
 }
 
 impl<T> Ledger<T> {
-    /// Regions of these sizes, whole pages each, without mappings; the gate is open.
-    pub fn new(sizes: impl IntoIterator<Item = (u8, u64)>, quota: usize) -> Self {
-        let sizes = sizes.into_iter().collect();
-        Ledger { sizes, mappings: BTreeMap::new(), quota, made: 0, gate_open: true }
+    /// Regions of these sizes, whole pages each, without mappings, of which there may be `quota` with `limit`
+    /// bytes; the gate is open.
+    pub fn new(sizes: impl IntoIterator<Item = (u8, u64)>, quota: usize, limit: u64) -> Self {
+        let (sizes, mappings) = (sizes.into_iter().collect(), BTreeMap::new());
+        Ledger { sizes, mappings, quota, limit, mapped: 0, made: 0, gate_open: true }
     }
 
     /// Whether `len` bytes of a file, from `file_offset` on, may be mapped at `key`. Gives the length of the
@@ -82,13 +86,26 @@ impl<T> Ledger<T> {
         if self.mappings.len() >= self.quota {
             return Err(ShmemError::Quota(self.quota));
         }
+        let &Ledger { mapped, limit, .. } = self;
+        if span_len > limit.saturating_sub(mapped) {
+            return Err(ShmemError::Bytes { len: span_len, mapped, limit });
+        }
         Ok(span_len)
     }
 
     /// Records a mapping that [`Self::admit`] has allowed.
     pub fn insert(&mut self, key: Key, len: u64, file_offset: u64, access: Access, kept: T) {
-        self.mappings.insert(key, Mapping { len, file_offset, access, number: self.made, kept });
+        let mapping = Mapping { len, file_offset, access, number: self.made, kept };
+        self.mapped += mapping.span_len();
+        self.mappings.insert(key, mapping);
         self.made += 1;
+    }
+
+    /// Removes a mapping.
+    pub fn remove(&mut self, key: Key) -> Option<Mapping<T>> {
+        let mapping = self.mappings.remove(&key)?;
+        self.mapped -= mapping.span_len();
+        Some(mapping)
     }
 
     /// The mapping that an UNMAP names: all of it, by the length that it was made with.
@@ -121,7 +138,7 @@ mod tests {
 
     /// A region of 16 pages, with two pages from 2 on and one page at 9 mapped.
     fn ledger() -> Ledger<()> {
-        let mut ledger = Ledger::new([(0, 16 * PAGE), (7, PAGE)], 3);
+        let mut ledger = Ledger::new([(0, 16 * PAGE), (7, PAGE)], 3, u64::MAX);
         for (offset, len) in [(2 * PAGE, PAGE + 1), (9 * PAGE, PAGE)] {
             assert_eq!(ledger.admit((0, offset), len, 0).unwrap(), len.next_multiple_of(PAGE));
             ledger.insert((0, offset), len, 0, Access::ReadOnly, ());
@@ -135,7 +152,7 @@ mod tests {
         for (at, hole) in [(0, (0, 2)), (1, (0, 2)), (4, (4, 5)), (8, (4, 5)), (10, (10, 6)), (15, (10, 6))] {
             assert_eq!(ledger.hole((0, at * PAGE)), ((0, hole.0 * PAGE), hole.1 * PAGE), "{at}");
         }
-        ledger.mappings.remove(&(0, 2 * PAGE));
+        ledger.remove((0, 2 * PAGE)).unwrap();
         assert_eq!(ledger.hole((0, 2 * PAGE)), ((0, 0), 9 * PAGE));
         assert_eq!((ledger.hole((7, 0)), ledger.hole((3, 0))), (((7, 0), PAGE), ((3, 0), 0)));
     }
@@ -147,9 +164,29 @@ mod tests {
         ledger.admit((7, PAGE), PAGE, 0).unwrap_err();
         assert!(ledger.named((0, 2 * PAGE), 2 * PAGE).is_err());
         assert_eq!((ledger.mappings.len(), ledger.mappings[&(0, 9 * PAGE)].number), (2, 1));
-        ledger.mappings.remove(&(0, 9 * PAGE));
+        ledger.remove((0, 9 * PAGE)).unwrap();
         ledger.insert((0, 9 * PAGE), PAGE, 0, Access::ReadOnly, ());
         assert_eq!(ledger.mappings[&(0, 9 * PAGE)].number, 2);
+    }
+
+    #[test]
+    fn bytes_beyond_the_limit_are_refused_until_others_go() {
+        // SHM-85
+        let mut ledger = Ledger::new([(0, u64::MAX / PAGE * PAGE)], usize::MAX, 8 * PAGE);
+        // One byte takes a page.
+        ledger.insert((0, 0), 1, 0, Access::ReadOnly, ());
+        ledger.insert((0, PAGE), 4 * PAGE, 0, Access::ReadOnly, ());
+        let next = (0, 16 * PAGE);
+        assert_eq!(ledger.admit(next, 3 * PAGE, 0).unwrap(), 3 * PAGE);
+        for len in [3 * PAGE + 1, 4 * PAGE, 1 << 60] {
+            let refused = ledger.admit(next, len, 0);
+            assert!(
+                matches!(refused, Err(ShmemError::Bytes { mapped: 0x5000, limit: 0x8000, .. })),
+                "{len:#x}"
+            );
+        }
+        ledger.remove((0, PAGE)).unwrap();
+        ledger.admit(next, 7 * PAGE, 0).unwrap();
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod backing;
 mod error;
 mod ledger;
 pub mod missing;
+mod origin;
 pub(crate) mod pages;
 pub mod ram;
 pub mod shmem;
@@ -84,8 +85,9 @@ pub struct SlotId(pub u32);
 /// Puts ranges of host memory into guest physical memory, and takes them away again.
 ///
 /// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. Neither method waits
-/// for another process. The guest sees a mapping when `map` has returned, and no longer sees it when `unmap`
-/// has: no vCPU can reach the memory then.
+/// for another process, except that KVM waits for a vCPU that waits for a page of a foreign file. The guest
+/// sees a mapping when `map` has returned, and no longer sees it when `unmap` has: no vCPU can reach the
+/// memory then.
 pub trait GuestMapper: Send + Sync {
     /// Lets the guest see the memory at `host` as the addresses `guest`.
     ///

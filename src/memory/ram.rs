@@ -48,6 +48,9 @@ impl Failure for RamError {
                 Some(format!("the nearest sizes are {below} and {}", below.saturating_add(PAGE_SIZE)))
             }
             RamError::MoreThanHost { .. } => None,
+            RamError::Os { source, .. } if source.raw_os_error() == Some(libc::EFBIG) => {
+                Some("guest memory is a file: raise the limit of file sizes (`ulimit -f`)".into())
+            }
             RamError::Os { .. } => Some("try a smaller --memory, or look at `ulimit -v`".into()),
         }
     }

@@ -14,8 +14,10 @@ use super::alloc::WindowAllocator;
 use super::backing::{BackingFile, BackingFiles, FileInfo};
 pub use super::error::{LayoutError, ShmemError};
 use super::ledger::{self, Key, Ledger};
+use super::origin::Origins;
 use super::window::{ReserveVma, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
+use crate::report::MisuseLog;
 
 /// A back-end's request to map a file. Offsets and lengths are in bytes.
 #[derive(Debug)]
@@ -98,14 +100,25 @@ impl fmt::Display for FilledTotal {
     }
 }
 
+/// What a device's back-end may map.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// How many mappings at a time, over all regions.
+    pub mappings: usize,
+    /// How many bytes at a time. KVM keeps about 2.5 MiB for each GiB where it has to emulate page tables.
+    pub bytes: u64,
+    /// Whether files that need another process or the network are taken, too (SHM-83).
+    pub foreign_files: bool,
+}
+
 /// The shared memory of one device.
 pub struct SharedMemory {
     mapper: Arc<dyn GuestMapper>,
     /// Where each region is.
     windows: BTreeMap<u8, Window>,
-    /// Lock order: taken under the device's channel lock or the transport's, or alone; `GuestMapper`'s own
-    /// lock comes after it. Never held while an answer of a peer is waited for; calls on a back-end's file
-    /// can wait (design, "Calls on a back-end's descriptor can wait").
+    /// Lock order: taken under the transport's, or alone; `GuestMapper`'s own lock comes after it. Never held
+    /// while an answer of a peer is waited for, nor across a call on a back-end's file or its mapping, which
+    /// can wait (design, "Nothing waits for a back-end's file").
     state: Mutex<State>,
     /// The live mappings once more, by first guest address: last address, and what the guest may do there.
     /// For the guest's accesses that exit; most of them are to holes, and must not wait for a back-end that
@@ -113,6 +126,8 @@ pub struct SharedMemory {
     ///
     /// Lock order: after `state`, innermost; held for a lookup.
     by_guest_address: RwLock<BTreeMap<u64, (u64, Access)>>,
+    origins: Origins,
+    log: MisuseLog,
 }
 
 struct State {
@@ -136,13 +151,13 @@ struct Placed {
 }
 
 impl SharedMemory {
-    /// Places a window for each `(shmid, size in bytes)`, a size of 0 meaning no region. At most `quota`
-    /// mappings are allowed at a time, over all regions. The gate is open (SHM-68).
+    /// Places a window for each `(shmid, size in bytes)`, a size of 0 meaning no region. The gate is open
+    /// (SHM-68).
     pub fn new(
         sizes: impl IntoIterator<Item = (u8, u64)>,
         allocator: &mut WindowAllocator,
         mapper: Arc<dyn GuestMapper>,
-        quota: usize,
+        limits: Limits,
     ) -> Result<SharedMemory, LayoutError> {
         let mut windows = BTreeMap::new();
         for (shmid, size) in sizes.into_iter().filter(|&(_, size)| size > 0) {
@@ -158,11 +173,13 @@ impl SharedMemory {
         let sizes = windows.iter().map(|(&shmid, window)| (shmid, window.guest().len()));
         let state = Mutex::new(State {
             filled: FilledTotal::default(),
-            ledger: Ledger::new(sizes, quota),
+            ledger: Ledger::new(sizes, limits.mappings, limits.bytes),
             files: BackingFiles::default(),
             reserve_vma: ReserveVma::take(),
         });
-        Ok(SharedMemory { mapper, windows, state, by_guest_address: RwLock::default() })
+        let by_guest_address = RwLock::default();
+        let (origins, log) = (Origins::new(limits.foreign_files), MisuseLog::new("shared memory"));
+        Ok(SharedMemory { mapper, windows, state, by_guest_address, origins, log })
     }
 
     /// Where a region is; `None` for an id that has none.
@@ -194,42 +211,56 @@ impl SharedMemory {
 
     /// Maps a file; the guest sees it when this returns (SHM-60). Gives the mapping, and its address in this
     /// process, which no other memory of the guest has.
+    ///
+    /// `map` and `unmap` are called by one thread, which the calls on the file can hold up.
     pub fn map(&self, request: &MapRequest<'_>) -> Result<(MappingInfo, u64), ShmemError> {
         let &MapRequest { shmid, shm_offset, len, file, file_offset, access } = request;
         let key = (shmid, shm_offset);
-        // Before the lock, so that it is dropped after it: closing a file can wait.
-        let kept;
-        let State { ledger, files, reserve_vma, .. } = &mut *self.lock();
-        let span_len = ledger.admit(key, len, file_offset)?;
+        let span_len = self.lock().ledger.admit(key, len, file_offset)?;
         let span = self.span(key, span_len).ok_or(ShmemError::NoRegion(shmid))?;
-        let info = FileInfo::of(file).map_err(ShmemError::Place)?;
-        kept = files.keep(file, info).map_err(ShmemError::Place)?;
+        let info = FileInfo::of(file, self.origins.of(file)?).map_err(ShmemError::Place)?;
         span.place(file, info, file_offset, access).map_err(ShmemError::Place)?;
-        let guest = span.guest();
-        // SAFETY: the span stays the window's, mapped or reserved, and only `unmap` and `unmap_all` replace
-        // it, after they took the slot away; no Rust reference goes into it, only system calls look there.
-        let mapped = unsafe { self.mapper.map(guest, span.host(), access) };
-        let slot = mapped.map_err(|error| {
-            reserve_again(reserve_vma, Some(span));
-            ShmemError::Guest(error)
-        })?;
-        let placed = Placed { slot, file: kept, filled: 0, unavailable: None };
+        let kept = self.lock().files.keep(file, info).map_err(ShmemError::Place);
+        let shown = kept.and_then(|kept| self.show(request, span, kept));
+        if shown.is_err() {
+            self.reserve_again(Some(span));
+        }
+        Ok((shown?, span.host() as u64))
+    }
+
+    /// Lets the guest see a file that was placed.
+    fn show(
+        &self,
+        request: &MapRequest<'_>,
+        span: Span<'_>,
+        file: Arc<BackingFile>,
+    ) -> Result<MappingInfo, ShmemError> {
+        let &MapRequest { shmid, shm_offset, len, file_offset, access, .. } = request;
+        let (key, guest) = ((shmid, shm_offset), span.guest());
+        let ledger = &mut self.lock().ledger;
+        // Again: a reset may have closed the gate meanwhile, and may not have waited for this thread.
+        ledger.admit(key, len, file_offset)?;
+        // SAFETY: the span stays the window's, mapped or reserved, and only this thread, and `unmap_all`
+        // after it took the slot away, replace it; no Rust reference goes into it, only system calls look
+        // there.
+        let slot = unsafe { self.mapper.map(guest, span.host(), access) }.map_err(ShmemError::Guest)?;
+        let placed = Placed { slot, file, filled: 0, unavailable: None };
         ledger.insert(key, len, file_offset, access, placed);
         self.index().insert(guest.start(), (guest.last(), access));
-        let info = MappingInfo { shmid, guest, file_offset, access, filled: 0, unavailable: None };
-        Ok((info, span.host() as u64))
+        Ok(MappingInfo { shmid, guest, file_offset, access, filled: 0, unavailable: None })
     }
 
     /// Takes one whole mapping away; no vCPU can reach the file when this returns (SHM-56).
     pub fn unmap(&self, shmid: u8, shm_offset: u64, len: u64) -> Result<(), ShmemError> {
         let key = (shmid, shm_offset);
-        // Before the lock, so that it is dropped after it: closing a file can wait.
-        let _removed;
-        let State { ledger, reserve_vma, .. } = &mut *self.lock();
-        self.hide(key, ledger.named(key, len)?)?;
-        _removed = ledger.mappings.remove(&key);
-        let (hole, len) = ledger.hole(key);
-        reserve_again(reserve_vma, self.span(hole, len));
+        // What is removed is dropped after the lock: closing a file can wait.
+        let (hole, _removed) = {
+            let ledger = &mut self.lock().ledger;
+            self.hide(key, ledger.named(key, len)?)?;
+            let removed = ledger.remove(key);
+            (ledger.hole(key), removed)
+        };
+        self.reserve_again(self.span(hole.0, hole.1));
         Ok(())
     }
 
@@ -244,32 +275,49 @@ impl SharedMemory {
     }
 
     /// Takes all mappings away (SHM-69), and gives their number. Where [`GuestMapper::unmap`] fails the
-    /// mapping stays; the first such error is returned, after the others have gone.
-    pub fn unmap_all(&self) -> Result<usize, ShmemError> {
-        // Before the lock, so that they are dropped after it: closing a file can wait.
-        let mut removed = Vec::new();
-        let State { ledger, reserve_vma, .. } = &mut *self.lock();
-        let (mut freed, mut first_error) = (Vec::new(), None);
-        for (key, mapping) in std::mem::take(&mut ledger.mappings) {
-            match self.hide(key, &mapping) {
-                Ok(()) => {
-                    freed.push(key);
-                    removed.push(mapping);
-                }
+    /// mapping stays; the first such error is returned, after the others have gone. Tells of each step, since
+    /// each can take long.
+    pub fn unmap_all(&self, mut progress: impl FnMut()) -> Result<usize, ShmemError> {
+        let (hidden, error) = self.take_all(&mut progress);
+        let holes: BTreeSet<_> = {
+            let ledger = &self.lock().ledger;
+            let keys = hidden.iter().map(|(key, _)| *key);
+            // Each hole once; of an empty region all of it, with what an UNMAP had to leave.
+            let regions = self.windows.keys().map(|&shmid| (shmid, 0));
+            keys.chain(regions).map(|key| ledger.hole(key)).collect()
+        };
+        for (key, len) in holes {
+            self.reserve_again(self.span(key, len));
+            progress();
+        }
+        error.map_or(Ok(hidden.len()), Err)
+    }
+
+    /// Takes all mappings away from the guest, and leaves the files where they are in this process: the
+    /// thread that should unmap them is stuck.
+    pub fn hide_all(&self) -> Result<(), ShmemError> {
+        let (hidden, error) = self.take_all(&mut || {});
+        // Dropping it would close files.
+        std::mem::forget(hidden);
+        error.map_or(Ok(()), Err)
+    }
+
+    /// Takes all mappings away from the guest.
+    fn take_all(&self, progress: &mut impl FnMut()) -> (Vec<(Key, Mapping)>, Option<ShmemError>) {
+        let ledger = &mut self.lock().ledger;
+        let (mut hidden, mut first_error) = (Vec::new(), None);
+        let keys: Vec<Key> = ledger.mappings.keys().copied().collect();
+        for key in keys {
+            progress();
+            let result = ledger.mappings.get(&key).map_or(Ok(()), |mapping| self.hide(key, mapping));
+            match result {
+                Ok(()) => hidden.extend(ledger.remove(key).map(|mapping| (key, mapping))),
                 Err(error) => {
                     first_error.get_or_insert(error);
-                    ledger.mappings.insert(key, mapping);
                 }
             }
         }
-        let gone = freed.len();
-        // Each hole once; of an empty region all of it, with what an UNMAP had to leave.
-        freed.extend(self.windows.keys().map(|&shmid| (shmid, 0)));
-        let holes: BTreeSet<_> = freed.into_iter().map(|key| ledger.hole(key)).collect();
-        for (key, len) in holes {
-            reserve_again(reserve_vma, self.span(key, len));
-        }
-        first_error.map_or(Ok(gone), Err)
+        (hidden, first_error)
     }
 
     /// What the guest may do at `at`; `None` where nothing is mapped. Waits for no request of the back-end.
@@ -395,6 +443,26 @@ impl SharedMemory {
         self.by_guest_address.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Reserves a span again that the guest no longer sees; after an unmapping all of the hole around it, so
+    /// that a part that could not be reserved earlier is reserved then. Called with no lock held: what is
+    /// there is the mapping of a back-end's file.
+    fn reserve_again(&self, hole: Option<Span<'_>>) {
+        let Some(hole) = hole else { return };
+        let cleared = hole.clear().or_else(|_| {
+            // It fails again only if the span is in the middle of what the kernel has merged into one area:
+            // that takes two more.
+            self.lock().reserve_vma.give_up();
+            let cleared = hole.clear();
+            self.lock().reserve_vma = ReserveVma::take();
+            cleared
+        });
+        if let Err(error) = cleared {
+            self.log.warn(format_args!(
+                "an unmapped file stays in the VMM's address space until the hole around it is reserved again: {error}"
+            ));
+        }
+    }
+
     /// Takes a mapping away from the guest; its pages stay where they are.
     fn hide(&self, key: Key, mapping: &Mapping) -> Result<(), ShmemError> {
         self.mapper.unmap(mapping.kept.slot).map_err(ShmemError::Guest)?;
@@ -407,21 +475,11 @@ impl SharedMemory {
 
 impl Drop for SharedMemory {
     fn drop(&mut self) {
-        if let Err(error) = self.unmap_all() {
+        if let Err(error) = self.unmap_all(|| {}) {
             // The guest can still reach the windows: never unmap them.
             log::error!("shared memory stays in the guest: {error}");
             std::mem::forget(std::mem::take(&mut self.windows));
         }
-    }
-}
-
-/// Reserves a span again that the guest no longer sees; after an unmapping all of the hole around it, so that
-/// a part that could not be reserved earlier is reserved then.
-fn reserve_again(reserve_vma: &mut ReserveVma, hole: Option<Span<'_>>) {
-    if let Some(Err(error)) = hole.map(|hole| reserve_vma.clear(&hole)) {
-        log::warn!(
-            "an unmapped file stays in the VMM's address space until the hole around it is reserved again: {error}"
-        );
     }
 }
 

@@ -186,15 +186,9 @@ impl ReserveVma {
         ReserveVma(OwnedPages::reserve_vma().ok())
     }
 
-    /// [`Span::clear`], also where no area is left. Fails then only if the span is in the middle of what the
-    /// kernel has merged into one area: that takes two more.
-    pub fn clear(&mut self, span: &Span<'_>) -> io::Result<()> {
-        span.clear().or_else(|_| {
-            self.0 = None;
-            let cleared = span.clear();
-            *self = ReserveVma::take();
-            cleared
-        })
+    /// Gives it up.
+    pub fn give_up(&mut self) {
+        self.0 = None;
     }
 }
 
@@ -204,6 +198,7 @@ mod tests {
     use std::io::Write;
     use std::os::fd::AsFd;
 
+    use super::super::origin::Origin;
     use super::*;
 
     fn window(start: u64, len: u64) -> Window {
@@ -218,7 +213,7 @@ mod tests {
 
     fn place(span: &Span<'_>, file: &impl AsFd, file_offset: u64) {
         let file = file.as_fd();
-        span.place(file, FileInfo::of(file).unwrap(), file_offset, Access::ReadOnly).unwrap();
+        span.place(file, FileInfo::of(file, Origin::Memory).unwrap(), file_offset, Access::ReadOnly).unwrap();
     }
 
     fn peek(span: &Span<'_>, offset: u64) -> Option<u8> {

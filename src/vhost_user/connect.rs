@@ -9,6 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use thiserror::Error;
 
 use super::wire::frontend::{Frontend, FrontendError, Handshake};
@@ -21,7 +22,7 @@ use crate::report;
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
 pub enum ConnectError {
-    /// Nobody listens, for as long as the user allows; `source` is the last error of connect(2).
+    /// Nobody listens, or accepts, for as long as the user allows; `source` is the last error of connect(2).
     #[error("nobody accepted a connection within {} s", .waited.as_secs_f32())]
     NobodyListens { waited: Duration, source: io::Error },
     #[error("it is not a socket")]
@@ -71,11 +72,13 @@ fn connect_socket(name: &str, path: &Path, timeout: Duration) -> Result<UnixStre
     let start = Instant::now();
     let mut said = 0;
     loop {
-        let source = match UnixStream::connect(path) {
+        let source = match try_connect(path) {
             Ok(socket) => return Ok(socket),
             Err(source) => source,
         };
-        if !matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) {
+        // WouldBlock: somebody listens, and has as many connections to accept as he allows.
+        use io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
+        if !matches!(source.kind(), NotFound | ConnectionRefused | WouldBlock) {
             return Err(ConnectError::Connect(source));
         }
         // A refusal means a socket that nobody listens on (yet), or no socket.
@@ -94,4 +97,12 @@ fn connect_socket(name: &str, path: &Path, timeout: Duration) -> Result<UnixStre
         }
         thread::sleep(RETRY.min(timeout - waited));
     }
+}
+
+/// One attempt, which does not wait until a connection is accepted: that may be never.
+fn try_connect(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
 }

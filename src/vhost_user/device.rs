@@ -6,13 +6,14 @@
 //! update thread of [`super::sharing`] where the back-end sees other devices' mappings.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::fmt;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use log::Level;
 use thiserror::Error;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::link::Link;
 use super::memory_table::MemoryTable;
@@ -30,6 +31,7 @@ use crate::memory::shmem::SharedMemory;
 use crate::report::with_causes;
 use crate::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use crate::virtio::interrupt::Interrupt;
+use crate::virtio::kick::borrow;
 
 /// How long a vCPU that starts a device waits for its back-end, in all.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,6 +39,10 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a vCPU that resets a device, or a queue, or writes to a configuration space waits for its
 /// back-end, in all.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a reset then waits for the device's thread. Longer than the longest wait of a request that it may
+/// be carrying out: the 5 s in which the back-ends that see a mapping let go of it (`sharing`).
+const CLEAR_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// Why the back-end is not asked at all.
 #[derive(Debug, Error)]
@@ -57,7 +63,6 @@ pub struct VhostUserDevice {
     /// Its shared memory regions, where the back-end is to be told of them.
     own_regions: OwnRegions,
     link: Arc<Link>,
-    channel: Option<Arc<BackendChannel>>,
     /// The queues whose rings the back-end runs.
     running: BTreeSet<u16>,
     agreement: Agreement,
@@ -70,7 +75,7 @@ pub struct VhostUserDevice {
     sharing: Option<Owner>,
     /// Serves the backend channel. Before the update thread: that hangs up, which the watch would take for
     /// the back-end's end.
-    _watch: Watch,
+    watch: Watch,
     /// Tells its back-end of other devices' mappings.
     updates: Option<UpdateThread>,
 }
@@ -97,12 +102,12 @@ impl VhostUserDevice {
         let (ours, theirs) = pair.unzip();
         let channel = ours.map(|ours| {
             let handler = ShmemHandler::new(&spec.name, Arc::clone(&shmem), sharing.clone());
-            Arc::new(BackendChannel::new(&agreement, ours, handler))
+            BackendChannel::new(&agreement, ours, handler)
         });
-        let channel_socket = channel.as_ref().map(|channel| Arc::clone(channel.socket()));
+        let channel_socket = channel.as_ref().map(|channel: &BackendChannel| Arc::clone(channel.socket()));
         let main_socket = Arc::clone(frontend.socket());
         let link = Link::new(&spec.name, interrupt, main_socket, channel_socket);
-        let watch = Watch::start(Arc::clone(&link), channel.clone(), spec.shmem_rate)?;
+        let watch = Watch::start(Arc::clone(&link), channel, Arc::clone(&shmem), spec.shmem_rate)?;
         if let Some(theirs) = theirs {
             frontend.set_backend_channel(theirs.as_fd())?;
         }
@@ -120,12 +125,11 @@ impl VhostUserDevice {
             shmem,
             own_regions,
             link,
-            channel,
             running: BTreeSet::new(),
             agreement,
             main,
             sharing: sharing.map(Owner),
-            _watch: watch,
+            watch,
             updates,
         })
     }
@@ -166,11 +170,6 @@ impl VhostUserDevice {
             call: borrow(self.link.interrupt.call()),
         })
     }
-}
-
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the event owns its descriptor, and is borrowed for as long as the result is used.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 impl VirtioDevice for VhostUserDevice {
@@ -245,16 +244,24 @@ impl VirtioDevice for VhostUserDevice {
         if let Err(error) = told
             && !self.link.is_lost()
         {
-            log::warn!("{}: while the device is reset: {}", self.name(), with_causes(&*error));
+            let why = with_causes(&*error);
+            self.link.log.warn(format_args!("while the device is reset: {why}"));
         }
-        if let Some(Err(error)) = self.channel.as_ref().map(|channel| channel.drain(deadline)) {
-            self.link.channel_ended(&error);
-        }
-        match self.shmem.unmap_all() {
-            Ok(0) => {}
-            Ok(count) => log::info!("{}: the reset removed {count} mappings", self.name()),
-            Err(error) => {
-                log::error!("{}: mappings stay after a reset: {}", self.name(), with_causes(&error))
+        let log = |level, line: fmt::Arguments<'_>| self.link.log.log(level, line);
+        match self.watch.clear(CLEAR_TIMEOUT) {
+            Ok(Ok(0)) => {}
+            Ok(Ok(count)) => log(Level::Info, format_args!("the reset removed {count} mappings")),
+            Ok(Err(error)) => {
+                let why = with_causes(&error);
+                log(Level::Error, format_args!("mappings stay after a reset: {why}"));
+            }
+            Err(stuck) => {
+                self.link.give_up(&stuck);
+                // Its thread is left behind. The guest must not see the mappings any more.
+                if let Err(error) = self.shmem.hide_all() {
+                    let why = with_causes(&error);
+                    log(Level::Error, format_args!("mappings stay after a reset: {why}"));
+                }
             }
         }
         if let Some(sharing) = &self.sharing {

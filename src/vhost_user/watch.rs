@@ -1,4 +1,9 @@
-//! A device's own thread: serves the backend channel, and sees when the back-end goes away.
+//! A device's own thread: serves the backend channel, sees when the back-end goes away, and takes the
+//! mappings away at a reset.
+//!
+//! It is the only thread that touches what the back-end sent: a descriptor, and the mapping of a file. Any
+//! system call on these can wait, for as long as another process wants. So every wait for this thread has a
+//! deadline, past which the device is given up and the thread left behind.
 //!
 //! It takes no lock that is held while another thread waits for an answer of this back-end (deadlock rule of
 //! the protocol: a back-end that maps while we wait for its answer on the main socket is served here).
@@ -6,22 +11,66 @@
 use std::io;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
+use thiserror::Error;
 
 use super::link::Link;
 use super::shmem_handler::BackendChannel;
+use super::wire::channel::ChannelError;
 use super::wire::connection::{ConnectionError, Deadline};
+use crate::memory::shmem::{SharedMemory, ShmemError};
 use crate::thread;
 
-/// The running thread. Dropping it stops and joins it.
+/// How long the end of a device waits for its thread.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The thread did not take the mappings away in time.
+#[derive(Debug, Error)]
+#[error("a call on a file or a descriptor of its back-end does not return")]
+pub struct Stuck;
+
+/// The running thread. Dropping it stops it and waits for it, with a time limit.
 pub struct Watch {
-    stop: Arc<OwnedFd>,
-    thread: Option<JoinHandle<()>>,
+    orders: Arc<Orders>,
+    thread: JoinHandle<()>,
+}
+
+/// What the thread is told to do.
+struct Orders {
+    /// Signalled when something changed here.
+    wake: OwnedFd,
+    /// Lock order: innermost, held for a moment.
+    state: Mutex<State>,
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    stop: bool,
+    /// The thread was waited for in vain: nobody waits for it again.
+    is_left: bool,
+    /// Take all mappings away, until this deadline.
+    clear: Option<Deadline>,
+    /// Counts what was taken away: with many mappings that takes long.
+    progress: u64,
+    /// The result of it.
+    cleared: Option<Result<usize, ShmemError>>,
+}
+
+impl Orders {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // A nonblocking eventfd fails only when its counter is full: the thread is woken then, too.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
 }
 
 impl Watch {
@@ -29,61 +78,100 @@ impl Watch {
     /// spread; `None` for no limit.
     pub fn start(
         link: Arc<Link>,
-        channel: Option<Arc<BackendChannel>>,
+        channel: Option<BackendChannel>,
+        shmem: Arc<SharedMemory>,
         rate: Option<NonZeroU32>,
     ) -> io::Result<Watch> {
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let orders = Arc::new(Orders { wake, state: Mutex::default(), done: Condvar::new() });
         let name = format!("vhost-{}", link.name);
         let interval = rate.map(|rate| Duration::from_secs(1) / rate.get());
-        let watched = Watched { stop: Arc::clone(&stop), channel, interval, next: None, link };
+        let is_over = false;
+        let watched =
+            Watched { orders: Arc::clone(&orders), channel, interval, next: None, is_over, link, shmem };
         let thread = thread::spawn(name, move || watched.run())?;
-        Ok(Watch { stop, thread: Some(thread) })
+        Ok(Watch { orders, thread })
+    }
+
+    /// For a reset: serves what is queued on the channel, then takes all mappings away; gives their number.
+    /// Waits no longer than `limit` for the first and for each of these. The caller has closed the gate.
+    /// Called on a vCPU's thread.
+    pub fn clear(&self, limit: Duration) -> Result<Result<usize, ShmemError>, Stuck> {
+        let mut state = self.orders.lock();
+        if state.is_left {
+            return Err(Stuck);
+        }
+        (state.clear, state.cleared) = (Some(Deadline::after(limit)), None);
+        self.orders.wake();
+        loop {
+            let before = state.progress;
+            let waited = self.orders.done.wait_timeout_while(state, limit, |state| state.cleared.is_none());
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if state.cleared.is_some() || state.progress == before {
+                break;
+            }
+        }
+        let cleared = state.cleared.take();
+        (state.clear, state.is_left) = (None, cleared.is_none());
+        cleared.ok_or(Stuck)
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // A nonblocking eventfd fails only when its counter is full: the thread is woken then, too.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-        if let Some(thread) = self.thread.take() {
-            // A panic in there was printed already.
-            let _ = thread.join();
-        }
+        let mut state = self.orders.lock();
+        state.stop = true;
+        let is_left = state.is_left;
+        drop(state);
+        self.orders.wake();
+        let _left_behind = is_left || !thread::join_within(END_TIMEOUT, &self.thread);
     }
 }
 
 struct Watched {
-    stop: Arc<OwnedFd>,
+    orders: Arc<Orders>,
     /// `None` once it ended.
-    channel: Option<Arc<BackendChannel>>,
+    channel: Option<BackendChannel>,
     /// The least time between two requests of the backend channel.
     interval: Option<Duration>,
     /// When the next request is due, whether or not the socket has anything to read: it may have been read
     /// together with the one before.
     next: Option<Deadline>,
+    /// The back-end is gone: only orders are carried out.
+    is_over: bool,
     link: Arc<Link>,
+    shmem: Arc<SharedMemory>,
 }
 
 impl Watched {
     fn run(mut self) {
         loop {
-            let mut polled =
-                vec![PollFd::new(&self.stop, PollFlags::IN), PollFd::new(&self.link.main, PollFlags::RDHUP)];
-            // Until the next request is due, the channel's socket is left alone.
-            if let Some(channel) = self.channel.as_ref().filter(|_| self.next.is_none()) {
-                polled.push(PollFd::from_borrowed_fd(channel.socket().as_fd(), PollFlags::IN));
+            let mut polled = vec![PollFd::new(&self.orders.wake, PollFlags::IN)];
+            if !self.is_over {
+                polled.push(PollFd::new(&self.link.main, PollFlags::RDHUP));
+                // Until the next request is due, the channel's socket is left alone.
+                if let Some(channel) = self.channel.as_ref().filter(|_| self.next.is_none()) {
+                    polled.push(PollFd::from_borrowed_fd(channel.socket().as_fd(), PollFlags::IN));
+                }
             }
             let timeout = self.next.map(|next| next.time_left().unwrap_or_default());
             match poll(&mut polled, timeout.as_ref()) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
-                Err(error) => return self.link.give_up(&io::Error::from(error)),
+                Err(error) => {
+                    self.give_up(&io::Error::from(error));
+                    continue;
+                }
             }
             let is_ready =
                 |index| polled.get(index).is_some_and(|entry: &PollFd| !entry.revents().is_empty());
-            let [stop, main, channel] = [0, 1, 2].map(is_ready);
-            if stop {
-                return;
+            let [orders, main, channel] = [0, 1, 2].map(is_ready);
+            if orders {
+                self.carry_out_orders();
+                if self.orders.lock().stop {
+                    return;
+                }
+                continue;
             }
             // The back-end is gone: drop the rate limit, so that the end of what it left is reached at once.
             let is_due =
@@ -92,8 +180,37 @@ impl Watched {
                 self.serve();
             } else if main {
                 // Only once the channel is quiet: what the back-end sent before its end is served.
-                return self.link.give_up(&ConnectionError::HungUp);
+                self.give_up(&ConnectionError::HungUp);
             }
+        }
+    }
+
+    fn give_up(&mut self, why: &dyn std::error::Error) {
+        (self.is_over, self.next) = (true, None);
+        self.link.give_up(why);
+        self.link.discard();
+        // With what it had of a message.
+        self.channel = None;
+    }
+
+    fn channel_ended(&mut self, why: &ChannelError) {
+        self.link.channel_ended(why);
+        self.channel = None;
+    }
+
+    fn carry_out_orders(&mut self) {
+        // The only error is that there is nothing to read.
+        let _ = rustix::io::read(&self.orders.wake, &mut [0; 8]);
+        let Some(deadline) = self.orders.lock().clear else { return };
+        if let Some(Err(error)) = self.channel.as_ref().map(|channel| channel.drain(deadline)) {
+            self.channel_ended(&error);
+        }
+        let cleared = self.shmem.unmap_all(|| self.orders.lock().progress += 1);
+        let mut state = self.orders.lock();
+        // The caller may have given up meanwhile.
+        if state.clear.take().is_some() {
+            state.cleared = Some(cleared);
+            self.orders.done.notify_all();
         }
     }
 
@@ -107,8 +224,7 @@ impl Watched {
             }),
         };
         if let Err(error) = served {
-            self.link.channel_ended(&error);
-            self.channel = None;
+            self.channel_ended(&error);
         }
     }
 }

@@ -31,6 +31,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{DeviceError, VirtioDevice};
 use super::interrupt::Interrupt;
+use super::kick;
 use super::misuse::Misuse;
 use super::queue::{MAX_QUEUE_SIZE, Queue};
 use super::register_page::{CONFIG_MAX, CONFIG_START, Register, RegisterPage};
@@ -282,10 +283,8 @@ impl MmioTransport {
         (state.features, state.features_beyond) = (0, false);
         (state.device_features_sel, state.driver_features_sel) = (0, 0);
         (state.queue_sel, state.shm_sel) = (0, 0);
-        for kick in &self.kicks {
-            // The next driver's device must not see a kick from before. An error means that there was none.
-            let _ = kick.read();
-        }
+        // The next driver's device must not see a kick from before.
+        self.kicks.iter().for_each(kick::forget);
         self.show_config(state);
         self.show_selected(state);
         self.interrupt.reset();
@@ -416,8 +415,7 @@ impl MmioTransport {
 
     fn notify(&self, value: u32) -> Result<(), Misuse> {
         let kick = usize::try_from(value).ok().and_then(|index| self.kicks.get(index));
-        // The only error is a full counter: then the back-end has a kick pending already.
-        let _ = kick.ok_or(Misuse::NoQueue(value))?.write(1);
+        kick::signal(kick.ok_or(Misuse::NoQueue(value))?);
         Ok(())
     }
 

@@ -2,10 +2,11 @@
 //!
 //! Reading order: [`device`] (the trait), [`register_page`] (what the guest reads), [`mmio`] (what its writes
 //! do), [`interrupt`]. `status` and `queue` are the rules behind two of the registers, `misuse` names the
-//! writes that break a rule.
+//! writes that break a rule. [`kick`] is the eventfd of a queue.
 
 pub mod device;
 pub mod interrupt;
+pub mod kick;
 pub mod kind;
 mod misuse;
 pub mod mmio;

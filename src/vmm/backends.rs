@@ -16,7 +16,7 @@ use crate::kvm::vcpu::Machine;
 use crate::kvm::vm::Vm;
 use crate::memory::alloc::WindowAllocator;
 use crate::memory::ram::Ram;
-use crate::memory::shmem::{LayoutError, SharedMemory};
+use crate::memory::shmem::{LayoutError, Limits, SharedMemory};
 use crate::memory::{Access, GuestRange, PAGE_SIZE};
 use crate::report::{Failure, STATUS_USAGE};
 use crate::vhost_user::connect::{self, ConnectError};
@@ -119,7 +119,9 @@ pub fn connect(
             );
         }
         let sizes = (0..=u8::MAX).zip(handshake.region_sizes.iter().copied());
-        let shmem = SharedMemory::new(sizes, &mut windows, slots.clone(), quota)
+        let &DeviceSpec { shmem_limit: bytes, foreign_files, .. } = spec;
+        let limits = Limits { mappings: quota, bytes, foreign_files };
+        let shmem = SharedMemory::new(sizes, &mut windows, slots.clone(), limits)
             .map_err(|error| BackendError::new(spec, error.into()))?;
         for (shmid, range) in shmem.regions() {
             log::info!("{}: shared memory region {shmid} is {range}", spec.name);

@@ -109,7 +109,7 @@ impl Console {
     fn take(&mut self, byte: u8) {
         let byte = match self.escape.as_mut().map_or(Ok(Some(byte)), |escape| escape.key(byte)) {
             Ok(byte) => byte,
-            Err(Command::Quit) => return self.exit.set(Ok(Exit::Quit)),
+            Err(Command::Quit) => return self.exit.set((&Exit::Quit).into()),
             Err(Command::Help) => {
                 say(format_args!("\n{}", terminal::HELP));
                 None

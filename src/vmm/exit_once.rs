@@ -1,5 +1,6 @@
-//! How the machine ends: set by any thread, awaited by the main loop.
+//! How the machine ends: set by any thread, awaited by the main loop and by the thread that guards the end.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSubscriber, Events};
@@ -7,9 +8,26 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::error::{VmmError, eventfd, watch};
 use crate::exit::Exit;
-use crate::report::Failure;
+use crate::report::{Failure, failure_text};
 
-type Ending = Result<Exit, Box<dyn Failure>>;
+/// What the program says last, and its exit status.
+#[derive(Clone, Debug)]
+pub(super) struct Ending {
+    pub last: String,
+    pub status: u8,
+}
+
+impl From<&Exit> for Ending {
+    fn from(exit: &Exit) -> Self {
+        Ending { last: format!("hotslot: {exit}"), status: exit.into() }
+    }
+}
+
+impl From<&dyn Failure> for Ending {
+    fn from(failure: &dyn Failure) -> Self {
+        Ending { last: failure_text(failure), status: failure.status() }
+    }
+}
 
 /// How the machine ends. Set once: the first caller wins.
 pub(super) struct ExitOnce {
@@ -23,7 +41,7 @@ impl ExitOnce {
         Ok(ExitOnce { ending: Mutex::new(None), event: eventfd()? })
     }
 
-    /// Called by vCPU threads and by the main loop. Wakes the main loop.
+    /// Called by any thread. Wakes the main loop, and the thread that guards the end.
     pub fn set(&self, ending: Ending) {
         let mut first = self.lock();
         if first.is_none() {
@@ -31,13 +49,19 @@ impl ExitOnce {
         } else {
             log::debug!("the machine ends already, so this does not count: {ending:?}");
         }
-        // A write fails only where the counter is at 2^64 - 2; the main loop then wakes anyway.
+        // A write fails only where the counter is at 2^64 - 2; whoever waits for it then wakes anyway.
         let _full = self.event.write(1);
     }
 
     /// Called by the main loop each time around.
-    pub fn take(&self) -> Option<Ending> {
-        self.lock().take()
+    pub fn get(&self) -> Option<Ending> {
+        self.lock().clone()
+    }
+
+    /// Can be read from the moment on that the end is set.
+    pub fn event(&self) -> BorrowedFd<'_> {
+        // SAFETY: the event owns its descriptor, and is borrowed for as long as the result is used.
+        unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Ending>> {
@@ -46,7 +70,7 @@ impl ExitOnce {
 }
 
 impl EventSubscriber for ExitOnce {
-    /// The main loop wakes up, and calls [`ExitOnce::take`].
+    /// The main loop wakes up, and calls [`ExitOnce::get`].
     fn process(&self, _events: Events, _ops: &mut EventOps) {}
 
     fn init(&self, ops: &mut EventOps) {

@@ -3,111 +3,121 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 
 use super::Vmm;
-use super::error::failed_to;
-use super::exit_once::ExitOnce;
-use super::signals::Signals;
+use super::console::Console;
+use super::error::{VmmError, failed_to};
+use super::exit_once::{Ending, ExitOnce};
+use super::memory_map::MemoryMap;
 use super::stuck::StuckWatch;
+use super::{signals, stuck};
 use crate::exit::Exit;
 use crate::kvm::vcpu::{Machine, UnclaimedCounts, Vcpu, VcpuState};
 use crate::kvm::vm::{KvmError, Processor};
-use crate::report::Failure;
+use crate::report::{Failure, lines};
+use crate::terminal::RawTerminal;
 
 type MainLoop = EventManager<Box<dyn MutEventSubscriber>>;
 
+/// How long the processors' threads have to stop. One that waits for a back-end or for a page is left behind.
+const STOP_PROCESSORS: Duration = Duration::from_secs(2);
+
 impl Vmm {
-    /// Runs the machine until it ends.
-    ///
-    /// # Errors
-    ///
-    /// What KVM or the host's kernel refuses while the machine runs.
-    pub fn run(self) -> Result<Exit, Box<dyn Failure>> {
-        let exit = self.exit;
-        let signals = Signals::new(Arc::clone(&exit), self.memory_map)?;
-        let _raw_while_it_runs = self.console.make_raw()?;
-        let serial_port = Arc::clone(&self.console.port);
-        let mut events =
-            MainLoop::new().map_err(|error| failed_to("make the main loop")(io::Error::other(error)))?;
-        events.add_subscriber(Box::new(Arc::clone(&exit)));
-        events.add_subscriber(Box::new(signals));
-        events.add_subscriber(Box::new(self.console));
+    /// Runs the machine until it ends. That is the end of the process, too: nothing is unmapped, closed or
+    /// joined first, since each of these can wait for a back-end's file.
+    pub fn run(self) -> ! {
+        let Vmm { vcpus, machine, console, memory_map, exit } = self;
+        let serial_port = Arc::clone(&console.port);
+        let (events, raw_while_it_runs) = match set_up(console, memory_map, &exit) {
+            Ok(ready) => ready,
+            Err(error) => end(&Ending::from(&error as &dyn Failure)),
+        };
+        let processors = start(vcpus, &machine, &exit);
+        let ending = serve(events, &exit);
 
-        let vcpus = RunningVcpus::start(self.vcpus, &self.machine, &exit);
-        let result = serve(events, vcpus, StuckWatch::new(Arc::clone(&self.machine.missing_pages)), &exit);
-
+        stop(&processors, &machine);
         serial_port.flush();
-        let UnclaimedCounts { mmio_reads, mmio_writes, ports } = &self.machine.unclaimed;
+        let UnclaimedCounts { mmio_reads, mmio_writes, ports } = &machine.unclaimed;
         log::info!(
             "no device claimed {mmio_reads:?} memory reads, {mmio_writes:?} memory writes and {ports:?} port accesses"
         );
-        self.machine.missing_pages.log_total();
-        result
+        machine.missing_pages.log_total();
+        drop(raw_while_it_runs);
+        end(&ending)
     }
 }
 
-/// The main loop. The processors have stopped when it returns.
-fn serve(
-    mut events: MainLoop,
-    vcpus: RunningVcpus,
-    mut stuck: StuckWatch,
-    exit: &ExitOnce,
-) -> Result<Exit, Box<dyn Failure>> {
+fn end(ending: &Ending) -> ! {
+    lines::end(&ending.last, ending.status)
+}
+
+/// Signals, terminal, main loop.
+fn set_up(
+    console: Console,
+    memory_map: MemoryMap,
+    exit: &Arc<ExitOnce>,
+) -> Result<(MainLoop, Option<RawTerminal>), VmmError> {
+    signals::watch(Arc::clone(exit), memory_map)?;
+    let raw_while_it_runs = console.make_raw()?;
+    let mut events =
+        MainLoop::new().map_err(|error| failed_to("make the main loop")(io::Error::other(error)))?;
+    events.add_subscriber(Box::new(Arc::clone(exit)));
+    events.add_subscriber(Box::new(console));
+    Ok((events, raw_while_it_runs))
+}
+
+/// The main loop: serial input, until the end is set. It takes no lock that another thread holds while it
+/// waits.
+fn serve(mut events: MainLoop, exit: &ExitOnce) -> Ending {
     loop {
-        if let Some(ending) = exit.take() {
+        if let Some(ending) = exit.get() {
             return ending;
         }
-        let timeout = stuck.look(&vcpus.threads);
-        if let Err(error) = events.run_with_timeout(timeout) {
-            exit.set(Err(failed_to("wait for events")(io::Error::other(error)).into()));
+        if let Err(error) = events.run() {
+            exit.set((&failed_to("wait for events")(io::Error::other(error)) as &dyn Failure).into());
         }
     }
 }
 
-/// The processors' threads. Dropping it stops them and waits for them.
-struct RunningVcpus {
-    threads: Vec<Vcpu>,
-    machine: Arc<Machine>,
-}
-
-impl RunningVcpus {
-    /// Starts the threads. If one cannot be started, the machine ends.
-    fn start(
-        vcpus: Vec<(Processor, VcpuState)>,
-        machine: &Arc<Machine>,
-        exit: &Arc<ExitOnce>,
-    ) -> RunningVcpus {
-        let mut running = RunningVcpus { threads: Vec::new(), machine: Arc::clone(machine) };
-        for (processor, state) in vcpus {
-            let ended = Arc::clone(exit);
-            let ended = move |result: Result<Option<Exit>, KvmError>| match result {
-                Ok(None) => {}
-                Ok(Some(exit)) => ended.set(Ok(exit)),
-                Err(error) => ended.set(Err(error.into())),
-            };
-            match Vcpu::spawn(processor, state, Arc::clone(machine), ended) {
-                Ok(vcpu) => running.threads.push(vcpu),
-                Err(error) => {
-                    exit.set(Err(failed_to("start a vCPU's thread")(error).into()));
-                    break;
-                }
+/// Starts the processors' threads, and the one that looks for stuck processors. If one cannot be started, the
+/// machine ends.
+fn start(vcpus: Vec<(Processor, VcpuState)>, machine: &Arc<Machine>, exit: &Arc<ExitOnce>) -> Arc<Vec<Vcpu>> {
+    let mut processors = Vec::new();
+    let failed = |what, error| exit.set((&failed_to(what)(error) as &dyn Failure).into());
+    for (processor, state) in vcpus {
+        let ended = Arc::clone(exit);
+        let ended = move |result: Result<Option<Exit>, KvmError>| match result {
+            Ok(None) => {}
+            Ok(Some(exit)) => ended.set((&exit).into()),
+            Err(error) => ended.set((&error as &dyn Failure).into()),
+        };
+        match Vcpu::spawn(processor, state, Arc::clone(machine), ended) {
+            Ok(vcpu) => processors.push(vcpu),
+            Err(error) => {
+                failed("start a vCPU's thread", error);
+                break;
             }
         }
-        running
     }
+    let processors = Arc::new(processors);
+    let watch = StuckWatch::new(Arc::clone(&machine.missing_pages));
+    if let Err(error) = stuck::spawn(watch, Arc::clone(&processors)) {
+        failed("start the thread that looks for stuck vCPUs", error);
+    }
+    processors
 }
 
-impl Drop for RunningVcpus {
-    fn drop(&mut self) {
-        self.machine.stopping.store(true, Ordering::SeqCst);
-        // Repeated: a signal may arrive just before a thread blocks in a write of the serial port's output.
-        while !self.threads.iter().all(Vcpu::has_ended) {
-            self.threads.iter().for_each(Vcpu::interrupt);
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        self.threads.drain(..).for_each(Vcpu::join);
+/// Stops the processors' threads, and waits for them until [`STOP_PROCESSORS`].
+fn stop(processors: &[Vcpu], machine: &Machine) {
+    machine.stopping.store(true, Ordering::SeqCst);
+    let start = Instant::now();
+    // Repeated: a signal may arrive just before a thread blocks in a write of the serial port's output.
+    while !processors.iter().all(Vcpu::has_ended) && start.elapsed() < STOP_PROCESSORS {
+        processors.iter().for_each(Vcpu::interrupt);
+        sleep(Duration::from_millis(1));
     }
 }

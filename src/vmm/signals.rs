@@ -1,64 +1,102 @@
-//! The signals of the process, read as data by the main loop.
+//! The thread that takes the process's signals, and that ends the process when nothing else does.
+//!
+//! It waits for no other thread and takes no lock that is held for longer than a moment, so that SIGTERM ends
+//! the machine whatever the main loop and the vCPUs' threads are stuck in.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
+use std::thread::{JoinHandle, sleep};
+use std::time::Duration;
 
-use event_manager::{EventOps, Events, MutEventSubscriber};
+use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::signal::{block_signal, create_sigset};
 
-use super::error::{VmmError, failed_to, watch};
-use super::exit_once::ExitOnce;
+use super::error::{VmmError, failed_to};
+use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
 use crate::exit::Exit;
-use crate::report::say;
+use crate::report::{lines, say};
+use crate::{terminal, thread};
 
 /// The signals that end the machine, and the one that prints the memory map.
 const SIGNALS: [libc::c_int; 5] =
     [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, PRINT_MEMORY_MAP];
 const PRINT_MEMORY_MAP: libc::c_int = libc::SIGUSR1;
 
-pub(super) struct Signals {
+/// How long the main loop has to stop the machine, once its end is set. With [`lines::end`]'s second the
+/// process is gone within 5 seconds.
+const STOP_WITHIN: Duration = Duration::from_secs(4);
+
+/// Blocks the signals on this thread and all that it starts later, so that only the new thread takes them.
+/// Threads that were started earlier block all signals, see [`crate::thread`].
+pub(super) fn watch(exit: Arc<ExitOnce>, memory_map: MemoryMap) -> Result<(), VmmError> {
+    for signal in SIGNALS {
+        let _already_blocked = block_signal(signal);
+    }
+    let failed = failed_to("make a signalfd");
+    let set = create_sigset(&SIGNALS).map_err(|error| failed(error.into()))?;
+    // SAFETY: the set is a local variable, which the call reads and keeps no pointer to.
+    let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    // SAFETY: the call has made the file descriptor, which has no other owner.
+    let file = unsafe { File::from_raw_fd(fd) };
+    let signals = Signals { file, exit, memory_map: Arc::new(memory_map), printer: None };
+    thread::spawn("signals".into(), || signals.run()).map_err(failed_to("start the thread for signals"))?;
+    Ok(())
+}
+
+struct Signals {
     file: File,
     exit: Arc<ExitOnce>,
-    memory_map: MemoryMap,
+    memory_map: Arc<MemoryMap>,
+    /// Prints the memory map, or did so. At most one at a time.
+    printer: Option<JoinHandle<()>>,
 }
 
 impl Signals {
-    /// Blocks the signals on this thread and all that it starts later, so that only the signalfd takes them.
-    /// Threads that it started earlier block all signals, see [`crate::thread`].
-    pub fn new(exit: Arc<ExitOnce>, memory_map: MemoryMap) -> Result<Signals, VmmError> {
-        for signal in SIGNALS {
-            let _already_blocked = block_signal(signal);
+    fn run(mut self) {
+        loop {
+            if let Some(Ending { last, status }) = self.exit.get() {
+                sleep(STOP_WITHIN);
+                // Something is stuck: the process ends all the same.
+                terminal::restore();
+                lines::end(&last, status);
+            }
+            let mut polled = [
+                PollFd::new(&self.file, PollFlags::IN),
+                PollFd::from_borrowed_fd(self.exit.event(), PollFlags::IN),
+            ];
+            // It fails only with EINTR.
+            let _ = poll(&mut polled, None);
+            self.take();
         }
-        let failed = failed_to("make a signalfd");
-        let set = create_sigset(&SIGNALS).map_err(|error| failed(error.into()))?;
-        // SAFETY: the set is a local variable, which the call reads and keeps no pointer to.
-        let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(failed(io::Error::last_os_error()));
-        }
-        // SAFETY: the call has made the file descriptor, which has no other owner.
-        let file = unsafe { File::from_raw_fd(fd) };
-        Ok(Signals { file, exit, memory_map })
     }
-}
 
-impl MutEventSubscriber for Signals {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+    fn take(&mut self) {
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
         while self.file.read_exact(&mut info).is_ok() {
             // The first field, ssi_signo.
             let [a, b, c, d, ..] = info;
             match i32::from_ne_bytes([a, b, c, d]) {
-                PRINT_MEMORY_MAP => say(format_args!("guest physical memory:\n{}", self.memory_map)),
-                signal => self.exit.set(Ok(Exit::Signal(signal))),
+                PRINT_MEMORY_MAP => self.print(),
+                signal => self.exit.set((&Exit::Signal(signal)).into()),
             }
         }
     }
 
-    fn init(&mut self, ops: &mut EventOps) {
-        watch(ops, &self.file);
+    /// On a thread of its own, which may wait for the locks of all devices.
+    fn print(&mut self) {
+        if self.printer.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            return;
+        }
+        let map = Arc::clone(&self.memory_map);
+        let print = move || say(format_args!("guest physical memory:\n{map}"));
+        self.printer = thread::spawn("memory-map".into(), print)
+            .inspect_err(|error| log::error!("cannot print the memory map: {error}"))
+            .ok();
     }
 }

@@ -6,11 +6,13 @@
 //! at the pages that its instruction needs. A vCPU that is known to wait is interrupted, too, so that its
 //! thread notices when the page is there.
 
+use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::kvm::vcpu::Vcpu;
 use crate::memory::missing::MissingPages;
+use crate::thread;
 
 /// Time between two looks at the processors while mappings exist.
 const LOOK: Duration = Duration::from_millis(200);
@@ -20,37 +22,37 @@ const LOOK_FOR_MAPPINGS: Duration = Duration::from_secs(1);
 /// second.
 const MANY: u64 = 20;
 
-/// The main loop's watch over the processors.
+/// Starts the thread that looks, if there can be anything to look for. It never ends: nothing waits for it.
+pub(super) fn spawn(mut watch: StuckWatch, processors: Arc<Vec<Vcpu>>) -> io::Result<()> {
+    if watch.pages.are_possible() {
+        thread::spawn("stuck".into(), move || {
+            loop {
+                std::thread::sleep(watch.look(&processors));
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// The watch over the processors.
 pub(super) struct StuckWatch {
     pages: Arc<MissingPages>,
-    next: Option<Instant>,
     /// The processors' unresolved faults at the last look.
     faults: Vec<Option<u64>>,
 }
 
 impl StuckWatch {
     pub fn new(pages: Arc<MissingPages>) -> Self {
-        StuckWatch { pages, next: None, faults: Vec::new() }
+        StuckWatch { pages, faults: Vec::new() }
     }
 
-    /// Called by the main loop each time around. Looks if it is time to. The result is the number of
-    /// milliseconds until the next look; -1 for none.
-    pub fn look(&mut self, vcpus: &[Vcpu]) -> i32 {
-        if !self.pages.are_possible() {
-            return -1;
+    /// Looks. The result is the time until the next look.
+    fn look(&mut self, vcpus: &[Vcpu]) -> Duration {
+        if !self.pages.are_to_watch() {
+            return LOOK_FOR_MAPPINGS;
         }
-        let now = Instant::now();
-        let wait = match self.next.map(|next| next.saturating_duration_since(now)) {
-            Some(wait) if !wait.is_zero() => wait,
-            _ if self.pages.are_to_watch() => {
-                self.interrupt_stuck(vcpus);
-                LOOK
-            }
-            _ => LOOK_FOR_MAPPINGS,
-        };
-        self.next = Some(now + wait);
-        // Rounded up, so that the time has passed by then.
-        i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
+        self.interrupt_stuck(vcpus);
+        LOOK
     }
 
     fn interrupt_stuck(&mut self, vcpus: &[Vcpu]) {

@@ -256,12 +256,14 @@ fn a_map_needs_one_descriptor_and_an_unmap_none() {
 }
 
 #[test]
-fn a_mapping_outlives_the_back_ends_descriptor_and_needs_none_of_ours() {
+fn mappings_outlive_the_back_ends_descriptor_and_need_one_of_ours_for_a_file() {
     // SHM-46
     let bench = Setup::default().start();
     let file = file_of(1, 6);
     let inode = file.metadata().unwrap().ino();
-    assert_eq!(bench.map(page_at(0), &file), 0);
+    for page in 0..3 {
+        assert_eq!(bench.map(page_at(page), &file), 0);
+    }
     drop(file);
     let open = || {
         let open = std::fs::read_dir("/proc/self/fd").unwrap();
@@ -270,8 +272,11 @@ fn a_mapping_outlives_the_back_ends_descriptor_and_needs_none_of_ours() {
             .filter(|file| file.ino() == inode && file.len() == PAGE && file.nlink() == 0)
             .count()
     };
+    eventually("the file is open once", || open() == 1);
+    assert_eq!(bench.unmap(page_at(1)), 0);
+    assert_eq!((open(), bench.reads(0, 0)), (1, Some(6)));
+    assert_eq!((bench.unmap(page_at(0)), bench.unmap(page_at(2))), (0, 0));
     eventually("the file is open nowhere", || open() == 0);
-    assert_eq!(bench.reads(0, 0), Some(6));
 }
 
 #[test]
@@ -454,4 +459,24 @@ fn two_devices_map_and_unmap_at_the_same_time() {
     assert_eq!(machine.count(), 2);
     devices[0].reset();
     assert_eq!((machine.count(), devices[1].reads(0, 2 * PAGE)), (1, Some(2)));
+}
+
+#[test]
+fn bytes_beyond_the_device_s_limit_are_refused_until_others_are_unmapped() {
+    // SHM-85: also where each is far below it, and where the file has none of them.
+    let mut setup = Setup::default();
+    setup.bytes = 8 * PAGE;
+    let bench = setup.start();
+    let of = |page, pages| MMap { len: pages * PAGE, ..page_at(page) };
+    assert_eq!(bench.map(of(0, 9), &memfd(0)), ENOSPC);
+    assert_eq!(bench.map(of(0, 5), &file_of(5, 1)), 0);
+    assert_eq!(bench.map(MMap { shmid: 7, ..of(0, 3) }, &memfd(0)), 0);
+    assert_eq!(bench.map(of(5, 1), &memfd(0)), ENOSPC);
+    assert_eq!((bench.reads(0, 4 * PAGE), bench.reads(0, 5 * PAGE)), (Some(1), None));
+    assert_eq!(bench.unmap(of(0, 5)), 0);
+    assert_eq!(bench.map(of(20, 5), &memfd(0)), 0);
+    bench.reset();
+    bench.start().unwrap();
+    assert_eq!(bench.map(of(0, 8), &memfd(0)), 0);
+    assert_eq!(bench.map(of(8, 1), &memfd(0)), ENOSPC);
 }

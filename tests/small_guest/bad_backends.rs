@@ -14,6 +14,7 @@ use hotslot_test_support::names::{
 };
 use hotslot_test_support::terminal::{settings, terminal};
 use hotslot_test_support::{guest, kvm};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
 /// Longer than anything here takes, on the slowest machine; then it is killed, and its status is wrong.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -108,6 +109,31 @@ fn no_back_end_listens() {
     );
     assert_eq!(ended.stderr.matches("waiting").count(), 2, "{}", ended.stderr);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_listener_that_accepts_nobody_is_waited_for_as_long_as_the_user_says() {
+    if !kvm::is_here() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("busy");
+    let address = SocketAddrUnix::new(&socket).unwrap();
+    let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    bind(&listener, &address).unwrap();
+    listen(&listener, 0).unwrap();
+    // As many as it has room for.
+    let connect = || {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        rustix::net::connect(&socket, &address).ok().map(|()| socket)
+    };
+    let connected: Vec<_> = std::iter::from_fn(connect).collect();
+    assert!(!connected.is_empty());
+    let device = format!("{},type=rng,name=gizmo", socket.display());
+    let words =
+        ["gizmo: waiting for a back-end on", "error: device gizmo", "within 1.5 s", "--connect-timeout"];
+    refused(&["--vhost-user", &device, "--connect-timeout", "1500ms"], &words);
 }
 
 #[test]

@@ -15,3 +15,4 @@ mod mappings;
 mod registers;
 mod streams;
 mod unavailable;
+mod waits;

@@ -123,6 +123,70 @@ fn the_output_cannot_be_written() {
     }
 }
 
+/// A machine whose guest makes hotslot say more than `lines` lines, with this stderr; the guest ends with
+/// status 42 where `ends`.
+fn talkative(stderr: OwnedFd, lines: usize, ends: bool) -> std::process::Child {
+    // Where nothing is. Each write is a line, with -vv.
+    let nowhere = 0xf_0000_0000;
+    let mut input = request(Operation::Write, nowhere, 0).repeat(lines);
+    if ends {
+        input.extend(request(Operation::Out, DEBUG_EXIT, 42));
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().write_all(&input).unwrap();
+    let kernel = guest::kernel();
+    let mut command = guest::command(kernel.path());
+    command.arg("-vv").stdin(File::open(file.path()).unwrap()).stdout(Stdio::null()).stderr(stderr);
+    let child = command.spawn().unwrap();
+    // hotslot opens both soon.
+    std::thread::sleep(Duration::from_millis(500));
+    child
+}
+
+#[test]
+fn nobody_reads_the_messages() {
+    // The pipe takes 4 KiB; the guest causes more than that, and goes on to its end.
+    if !kvm::is_here() {
+        return;
+    }
+    for ends in [true, false] {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
+        let mut hotslot = talkative(writer.into(), 200, ends);
+        if !ends {
+            signal_child(&mut hotslot, libc::SIGTERM);
+        }
+        let expected = if ends { 42 } else { 128 + libc::SIGTERM };
+        assert_eq!(wait(&mut hotslot).code(), Some(expected));
+        let mut said = Vec::new();
+        reader.read_to_end(&mut said).unwrap();
+        assert!(said.starts_with(b"hotslot: "));
+    }
+}
+
+#[test]
+fn the_messages_are_read_late() {
+    // All of them are there then, the last line last.
+    if !kvm::is_here() {
+        return;
+    }
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
+    let mut hotslot = talkative(writer.into(), 200, false);
+    let mut said = Vec::new();
+    let mut buffer = [0; 4096];
+    while said.windows(16).filter(|words| words == b"nothing to write").count() < 200 {
+        let count = reader.read(&mut buffer).unwrap();
+        assert!(count > 0, "{}", String::from_utf8_lossy(&said));
+        said.extend(&buffer[..count]);
+    }
+    signal_child(&mut hotslot, libc::SIGTERM);
+    reader.read_to_end(&mut said).unwrap();
+    assert_eq!(wait(&mut hotslot).code(), Some(128 + libc::SIGTERM));
+    let said = String::from_utf8(said).unwrap();
+    assert_eq!(said.lines().last(), Some("hotslot: ended by SIGTERM"));
+}
+
 #[test]
 fn nothing_is_open_at_all() {
     if !kvm::is_here() {

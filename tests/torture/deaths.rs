@@ -81,7 +81,7 @@ fn survives(deaths: &[(Vec<String>, Phase)]) {
         assert_eq!(guest.read64(base), HOLE, "{steps:?}");
         guest.try_start_device();
         guest.wait_for_needs_reset();
-        assert!(guest.log().contains(&format!("dying{}", device - 1)), "{}", guest.log());
+        guest.wait_for_log(&format!("dying{}", device - 1));
         works(&mut guest);
     }
     guest.exit();

@@ -24,7 +24,13 @@ pub(in crate::memory) fn bench() -> Bench {
     let mapper = Arc::clone(&guest);
     let mut windows = WindowAllocator::new(1 << 32, 1 << 39);
     let sizes = [(0, 16 * PAGE), (3, 0), (7, 16 * PAGE)];
-    let shmem = SharedMemory::new(sizes, &mut windows, mapper, 100).unwrap();
+    let shmem = SharedMemory::new(
+        sizes,
+        &mut windows,
+        mapper,
+        Limits { mappings: 100, bytes: u64::MAX, foreign_files: false },
+    )
+    .unwrap();
     let mut file = tempfile::tempfile().unwrap();
     for page in 0..32u8 {
         file.write_all(&[page + 1; PAGE as usize]).unwrap();
@@ -100,10 +106,10 @@ fn a_mapping_stays_where_the_machine_keeps_its_slot() {
     bench.map(0, 0, PAGE).unwrap();
     bench.guest.keeps_slots.store(true, Ordering::Relaxed);
     assert_eq!(bench.shmem.unmap(0, 0, PAGE).unwrap_err().errno(), libc::EIO);
-    assert_eq!(bench.shmem.unmap_all().unwrap_err().errno(), libc::EIO);
+    assert_eq!(bench.shmem.unmap_all(|| {}).unwrap_err().errno(), libc::EIO);
     assert_eq!((bench.reads(0, 0), bench.shmem.mappings().len()), (Some(1), 1));
     bench.guest.keeps_slots.store(false, Ordering::Relaxed);
-    assert_eq!(bench.shmem.unmap_all().unwrap(), 1);
+    assert_eq!(bench.shmem.unmap_all(|| {}).unwrap(), 1);
 }
 
 #[test]
@@ -123,8 +129,8 @@ fn nothing_is_left_when_everything_is_unmapped_or_dropped() {
     };
     assert_eq!((bench.shmem.mappings().len(), reached()), (16, 16));
     assert!(bench.shmem.has_mappings());
-    assert_eq!(bench.shmem.unmap_all().unwrap(), 16);
-    assert_eq!(bench.shmem.unmap_all().unwrap(), 0);
+    assert_eq!(bench.shmem.unmap_all(|| {}).unwrap(), 16);
+    assert_eq!(bench.shmem.unmap_all(|| {}).unwrap(), 0);
     assert_eq!((bench.shmem.has_mappings(), reached()), (false, 0));
     assert_eq!((bench.sees(0), bench.sees(7)), (vec![], vec![]));
     assert_eq!(bench.vmas(), untouched, "reserved again, as one piece each");
@@ -230,7 +236,7 @@ fn one_descriptor_is_kept_for_a_file_as_long_as_it_is_mapped() {
     bench.map(0, PAGE, 16 * PAGE).unwrap_err();
     bench.shmem.unmap(0, 0, PAGE).unwrap();
     seen.push(kept());
-    bench.shmem.unmap_all().unwrap();
+    bench.shmem.unmap_all(|| {}).unwrap();
     seen.push(kept());
     assert_eq!(seen, [0, 1, 1, 1, 0]);
 }

@@ -84,7 +84,10 @@ impl Owner {
     /// All of the owner's mappings are gone: others have let go of them when this returns. Called on a vCPU's
     /// thread at a reset, which holds no main socket then.
     pub fn withdraw_all(&self) {
-        let addresses = self.0.sharing.lock().state.withdraw_all(self.0.id);
+        let withdrawn = self.0.sharing.lock().state.withdraw_all(self.0.id);
+        let addresses: Vec<u64> = withdrawn.iter().map(|shared| shared.region.guest_addr).collect();
+        // Closed by the update threads that are told last, or here.
+        drop(withdrawn);
         if !addresses.is_empty() {
             self.0.wait_until_let_go(&addresses, false);
         }
@@ -94,9 +97,12 @@ impl Owner {
 impl Drop for Owner {
     fn drop(&mut self) {
         let Participant { sharing, id } = &self.0;
-        let state = &mut sharing.lock().state;
-        state.devices[*id].has_left = true;
-        state.withdraw_all(*id);
+        let withdrawn = {
+            let state = &mut sharing.lock().state;
+            state.devices[*id].has_left = true;
+            state.withdraw_all(*id)
+        };
+        drop(withdrawn);
         sharing.changed.notify_all();
     }
 }
@@ -152,7 +158,9 @@ impl Participant {
     ///
     /// Called as [`Self::share`] is, after the guest lost the mapping and before that is answered.
     pub fn withdraw(&self, address: u64) {
-        if self.sharing.lock().state.withdraw(self.id, address) {
+        let withdrawn = self.sharing.lock().state.withdraw(self.id, address);
+        if withdrawn.is_some() {
+            drop(withdrawn);
             self.wait_until_let_go(&[address], true);
         }
     }

@@ -120,13 +120,12 @@ impl State {
         true
     }
 
-    /// An owner's mapping is gone. False where it was not shared.
-    pub(super) fn withdraw(&mut self, owner: usize, address: u64) -> bool {
-        let was_shared = self.live.remove(&address).is_some();
-        if was_shared {
-            self.make_due(owner, &[address]);
-        }
-        was_shared
+    /// An owner's mapping is gone. `None` where it was not shared; else to be dropped without a lock, which
+    /// may close the file.
+    pub(super) fn withdraw(&mut self, owner: usize, address: u64) -> Option<Shared> {
+        let shared = self.live.remove(&address)?;
+        self.make_due(owner, &[address]);
+        Some(shared)
     }
 
     /// A recipient is started, and was told of nothing: all that others share is due. Returns how much.
@@ -141,13 +140,12 @@ impl State {
         count
     }
 
-    /// Takes all mappings of an owner away. Returns their addresses.
-    pub(super) fn withdraw_all(&mut self, owner: usize) -> Vec<u64> {
+    /// Takes all mappings of an owner away. Returns them, to be dropped as above.
+    pub(super) fn withdraw_all(&mut self, owner: usize) -> Vec<Shared> {
         let owned = self.live.iter().filter(|(_, shared)| shared.owner == owner);
         let addresses: Vec<u64> = owned.map(|(&address, _)| address).collect();
-        self.live.retain(|_, shared| shared.owner != owner);
         self.make_due(owner, &addresses);
-        addresses
+        addresses.iter().filter_map(|address| self.live.remove(address)).collect()
     }
 
     pub(super) fn is_being_told(&self, id: usize, addresses: &[u64]) -> bool {

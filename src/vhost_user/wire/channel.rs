@@ -1,8 +1,9 @@
 //! The back-end's requests, on the backend channel (vhost-user "Back-end message types"): SHMEM_MAP and
 //! SHMEM_UNMAP. A [`Handler`] carries them out.
 //!
-//! A device's own thread serves the channel from the moment the back-end has its end (SHM-68). At a reset the
-//! vCPU thread serves what is still queued (SHM-71). Each well framed request is answered if it asks for it,
+//! A device's own thread serves the channel from the moment the back-end has its end (SHM-68), and no other
+//! thread does: what it does with a descriptor can wait. At a reset it serves what is still queued (SHM-71).
+//! Each well framed request is answered if it asks for it,
 //! however wrong it is (SHM-63); one that is not well framed ends the channel (SHM-64).
 
 use std::error::Error;
@@ -12,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::connection::{Connection, ConnectionError, Deadline, Message};
+use super::connection::{Connection, ConnectionError, Deadline, Descriptors, Message};
 use super::message::{BackendRequest, Header, Layout, MMap, protocol_features as protocol};
 use super::negotiate::Agreement;
 
@@ -21,8 +22,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Carries out a back-end's requests.
 ///
-/// All methods are called on the thread that serves the channel, under its lock: one request at a time. None
-/// may wait for the same back-end (SHM-67).
+/// All methods are called on the thread that serves the channel, one request at a time. None may wait for the
+/// same back-end (SHM-67).
 pub trait Handler {
     /// Why a request is not carried out.
     type Error: Error + 'static;
@@ -65,8 +66,8 @@ enum Refusal<E: Error + 'static> {
     #[error("its payload has {0} bytes, not {len}", len = MMap::LEN)]
     Size(usize),
     /// SHM-27, SHM-54.
-    #[error("{got} file descriptors came with it, not {expected}")]
-    Descriptors { got: usize, expected: usize },
+    #[error("{0} came with it")]
+    Descriptors(&'static str),
     /// SHM-48.
     #[error("this process has no room for its file descriptor")]
     DescriptorLost,
@@ -87,9 +88,8 @@ pub struct Channel<H> {
     shmem: bool,
     /// To wait on without the lock.
     socket: Arc<UnixStream>,
-    /// Lock order: before every lock of the handler's. Held while requests are handled, which waits for no
-    /// answer of the back-end; for room in its socket no longer than [`ANSWER_TIMEOUT`]. So a reset, which
-    /// drains the channel, finds each request either carried out or not begun.
+    /// Of the thread that serves: no other thread waits for it. Lock order: before every lock of the
+    /// handler's.
     inbox: Mutex<Inbox>,
 }
 
@@ -104,7 +104,7 @@ struct Inbox {
 impl<H: Handler> Channel<H> {
     /// Serves `socket`, as agreed.
     pub fn new(agreement: &Agreement, socket: UnixStream, handler: H) -> Self {
-        let connection = Connection::new(socket, MMap::LEN);
+        let connection = Connection::new(socket, MMap::LEN, Descriptors::One);
         Channel {
             handler,
             reply_ack: agreement.has(protocol::REPLY_ACK),
@@ -193,20 +193,19 @@ impl<H: Handler> Channel<H> {
             return Err(Refusal::NotNegotiated);
         }
         let payload = MMap::decode(&message.payload).ok_or(Refusal::Size(message.payload.len()))?;
-        let got = message.fds.len();
-        let handled = match request {
-            BackendRequest::ShmemMap if message.fds_lost => return Err(Refusal::DescriptorLost),
-            BackendRequest::ShmemMap => match message.fds.pop() {
-                Some(_) if got == 1 && payload.flags & !MMap::READ_WRITE != 0 => {
-                    return Err(Refusal::Flags(payload.flags));
-                }
-                Some(file) if got == 1 => self.handler.map(&payload, file),
-                _ => return Err(Refusal::Descriptors { got, expected: 1 }),
-            },
-            BackendRequest::ShmemUnmap if got > 0 || message.fds_lost => {
-                return Err(Refusal::Descriptors { got: got.max(1), expected: 0 });
+        let (file, lost) = (message.file.take(), message.files_lost);
+        let handled = match (request, file) {
+            (BackendRequest::ShmemMap, None) if lost => return Err(Refusal::DescriptorLost),
+            (BackendRequest::ShmemMap, None) => return Err(Refusal::Descriptors("no file descriptor")),
+            (BackendRequest::ShmemMap, Some(_)) if lost => {
+                return Err(Refusal::Descriptors("more than one file descriptor"));
             }
-            BackendRequest::ShmemUnmap => self.handler.unmap(&payload),
+            (BackendRequest::ShmemMap, Some(_)) if payload.flags & !MMap::READ_WRITE != 0 => {
+                return Err(Refusal::Flags(payload.flags));
+            }
+            (BackendRequest::ShmemMap, Some(file)) => self.handler.map(&payload, file),
+            (BackendRequest::ShmemUnmap, None) if !lost => self.handler.unmap(&payload),
+            (BackendRequest::ShmemUnmap, _) => return Err(Refusal::Descriptors("a file descriptor")),
         };
         handled.map_err(Refusal::Handler)
     }
@@ -216,7 +215,7 @@ fn errno<H: Handler>(refusal: &Refusal<H::Error>) -> i32 {
     match refusal {
         Refusal::Unknown | Refusal::NotNegotiated => libc::EOPNOTSUPP,
         Refusal::Size(_) => libc::EPROTO,
-        Refusal::Descriptors { .. } => libc::EBADF,
+        Refusal::Descriptors(_) => libc::EBADF,
         Refusal::DescriptorLost => libc::EMFILE,
         Refusal::Flags(_) => libc::EINVAL,
         Refusal::Stale => libc::EBUSY,

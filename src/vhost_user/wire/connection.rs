@@ -9,6 +9,14 @@
 //! The kernel ends a recvmsg(2) after data that came with descriptors, so descriptors belong to the message
 //! that holds the last byte of the read they came with. That stays true when a read ends in the middle of the
 //! next message.
+//!
+//! # How many descriptors are taken
+//!
+//! A message of the backend channel may carry one, and there is room for one: the kernel drops the others,
+//! and they are never this process's. A message of the main socket may carry none. A descriptor that is
+//! dropped can hold the reading thread up, where it is the last of its file: close(2) of a socket may wait
+//! for its peer (SO_LINGER). A vCPU reads the main socket. So what has descriptors there is seen first
+//! (MSG_PEEK) and never read.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -46,6 +54,9 @@ pub enum ConnectionError {
         "the back-end announced {size} bytes of payload for message {request}: the limit is {MAX_PAYLOAD}"
     )]
     Oversized { request: u32, size: u32 },
+    /// A message of the main socket has descriptors.
+    #[error("the back-end attached file descriptors to an answer, which has none")]
+    Descriptors,
     /// The peer did not send, or did not take, what it should have in time (SHM-66).
     #[error("the back-end did not answer within {} ms", .0.as_millis())]
     TimedOut(Duration),
@@ -85,10 +96,19 @@ pub struct Message {
     pub header: Header,
     /// Its payload, of the size that the header says.
     pub payload: Vec<u8>,
-    /// The file descriptors that came with it, close-on-exec (SHM-28), closed when dropped (SHM-27).
-    pub fds: Vec<OwnedFd>,
-    /// Whether more descriptors came than this process could take (SHM-48), or than one sendmsg(2) carries.
-    pub fds_lost: bool,
+    /// The file descriptor that came with it, close-on-exec (SHM-28), closed when dropped (SHM-27).
+    pub file: Option<OwnedFd>,
+    /// Whether more came with it. Without a `file` this process had no room for one (SHM-48).
+    pub files_lost: bool,
+}
+
+/// How many descriptors a message may carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Descriptors {
+    /// None: one that does is an error.
+    None,
+    /// At most one.
+    One,
 }
 
 /// A connected socket, and what was read from it beyond the messages given out.
@@ -97,20 +117,23 @@ pub struct Connection {
     socket: Arc<UnixStream>,
     /// How much to ask for when nothing is known of the next message.
     usual: usize,
+    allowed: Descriptors,
     buffer: Vec<u8>,
     /// Position in the stream of `buffer`'s first byte.
     position: u64,
-    /// Of each read with descriptors: the stream position at which it ended, the descriptors, whether any
-    /// were lost.
-    descriptors: VecDeque<(u64, Vec<OwnedFd>, bool)>,
+    /// Of each read with descriptors: the stream position at which it ended, the descriptor, whether any were
+    /// lost. At most one has a descriptor.
+    descriptors: VecDeque<(u64, Option<OwnedFd>, bool)>,
 }
 
 impl Connection {
-    /// Takes a connected socket over. Most of its messages to us have `usual_payload` bytes of payload.
-    pub fn new(socket: UnixStream, usual_payload: usize) -> Self {
+    /// Takes a connected socket over. Most of its messages to us have `usual_payload` bytes of payload; none
+    /// may have more descriptors than `allowed`.
+    pub fn new(socket: UnixStream, usual_payload: usize, allowed: Descriptors) -> Self {
         Connection {
             socket: Arc::new(socket),
             usual: Header::LEN + usual_payload,
+            allowed,
             buffer: Vec::new(),
             position: 0,
             descriptors: VecDeque::new(),
@@ -214,13 +237,13 @@ impl Connection {
         let Some(header) = Header::take(&mut payload) else {
             return Ok(None);
         };
-        let mut message = Message { header, payload: payload.to_vec(), fds: Vec::new(), fds_lost: false };
+        let mut message = Message { header, payload: payload.to_vec(), file: None, files_lost: false };
         self.buffer.drain(..needed);
         self.position += needed as u64;
         let ours = self.descriptors.iter().take_while(|(end, ..)| *end <= self.position).count();
-        for (_, fds, lost) in self.descriptors.drain(..ours) {
-            message.fds.extend(fds);
-            message.fds_lost |= lost;
+        for (_, file, lost) in self.descriptors.drain(..ours) {
+            message.file = message.file.or(file);
+            message.files_lost |= lost;
         }
         Ok(Some(message))
     }
@@ -228,34 +251,42 @@ impl Connection {
     /// One recvmsg(2). False where nothing is there now.
     fn read_more(&mut self) -> Result<bool, ConnectionError> {
         let start = self.buffer.len();
-        self.buffer.resize(self.needed()?.max(self.usual), 0);
-        let received = receive_some(&self.socket, &mut self.buffer[start..]);
+        let needed = self.needed()?;
+        // Each byte of a message can bring descriptors: the message that has one gets no other, and only it
+        // is read.
+        let has_one = self.descriptors.iter().any(|(_, file, _)| file.is_some());
+        self.buffer.resize(if has_one { needed } else { needed.max(self.usual) }, 0);
+        let bytes = &mut self.buffer[start..];
+        let received = match self.allowed {
+            Descriptors::None => receive_without_descriptors(&self.socket, bytes),
+            Descriptors::One => receive_some(&self.socket, bytes, !has_one).map_err(From::from),
+        };
         self.buffer.truncate(start + received.as_ref().map_or(0, |(count, ..)| *count));
-        let (mut fds, mut lost) = match received {
-            Ok((0, ..)) | Err(Errno::PIPE | Errno::CONNRESET) => {
+        let (file, lost) = match received {
+            Ok((0, ..)) | Err(Failed::Os(Errno::PIPE | Errno::CONNRESET)) => {
                 return Err(match start {
                     0 => ConnectionError::HungUp,
                     count => ConnectionError::HungUpInside(count),
                 });
             }
-            Ok((_, fds, lost)) => (fds, lost),
-            Err(Errno::AGAIN) => return Ok(false),
-            Err(Errno::INTR) => return Ok(true),
-            Err(error) => return Err(ConnectionError::Io(error.into())),
+            Ok((_, file, lost)) => (file, lost),
+            Err(Failed::Os(Errno::AGAIN)) => return Ok(false),
+            Err(Failed::Os(Errno::INTR)) => return Ok(true),
+            Err(Failed::Os(error)) => return Err(ConnectionError::Io(error.into())),
+            Err(Failed::Descriptors) => return Err(ConnectionError::Descriptors),
         };
-        if !fds.is_empty() || lost {
-            // Each byte of a message can bring MAX_FDS descriptors: without a limit, a back-end could leave
-            // this process none for others.
-            let waiting: usize = self.descriptors.iter().map(|(_, fds, _)| fds.len()).sum();
-            if waiting + fds.len() > MAX_FDS {
-                fds.clear();
-                lost = true;
-            }
+        if file.is_some() || lost {
             let end = self.position + self.buffer.len() as u64;
-            self.descriptors.push_back((end, fds, lost));
+            self.descriptors.push_back((end, file, lost));
         }
         Ok(true)
     }
+}
+
+/// Reads what a socket that was shut down still has, and throws it away: descriptors in it would keep what
+/// they are of alive. May wait for these: only a thread that nobody waits for may call it.
+pub fn discard(socket: &UnixStream) {
+    while receive_some(socket, &mut [0; 4096], false).is_ok_and(|(count, ..)| count > 0) {}
 }
 
 /// Waits until the socket is ready for `events`, or the deadline.
@@ -273,21 +304,51 @@ fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) -> Result
 /// Room for `MAX_FDS` descriptors as a control message.
 const CONTROL_LEN: usize = rustix::cmsg_space!(ScmRights(MAX_FDS));
 
-/// Fills the beginning of `bytes`. Gives how much, the descriptors that came with it, and whether any were
-/// lost.
-fn receive_some(socket: &UnixStream, bytes: &mut [u8]) -> Result<(usize, Vec<OwnedFd>, bool), Errno> {
-    let mut space = [MaybeUninit::uninit(); CONTROL_LEN];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+/// Room for one, and for what its alignment adds.
+const ROOM_FOR_ONE: usize = rustix::cmsg_space!(ScmRights(1));
+
+/// How many bytes were read, a descriptor that came with them, and whether any were lost.
+type Received = (usize, Option<OwnedFd>, bool);
+
+/// Why nothing was read.
+enum Failed {
+    Os(Errno),
+    Descriptors,
+}
+
+impl From<Errno> for Failed {
+    fn from(errno: Errno) -> Self {
+        Failed::Os(errno)
+    }
+}
+
+/// Fills the beginning of `bytes`. `takes_one`: a descriptor that comes with them is taken.
+fn receive_some(socket: &UnixStream, bytes: &mut [u8], takes_one: bool) -> Result<Received, Errno> {
+    let mut space = [MaybeUninit::uninit(); ROOM_FOR_ONE];
+    let mut control = RecvAncillaryBuffer::new(if takes_one { &mut space } else { &mut [] });
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags)?;
-    let mut fds = Vec::new();
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            fds.extend(rights);
-        }
+    let rights = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(rights) => Some(rights),
+        _ => None,
+    });
+    let mut files = rights.flatten();
+    let file = files.next();
+    // MSG_CTRUNC: the kernel dropped descriptors for which there was no room, here or in this process.
+    let lost = files.count() > 0 || received.flags.contains(ReturnFlags::CTRUNC);
+    Ok((received.bytes, file, lost))
+}
+
+/// The same, but what has descriptors stays where it is.
+fn receive_without_descriptors(socket: &UnixStream, bytes: &mut [u8]) -> Result<Received, Failed> {
+    let look = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+    let mut none = RecvAncillaryBuffer::default();
+    let seen = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut none, look)?;
+    if seen.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(Failed::Descriptors);
     }
-    // MSG_CTRUNC: the kernel closed descriptors for which this process had no room.
-    Ok((received.bytes, fds, received.flags.contains(ReturnFlags::CTRUNC)))
+    // No more than was seen: what came since may have some.
+    Ok(receive_some(socket, &mut bytes[..seen.bytes], false)?)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use hotslot::config::device::DeviceSpec;
 use hotslot::memory::alloc::WindowAllocator;
-use hotslot::memory::shmem::SharedMemory;
+use hotslot::memory::shmem::{Limits, SharedMemory};
 use hotslot::memory::{Access, GuestMapper};
 use hotslot::vhost_user::connect::{self, ConnectError};
 use hotslot::vhost_user::device::VhostUserDevice;
@@ -36,6 +36,10 @@ pub struct Setup {
     pub kind: &'static str,
     pub shmem_bit: u32,
     pub quota: usize,
+    /// How many bytes its back-end may map at a time.
+    pub bytes: u64,
+    /// Whether its back-end may map files of other processes' file systems.
+    pub foreign_files: bool,
     /// The machine that the device is in.
     pub guest: Arc<Guest>,
     /// Where its windows may be.
@@ -55,6 +59,8 @@ impl Default for Setup {
             kind: "rng",
             shmem_bit: 22,
             quota: 4096,
+            bytes: 64 << 30,
+            foreign_files: false,
             guest: Arc::default(),
             windows: WindowAllocator::new(1 << 32, 1 << 40),
             shares: false,
@@ -122,6 +128,8 @@ impl Setup {
             shmem_bit: self.shmem_bit,
             share_shmem: self.shares,
             shmem_rate: self.rate.map(|rate| rate.try_into().unwrap()),
+            shmem_limit: self.bytes,
+            foreign_files: self.foreign_files,
         };
         Unbuilt { spec, setup: self, backend }
     }
@@ -151,8 +159,10 @@ impl Unbuilt {
     pub fn device(self, handshake: Handshake) -> Result<Bench, DeviceError> {
         let Unbuilt { spec, setup: Setup { guest, mut windows, quota, member, .. }, backend } = self;
         let sizes = (0..=255).zip(handshake.region_sizes.clone());
+        let (bytes, foreign_files) = (spec.shmem_limit, spec.foreign_files);
+        let limits = Limits { mappings: quota, bytes, foreign_files };
         let mapper: Arc<dyn GuestMapper> = guest.clone();
-        let shmem = Arc::new(SharedMemory::new(sizes, &mut windows, mapper, quota)?);
+        let shmem = Arc::new(SharedMemory::new(sizes, &mut windows, mapper, limits)?);
         let page = RegisterPage::new()?;
         let interrupt = Interrupt::new(Arc::clone(&page))?;
         let ram = MemoryRegion { guest_addr: 0, size: 16 << 20, user_addr: 0x7000_0000_0000, mmap_offset: 0 };

@@ -68,14 +68,6 @@ impl Guest {
         self.answer()
     }
 
-    /// Sends an operation, and does not wait for its answer.
-    pub fn begin(&mut self, operation: Operation, width: u8, address: u64, value: u64) {
-        let mut request = vec![operation as u8, width];
-        request.extend(address.to_le_bytes());
-        request.extend(value.to_le_bytes());
-        self.stdin.write_all(&request).unwrap_or_else(|error| self.fail(&error.to_string()));
-    }
-
     /// The answer to the operation that was begun.
     pub fn answer(&mut self) -> u64 {
         let mut answer = [0; 8];
@@ -92,11 +84,6 @@ impl Guest {
     pub fn has_answered(&self) -> bool {
         let mut poll = [PollFd::new(&self.stdout, PollFlags::IN)];
         rustix::event::poll(&mut poll, Some(&rustix::event::Timespec::default())) == Ok(1)
-    }
-
-    /// Sends a signal to hotslot.
-    pub fn signal(&self, signal: i32) {
-        self.hotslot.signal(signal);
     }
 
     fn wait_for_output(&self) {
@@ -172,6 +159,19 @@ impl Guest {
         self.out8(0x21, 0xff);
         self.out8(0xa1, 0xff);
         self.ask(Operation::Interrupts, 1, 0, enabled.into());
+    }
+
+    /// Sends hotslot a signal.
+    pub fn signal(&self, signal: i32) {
+        self.hotslot.signal(signal);
+    }
+
+    /// Begins an operation whose answer may never come: nothing else can be asked of the guest before.
+    pub fn begin(&mut self, operation: Operation, width: u8, address: u64, value: u64) {
+        let mut request = vec![operation as u8, width];
+        request.extend(address.to_le_bytes());
+        request.extend(value.to_le_bytes());
+        self.stdin.write_all(&request).unwrap_or_else(|error| self.fail(&error.to_string()));
     }
 
     /// Sends an operation whose answer never comes because the machine ends, and waits for that.

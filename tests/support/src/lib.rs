@@ -5,6 +5,7 @@
 //! | [`names`], [`wire`] | the numbers of vhost-user, and its messages as bytes on a socket |
 //! | [`backend`], [`files`], [`full_disk`] | a scripted back-end, and what it maps |
 //! | [`mod@bench`] | a device of the library in this process, and the scripted back-end behind it |
+//! | [`fuse`] | a file system whose server leaves requests unanswered |
 //! | [`recorder`], [`machine`] | the machine of such a device: it records its mappings, or a vCPU of KVM sees them |
 //! | [`guest`], [`monitor`], [`image`] | a running `hotslot`, and the small guest in it |
 //! | [`program`], [`torture`] | a running `hotslot-backend` |
@@ -24,6 +25,7 @@ pub mod child;
 pub mod driver;
 pub mod files;
 pub mod full_disk;
+pub mod fuse;
 pub mod guest;
 pub mod image;
 pub mod kvm;

@@ -10,10 +10,14 @@ use super::*;
 const SOON: Duration = Duration::from_secs(10);
 const USUAL: usize = 40;
 
-/// Our end, and the peer's as a plain socket.
+/// Our end, as of a backend channel, and the peer's as a plain socket.
 fn pair() -> (Connection, UnixStream) {
+    pair_allowing(Descriptors::One)
+}
+
+fn pair_allowing(allowed: Descriptors) -> (Connection, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    (Connection::new(ours, USUAL), theirs)
+    (Connection::new(ours, USUAL, allowed), theirs)
 }
 
 fn bytes(request: u32, flags: u32, size: u32, payload: &[u8]) -> Vec<u8> {
@@ -43,7 +47,7 @@ fn next(connection: &mut Connection) -> Message {
 
 fn inodes(message: &Message) -> Vec<u64> {
     let inode = |fd: &OwnedFd| File::from(fd.try_clone().unwrap()).metadata().unwrap().ino();
-    message.fds.iter().map(inode).collect()
+    message.file.iter().map(inode).collect()
 }
 
 #[test]
@@ -92,7 +96,7 @@ fn descriptors_belong_to_the_message_that_they_were_sent_with() {
             send(&theirs, &message(3, &vec![0; first]), &[&b, &a]);
             send(&theirs, &message(4, &vec![0; second]), &[]);
             let got = [(); 4].map(|()| inodes(&next(&mut ours)));
-            let expected = [vec![], vec![a_inode], vec![b_inode, a_inode], vec![]];
+            let expected = [vec![], vec![a_inode], vec![b_inode], vec![]];
             assert_eq!(got, expected, "{first} and {second} bytes");
         }
     }
@@ -120,15 +124,15 @@ fn a_descriptor_may_come_with_any_part_of_its_message() {
 }
 
 #[test]
-fn as_many_descriptors_as_one_message_can_carry_and_all_close_on_exec() {
-    // SHM-27, SHM-28
+fn one_descriptor_is_taken_and_closes_on_exec_and_others_are_lost() {
+    // SHM-27, SHM-28, SHM-84
     let (a, _) = file();
-    for count in [0, 1, 2, MAX_FDS] {
+    for count in [0, 1, 2, 3, MAX_FDS] {
         let (mut ours, theirs) = pair();
         send(&theirs, &message(9, &[0; 40]), &vec![&a; count]);
         let message = next(&mut ours);
-        assert_eq!((message.fds.len(), message.fds_lost), (count, false));
-        for fd in &message.fds {
+        assert_eq!((message.file.is_some(), message.files_lost), (count > 0, count > 1), "{count}");
+        if let Some(fd) = &message.file {
             // SAFETY: the descriptor is open.
             let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFD) };
             assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
@@ -137,20 +141,34 @@ fn as_many_descriptors_as_one_message_can_carry_and_all_close_on_exec() {
 }
 
 #[test]
-fn descriptors_beyond_what_one_message_can_carry_are_closed_and_counted_as_lost() {
-    // SHM-48
+fn each_byte_with_descriptors_leaves_one_for_its_message_and_one_for_the_next() {
+    // SHM-48, SHM-84
     let (mut ours, theirs) = pair();
     let (a, _) = file();
     let (b, inode) = file();
     for byte in message(9, &[]) {
         send(&theirs, &[byte], &[&a; 100]);
     }
-    let first = next(&mut ours);
-    assert!(first.fds.len() <= MAX_FDS && first.fds_lost);
-    drop(first);
     send(&theirs, &message(10, &[]), &[&b]);
+    let first = next(&mut ours);
+    assert!(first.file.is_some() && first.files_lost);
     let second = next(&mut ours);
-    assert_eq!((inodes(&second), second.fds_lost), (vec![inode], false));
+    assert_eq!((inodes(&second), second.files_lost), (vec![inode], false));
+}
+
+#[test]
+fn where_none_is_allowed_what_has_one_is_never_read() {
+    // SHM-84: nobody can make a vCPU close a descriptor.
+    let (mut ours, theirs) = pair_allowing(Descriptors::None);
+    let (a, _) = file();
+    send(&theirs, &message(8, &[1; 8]), &[]);
+    assert_eq!(next(&mut ours).header.request, 8);
+    let whole = message(9, &[0; 8]);
+    send(&theirs, &whole, &[&a]);
+    for _ in 0..2 {
+        assert!(matches!(ours.try_receive(), Err(ConnectionError::Descriptors)));
+    }
+    assert_eq!(ours.end_of_queue().unwrap() - ours.position(), whole.len() as u64);
 }
 
 #[test]
@@ -245,9 +263,9 @@ fn what_has_no_room_at_once_is_sent_in_pieces_with_its_descriptors_once() {
         while read.len() < whole {
             wait(theirs.as_fd(), PollFlags::IN, Deadline::after(SOON)).unwrap();
             let mut piece = [0; 1 << 16];
-            let (count, received, _) = receive_some(&theirs, &mut piece).unwrap();
+            let (count, received, _) = receive_some(&theirs, &mut piece, true).unwrap();
             read.extend(&piece[..count]);
-            fds += received.len();
+            fds += received.iter().count();
         }
         sent.join().unwrap().unwrap();
     });
