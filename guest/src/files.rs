@@ -25,7 +25,7 @@ use crate::parameters::number;
 
 const MIB: usize = 1 << 20;
 
-fn expect<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Outcome<()> {
+pub fn expect<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Outcome<()> {
     if found == expected { Ok(()) } else { Err(format!("{what}: {found:?} instead of {expected:?}")) }
 }
 
@@ -188,7 +188,7 @@ pub fn xattr(file: &str, name: &str) -> Outcome<String> {
 }
 
 /// What another process finds.
-fn in_another_process(look: impl FnOnce() -> bool) -> Outcome<bool> {
+pub fn in_another_process(look: impl FnOnce() -> bool) -> Outcome<bool> {
     // SAFETY: this program has one thread here; the child ends without returning.
     let child = unsafe { libc::fork() };
     if child == 0 {

@@ -8,6 +8,7 @@ use crate::host::{self, Guest, Session};
 
 static FS: LazyLock<Session> = LazyLock::new(|| Session::run("fs", "2G", 420, &[]));
 static DIRECT: LazyLock<Session> = LazyLock::new(|| Session::run("fs_direct", "2G", 300, &[]));
+static RIGHTS: LazyLock<Session> = LazyLock::new(|| Session::run("fs_rights", "2G", 300, &[]));
 static WINDOW: LazyLock<Session> = LazyLock::new(|| {
     let mib = file_mib();
     let programs = [("FIO", host::installed_program("fio", "fio"))];
@@ -208,4 +209,39 @@ fn both_devices_go_on(guest: &Guest, image: &str) {
     assert!(guest.one("share").ends_with("of 6291456 bytes"), "{guest}");
     let disk: Vec<_> = guest.said("disk").collect();
     assert_eq!(disk, ["written", "read"], "{guest}");
+}
+
+#[test]
+fn modes_owners_and_attributes_are_as_on_the_host() {
+    let (guest, host) = (RIGHTS.guest("rights"), RIGHTS.host());
+    guest.ended(0, ENDED);
+    let checks = "probe rights: set-id capability acl default-acl group flags made";
+    for how in ["direct", "cached", "mapped"] {
+        assert_eq!(guest.one(how), checks, "{guest}{host}");
+    }
+    assert_eq!(host.one("user"), "101000:100077");
+    complains_of_nothing_else(&guest);
+}
+
+#[test]
+fn overlayfs_has_its_upper_layer_on_a_share() {
+    let (guest, host) = (RIGHTS.guest("rights"), RIGHTS.host());
+    for share in ["/share", "/mapped"] {
+        assert_eq!(guest.one(&format!("overlay {share}")), "/merged/again /merged/new", "{guest}");
+    }
+    assert_eq!(host.one("opaque"), "probe xattr: y", "{host}");
+    assert_eq!(host.one("opaque with userxattr"), "probe xattr: y", "{host}");
+    assert_eq!(host.one("whiteout"), "character special file 0 0");
+}
+
+#[test]
+fn devices_and_mounts_of_the_host_are_seen_as_such() {
+    let (guest, host) = (RIGHTS.guest("rights"), RIGHTS.host());
+    assert!(guest.one("taken").ends_with("File exists"), "{guest}");
+    assert!(guest.one("refused").ends_with("Operation not permitted"), "{guest}");
+    for side in [&guest, &host] {
+        assert_eq!(side.one("device"), "block special file 8 12c", "{guest}{host}");
+    }
+    assert_eq!(guest.one("below"), "another file system", "{guest}");
+    assert_eq!(guest.one("announced"), "another device", "{guest}");
 }

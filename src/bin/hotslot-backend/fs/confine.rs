@@ -28,6 +28,7 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::LINUX_IMMUTABLE)
     .union(CapabilitySet::SETFCAP)
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID);
@@ -44,6 +45,13 @@ pub struct Root {
     pub credentials: Credentials,
     /// What is less strict than it could be, and why.
     pub note: Option<String>,
+}
+
+/// What the threads may do in the directory, besides reading.
+#[derive(Clone, Copy)]
+pub struct Rights {
+    pub read_only: bool,
+    pub device_nodes: bool,
 }
 
 /// Opens the directory of the command line.
@@ -77,7 +85,7 @@ pub fn raise_descriptor_limit() {
 ///
 /// There is no /proc, or the kernel refused a step that it offers. A step that it does not offer is in
 /// [`Root::note`].
-pub fn confine(dir: &File, read_only: bool) -> io::Result<Root> {
+pub fn confine(dir: &File, rights: Rights) -> io::Result<Root> {
     let proc: File =
         rustix::fs::open(PROC_SELF_FD, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?
             .into();
@@ -99,23 +107,26 @@ pub fn confine(dir: &File, read_only: bool) -> io::Result<Root> {
     if has.contains(CapabilitySet::SETGID) {
         rustix::thread::set_thread_groups(&[])?;
     }
-    let kept = has & KEPT;
+    let kept = if rights.device_nodes { KEPT | CapabilitySet::MKNOD } else { KEPT };
+    let kept = has & kept;
     rustix::thread::set_capabilities(
         None,
         CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() },
     )?;
     rustix::thread::set_no_new_privs(true)?;
-    let note = restrict(&dir, read_only).err().map(|why| {
+    let note = restrict(&dir, rights).err().map(|why| {
         format!("Landlock cannot guard the directory on this kernel ({why}): only our own checks do")
     });
     Ok(Root { dir, proc, credentials: Credentials::of(has), note })
 }
 
 /// Landlock: files of the directory, and no others.
-fn restrict(dir: &File, read_only: bool) -> Result<(), RulesetError> {
+fn restrict(dir: &File, rights: Rights) -> Result<(), RulesetError> {
     let all = AccessFs::from_all(ABI::V5);
-    let allowed: BitFlags<AccessFs> = if read_only {
+    let allowed: BitFlags<AccessFs> = if rights.read_only {
         make_bitflags!(AccessFs::{ReadFile | ReadDir})
+    } else if rights.device_nodes {
+        all & !make_bitflags!(AccessFs::{Execute | IoctlDev})
     } else {
         all & !make_bitflags!(AccessFs::{Execute | MakeBlock | IoctlDev})
     };

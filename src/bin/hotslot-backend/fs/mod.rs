@@ -4,7 +4,8 @@
 //! parts of files mapped into it (vhost-user SHMEM_MAP), and reads and writes them in the host's page cache,
 //! without a request. Called by `main`.
 //!
-//! Reading order: `requests` (bytes to bytes), `passthrough` (what each request does), `directory` (how a
+//! Reading order: `requests` (bytes to bytes), `init` (what the guest may ask for), `passthrough`, `xattr`,
+//! `ioctl` and `statx` (what each request does), `directory` (how a
 //! file is found and opened), `inodes` (the files that the guest knows and has open), `dax` (the window),
 //! `credentials` (as which user), `confine` (the threads' rights), `queue` (where the bytes are), `guest`
 //! (which of the guest's memory is RAM), `copies` (what is not).
@@ -18,11 +19,17 @@ mod credentials;
 mod dax;
 mod directory;
 mod guest;
+mod ids;
+mod init;
 mod inodes;
+mod ioctl;
 mod passthrough;
+mod policy;
 mod queue;
 mod refused;
 mod requests;
+mod statx;
+mod xattr;
 
 use std::fs::File;
 use std::io;
@@ -36,10 +43,12 @@ use vm_memory::GuestAddressSpace;
 use hotslot::report::say;
 use hotslot::size;
 
-use self::confine::Root;
+use self::confine::{Rights, Root};
 use self::dax::Window;
-use self::directory::{Cache, Directory};
+use self::directory::Directory;
 use self::guest::{Guest, Known};
+use self::ids::{Ids, Map, Range};
+use self::policy::{Cache, Policy, Xattrs};
 use self::requests::Requester;
 use crate::backing::LINUX_UNIT;
 use crate::channel::SHMEM_ADDRESSES;
@@ -92,6 +101,30 @@ pub struct Args {
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     cache: Cache,
 
+    /// Which extended attributes the guest has
+    #[arg(long, value_name = "WHICH", default_value = "host")]
+    xattr: Xattrs,
+
+    /// Users of the guest from INSIDE on stand for users of this machine from OUTSIDE on, COUNT of them. May
+    /// be given several times. Others of this machine are 65534 to the guest; others of the guest create no
+    /// files
+    #[arg(long, value_name = "INSIDE:OUTSIDE:COUNT")]
+    uid_map: Vec<Range>,
+
+    /// The same for groups
+    #[arg(long, value_name = "INSIDE:OUTSIDE:COUNT")]
+    gid_map: Vec<Range>,
+
+    /// Give file systems that are mounted below the directory device numbers of their own in the guest, so
+    /// that no two files of it have one number. Linux (up to 6.12 at least) enforces no ACLs on them then
+    #[arg(long)]
+    announce_submounts: bool,
+
+    /// Let the guest make block and character devices, which are this machine's if others here open them.
+    /// Needs root
+    #[arg(long)]
+    device_nodes: bool,
+
     /// Request queues, each served by a thread of its own; the front-end must offer the guest one queue more
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_REQUEST_QUEUES))]
     queues: u16,
@@ -123,6 +156,8 @@ fn parse_window(text: &str) -> Result<u64, String> {
 ///
 /// See [`Error`]; a wrong command line or directory is found before the socket exists.
 pub fn run(args: &Args) -> Result<(), Error> {
+    let map = |option, ranges: &[Range]| Map::new(ranges).map_err(|why| Error::Ids { option, why });
+    let ids = Ids { users: map("--uid-map", &args.uid_map)?, groups: map("--gid-map", &args.gid_map)? };
     let dir =
         confine::open(&args.dir).map_err(|source| Error::Directory { path: args.dir.clone(), source })?;
     confine::raise_descriptor_limit();
@@ -139,23 +174,30 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let settings = Settings {
         tag: args.tag.clone(),
         window: args.window,
-        read_only: args.read_only,
-        cache: args.cache,
         queues: args.queues,
+        policy: Arc::new(Policy {
+            read_only: args.read_only,
+            cache: args.cache,
+            xattrs: args.xattr,
+            announce_submounts: args.announce_submounts,
+            device_nodes: args.device_nodes,
+            ids,
+        }),
     };
     let mut root = None;
     server::serve(NAME, listening, move |_, complaints| {
         let root = match &root {
             Some(root) => Arc::clone(root),
-            None => Arc::clone(root.insert(confine(&dir, settings.read_only)?)),
+            None => Arc::clone(root.insert(confine(&dir, &settings.policy)?)),
         };
         Fs::new(&settings, root, complaints).map_err(Error::set_up("the directory"))
     })
 }
 
 /// Called once, on the thread that serves.
-fn confine(dir: &File, read_only: bool) -> Result<Arc<Root>, Error> {
-    let root = confine::confine(dir, read_only).map_err(Error::set_up("the confinement to the directory"))?;
+fn confine(dir: &File, policy: &Policy) -> Result<Arc<Root>, Error> {
+    let rights = Rights { read_only: policy.read_only, device_nodes: policy.device_nodes };
+    let root = confine::confine(dir, rights).map_err(Error::set_up("the confinement to the directory"))?;
     if let Some(note) = &root.note {
         say(format_args!("{NAME}: note: {note}"));
     }
@@ -166,9 +208,8 @@ fn confine(dir: &File, read_only: bool) -> Result<Arc<Root>, Error> {
 struct Settings {
     tag: Tag,
     window: u64,
-    read_only: bool,
-    cache: Cache,
     queues: u16,
+    policy: Arc<Policy>,
 }
 
 /// The device, for one front-end.
@@ -187,7 +228,7 @@ impl Fs {
     fn new(settings: &Settings, root: Arc<Root>, complaints: Arc<Complaints>) -> io::Result<Self> {
         let window =
             (settings.window != 0).then(|| Arc::new(Window::new(settings.window, Arc::clone(&complaints))));
-        let directory = Directory::new(root, settings.read_only, settings.cache, window.clone())?;
+        let directory = Directory::new(root, Arc::clone(&settings.policy), window.clone())?;
         Ok(Fs {
             queues: settings.queues,
             tag: settings.tag.clone(),
