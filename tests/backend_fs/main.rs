@@ -9,6 +9,7 @@
 mod dax;
 mod fuse;
 mod hostile;
+mod locks;
 mod machine;
 mod semantics;
 mod window;

@@ -21,6 +21,7 @@ use super::confine::Root;
 use super::credentials::{ActingAs, InGroup, set_umask};
 use super::dax::Window;
 use super::inodes::{Inode, Inodes, Open, Opens, ROOT};
+use super::locks::Locks;
 use super::policy::{Cache, Policy};
 use crate::lock::lock;
 
@@ -45,6 +46,7 @@ pub struct Directory {
     pub(super) policy: Arc<Policy>,
     pub(super) inodes: Inodes,
     pub(super) opens: Opens,
+    pub(super) locks: Locks,
     pub(super) window: Option<Arc<Window>>,
     /// The directory, opened for FUSE_SYNCFS.
     pub(super) synced: File,
@@ -64,12 +66,14 @@ impl Directory {
             root,
             policy,
             opens: Opens::default(),
+            locks: Locks::default(),
             window,
         })
     }
 
     /// A session of the guest begins or ends: closes, forgets and unmaps all.
     pub fn clear(&self) {
+        self.locks.clear();
         self.opens.clear();
         self.inodes.clear();
         if let Some(window) = &self.window {

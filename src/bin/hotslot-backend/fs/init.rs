@@ -13,7 +13,7 @@ use fuse_backend_rs::transport::Reader;
 use rustix::io::Errno;
 
 use super::dax::PAGE;
-use super::policy::{Cache, Policy, Xattrs};
+use super::policy::{Cache, LocksOf, Policy, Xattrs};
 
 pub const FUSE_SETXATTR_EXT: u64 = 1 << 29;
 pub const FUSE_CREATE_SUPP_GROUP: u64 = 1 << 34;
@@ -39,6 +39,7 @@ fn wanted(policy: &Policy, has_window: bool) -> u64 {
     options.set(FsOptions::SUBMOUNTS, policy.announce_submounts);
     options.set(FsOptions::POSIX_ACL, policy.xattrs != Xattrs::Off);
     options.set(FsOptions::AUTO_INVAL_DATA, policy.cache != Cache::Always);
+    options.set(FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS, policy.locks == LocksOf::Host);
     options.set(FsOptions::MAP_ALIGNMENT, has_window);
     options.bits() | FUSE_SETXATTR_EXT | FUSE_CREATE_SUPP_GROUP
 }

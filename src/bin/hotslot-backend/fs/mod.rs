@@ -5,7 +5,7 @@
 //! without a request. Called by `main`.
 //!
 //! Reading order: `requests` (bytes to bytes), `init` (what the guest may ask for), `passthrough`, `xattr`,
-//! `ioctl` and `statx` (what each request does), `directory` (how a
+//! `ioctl`, `statx` and `locks` (what each request does), `directory` (how a
 //! file is found and opened), `inodes` (the files that the guest knows and has open), `dax` (the window),
 //! `credentials` (as which user), `confine` (the threads' rights), `queue` (where the bytes are), `guest`
 //! (which of the guest's memory is RAM), `copies` (what is not).
@@ -23,12 +23,14 @@ mod ids;
 mod init;
 mod inodes;
 mod ioctl;
+mod locks;
 mod passthrough;
 mod policy;
 mod queue;
 mod refused;
 mod requests;
 mod statx;
+mod waiters;
 mod xattr;
 
 use std::fs::File;
@@ -48,12 +50,12 @@ use self::dax::Window;
 use self::directory::Directory;
 use self::guest::{Guest, Known};
 use self::ids::{Ids, Map, Range};
-use self::policy::{Cache, Policy, Xattrs};
+use self::policy::{Cache, LocksOf, Policy, Xattrs};
 use self::requests::Requester;
 use crate::backing::LINUX_UNIT;
 use crate::channel::SHMEM_ADDRESSES;
 use crate::complaints::Complaints;
-use crate::device::{Device, Memory, Taken};
+use crate::device::{Device, Later, Memory, Taken};
 use crate::error::Error;
 use crate::lock::lock;
 use crate::server;
@@ -125,6 +127,10 @@ pub struct Args {
     #[arg(long)]
     device_nodes: bool,
 
+    /// Who sees the locks (fcntl and flock) of the guest's processes
+    #[arg(long, value_name = "WHO", default_value = "guest")]
+    locks: LocksOf,
+
     /// Request queues, each served by a thread of its own; the front-end must offer the guest one queue more
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_REQUEST_QUEUES))]
     queues: u16,
@@ -181,6 +187,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
             xattrs: args.xattr,
             announce_submounts: args.announce_submounts,
             device_nodes: args.device_nodes,
+            locks: args.locks,
             ids,
         }),
     };
@@ -289,5 +296,13 @@ impl Device for Fs {
 
     fn answer(&self, (chain, guest): Self::Request) -> u32 {
         self.requester.answer(chain, &guest)
+    }
+
+    fn answer_or_wait(&self, (chain, guest): Self::Request, later: Later) -> Option<u32> {
+        self.requester.answer_or_wait(chain, &guest, later)
+    }
+
+    fn stop_waiting(&self) {
+        self.requester.stop_waiting();
     }
 }

@@ -13,7 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    CreateIn, FOPEN_IN_KILL_SUIDGID, OpenOptions, SetattrValid, WRITE_KILL_PRIV, stat64,
+    CreateIn, FOPEN_IN_KILL_SUIDGID, FileLock, LkIn, OpenOptions, SetattrValid, WRITE_KILL_PRIV, stat64,
 };
 use fuse_backend_rs::abi::virtio_fs::{RemovemappingOne, SetupmappingFlags};
 use fuse_backend_rs::api::filesystem::{
@@ -31,7 +31,7 @@ use super::dax::Mapping;
 use super::directory::{Directory, Opened, attributes, number, one_name};
 use super::ids::Map;
 use super::inodes::{Inode, ROOT};
-use super::policy::Cache;
+use super::policy::{Cache, LocksOf};
 use crate::lock::lock;
 
 /// The most that one request reads or writes; the guest knows it from FUSE_INIT.
@@ -63,6 +63,26 @@ impl Directory {
         }
         let mount = self.reopen(&self.inodes.get(node)?.path, OFlags::RDONLY | OFlags::DIRECTORY)?;
         Ok(rustix::fs::syncfs(mount)?)
+    }
+
+    /// FUSE_SETLK, and an attempt at FUSE_SETLKW; see [`super::locks::Locks::set`].
+    pub fn set_lock(&self, node: u64, wanted: &LkIn) -> io::Result<()> {
+        let inode = self.inodes.get(node)?;
+        self.opens.get(node, wanted.fh)?;
+        self.locks.set(node, wanted, |is_flock| {
+            // flock(2) takes any, and the host runs no program that is open for writing.
+            let reads_only = is_flock || self.policy.read_only || inode.kind != FileType::RegularFile;
+            let writing = if reads_only { None } else { self.open_inode(&inode, OFlags::RDWR).ok() };
+            match writing {
+                Some(file) => Ok(file),
+                None => self.open_inode(&inode, OFlags::RDONLY),
+            }
+        })
+    }
+
+    /// FUSE_GETLK.
+    pub fn get_lock(&self, node: u64, wanted: &LkIn) -> io::Result<FileLock> {
+        self.locks.first_in_the_way(node, wanted, &self.opens.get(node, wanted.fh)?.file)
     }
 
     /// FUSE_TMPFILE: a file without a name in `parent`, which may be given one by FUSE_LINK.
@@ -376,8 +396,12 @@ impl FileSystem for Directory {
 
     /// Nothing is buffered here that a close could write. The guest's kernel takes ENOSYS for success, and
     /// does not ask again.
-    fn flush(&self, _: &Context, _: u64, _: u64, _: u64) -> io::Result<()> {
-        Err(Errno::NOSYS.into())
+    fn flush(&self, _: &Context, node: u64, _: u64, lock_owner: u64) -> io::Result<()> {
+        if self.policy.locks == LocksOf::Guest {
+            return Err(Errno::NOSYS.into());
+        }
+        self.locks.release_process(node, lock_owner);
+        Ok(())
     }
 
     fn fsync(&self, _: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
@@ -410,6 +434,7 @@ impl FileSystem for Directory {
         _: bool,
         _: Option<u64>,
     ) -> io::Result<()> {
+        self.locks.release_handle(node, handle);
         self.opens.remove(node, handle)
     }
 
@@ -472,6 +497,7 @@ impl FileSystem for Directory {
     }
 
     fn releasedir(&self, _: &Context, node: u64, _: u32, handle: u64) -> io::Result<()> {
+        self.locks.release_handle(node, handle);
         self.opens.remove(node, handle)
     }
 

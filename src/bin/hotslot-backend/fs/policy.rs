@@ -17,6 +17,7 @@ pub struct Policy {
     pub announce_submounts: bool,
     /// The guest may make block and character devices.
     pub device_nodes: bool,
+    pub locks: LocksOf,
     pub ids: Ids,
 }
 
@@ -54,4 +55,14 @@ pub enum Xattrs {
     Mapped,
     /// None, and no ACLs; saves the guest's kernel the questions
     Off,
+}
+
+/// Who sees the locks of the guest's processes.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LocksOf {
+    /// The guest's own processes only; no request tells of a lock
+    Guest,
+    /// The processes of this machine, too, and other guests with this option. Each lock and each close of a
+    /// file is a request, and a process waits for a lock no longer than 30 seconds
+    Host,
 }

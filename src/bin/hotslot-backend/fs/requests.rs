@@ -1,8 +1,8 @@
 //! From the bytes of a request to the bytes of its answer.
 //!
 //! fuse-backend-rs decodes most of FUSE and calls [`super::passthrough`]. Here are the requests that it does
-//! not decode (FUSE_TMPFILE, FUSE_SYNCFS, FUSE_STATX, FUSE_COPY_FILE_RANGE, the longer FUSE_SETXATTR),
-//! FUSE_INIT (see [`super::init`]), FUSE_STATFS and FUSE_IOCTL,
+//! not decode (FUSE_TMPFILE, FUSE_SYNCFS, FUSE_STATX, FUSE_COPY_FILE_RANGE, the longer FUSE_SETXATTR, and
+//! FUSE_SETLKW, for which it does not wait), FUSE_INIT (see [`super::init`]), FUSE_STATFS and FUSE_IOCTL,
 //! whose answers only it could build, and FUSE_DESTROY, of whose answer it does not tell the length; a limit
 //! to a request's size; and an error for each request that it does not answer. Called by [`super`] on the
 //! threads that answer requests.
@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use fuse_backend_rs::abi::fuse_abi::{
-    CopyFileRangeIn, CreateIn, EntryOut, InHeader, IoctlIn, IoctlOut, Kstatfs, Opcode, OpenOut, OutHeader,
-    WriteOut,
+    CopyFileRangeIn, CreateIn, EntryOut, InHeader, IoctlIn, IoctlOut, Kstatfs, LkIn, LkOut, Opcode, OpenOut,
+    OutHeader, WriteOut,
 };
 use fuse_backend_rs::abi::virtio_fs::RemovemappingOne;
 use fuse_backend_rs::api::filesystem::Context;
@@ -31,9 +31,12 @@ use super::dax::Window;
 use super::directory::Directory;
 use super::guest::Guest;
 use super::init::{self, FUSE_SETXATTR_EXT};
+use super::locks::PATIENCE;
+use super::policy::LocksOf;
 use super::queue::{self, Chain, Memory};
 use super::refused::{MAX_REQUEST, Refused};
 use crate::complaints::Complaints;
+use crate::device::Later;
 
 /// Opcodes that are newer than fuse-backend-rs.
 const FUSE_SYNCFS: u32 = 50;
@@ -77,6 +80,39 @@ impl Requester {
             window.forget();
         }
         self.directory.clear();
+    }
+
+    /// Answers all requests that wait.
+    pub fn stop_waiting(&self) {
+        self.directory.locks.waiters.end();
+    }
+
+    /// Executes a request, or lets it wait for a lock (FUSE_SETLKW).
+    pub fn answer_or_wait(&self, chain: Chain, guest: &Arc<Guest>, later: Later) -> Option<u32> {
+        if self.directory.policy.locks == LocksOf::Host
+            && let Some((header, wanted)) = wanted_lock(&chain, &guest.ram)
+            && self.directory.set_lock(header.nodeid, &wanted).is_err_and(|e| is_again(&e))
+        {
+            let (directory, guest) = (Arc::clone(&self.directory), Arc::clone(guest));
+            let chain_later = chain.clone();
+            let attempt = move |is_last: bool| {
+                let result = match directory.set_lock(header.nodeid, &wanted) {
+                    Err(e) if is_again(&e) && !is_last => return false,
+                    Err(e) if is_again(&e) => Err(Errno::NOLCK.into()),
+                    result => result,
+                };
+                let answer = VirtioFsWriter::new(&*guest.ram, chain_later.clone()).ok();
+                let answer =
+                    answer.and_then(|mut to| reply(&mut to, &header, result.map(|()| Vec::new())).ok());
+                later.hand_back(answer.map_or(0, |written| written as u32));
+                true
+            };
+            // Without a thread the process does not wait.
+            if self.directory.locks.waiters.add(PATIENCE, Box::new(attempt)).is_ok() {
+                return None;
+            }
+        }
+        Some(self.answer(chain, guest))
     }
 
     /// Executes a request. Returns how many bytes of its buffers were written.
@@ -188,6 +224,10 @@ impl Requester {
             opcode if opcode == Opcode::Ioctl as u32 => {
                 body(&mut request).map_err(malformed).and_then(|()| self.ioctl(header, request))
             }
+            opcode if is_lock(opcode) && self.directory.policy.locks == LocksOf::Host => body(&mut request)
+                .and_then(|()| request.read_obj())
+                .map_err(malformed)
+                .and_then(|wanted| self.lock(header, &wanted)),
             FUSE_STATX => body(&mut request)
                 .and_then(|()| request.read_obj())
                 .map_err(malformed)
@@ -269,12 +309,43 @@ impl Requester {
         Ok([IoctlOut::default().as_slice(), &result].concat())
     }
 
+    fn lock(&self, header: &InHeader, wanted: &LkIn) -> io::Result<Vec<u8>> {
+        if header.opcode == Opcode::Getlk as u32 {
+            let lk = self.directory.get_lock(header.nodeid, wanted)?;
+            return Ok(LkOut { lk }.as_slice().to_vec());
+        }
+        self.directory.set_lock(header.nodeid, wanted)?;
+        Ok(Vec::new())
+    }
+
     fn tmpfile(&self, header: &InHeader, args: CreateIn) -> io::Result<Vec<u8>> {
         let context = Context::from(header);
         let (entry, handle, options, _) = self.directory.temporary(&context, header.nodeid, args)?;
         let open = OpenOut { fh: handle.unwrap_or_default(), open_flags: options.bits(), passthrough: 0 };
         Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
     }
+}
+
+impl Drop for Requester {
+    fn drop(&mut self) {
+        // They hold the directory, and what the guest has locked there.
+        self.stop_waiting();
+    }
+}
+
+/// The lock that a request waits for, if it is a FUSE_SETLKW.
+fn wanted_lock(chain: &Chain, memory: &Memory) -> Option<(InHeader, LkIn)> {
+    let mut request = Reader::from_descriptor_chain(&**memory, chain.clone()).ok()?;
+    let header: InHeader = request.read_obj().ok()?;
+    (header.opcode == Opcode::Setlkw as u32).then_some((header, request.read_obj().ok()?))
+}
+
+fn is_lock(opcode: u32) -> bool {
+    [Opcode::Getlk, Opcode::Setlk, Opcode::Setlkw].iter().any(|&lock| opcode == lock as u32)
+}
+
+fn is_again(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::AGAIN)
 }
 
 /// fuse-backend-rs decodes FUSE_SETUPMAPPING and FUSE_REMOVEMAPPING only where there is one of these. It
