@@ -82,7 +82,12 @@ pub fn quads<const N: usize>(quads: [u64; N]) -> Vec<u8> {
 
 /// A string with its zero.
 pub fn name(name: &str) -> Vec<u8> {
-    [name.as_bytes(), b"\0"].concat()
+    raw_name(name.as_bytes())
+}
+
+/// The same, of any bytes.
+pub fn raw_name(name: &[u8]) -> Vec<u8> {
+    [name, b"\0"].concat()
 }
 
 pub fn u32_at(bytes: &[u8], at: usize) -> u32 {

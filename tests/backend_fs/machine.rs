@@ -6,6 +6,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
 
 pub use hotslot_test_support::files::{MIB, memfd};
 use hotslot_test_support::names::*;
@@ -66,6 +68,19 @@ pub fn start(place: &Place, args: &str) -> Backend {
 pub fn start_as(place: &Place, args: &str, user: Option<u32>) -> Backend {
     let mut command = program::command("fs", &place.top);
     command.args(["--dir", "dir"]).args(args.split_whitespace());
+    if let Some(user) = user {
+        command.uid(user).gid(user);
+    }
+    Backend::spawn(command, &place.top)
+}
+
+/// The same, with at most so many descriptors.
+pub fn start_with(descriptors: u32, place: &Place, args: &str, user: Option<u32>) -> Backend {
+    let unlimited = program::command("fs", &place.top);
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("ulimit -n {descriptors} && exec \"$0\" \"$@\"")]);
+    command.arg(unlimited.get_program()).args(unlimited.get_args());
+    command.current_dir(place.top.path()).args(["--dir", "dir"]).args(args.split_whitespace());
     if let Some(user) = user {
         command.uid(user).gid(user);
     }
@@ -313,6 +328,11 @@ impl Machine {
 
     /// A buffer comes back: its head, and how many bytes were written.
     pub fn await_used(&mut self, queue: usize) -> (u32, u32) {
+        // Most come at once, and some tests send thousands of requests.
+        let _ = (0..1000).find(|_| {
+            thread::yield_now();
+            self.is_used(queue)
+        });
         eventually("a used buffer", || self.is_used(queue));
         let ring = &mut self.rings[queue];
         eventually("a call", || ring.call.read().is_ok());

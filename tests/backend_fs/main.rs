@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod dax;
+mod descriptors;
 mod fuse;
 mod hostile;
 mod locks;
@@ -142,6 +143,8 @@ fn a_command_line_that_cannot_be_served_is_refused() {
         ("--dir dir --uid-map 0:1:0", "it has none"),
         ("--dir dir --gid-map 0:4294967295:1", "between 0 and 4294967294"),
         ("--dir dir --uid-map 0:1000:2 --uid-map 5:1001:1", "--uid-map: 0:1000:2 and 5:1001:1 overlap"),
+        ("--dir dir --inode-file-handles some", "invalid value 'some'"),
+        ("--dir /proc/self --inode-file-handles mandatory", "cannot be opened by handles"),
         ("", "--dir"),
     ] {
         let output = Command::new(hotslot_backend())
@@ -556,28 +559,40 @@ pub fn access_of(asked: &machine::Message) -> i32 {
     (flags & rustix::fs::OFlags::RWMODE).bits() as i32
 }
 
+/// Gives the place to an ordinary user, if the tests run as root, and says which. None, with a word on
+/// stderr, where that user cannot come.
+pub fn ordinary_user(place: &Place) -> Option<Option<u32>> {
+    if !rustix::process::geteuid().is_root() {
+        return Some(None);
+    }
+    let reachable = Command::new(hotslot_backend())
+        .arg("--version")
+        .current_dir(place.top.path().parent().unwrap())
+        .uid(NOBODY)
+        .output();
+    if !reachable.is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: an ordinary user cannot reach the build directory");
+        return None;
+    }
+    for path in [place.top.path().to_owned(), place.path("")] {
+        std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    Some(Some(NOBODY))
+}
+
 /// As an ordinary user: the guest's root, and its other users, do what that user can.
 #[test]
 fn an_ordinary_user_serves_own_files() {
     let place = Place::new();
-    let as_root = rustix::process::geteuid().is_root();
+    let Some(user) = ordinary_user(&place) else {
+        return;
+    };
+    let as_root = user.is_some();
     if as_root {
-        let reachable = Command::new(hotslot_backend())
-            .arg("--version")
-            .current_dir(place.top.path().parent().unwrap())
-            .uid(NOBODY)
-            .output();
-        if !reachable.is_ok_and(|output| output.status.success()) {
-            eprintln!("skipped: an ordinary user cannot reach the build directory");
-            return;
-        }
-        for path in [place.top.path().to_owned(), place.path("")] {
-            std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
-        }
         place.write("root's", "data");
         fs::set_permissions(place.path("root's"), Permissions::from_mode(0o600)).unwrap();
     }
-    let backend = start_as(&place, "", as_root.then_some(NOBODY));
+    let backend = start_as(&place, "", user);
     let us = fs::metadata(place.path("")).unwrap().uid();
     let mut machine = Machine::mounted(&backend);
     for (user, file) in [(0, "a"), (us, "b"), (12345, "c")] {

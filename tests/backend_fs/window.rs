@@ -190,18 +190,25 @@ fn behind_the_end_of_a_file_are_zeroes_that_stay() {
     assert_eq!(place.read("f"), b"dat0");
 }
 
-/// The mapping lives on when the guest has forgotten the file, or has removed it, or may no longer open it.
+/// A program that has a file mapped has it open, too: the mapping lives on when the host has removed the
+/// file. A guest that forgets a file has unmapped it before.
 #[test]
-fn a_mapping_is_found_without_its_name_or_node() {
+fn a_mapping_is_found_without_its_name_but_not_without_its_node() {
     let place = Place::new();
     let (_backend, mut machine, node) = machine(&place, b"data", 1, 1);
+    machine.open(node, libc::O_RDONLY);
     let to = machine.create("to", libc::O_RDWR, 0o600);
-    machine.send(0, fuse::FORGET, node, &fuse::quads([1]));
-    machine.await_used(0);
-    assert_eq!(machine.error(fuse::GETATTR, node, &fuse::quads([0, 0])), libc::ESTALE);
     fs::remove_file(place.path("f")).unwrap();
     assert_eq!(write(&mut machine, to, &[(WINDOW, 4)]), (0, 4));
     assert_eq!(place.read("to"), b"data");
+
+    place.write("g", "other");
+    let node = machine.lookup("g");
+    map(&mut machine, node, 0, UNIT, 0, 1);
+    machine.send(0, fuse::FORGET, node, &fuse::quads([1]));
+    machine.await_used(0);
+    assert_eq!(machine.error(fuse::GETATTR, node, &fuse::quads([0, 0])), libc::ESTALE);
+    assert_eq!(write(&mut machine, to, &[(WINDOW + UNIT, 4)]).0, libc::EFAULT);
 }
 
 /// SHM-80: ADD_MEM_REG behind that of the window is another device's, whose file may become shorter.

@@ -119,6 +119,14 @@ fn what_is_mapped_outlives_the_back_end_and_the_next_machine_is_served() {
 }
 
 #[test]
+fn a_guest_uses_more_files_than_its_back_end_holds() {
+    let guest = FS.guest("next");
+    guest.ended(0, ENDED);
+    assert_eq!(guest.one("many"), "197 files, 3/5 3/4 3/6 3/1 3/2", "{guest}");
+    assert_eq!(guest.one("left"), "0");
+}
+
+#[test]
 fn a_file_is_read_through_a_window_that_is_far_smaller() {
     let (guest, host) = (WINDOW.guest("window"), WINDOW.host());
     guest.ended(0, ENDED);

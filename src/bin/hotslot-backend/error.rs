@@ -43,6 +43,8 @@ pub enum Error {
     Directory { path: PathBuf, source: io::Error },
     #[error("{option}: {why}")]
     Ids { option: &'static str, why: String },
+    #[error("files of {path:?} cannot be opened by handles, as --inode-file-handles mandatory demands")]
+    NoHandles { path: PathBuf, source: io::Error },
     #[error("region {0} is given twice")]
     RegionTwice(u8),
 

@@ -12,7 +12,7 @@
 //! Exit status: 0 after SIGINT, SIGTERM or the end of `--once`, 2 for a command line or a file that cannot be
 //! served, 1 for everything else.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod backing;
 mod blk;

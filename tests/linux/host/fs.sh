@@ -67,6 +67,8 @@ machine=$!
 kill_backend
 wait $machine
 
+# An eighth of this is how many files the back-end holds.
+ulimit -n 160
 backend fs fs --dir "$share" --tag share --window 64M
 share next fs_next
 wait $!

@@ -17,10 +17,11 @@ use landlock::{
     RulesetCreatedAttr, RulesetError, make_bitflags,
 };
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 
 use super::credentials::Credentials;
+use super::descriptors::Descriptors;
+use super::handles::Handles;
 
 /// The capabilities that root keeps: to act on files as their owners may, and to create them as a user of the
 /// guest.
@@ -43,6 +44,9 @@ pub struct Root {
     /// the descriptor's number in there.
     pub proc: File,
     pub credentials: Credentials,
+    pub descriptors: Descriptors,
+    /// If files may be opened by them.
+    pub handles: Option<Handles>,
     /// What is less strict than it could be, and why.
     pub note: Option<String>,
 }
@@ -71,21 +75,18 @@ pub fn open(dir: &Path) -> io::Result<File> {
     Ok(file.into())
 }
 
-/// Raises the limit of file descriptors as far as we may: each file that the guest knows is one.
-pub fn raise_descriptor_limit() {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, ..limit };
-    // If it fails, the guest gets ENFILE sooner.
-    let _ = rustix::process::setrlimit(Resource::Nofile, raised);
-}
-
 /// Confines this thread and those that it starts.
 ///
 /// # Errors
 ///
 /// There is no /proc, or the kernel refused a step that it offers. A step that it does not offer is in
 /// [`Root::note`].
-pub fn confine(dir: &File, rights: Rights) -> io::Result<Root> {
+pub fn confine(
+    dir: &File,
+    rights: Rights,
+    descriptors: Descriptors,
+    handles: Option<Handles>,
+) -> io::Result<Root> {
     let proc: File =
         rustix::fs::open(PROC_SELF_FD, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?
             .into();
@@ -107,7 +108,9 @@ pub fn confine(dir: &File, rights: Rights) -> io::Result<Root> {
     if has.contains(CapabilitySet::SETGID) {
         rustix::thread::set_thread_groups(&[])?;
     }
-    let kept = if rights.device_nodes { KEPT | CapabilitySet::MKNOD } else { KEPT };
+    let mut kept = KEPT;
+    kept.set(CapabilitySet::MKNOD, rights.device_nodes);
+    kept.set(CapabilitySet::DAC_READ_SEARCH, handles.is_some());
     let kept = has & kept;
     rustix::thread::set_capabilities(
         None,
@@ -117,7 +120,7 @@ pub fn confine(dir: &File, rights: Rights) -> io::Result<Root> {
     let note = restrict(&dir, rights).err().map(|why| {
         format!("Landlock cannot guard the directory on this kernel ({why}): only our own checks do")
     });
-    Ok(Root { dir, proc, credentials: Credentials::of(has), note })
+    Ok(Root { dir, proc, credentials: Credentials::of(has), descriptors, handles, note })
 }
 
 /// Landlock: files of the directory, and no others.

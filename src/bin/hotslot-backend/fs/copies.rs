@@ -180,14 +180,15 @@ impl Finder<'_> {
                 if is_target && !mapping.writable {
                     return Err(fault());
                 }
-                let node = mapping.inode.node;
+                let node = mapping.node;
                 let opened = self.files.iter().find(|file| (file.0, file.1) == (node, is_target));
                 let file = match opened {
                     Some((.., file)) => Arc::clone(file),
                     None => {
+                        let inode = self.directory.inodes.get(node)?;
                         let file = Arc::new(match is_target {
-                            true => self.directory.open_for_writing(&mapping.inode)?,
-                            false => self.directory.open_for_reading(&mapping.inode)?,
+                            true => self.directory.open_for_writing(&inode)?,
+                            false => self.directory.open_for_reading(&inode)?,
                         });
                         self.files.push((node, is_target, Arc::clone(&file)));
                         file

@@ -17,7 +17,6 @@ use std::sync::{Arc, Mutex};
 use rustix::io::Errno;
 use vhost::vhost_user::Backend;
 
-use super::inodes::Inode;
 use crate::channel::Channel;
 use crate::complaints::Complaints;
 use crate::lock::lock;
@@ -25,10 +24,10 @@ use crate::lock::lock;
 pub const PAGE: u64 = 4096;
 
 /// A part of a file.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub struct Mapping {
-    /// The file, also once the guest has forgotten it: its mapping lives on.
-    pub inode: Arc<Inode>,
+    /// The file. The guest unmaps it before it forgets it.
+    pub node: u64,
     pub file_offset: u64,
     pub len: u64,
     pub writable: bool,
@@ -36,8 +35,7 @@ pub struct Mapping {
 
 impl Mapping {
     fn is(&self, other: &Mapping) -> bool {
-        let key =
-            |mapping: &Mapping| (mapping.inode.node, mapping.file_offset, mapping.len, mapping.writable);
+        let key = |mapping: &Mapping| (mapping.node, mapping.file_offset, mapping.len, mapping.writable);
         key(self) == key(other)
     }
 }
@@ -118,7 +116,7 @@ impl Window {
             let (start, mapping) = mappings.range(..=at).next_back()?;
             let skipped = at - start;
             let len = mapping.len.checked_sub(skipped).filter(|&len| len > 0)?.min(end - at);
-            parts.push(Mapping { file_offset: mapping.file_offset + skipped, len, ..mapping.clone() });
+            parts.push(Mapping { file_offset: mapping.file_offset + skipped, len, ..*mapping });
             at += len;
         }
         Some(parts)

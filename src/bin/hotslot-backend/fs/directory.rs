@@ -1,9 +1,10 @@
 //! The directory, for one guest: how its files are found, opened, listed, made and removed.
 //!
-//! A file is reached from a directory that is held, by one name: no path, and no link is followed. From then
-//! on it is held itself, by an O_PATH descriptor. For operations that such a descriptor does not allow, the
-//! program opens `/proc/self/fd/N`, never the name, which may mean another file by then. Only regular files
-//! and directories are opened. Called by [`super::passthrough`].
+//! A file is reached from a directory that is held, by one name: no path, and no link is followed. It is held
+//! itself, by an O_PATH descriptor, for as long as there are enough, and found again ([`super::inodes`]). For
+//! operations that such a descriptor does not allow, the program opens `/proc/self/fd/N`, never the name,
+//! which may mean another file by then. Only regular files and directories are opened. Called by
+//! [`super::passthrough`].
 
 use std::ffi::CStr;
 use std::fs::{File, Metadata};
@@ -20,9 +21,11 @@ use rustix::io::Errno;
 use super::confine::Root;
 use super::credentials::{ActingAs, InGroup, set_umask};
 use super::dax::Window;
-use super::inodes::{Inode, Inodes, Open, Opens, ROOT};
+use super::inodes::{Inode, Inodes, ROOT, open_name};
 use super::locks::Locks;
+use super::opens::{Open, Opens};
 use super::policy::{Cache, Policy};
+use crate::complaints::Complaints;
 use crate::lock::lock;
 
 /// The most bytes of names that are read from a directory at a time.
@@ -45,7 +48,7 @@ pub struct Directory {
     pub(super) root: Arc<Root>,
     pub(super) policy: Arc<Policy>,
     pub(super) inodes: Inodes,
-    pub(super) opens: Opens,
+    pub(super) opens: Arc<Opens>,
     pub(super) locks: Locks,
     pub(super) window: Option<Arc<Window>>,
     /// The directory, opened for FUSE_SYNCFS.
@@ -59,16 +62,17 @@ impl Directory {
     /// # Errors
     ///
     /// The directory's attributes or names cannot be read.
-    pub fn new(root: Arc<Root>, policy: Arc<Policy>, window: Option<Arc<Window>>) -> io::Result<Self> {
-        Ok(Directory {
-            inodes: Inodes::new(&root.dir)?,
-            synced: open_file(&root, &root.dir, OFlags::RDONLY | OFlags::DIRECTORY)?,
-            root,
-            policy,
-            opens: Opens::default(),
-            locks: Locks::default(),
-            window,
-        })
+    pub fn new(
+        root: Arc<Root>,
+        policy: Arc<Policy>,
+        window: Option<Arc<Window>>,
+        complaints: Arc<Complaints>,
+    ) -> io::Result<Self> {
+        let opens = Arc::new(Opens::new(root.descriptors.open));
+        let inodes = Inodes::new(Arc::clone(&root), Arc::clone(&opens), complaints)?;
+        let synced = open_file(&root, &root.dir, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let locks = Locks::new(root.descriptors.locks);
+        Ok(Directory { inodes, root, policy, opens, locks, window, synced })
     }
 
     /// A session of the guest begins or ends: closes, forgets and unmaps all.
@@ -154,12 +158,13 @@ impl Directory {
         Ok((self.open_inode(inode, OFlags::RDONLY)?, false))
     }
 
-    /// The flags for an open of the guest.
+    /// The flags for an open of the guest, if it may have one more.
     pub fn open_flags(&self, flags: u32) -> io::Result<OFlags> {
         let flags = OFlags::from_bits_retain(flags) & OPEN_FLAGS;
         if flags & OFlags::RWMODE != OFlags::RDONLY || flags.contains(OFlags::TRUNC) {
             self.check_writable()?;
         }
+        self.opens.check_room()?;
         Ok(flags)
     }
 
@@ -171,13 +176,13 @@ impl Directory {
         }
     }
 
-    /// Counts a lookup of the file of an O_PATH descriptor, in a directory if it has a name.
-    fn entry(&self, parent: Option<&Inode>, path: File) -> io::Result<Entry> {
-        let (inode, metadata) = self.inodes.insert(path)?;
+    /// Counts a lookup of the file of an O_PATH descriptor, and of its name in a directory if it has one.
+    fn entry(&self, name: Option<(&Inode, &CStr)>, path: File) -> io::Result<Entry> {
+        let (inode, metadata) = self.inodes.insert(name.map(|(parent, name)| (parent.node, name)), path)?;
         let is_told = self.policy.announce_submounts && metadata.is_dir();
         let is_other =
             |parent: &Inode| parent.path.metadata().is_ok_and(|found| found.dev() != metadata.dev());
-        let is_mount = parent.filter(|_| is_told).is_some_and(is_other);
+        let is_mount = name.filter(|_| is_told).is_some_and(|(parent, _)| is_other(parent));
         Ok(Entry {
             inode,
             generation: 0,
@@ -189,14 +194,13 @@ impl Directory {
     }
 
     pub fn find(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let path = rustix::fs::openat(&parent.path, one_name(name)?, flags, Mode::empty())?;
-        self.entry(Some(parent), path.into())
+        let path = open_name(parent, one_name(name)?)?;
+        self.entry(Some((parent, name)), path)
     }
 
-    /// The reply for a file that was just created and opened.
-    pub fn opened(&self, file: File) -> io::Result<Opened> {
-        let entry = self.entry(None, self.reopen(&file, OFlags::PATH)?)?;
+    /// The reply for a file that was just created and opened, by a name or without one.
+    pub fn opened(&self, name: Option<(&Inode, &CStr)>, file: File) -> io::Result<Opened> {
+        let entry = self.entry(name, self.reopen(&file, OFlags::PATH)?)?;
         let handle = self.opens.insert(entry.inode, file);
         Ok((entry, Some(handle), self.open_options(), None))
     }
@@ -277,7 +281,8 @@ impl Directory {
     pub fn remove(&self, parent: u64, name: &CStr, flags: AtFlags) -> io::Result<()> {
         self.check_writable()?;
         let parent = self.inodes.get(parent)?;
-        Ok(rustix::fs::unlinkat(&parent.path, one_name(name)?, flags)?)
+        let name = one_name(name)?;
+        self.inodes.remove_name(&parent, name, || rustix::fs::unlinkat(&parent.path, name, flags))
     }
 }
 

@@ -1,42 +1,58 @@
-//! The files that the guest knows, by node id, and those that it has open, by handle.
+//! The files that the guest knows, by node id.
 //!
 //! FUSE: a reply that names a file counts as a lookup of it, and FUSE_FORGET takes lookups back; until the
-//! last one the node id stands for the same file, even if it is renamed or removed. So each is held by an
-//! O_PATH descriptor, which also keeps the host from reusing its inode number. Called by [`super::directory`]
-//! and [`super::passthrough`].
+//! last one the node id stands for the same file, even if it is renamed or removed. A guest may know more
+//! files than this process may have descriptors. So a file is held by an O_PATH descriptor only for some
+//! time. It is opened again by a name by which the guest found it, in a directory that is held: one name at a
+//! time, and no link is followed. Then it must be the same file. What the guest itself renames, links and
+//! removes is followed; a file whose last name it removes stays held. Called by [`super::directory`] and
+//! [`super::passthrough`].
 
-use std::collections::HashMap;
+use std::ffi::CStr;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use rustix::fs::FileType;
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::confine::Root;
+use super::opens::Opens;
+use super::records::{Closed, Identity, Name, Records};
+use crate::complaints::Complaints;
 use crate::lock::lock;
 
-/// FUSE_ROOT_ID.
-pub const ROOT: u64 = 1;
+pub use super::records::ROOT;
 
-/// A file that the guest knows.
+/// A file that the guest knows, held for the time of a request.
 pub struct Inode {
     pub node: u64,
-    /// Opened with O_PATH: it can neither be read nor written, and the open had no effect on a device or
-    /// FIFO.
-    pub path: File,
+    /// Opened with O_PATH, so that the open had no effect on a device or FIFO; or one that the guest has
+    /// open.
+    pub path: Arc<File>,
     pub kind: FileType,
-    id: (u64, u64),
 }
 
-/// The files that the guest knows. Lock order: innermost; no file is opened under it.
-pub struct Inodes(Mutex<Known>);
+/// The files that the guest knows.
+pub struct Inodes {
+    root: Arc<Root>,
+    opens: Arc<Opens>,
+    /// Lock order: before `Opens`; no file is opened or closed under it.
+    records: Mutex<Records>,
+    /// Read-locked while the guest renames or removes a name, until that is recorded. Write-locked to find
+    /// out whether a file is still where it was. Lock order: before `records`.
+    moves: RwLock<()>,
+    complaints: Arc<Complaints>,
+    has_complained: AtomicBool,
+}
 
-struct Known {
-    by_node: HashMap<u64, (Arc<Inode>, u64)>,
-    by_id: HashMap<(u64, u64), u64>,
-    /// Never used twice, so that a generation is not needed.
-    next: u64,
+/// An attempt to open a file by its names.
+enum Found {
+    Here(Inode),
+    /// This node is not what this name means now.
+    NotBy(u64, Name),
 }
 
 impl Inodes {
@@ -45,121 +61,322 @@ impl Inodes {
     /// # Errors
     ///
     /// Its attributes cannot be read.
-    pub fn new(root: &File) -> io::Result<Self> {
-        let inodes = Inodes(Mutex::new(Known { by_node: HashMap::new(), by_id: HashMap::new(), next: ROOT }));
-        inodes.insert(root.try_clone()?)?;
+    pub fn new(root: Arc<Root>, opens: Arc<Opens>, complaints: Arc<Complaints>) -> io::Result<Self> {
+        let path = root.dir.try_clone()?;
+        let inodes = Inodes {
+            records: Mutex::new(Records::new(root.descriptors)),
+            root,
+            opens,
+            moves: RwLock::default(),
+            complaints,
+            has_complained: AtomicBool::new(false),
+        };
+        inodes.insert(None, path)?;
         Ok(inodes)
     }
 
     /// # Errors
     ///
-    /// ESTALE: the guest never looked that up, or forgot it.
-    pub fn get(&self, node: u64) -> io::Result<Arc<Inode>> {
-        match lock(&self.0).by_node.get(&node) {
-            Some((inode, _)) => Ok(Arc::clone(inode)),
-            None => Err(Errno::STALE.into()),
+    /// ESTALE: the guest never looked that up, or forgot it; or the host has renamed or removed it.
+    pub fn get(&self, node: u64) -> io::Result<Inode> {
+        if let Some(inode) = self.held(node)? {
+            return Ok(inode);
+        }
+        if let Ok(Found::Here(inode)) = self.open_again(node) {
+            return Ok(inode);
+        }
+        // Unless the guest is moving it just now.
+        let _still = self.moves.write().unwrap_or_else(PoisonError::into_inner);
+        let mut last = None;
+        loop {
+            match self.open_again(node) {
+                Ok(Found::Here(inode)) => return Ok(inode),
+                Ok(Found::NotBy(node, (parent, name))) => {
+                    lock(&self.records).drop_name(node, (parent, &name));
+                    last = Some(name);
+                }
+                Err(e) => {
+                    if let Some(name) = last {
+                        self.complain(&name);
+                    }
+                    return Err(e);
+                }
+            }
         }
     }
 
-    /// Counts a lookup of the file of an O_PATH descriptor.
+    fn complain(&self, name: &CStr) {
+        if !self.has_complained.swap(true, Ordering::Relaxed) {
+            self.complaints.say(format_args!(
+                "the host has moved or removed {name:?}, which the guest knows: the guest gets ESTALE and must \
+                 look for the file again; this is said once"
+            ));
+        }
+    }
+
+    /// A file that need not be opened.
+    fn held(&self, node: u64) -> io::Result<Option<Inode>> {
+        let known = lock(&self.records).held(node);
+        if let Some((kind, Some(path))) = known {
+            return Ok(Some(Inode { node, path, kind }));
+        }
+        match (known, self.opens.any(node)) {
+            (Some((kind, _)), Some(path)) => Ok(Some(Inode { node, path, kind })),
+            // It lost its last name when there were no descriptors to spare.
+            (None, Some(path)) => {
+                let kind = FileType::from_raw_mode(path.metadata()?.mode());
+                Ok(Some(Inode { node, path, kind }))
+            }
+            (Some(_), None) => Ok(None),
+            (None, None) => Err(Errno::STALE.into()),
+        }
+    }
+
+    /// Opens a file by names, from the nearest directory above it that is held.
+    fn open_again(&self, node: u64) -> io::Result<Found> {
+        let most = lock(&self.records).len();
+        let mut way: Vec<(u64, Name)> = Vec::new();
+        let mut at = node;
+        let mut inode = loop {
+            if let Some(inode) = self.held(at)? {
+                break inode;
+            }
+            let name = lock(&self.records).name(at);
+            let Some(name) = name else {
+                match (self.open_by_handle(at), way.pop()) {
+                    (Ok(inode), child) => {
+                        way.extend(child);
+                        break inode;
+                    }
+                    // The directory is gone. What was in it may have a handle, too.
+                    (Err(_), Some((child, name))) if self.root.handles.is_some() => {
+                        return Ok(Found::NotBy(child, name));
+                    }
+                    (Err(e), _) => return Err(e),
+                }
+            };
+            let parent = name.0;
+            // The guest has forgotten the directory; or names that the host has moved lead round in a circle.
+            if way.len() > most || !lock(&self.records).has(parent) {
+                return Ok(Found::NotBy(at, name));
+            }
+            way.push((at, name));
+            at = parent;
+        };
+        while let Some((child, name)) = way.pop() {
+            let opened = match open_name(&inode, &name.1) {
+                Ok(opened) => self.hold_again(child, opened)?,
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::STALE) => None,
+                Err(e) => return Err(e.into()),
+            };
+            match opened {
+                Some(opened) => inode = opened,
+                None => return Ok(Found::NotBy(child, name)),
+            }
+        }
+        Ok(Found::Here(inode))
+    }
+
+    /// If the host's kernel has dropped the file's name from its memory, the file has no place that Landlock
+    /// could allow: it cannot be opened for reading or writing (EACCES) until the guest looks it up.
+    fn open_by_handle(&self, node: u64) -> io::Result<Inode> {
+        let stale = || io::Error::from(Errno::STALE);
+        let handles = self.root.handles.as_ref().ok_or_else(stale)?;
+        let handle = lock(&self.records).handle(node).cloned().ok_or_else(stale)?;
+        self.hold_again(node, handles.open(&handle)?)?.ok_or_else(stale)
+    }
+
+    /// Keeps the descriptor of a file that was opened again, if it is the same file.
+    fn hold_again(&self, node: u64, path: File) -> io::Result<Option<Inode>> {
+        let metadata = path.metadata()?;
+        let identity = self.identity(&path, &metadata);
+        let path = Arc::new(path);
+        let mut records = lock(&self.records);
+        if !records.is(node, &identity) {
+            return Ok(None);
+        }
+        let closed = records.hold(node, Arc::clone(&path), false);
+        drop(records);
+        drop(closed);
+        Ok(Some(Inode { node, path, kind: FileType::from_raw_mode(metadata.mode()) }))
+    }
+
+    fn identity(&self, path: &File, metadata: &Metadata) -> Identity {
+        Identity::new(metadata, self.root.handles.as_ref().and_then(|handles| handles.of(path)))
+    }
+
+    fn is_open(&self, node: u64) -> bool {
+        self.opens.any(node).is_some()
+    }
+
+    /// Counts a lookup of the file of an O_PATH descriptor, which was found by a name in a directory, or was
+    /// made without one.
     ///
     /// # Errors
     ///
     /// Its attributes cannot be read.
-    pub fn insert(&self, path: File) -> io::Result<(u64, Metadata)> {
+    pub fn insert(&self, name: Option<(u64, &CStr)>, path: File) -> io::Result<(u64, Metadata)> {
         let metadata = path.metadata()?;
-        let id = (metadata.dev(), metadata.ino());
-        let known = &mut *lock(&self.0);
-        if let Some(node) = known.by_id.get(&id) {
-            if let Some((_, lookups)) = known.by_node.get_mut(node) {
-                *lookups += 1;
-            }
-            return Ok((*node, metadata));
-        }
-        let node = known.next;
-        known.next += 1;
-        let inode = Inode { node, path, kind: FileType::from_raw_mode(metadata.mode()), id };
-        known.by_node.insert(node, (Arc::new(inode), 1));
-        known.by_id.insert(id, node);
+        let identity = self.identity(&path, &metadata);
+        let is_open = |node| self.is_open(node);
+        let (node, _closed) = lock(&self.records).insert(identity, name, Arc::new(path), &is_open);
         Ok((node, metadata))
+    }
+
+    /// Removes a name with `remove`, and keeps the file that had it for as long as the guest knows it.
+    pub fn remove_name(
+        &self,
+        parent: &Inode,
+        name: &CStr,
+        remove: impl FnOnce() -> rustix::io::Result<()>,
+    ) -> io::Result<()> {
+        let file = self.named(parent, name)?;
+        let _closed = {
+            let _moving = self.moves.read().unwrap_or_else(PoisonError::into_inner);
+            remove()?;
+            self.take_name(parent, name, file)
+        };
+        Ok(())
+    }
+
+    /// Renames with `rename`, or exchanges two names.
+    pub fn rename(
+        &self,
+        (old_parent, old_name): (&Inode, &CStr),
+        (new_parent, new_name): (&Inode, &CStr),
+        is_exchange: bool,
+        rename: impl FnOnce() -> rustix::io::Result<()>,
+    ) -> io::Result<()> {
+        let moved = self.named(old_parent, old_name)?;
+        let replaced = self.named(new_parent, new_name)?;
+        let moving = self.moves.read().unwrap_or_else(PoisonError::into_inner);
+        rename()?;
+        // Two names of one file: nothing has changed.
+        let id = |file: &Option<(File, Metadata)>| file.as_ref().map(|(_, it)| (it.dev(), it.ino()));
+        if id(&moved) == id(&replaced) {
+            return Ok(());
+        }
+        // A name comes before another goes, so that the file has one.
+        self.add_name(new_parent, new_name, &moved);
+        if is_exchange {
+            self.add_name(old_parent, old_name, &replaced);
+        }
+        let _closed =
+            [self.take_name(old_parent, old_name, moved), self.take_name(new_parent, new_name, replaced)];
+        drop(moving);
+        Ok(())
+    }
+
+    /// The file that has a name, if there is one.
+    fn named(&self, parent: &Inode, name: &CStr) -> io::Result<Option<(File, Metadata)>> {
+        match open_name(parent, name) {
+            Ok(file) => {
+                let metadata = file.metadata()?;
+                Ok(Some((file, metadata)))
+            }
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn add_name(&self, parent: &Inode, name: &CStr, file: &Option<(File, Metadata)>) {
+        if let Some((file, metadata)) = file {
+            let identity = self.identity(file, metadata);
+            lock(&self.records).add_name(&identity, (parent.node, name), &|node| self.is_open(node));
+        }
+    }
+
+    fn take_name(&self, parent: &Inode, name: &CStr, file: Option<(File, Metadata)>) -> Closed {
+        let Some((file, metadata)) = file else {
+            return Closed::new();
+        };
+        let identity = self.identity(&file, &metadata);
+        let is_last = metadata.is_dir() || metadata.nlink() <= 1;
+        let (name, path) = ((parent.node, name), Arc::new(file));
+        lock(&self.records).take_name(&identity, name, path, is_last, &|node| self.is_open(node))
     }
 
     /// Takes lookups back. The root stays.
     pub fn forget(&self, node: u64, count: u64) {
-        let known = &mut *lock(&self.0);
-        let Some((inode, lookups)) = known.by_node.get_mut(&node) else {
-            return;
-        };
-        *lookups = lookups.saturating_sub(count);
-        if *lookups == 0 && node != ROOT {
-            known.by_id.remove(&inode.id);
-            known.by_node.remove(&node);
-        }
+        let _closed = lock(&self.records).forget(node, count);
     }
 
     /// Forgets all but the root.
     pub fn clear(&self) {
-        let known = &mut *lock(&self.0);
-        known.by_node.retain(|&node, _| node == ROOT);
-        known.by_id.retain(|_, &mut node| node == ROOT);
+        let _closed = lock(&self.records).clear();
     }
 }
 
-/// An open file or directory.
-pub struct Open {
-    pub node: u64,
-    pub file: File,
-    /// Held from a seek in a directory to the reading there. Lock order: before `Inodes`.
-    pub position: Mutex<()>,
+/// Opens a file by its name, with O_PATH; of a link, the link itself.
+pub fn open_name(parent: &Inode, name: &CStr) -> rustix::io::Result<File> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(&parent.path, name, flags, Mode::empty())?.into())
 }
 
-/// The files that the guest has open. Lock order: innermost.
-#[derive(Default)]
-pub struct Opens(Mutex<OpensInner>);
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
 
-#[derive(Default)]
-struct OpensInner {
-    by_handle: HashMap<u64, Arc<Open>>,
-    last: u64,
-}
+    use std::fs;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
 
-impl Opens {
-    /// A handle for the file.
-    pub fn insert(&self, node: u64, file: File) -> u64 {
-        let inner = &mut *lock(&self.0);
-        inner.last += 1;
-        let open = Open { node, file, position: Mutex::new(()) };
-        inner.by_handle.insert(inner.last, Arc::new(open));
-        inner.last
-    }
+    use rustix::fs::AtFlags;
+    use rustix::thread::CapabilitySet;
 
-    /// # Errors
-    ///
-    /// EBADF: no such handle, or not of this file.
-    pub fn get(&self, node: u64, handle: u64) -> io::Result<Arc<Open>> {
-        match lock(&self.0).by_handle.get(&handle) {
-            Some(open) if open.node == node => Ok(Arc::clone(open)),
-            _ => Err(Errno::BADF.into()),
-        }
-    }
+    use super::*;
+    use crate::fs::credentials::Credentials;
+    use crate::fs::descriptors::Descriptors;
 
-    /// # Errors
-    ///
-    /// As for [`Opens::get`].
-    pub fn remove(&self, node: u64, handle: u64) -> io::Result<()> {
-        self.get(node, handle)?;
-        lock(&self.0).by_handle.remove(&handle);
-        Ok(())
-    }
-
-    /// All handles of a file.
-    pub fn of(&self, node: u64) -> Vec<Arc<Open>> {
-        let inner = lock(&self.0);
-        inner.by_handle.values().filter(|open| open.node == node).cloned().collect()
-    }
-
-    /// Closes all.
-    pub fn clear(&self) {
-        lock(&self.0).by_handle.clear();
+    /// Another thread looks for a file without a descriptor when its name has changed, and that is not yet
+    /// recorded.
+    #[test]
+    fn a_file_is_found_while_its_name_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root {
+            dir: File::open(dir.path()).unwrap(),
+            proc: File::open("/proc/self/fd").unwrap(),
+            credentials: Credentials::of(CapabilitySet::empty()),
+            descriptors: Descriptors { open: 0, cached: 0, pinned: 10, locks: 0 },
+            handles: None,
+            note: None,
+        };
+        let complaints = Arc::new(Complaints::of("test"));
+        let inodes = Inodes::new(Arc::new(root), Arc::new(Opens::new(0)), complaints).unwrap();
+        let top = inodes.get(ROOT).unwrap();
+        let [renamed, removed] = [c"renamed", c"removed"].map(|name| {
+            fs::write(dir.path().join(name.to_str().unwrap()), "").unwrap();
+            inodes.insert(Some((ROOT, name)), open_name(&top, name).unwrap()).unwrap().0
+        });
+        thread::scope(|scope| {
+            let look = |node| {
+                let (begins, begun) = mpsc::channel();
+                let inodes = &inodes;
+                let found = scope.spawn(move || {
+                    begins.send(()).unwrap();
+                    inodes.get(node).map(|inode| inode.node).ok()
+                });
+                begun.recv().unwrap();
+                // Time enough to look in vain, if it did not wait.
+                thread::sleep(Duration::from_millis(50));
+                found
+            };
+            let mut found = Vec::new();
+            let rename = || {
+                rustix::fs::renameat(&top.path, c"renamed", &top.path, c"new")?;
+                found.push(look(renamed));
+                Ok(())
+            };
+            inodes.rename((&top, c"renamed"), (&top, c"new"), false, rename).unwrap();
+            let remove = || {
+                rustix::fs::unlinkat(&top.path, c"removed", AtFlags::empty())?;
+                found.push(look(removed));
+                Ok(())
+            };
+            inodes.remove_name(&top, c"removed", remove).unwrap();
+            let found: Vec<_> = found.into_iter().map(|thread| thread.join().unwrap()).collect();
+            assert_eq!(found, [Some(renamed), Some(removed)]);
+        });
     }
 }

@@ -26,9 +26,6 @@ use crate::lock::lock;
 /// How long a process waits for a lock.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The most owners that have locks, each of them with a descriptor.
-const MAX_OWNERS: usize = 1024;
-
 /// A flag of FUSE_SETLK: flock(2), not fcntl(2).
 const FUSE_LK_FLOCK: u32 = 1 << 0;
 
@@ -48,8 +45,9 @@ struct Holder {
 }
 
 /// The locks of one guest.
-#[derive(Default)]
 pub struct Locks {
+    /// The most owners, each of them with a descriptor.
+    max_owners: usize,
     /// Lock order: innermost; no file is opened under it.
     holders: Mutex<HashMap<Owner, Arc<Holder>>>,
     /// For locks.
@@ -57,6 +55,10 @@ pub struct Locks {
 }
 
 impl Locks {
+    pub fn new(max_owners: usize) -> Self {
+        Locks { max_owners, holders: Mutex::default(), waiters: Waiters::default() }
+    }
+
     /// FUSE_SETLK, and an attempt at FUSE_SETLKW. `open` opens the file for an owner of flock(2), or of
     /// fcntl(2).
     ///
@@ -142,7 +144,7 @@ impl Locks {
     /// Adds an owner, unless another thread was faster.
     fn add(&self, owner: Owner, holder: Holder) -> io::Result<Arc<Holder>> {
         let holders = &mut *lock(&self.holders);
-        if holders.len() >= MAX_OWNERS {
+        if holders.len() >= self.max_owners {
             return Err(Errno::NOLCK.into());
         }
         Ok(Arc::clone(holders.entry(owner).or_insert(Arc::new(holder))))

@@ -5,9 +5,11 @@
 //! without a request. Called by `main`.
 //!
 //! Reading order: `requests` (bytes to bytes), `init` (what the guest may ask for), `passthrough`, `xattr`,
-//! `ioctl`, `statx` and `locks` (what each request does), `directory` (how a
-//! file is found and opened), `inodes` (the files that the guest knows and has open), `dax` (the window),
-//! `credentials` (as which user), `confine` (the threads' rights), `queue` (where the bytes are), `guest`
+//! `ioctl`, `statx` and `locks` (what each request does), `directory` (how a file is found and opened),
+//! `inodes` (the files that the guest knows, found again when they are no longer held), `records` (what is
+//! recorded of them), `handles` (the host's names for them), `opens` (those that the guest has open), `lent`
+//! (one of these for a read or write), `dax` (the window), `credentials` (as which user), `confine` (the
+//! threads' rights), `descriptors` (how many files may be held), `queue` (where the bytes are), `guest`
 //! (which of the guest's memory is RAM), `copies` (what is not).
 //!
 //! Each queue has a thread of its own: while one waits for a disk, or for the front-end's answer to
@@ -17,16 +19,21 @@ mod confine;
 mod copies;
 mod credentials;
 mod dax;
+mod descriptors;
 mod directory;
 mod guest;
+mod handles;
 mod ids;
 mod init;
 mod inodes;
 mod ioctl;
+mod lent;
 mod locks;
+mod opens;
 mod passthrough;
 mod policy;
 mod queue;
+mod records;
 mod refused;
 mod requests;
 mod statx;
@@ -47,8 +54,10 @@ use hotslot::size;
 
 use self::confine::{Rights, Root};
 use self::dax::Window;
+use self::descriptors::Descriptors;
 use self::directory::Directory;
 use self::guest::{Guest, Known};
+use self::handles::Handles;
 use self::ids::{Ids, Map, Range};
 use self::policy::{Cache, LocksOf, Policy, Xattrs};
 use self::requests::Requester;
@@ -131,6 +140,12 @@ pub struct Args {
     #[arg(long, value_name = "WHO", default_value = "guest")]
     locks: LocksOf,
 
+    /// Whether to find files by handles of the host's file system where names no longer lead to them. Needs
+    /// CAP_DAC_READ_SEARCH, with which a back-end that was taken over could reach all files of that file
+    /// system
+    #[arg(long, value_name = "WHEN", default_value = "never")]
+    inode_file_handles: handles::Use,
+
     /// Request queues, each served by a thread of its own; the front-end must offer the guest one queue more
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_REQUEST_QUEUES))]
     queues: u16,
@@ -166,7 +181,8 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let ids = Ids { users: map("--uid-map", &args.uid_map)?, groups: map("--gid-map", &args.gid_map)? };
     let dir =
         confine::open(&args.dir).map_err(|source| Error::Directory { path: args.dir.clone(), source })?;
-    confine::raise_descriptor_limit();
+    let descriptors = Descriptors::raise_limit();
+    let mut handles = handles(args, &dir)?;
     let listening = server::listen(&args.server)?;
     let access = if args.read_only { "read-only" } else { "read-write" };
     let window = match args.window {
@@ -195,16 +211,40 @@ pub fn run(args: &Args) -> Result<(), Error> {
     server::serve(NAME, listening, move |_, complaints| {
         let root = match &root {
             Some(root) => Arc::clone(root),
-            None => Arc::clone(root.insert(confine(&dir, &settings.policy)?)),
+            None => Arc::clone(root.insert(confine(&dir, &settings.policy, descriptors, handles.take())?)),
         };
         Fs::new(&settings, root, complaints).map_err(Error::set_up("the directory"))
     })
 }
 
+/// What opens file handles, if the command line asks for that and it can be done.
+fn handles(args: &Args, dir: &File) -> Result<Option<Handles>, Error> {
+    if args.inode_file_handles == handles::Use::Never {
+        return Ok(None);
+    }
+    match Handles::on_mount_of(dir) {
+        Ok(handles) => Ok(Some(handles)),
+        Err(source) if args.inode_file_handles == handles::Use::Mandatory => {
+            Err(Error::NoHandles { path: args.dir.clone(), source })
+        }
+        Err(e) => {
+            let path = &args.dir;
+            say(format_args!("{NAME}: note: files of {path:?} cannot be opened by handles: {e}"));
+            Ok(None)
+        }
+    }
+}
+
 /// Called once, on the thread that serves.
-fn confine(dir: &File, policy: &Policy) -> Result<Arc<Root>, Error> {
+fn confine(
+    dir: &File,
+    policy: &Policy,
+    descriptors: Descriptors,
+    handles: Option<Handles>,
+) -> Result<Arc<Root>, Error> {
     let rights = Rights { read_only: policy.read_only, device_nodes: policy.device_nodes };
-    let root = confine::confine(dir, rights).map_err(Error::set_up("the confinement to the directory"))?;
+    let root = confine::confine(dir, rights, descriptors, handles)
+        .map_err(Error::set_up("the confinement to the directory"))?;
     if let Some(note) = &root.note {
         say(format_args!("{NAME}: note: {note}"));
     }
@@ -235,7 +275,8 @@ impl Fs {
     fn new(settings: &Settings, root: Arc<Root>, complaints: Arc<Complaints>) -> io::Result<Self> {
         let window =
             (settings.window != 0).then(|| Arc::new(Window::new(settings.window, Arc::clone(&complaints))));
-        let directory = Directory::new(root, Arc::clone(&settings.policy), window.clone())?;
+        let policy = Arc::clone(&settings.policy);
+        let directory = Directory::new(root, policy, window.clone(), Arc::clone(&complaints))?;
         Ok(Fs {
             queues: settings.queues,
             tag: settings.tag.clone(),

@@ -31,6 +31,7 @@ use super::dax::Mapping;
 use super::directory::{Directory, Opened, attributes, number, one_name};
 use super::ids::Map;
 use super::inodes::{Inode, ROOT};
+use super::lent::Lent;
 use super::policy::{Cache, LocksOf};
 use crate::lock::lock;
 
@@ -95,7 +96,7 @@ impl Directory {
             let flags = flags | OFlags::TMPFILE | OFlags::CLOEXEC;
             rustix::fs::openat(&parent.path, c".", flags, mode(args.mode))?
         };
-        self.opened(file.into())
+        self.opened(None, file.into())
     }
 
     /// FUSE_COPY_FILE_RANGE. Node, handle and offset of each file; returns how much was copied.
@@ -130,7 +131,7 @@ impl FileSystem for Directory {
     type Handle = u64;
 
     fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.find(&*self.inodes.get(parent)?, name)
+        self.find(&self.inodes.get(parent)?, name)
     }
 
     fn forget(&self, _: &Context, inode: u64, count: u64) {
@@ -280,13 +281,12 @@ impl FileSystem for Directory {
     ) -> io::Result<()> {
         self.check_writable()?;
         let (old_parent, new_parent) = (self.inodes.get(old_parent)?, self.inodes.get(new_parent)?);
-        Ok(rustix::fs::renameat_with(
-            &old_parent.path,
-            one_name(old_name)?,
-            &new_parent.path,
-            one_name(new_name)?,
-            RenameFlags::from_bits_retain(flags),
-        )?)
+        let (old_name, new_name) = (one_name(old_name)?, one_name(new_name)?);
+        let flags = RenameFlags::from_bits_retain(flags);
+        let is_exchange = flags.contains(RenameFlags::EXCHANGE);
+        self.inodes.rename((&old_parent, old_name), (&new_parent, new_name), is_exchange, || {
+            rustix::fs::renameat_with(&old_parent.path, old_name, &new_parent.path, new_name, flags)
+        })
     }
 
     fn link(&self, _: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -346,7 +346,7 @@ impl FileSystem for Directory {
                 let handle = self.opens.insert(entry.inode, file);
                 Ok((entry, Some(handle), self.open_options(), None))
             }
-            created => self.opened(created?.into()),
+            created => self.opened(Some((&parent, name)), created?.into()),
         }
     }
 
@@ -363,8 +363,7 @@ impl FileSystem for Directory {
     ) -> io::Result<usize> {
         let open = self.opens.get(node, handle)?;
         let size = (size.min(MAX_IO) as usize).min(target.available_bytes());
-        // fuse-backend-rs needs `&mut File`.
-        target.write_from(&mut open.file.try_clone()?, size, offset)
+        target.write_from(Lent::of(&open.file).get(), size, offset)
     }
 
     fn write(
@@ -385,7 +384,7 @@ impl FileSystem for Directory {
         let _dropped = self.root.credentials.without_setid(fuse_flags & WRITE_KILL_PRIV != 0)?;
         let size = size.min(MAX_IO) as usize;
         if from_cache || flags & OFlags::APPEND.bits() == 0 {
-            return source.read_to(&mut open.file.try_clone()?, size, offset);
+            return source.read_to(Lent::of(&open.file).get(), size, offset);
         }
         // The guest's kernel took the offset from a size that may be old: the host knows where the end is.
         let mut data = vec![0; size];
@@ -452,6 +451,7 @@ impl FileSystem for Directory {
 
     fn opendir(&self, _: &Context, node: u64, _: u32) -> io::Result<(Option<u64>, OpenOptions)> {
         let inode = self.inodes.get(node)?;
+        self.opens.check_room()?;
         let file = self.open_inode(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
         let options = match self.policy.cache {
             Cache::Always => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
@@ -522,7 +522,7 @@ impl FileSystem for Directory {
             self.check_writable()?;
         }
         let (file, writable) = self.open_for_mapping(&inode, writes)?;
-        let mapping = Mapping { inode, file_offset, len, writable };
+        let mapping = Mapping { node, file_offset, len, writable };
         window.map(offset, mapping, &file)
     }
 

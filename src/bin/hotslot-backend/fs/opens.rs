@@ -1,0 +1,103 @@
+//! The files and directories that the guest has open, by node and handle.
+//!
+//! Called by [`super::directory`] and [`super::passthrough`]; and by [`super::inodes`], for which an open
+//! file is as good as a descriptor of its own.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use rustix::io::Errno;
+
+use crate::lock::lock;
+
+/// An open file or directory.
+pub struct Open {
+    pub file: Arc<File>,
+    /// Held from a seek in a directory to the reading there. Lock order: before `Inodes`.
+    pub position: Mutex<()>,
+}
+
+/// The files that the guest has open. Lock order: innermost.
+pub struct Opens {
+    inner: Mutex<OpensInner>,
+    limit: usize,
+}
+
+#[derive(Default)]
+struct OpensInner {
+    by_node_and_handle: BTreeMap<(u64, u64), Arc<Open>>,
+    last: u64,
+}
+
+impl Opens {
+    /// None is open. Each takes a descriptor, of which there are `limit`.
+    pub fn new(limit: usize) -> Self {
+        Opens { inner: Mutex::default(), limit }
+    }
+
+    /// Asked before a file is opened or made. Threads that ask at the same time may together exceed the limit
+    /// by their number.
+    ///
+    /// # Errors
+    ///
+    /// ENFILE: the guest has so many files open that it cannot have one more.
+    pub fn check_room(&self) -> io::Result<()> {
+        match lock(&self.inner).by_node_and_handle.len() {
+            open if open < self.limit => Ok(()),
+            _ => Err(Errno::NFILE.into()),
+        }
+    }
+
+    /// A handle for the file.
+    pub fn insert(&self, node: u64, file: File) -> u64 {
+        let inner = &mut *lock(&self.inner);
+        inner.last += 1;
+        let open = Open { file: Arc::new(file), position: Mutex::new(()) };
+        inner.by_node_and_handle.insert((node, inner.last), Arc::new(open));
+        inner.last
+    }
+
+    /// # Errors
+    ///
+    /// EBADF: no such handle, or not of this file.
+    pub fn get(&self, node: u64, handle: u64) -> io::Result<Arc<Open>> {
+        match lock(&self.inner).by_node_and_handle.get(&(node, handle)) {
+            Some(open) => Ok(Arc::clone(open)),
+            None => Err(Errno::BADF.into()),
+        }
+    }
+
+    /// # Errors
+    ///
+    /// As for [`Opens::get`].
+    pub fn remove(&self, node: u64, handle: u64) -> io::Result<()> {
+        // The file is closed once the lock is free: the host may have much to do then.
+        let removed = lock(&self.inner).by_node_and_handle.remove(&(node, handle));
+        removed.map(drop).ok_or_else(|| Errno::BADF.into())
+    }
+
+    /// All handles of a file.
+    pub fn of(&self, node: u64) -> Vec<Arc<Open>> {
+        let inner = lock(&self.inner);
+        inner
+            .by_node_and_handle
+            .range((node, 0)..=(node, u64::MAX))
+            .map(|(_, open)| Arc::clone(open))
+            .collect()
+    }
+
+    /// The descriptor of one of the handles of a file.
+    pub fn any(&self, node: u64) -> Option<Arc<File>> {
+        let inner = lock(&self.inner);
+        let open = inner.by_node_and_handle.range((node, 0)..=(node, u64::MAX)).next();
+        open.map(|(_, open)| Arc::clone(&open.file))
+    }
+
+    /// Closes all.
+    pub fn clear(&self) {
+        let closed = std::mem::take(&mut lock(&self.inner).by_node_and_handle);
+        drop(closed);
+    }
+}
