@@ -21,4 +21,4 @@ case_of() {
 
 case_of dax dax=always --window 256M
 case_of cached rw --window 0
-case_of uncached rw --window 0 --cache none
+case_of uncached rw --window 0 --cache never

@@ -9,6 +9,7 @@ use std::io::{self, BufRead, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,7 @@ use crate::parameters::number;
 
 const MIB: usize = 1 << 20;
 
-fn expect<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Outcome<()> {
+pub fn expect<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Outcome<()> {
     if found == expected { Ok(()) } else { Err(format!("{what}: {found:?} instead of {expected:?}")) }
 }
 
@@ -188,7 +189,7 @@ pub fn xattr(file: &str, name: &str) -> Outcome<String> {
 }
 
 /// What another process finds.
-fn in_another_process(look: impl FnOnce() -> bool) -> Outcome<bool> {
+pub fn in_another_process(look: impl FnOnce() -> bool) -> Outcome<bool> {
     // SAFETY: this program has one thread here; the child ends without returning.
     let child = unsafe { libc::fork() };
     if child == 0 {
@@ -216,18 +217,21 @@ fn flock(path: &Path) -> Outcome<()> {
     expect("whether it does afterwards", in_another_process(get)?, true)
 }
 
+/// A lock of 100 bytes, or its release; `command` is F_SETLK or F_SETLKW.
+fn lock_record(file: &File, command: libc::c_int, kind: libc::c_int, start: i64) -> io::Result<()> {
+    // SAFETY: plain data, of which all zeroes is a value.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    (lock.l_type, lock.l_start, lock.l_len) = (kind as libc::c_short, start, 100);
+    // SAFETY: the structure is ours and outlives the call; the descriptor is open.
+    match unsafe { libc::fcntl(file.as_raw_fd(), command, &raw const lock) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn fcntl(path: &Path) -> Outcome<()> {
     let file = open(path)?;
-    let lock = |file: &File, kind: libc::c_int, start| {
-        // SAFETY: plain data, of which all zeroes is a value.
-        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-        (lock.l_type, lock.l_start, lock.l_len) = (kind as libc::c_short, start, 100);
-        // SAFETY: the structure is ours and outlives the call; the descriptor is open.
-        match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLK, &raw const lock) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    };
+    let lock = |file: &File, kind, start| lock_record(file, libc::F_SETLK, kind, start);
     let get = |start| move || open(path).is_ok_and(|file| lock(&file, libc::F_WRLCK, start).is_ok());
     lock(&file, libc::F_WRLCK, 1000).map_err(failed("lock", path))?;
     expect("whether another process gets a part", in_another_process(get(1050))?, false)?;
@@ -462,6 +466,27 @@ pub fn turns(file: &str, is_first: bool) -> Outcome<String> {
         counter.store(mine + 1, Ordering::Release);
     }
     Ok(format!("probe turns: {TURNS}"))
+}
+
+/// Says whether another process has locked a file by flock(2), and whether by fcntl(2).
+pub fn locked(file: &str) -> Outcome<String> {
+    let path = Path::new(file);
+    let file = open(path)?;
+    let whole = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err();
+    let record = lock_record(&file, libc::F_SETLK, libc::F_WRLCK, 0).is_err();
+    Ok(format!("probe locked: {whole} {record}"))
+}
+
+/// Waits for a file's locks, both kinds of them, and has them while a line for the shell runs.
+pub fn with_lock(file: &str, line: &str) -> Outcome<String> {
+    let path = Path::new(file);
+    let file = open(path)?;
+    rustix::fs::flock(&file, FlockOperation::LockExclusive).map_err(failed("lock", path))?;
+    lock_record(&file, libc::F_SETLKW, libc::F_WRLCK, 0).map_err(failed("lock a part of", path))?;
+    let status = Command::new("sh").args(["-c", line]).status();
+    let status = status.map_err(|error| format!("cannot run the shell: {error}"))?;
+    expect("whether the line succeeds", status.success(), true)?;
+    Ok("probe with-lock: done".to_owned())
 }
 
 /// Writes a whole file to the beginning of a disk, or reads it from there, past the page cache: the disk

@@ -19,6 +19,7 @@ mod modules;
 mod outcome;
 mod parameters;
 mod probe;
+mod rights;
 mod speed;
 mod sys;
 

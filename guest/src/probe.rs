@@ -13,12 +13,12 @@ use crate::map::{self, Mapping, PAGE};
 use crate::outcome::{Outcome, failed};
 use crate::parameters::number;
 use crate::sys::run_on;
-use crate::{files, hammer, speed};
+use crate::{files, hammer, rights, speed};
 
 const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | mem-read ADDRESS LENGTH | \
                      mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | panic | files DIR | fill FILE MIB | \
                      sum FILE read|map | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
-                     xattr FILE NAME | speed memory MIB | speed mapped|read|pages FILE";
+                     xattr FILE NAME | rights DIR | locked FILE | with-lock FILE SHELL-LINE | speed memory MIB | speed mapped|read|pages FILE";
 
 /// Runs one probe.
 pub fn main(arguments: &[OsString]) -> ExitCode {
@@ -39,6 +39,9 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["turns", file, who @ ("first" | "second")] => files::turns(file, *who == "first"),
         ["direct", file, disk, how @ ("write" | "read")] => files::direct(file, disk, *how == "write"),
         ["xattr", file, name] => files::xattr(file, name),
+        ["locked", file] => files::locked(file),
+        ["with-lock", file, line] => files::with_lock(file, line),
+        ["rights", directory] => rights::all(directory),
         ["speed", "memory", mib] => speed::memory(mib),
         ["speed", "mapped", file] => speed::mapped(file),
         ["speed", "read", file] => speed::read(file),

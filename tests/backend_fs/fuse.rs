@@ -23,12 +23,17 @@ pub const SETXATTR: u32 = 21;
 pub const GETXATTR: u32 = 22;
 pub const LISTXATTR: u32 = 23;
 pub const REMOVEXATTR: u32 = 24;
+pub const FLUSH: u32 = 25;
 pub const INIT: u32 = 26;
 pub const OPENDIR: u32 = 27;
 pub const READDIR: u32 = 28;
+pub const GETLK: u32 = 31;
+pub const SETLK: u32 = 32;
+pub const SETLKW: u32 = 33;
 pub const CREATE: u32 = 35;
 pub const INTERRUPT: u32 = 36;
 pub const DESTROY: u32 = 38;
+pub const IOCTL: u32 = 39;
 pub const BATCH_FORGET: u32 = 42;
 pub const FALLOCATE: u32 = 43;
 pub const READDIRPLUS: u32 = 44;
@@ -39,6 +44,7 @@ pub const SETUPMAPPING: u32 = 48;
 pub const REMOVEMAPPING: u32 = 49;
 pub const SYNCFS: u32 = 50;
 pub const TMPFILE: u32 = 51;
+pub const STATX: u32 = 52;
 pub const LAST: u32 = 60;
 
 pub const ROOT: u64 = 1;
@@ -95,6 +101,21 @@ pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
 /// A kernel that can do everything but FUSE_INIT_EXT, which lengthens this.
 pub fn init() -> Vec<u8> {
     words([7, 31, 1 << 20, !(1 << 30)])
+}
+
+/// The same with FUSE_INIT_EXT.
+pub fn init_ext() -> Vec<u8> {
+    [words([7, 38, 1 << 20, u32::MAX, u32::MAX]), vec![0; 44]].concat()
+}
+
+/// `struct fuse_setxattr_in` of FUSE_SETXATTR_EXT, with a name and a value.
+pub fn setxattr(file: &str, value: &[u8], setxattr_flags: u32) -> Vec<u8> {
+    [&words([value.len() as u32, 0, setxattr_flags, 0])[..], &name(file), value].concat()
+}
+
+/// `struct fuse_setattr_in` that sets what `valid` says.
+pub fn setattr(valid: u32, mode: u32, (uid, gid): (u32, u32)) -> Vec<u8> {
+    [words([valid, 0]), vec![0; 60], words([mode, 0, uid, gid, 0])].concat()
 }
 
 pub fn create(flags: i32, mode: u32, file: &str) -> Vec<u8> {

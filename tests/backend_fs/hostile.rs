@@ -76,7 +76,7 @@ fn links_lead_nowhere() {
                 assert_ne!(machine.error(fuse::CREATE, ROOT, &body), 0, "{link}, {flags:#x}");
             }
         }
-        let xattr = [words([1, 0]), name("user.x"), b"x".to_vec()].concat();
+        let xattr = fuse::setxattr("user.x", b"x", 0);
         assert_ne!(machine.error(fuse::SETXATTR, node, &xattr), 0);
     }
     assert_eq!(fs::read_to_string(place.outside().join("secret")).unwrap(), SECRET);

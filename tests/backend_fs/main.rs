@@ -10,7 +10,9 @@ mod dax;
 mod descriptors;
 mod fuse;
 mod hostile;
+mod locks;
 mod machine;
+mod semantics;
 mod window;
 
 use std::collections::BTreeSet;
@@ -108,6 +110,7 @@ fn caching_is_what_the_command_line_says() {
     const DIRECT_IO: u32 = 1;
     const KEEP_CACHE: u32 = 2;
     for (args, seconds, open_flags) in [
+        ("--cache never", 0, DIRECT_IO),
         ("--cache none", 0, DIRECT_IO),
         ("", 1, 0),
         ("--cache auto", 1, 0),
@@ -136,6 +139,10 @@ fn a_command_line_that_cannot_be_served_is_refused() {
         ("--dir dir --tag=", "0 bytes"),
         ("--dir dir --queues 0", "0 is not in 1..=32"),
         ("--dir dir --cache some", "invalid value 'some'"),
+        ("--dir dir --uid-map 0:1", "not INSIDE:OUTSIDE:COUNT"),
+        ("--dir dir --uid-map 0:1:0", "it has none"),
+        ("--dir dir --gid-map 0:4294967295:1", "between 0 and 4294967294"),
+        ("--dir dir --uid-map 0:1000:2 --uid-map 5:1001:1", "--uid-map: 0:1000:2 and 5:1001:1 overlap"),
         ("--dir dir --inode-file-handles some", "invalid value 'some'"),
         ("--dir /proc/self --inode-file-handles mandatory", "cannot be opened by handles"),
         ("", "--dir"),
@@ -446,7 +453,7 @@ fn extended_attributes() {
     let backend = start(&place, "");
     let mut machine = Machine::mounted(&backend);
     let node = machine.lookup("f");
-    let set = [words([5, 0]), name("user.colour"), b"green".to_vec()].concat();
+    let set = fuse::setxattr("user.colour", b"green", 0);
     match machine.error(fuse::SETXATTR, node, &set) {
         libc::EOPNOTSUPP => {
             eprintln!("skipped: the file system of the build directory has no extended attributes");
@@ -521,7 +528,7 @@ fn read_only_means_that_nothing_changes() {
         (fuse::OPEN, node, fuse::open(libc::O_WRONLY)),
         (fuse::OPEN, node, fuse::open(libc::O_RDONLY | libc::O_TRUNC)),
         (fuse::WRITE, node, fuse::write(handle, 0, b"x")),
-        (fuse::SETXATTR, node, [words([1, 0]), name("user.x"), b"x".to_vec()].concat()),
+        (fuse::SETXATTR, node, fuse::setxattr("user.x", b"x", 0)),
         (fuse::REMOVEXATTR, node, name("user.x")),
         (fuse::CREATE, ROOT, fuse::create(libc::O_RDONLY | libc::O_CREAT, 0o644, "new")),
         (fuse::TMPFILE, ROOT, fuse::create(libc::O_RDWR, 0o644, "new")),

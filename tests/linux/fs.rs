@@ -8,6 +8,8 @@ use crate::host::{self, Guest, Session};
 
 static FS: LazyLock<Session> = LazyLock::new(|| Session::run("fs", "2G", 420, &[]));
 static DIRECT: LazyLock<Session> = LazyLock::new(|| Session::run("fs_direct", "2G", 300, &[]));
+static LOCKS: LazyLock<Session> = LazyLock::new(|| Session::run("fs_locks", "2G", 300, &[]));
+static RIGHTS: LazyLock<Session> = LazyLock::new(|| Session::run("fs_rights", "2G", 300, &[]));
 static WINDOW: LazyLock<Session> = LazyLock::new(|| {
     let mib = file_mib();
     let programs = [("FIO", host::installed_program("fio", "fio"))];
@@ -23,6 +25,9 @@ fn file_mib() -> u64 {
 
 const ENDED: &str = "the guest ended with status 0 (debug exit)";
 
+/// What files are tried for.
+const CHECKS: &str = "write append truncate rename unlink link symlink xattr flock fcntl mmap-shared mmap-private mmap-buffer fallocate sparse";
+
 /// What a line says up to a word.
 fn up_to<'a>(line: &'a str, word: &str) -> &'a str {
     line.split(word).next().unwrap_or_default().trim_end()
@@ -34,8 +39,7 @@ fn files_of_the_host_are_used_as_files() {
     guest.ended(0, ENDED);
     assert!(guest.out.contains(" virtiofs "), "{guest}");
     assert!(guest.out.contains("dax=always"), "{guest}");
-    let checks = "write append truncate rename unlink link symlink xattr flock fcntl mmap-shared mmap-private mmap-buffer fallocate sparse";
-    assert_eq!(guest.one("probe files"), checks, "{guest}");
+    assert_eq!(guest.one("probe files"), CHECKS, "{guest}");
     assert_eq!(guest.one("run"), "out of the share");
     for (key, value) in [
         ("told", "From the guest."),
@@ -216,4 +220,53 @@ fn both_devices_go_on(guest: &Guest, image: &str) {
     assert!(guest.one("share").ends_with("of 6291456 bytes"), "{guest}");
     let disk: Vec<_> = guest.said("disk").collect();
     assert_eq!(disk, ["written", "read"], "{guest}");
+}
+
+#[test]
+fn modes_owners_and_attributes_are_as_on_the_host() {
+    let (guest, host) = (RIGHTS.guest("rights"), RIGHTS.host());
+    guest.ended(0, ENDED);
+    let checks = "probe rights: set-id capability acl default-acl group flags made";
+    for how in ["direct", "cached", "mapped"] {
+        assert_eq!(guest.one(how), checks, "{guest}{host}");
+    }
+    assert_eq!(host.one("user"), "101000:100077");
+    complains_of_nothing_else(&guest);
+}
+
+#[test]
+fn overlayfs_has_its_upper_layer_on_a_share() {
+    let (guest, host) = (RIGHTS.guest("rights"), RIGHTS.host());
+    for share in ["/share", "/mapped"] {
+        assert_eq!(guest.one(&format!("overlay {share}")), "/merged/again /merged/new", "{guest}");
+    }
+    assert_eq!(host.one("opaque"), "probe xattr: y", "{host}");
+    assert_eq!(host.one("opaque with userxattr"), "probe xattr: y", "{host}");
+    assert_eq!(host.one("whiteout"), "character special file 0 0");
+}
+
+#[test]
+fn devices_and_mounts_of_the_host_are_seen_as_such() {
+    let (guest, host) = (RIGHTS.guest("rights"), RIGHTS.host());
+    assert!(guest.one("taken").ends_with("File exists"), "{guest}");
+    assert!(guest.one("refused").ends_with("Operation not permitted"), "{guest}");
+    for side in [&guest, &host] {
+        assert_eq!(side.one("device"), "block special file 8 12c", "{guest}{host}");
+    }
+    assert_eq!(guest.one("below"), "another file system", "{guest}");
+    assert_eq!(guest.one("announced"), "another device", "{guest}");
+}
+
+#[test]
+fn two_guests_and_the_host_see_each_others_locks() {
+    let host = LOCKS.host();
+    for name in ["first", "second"] {
+        let guest = LOCKS.guest(name);
+        guest.ended(0, ENDED);
+        assert_eq!(guest.one("probe files"), CHECKS, "{guest}");
+        assert_eq!(guest.one("host"), "probe locked: true true", "{guest}");
+        complains_of_nothing_else(&guest);
+    }
+    assert_eq!(LOCKS.guest("second").one("first"), "probe locked: true true");
+    assert_eq!(host.one("order"), "first second", "{host}");
 }

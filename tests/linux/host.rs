@@ -25,7 +25,7 @@ pub const FS_FILE_MIB: &str = "HOTSLOT_FS_FILE_MIB";
 const FILES: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/linux");
 
 /// What the guests need of the stock kernel's modules.
-const MODULES: [&str; 5] = ["virtio_mmio", "virtio_pmem", "nd_pmem", "virtio_blk", "pvpanic-mmio"];
+const MODULES: [&str; 6] = ["virtio_mmio", "virtio_pmem", "nd_pmem", "virtio_blk", "pvpanic-mmio", "overlay"];
 
 /// Each emulated host keeps one processor busy, and takes gigabytes.
 const SESSIONS_AT_A_TIME: u32 = 2;

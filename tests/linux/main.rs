@@ -120,7 +120,7 @@ fn has_memory(guest: &Guest, mib: u64) {
 }
 
 /// Errors and warnings of the kernel that are none of the machine's.
-const ALLOWED: [&str; 13] = [
+const ALLOWED: [&str; 14] = [
     // There is no PCI. With CONFIG_PCI no hint of ACPI's and no option (pci=off neither) keeps Linux from
     // saying so.
     "PCI: Fatal: No config space access function found",
@@ -133,6 +133,7 @@ const ALLOWED: [&str; 13] = [
     "module verification failed: signature and/or required key missing",
     // The emulated host has other things to do.
     "clocksource: Long readout interval",
+    "sched: DL replenish lagged too much",
     "hrtimer: interrupt took",
     // Mitigations depend on the host's processor.
     "Spectre",

@@ -82,6 +82,31 @@ pub trait Device: Send + Sync + 'static {
 
     /// Executes a request. Returns how many bytes of its buffers were written.
     fn answer(&self, request: Self::Request) -> u32;
+
+    /// Called in place of [`Device::answer`]. `None` for a request that waits for something: it is handed
+    /// back by `later`.
+    fn answer_or_wait(&self, request: Self::Request, _later: Later) -> Option<u32> {
+        Some(self.answer(request))
+    }
+
+    /// A queue is stopped: hands back all requests that wait. Their buffers may not be touched afterwards.
+    fn stop_waiting(&self) {}
+}
+
+/// Hands a request back to the driver that is answered later.
+pub struct Later {
+    vring: VringMutex,
+    head: u16,
+    complaints: Arc<Complaints>,
+}
+
+impl Later {
+    /// With `written` bytes of answer.
+    pub fn hand_back(&self, written: u32) {
+        if let Err(e) = hand_back(&self.vring, self.head, written) {
+            self.complaints.say(format_args!("request {} cannot be handed back: {e}", self.head));
+        }
+    }
 }
 
 /// [`Device::take`] for the devices whose requests are [`Request`]s.
@@ -125,10 +150,10 @@ impl<D: Device> Adapter<D> {
             let Some((head, request)) = self.next(vring)? else {
                 return Ok(());
             };
-            let written = self.device.answer(request);
-            // The requests behind it may have come with the same kick.
-            if let Err(e) = hand_back(vring, head, written) {
-                self.complaints.say(format_args!("request {head} cannot be handed back: {e}"));
+            let later = || Later { vring: vring.clone(), head, complaints: Arc::clone(&self.complaints) };
+            // The requests behind it may have come with the same kick, whatever becomes of this one.
+            if let Some(written) = self.device.answer_or_wait(request, later()) {
+                later().hand_back(written);
             }
         }
     }
@@ -245,12 +270,14 @@ impl<D: Device> VhostUserBackend for Adapter<D> {
         if let Some(answering) = self.answering.get(index as usize) {
             drop(lock(answering));
         }
+        self.device.stop_waiting();
         Ok(())
     }
 
     /// Called with the queues disabled.
     fn reset_device(&self) {
         self.wait();
+        self.device.stop_waiting();
         self.device.reset();
     }
 

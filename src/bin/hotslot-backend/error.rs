@@ -41,6 +41,8 @@ pub enum Error {
     File { action: &'static str, path: PathBuf, hint: Option<&'static str>, source: io::Error },
     #[error("cannot serve the directory {path:?}")]
     Directory { path: PathBuf, source: io::Error },
+    #[error("{option}: {why}")]
+    Ids { option: &'static str, why: String },
     #[error("files of {path:?} cannot be opened by handles, as --inode-file-handles mandatory demands")]
     NoHandles { path: PathBuf, source: io::Error },
     #[error("region {0} is given twice")]

@@ -29,6 +29,7 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::LINUX_IMMUTABLE)
     .union(CapabilitySet::SETFCAP)
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID);
@@ -48,6 +49,13 @@ pub struct Root {
     pub handles: Option<Handles>,
     /// What is less strict than it could be, and why.
     pub note: Option<String>,
+}
+
+/// What the threads may do in the directory, besides reading.
+#[derive(Clone, Copy)]
+pub struct Rights {
+    pub read_only: bool,
+    pub device_nodes: bool,
 }
 
 /// Opens the directory of the command line.
@@ -75,7 +83,7 @@ pub fn open(dir: &Path) -> io::Result<File> {
 /// [`Root::note`].
 pub fn confine(
     dir: &File,
-    read_only: bool,
+    rights: Rights,
     descriptors: Descriptors,
     handles: Option<Handles>,
 ) -> io::Result<Root> {
@@ -100,26 +108,28 @@ pub fn confine(
     if has.contains(CapabilitySet::SETGID) {
         rustix::thread::set_thread_groups(&[])?;
     }
-    let mut kept = has & KEPT;
-    if handles.is_some() {
-        kept |= has & CapabilitySet::DAC_READ_SEARCH;
-    }
+    let mut kept = KEPT;
+    kept.set(CapabilitySet::MKNOD, rights.device_nodes);
+    kept.set(CapabilitySet::DAC_READ_SEARCH, handles.is_some());
+    let kept = has & kept;
     rustix::thread::set_capabilities(
         None,
         CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() },
     )?;
     rustix::thread::set_no_new_privs(true)?;
-    let note = restrict(&dir, read_only).err().map(|why| {
+    let note = restrict(&dir, rights).err().map(|why| {
         format!("Landlock cannot guard the directory on this kernel ({why}): only our own checks do")
     });
     Ok(Root { dir, proc, credentials: Credentials::of(has), descriptors, handles, note })
 }
 
 /// Landlock: files of the directory, and no others.
-fn restrict(dir: &File, read_only: bool) -> Result<(), RulesetError> {
+fn restrict(dir: &File, rights: Rights) -> Result<(), RulesetError> {
     let all = AccessFs::from_all(ABI::V5);
-    let allowed: BitFlags<AccessFs> = if read_only {
+    let allowed: BitFlags<AccessFs> = if rights.read_only {
         make_bitflags!(AccessFs::{ReadFile | ReadDir})
+    } else if rights.device_nodes {
+        all & !make_bitflags!(AccessFs::{Execute | IoctlDev})
     } else {
         all & !make_bitflags!(AccessFs::{Execute | MakeBlock | IoctlDev})
     };

@@ -18,7 +18,9 @@ pub struct Descriptors {
     pub cached: usize,
     /// Files without a name that the guest knows: an eighth. They could not be opened again.
     pub pinned: usize,
-    // A quarter is left: for sockets, queues, the guest's memory, and for files that are open during one
+    /// Files that the guest has locked, for each owner (`--locks host`): a sixteenth.
+    pub locks: usize,
+    // The rest is left: for sockets, queues, the guest's memory, and for files that are open during one
     // request.
 }
 
@@ -31,6 +33,6 @@ impl Descriptors {
         let _ = rustix::process::setrlimit(Resource::Nofile, raised);
         let all = rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(NO_LIMIT);
         let all = usize::try_from(all).unwrap_or(usize::MAX);
-        Descriptors { open: all / 2, cached: (all / 8).min(MAX_CACHED), pinned: all / 8 }
+        Descriptors { open: all / 2, cached: (all / 8).min(MAX_CACHED), pinned: all / 8, locks: all / 16 }
     }
 }

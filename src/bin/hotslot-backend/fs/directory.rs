@@ -12,18 +12,19 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use clap::ValueEnum;
 use fuse_backend_rs::abi::fuse_abi::{Attr, OpenOptions, stat64};
 use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use super::confine::Root;
+use super::credentials::{ActingAs, InGroup, set_umask};
 use super::dax::Window;
 use super::inodes::{Inode, Inodes, ROOT, open_name};
+use super::locks::Locks;
 use super::opens::{Open, Opens};
+use super::policy::{Cache, Policy};
 use crate::complaints::Complaints;
 use crate::lock::lock;
 
@@ -39,35 +40,19 @@ const NAMES: u32 = 32 << 10;
 /// (`chattr +a`) is not opened for writing.
 const OPEN_FLAGS: OFlags = OFlags::RWMODE.union(OFlags::TRUNC).union(OFlags::SYNC).union(OFlags::DSYNC);
 
-/// How long the guest may cache.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Cache {
-    /// The guest asks each time and caches no data; without DAX it cannot share memory through a file
-    None,
-    /// Names and attributes for a second; data until a file is opened after it changed
-    Auto,
-    /// Everything: for a directory that only the guest changes
-    Always,
-}
-
-impl Cache {
-    pub fn timeout(self) -> Duration {
-        match self {
-            Cache::None => Duration::ZERO,
-            Cache::Auto => Duration::from_secs(1),
-            Cache::Always => Duration::from_secs(24 * 3600),
-        }
-    }
-}
+/// A flag of a file's attributes: another file system is mounted there.
+const FUSE_ATTR_SUBMOUNT: u32 = 1 << 0;
 
 /// The directory, for one guest. Several threads use it at a time.
 pub struct Directory {
     pub(super) root: Arc<Root>,
-    pub(super) read_only: bool,
-    pub(super) cache: Cache,
+    pub(super) policy: Arc<Policy>,
     pub(super) inodes: Inodes,
     pub(super) opens: Arc<Opens>,
+    pub(super) locks: Locks,
     pub(super) window: Option<Arc<Window>>,
+    /// The directory, opened for FUSE_SYNCFS.
+    pub(super) synced: File,
 }
 
 /// The reply to FUSE_CREATE, in the types of fuse-backend-rs.
@@ -76,21 +61,23 @@ pub type Opened = (Entry, Option<u64>, OpenOptions, Option<u32>);
 impl Directory {
     /// # Errors
     ///
-    /// The directory's attributes cannot be read.
+    /// The directory's attributes or names cannot be read.
     pub fn new(
         root: Arc<Root>,
-        read_only: bool,
-        cache: Cache,
+        policy: Arc<Policy>,
         window: Option<Arc<Window>>,
         complaints: Arc<Complaints>,
     ) -> io::Result<Self> {
         let opens = Arc::new(Opens::new(root.descriptors.open));
         let inodes = Inodes::new(Arc::clone(&root), Arc::clone(&opens), complaints)?;
-        Ok(Directory { inodes, root, read_only, cache, opens, window })
+        let synced = open_file(&root, &root.dir, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let locks = Locks::new(root.descriptors.locks);
+        Ok(Directory { inodes, root, policy, opens, locks, window, synced })
     }
 
     /// A session of the guest begins or ends: closes, forgets and unmaps all.
     pub fn clear(&self) {
+        self.locks.clear();
         self.opens.clear();
         self.inodes.clear();
         if let Some(window) = &self.window {
@@ -99,7 +86,7 @@ impl Directory {
     }
 
     pub fn check_writable(&self) -> io::Result<()> {
-        if self.read_only {
+        if self.policy.read_only {
             return Err(Errno::ROFS.into());
         }
         Ok(())
@@ -116,8 +103,7 @@ impl Directory {
     }
 
     pub fn reopen(&self, file: &File, flags: OFlags) -> io::Result<File> {
-        let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
-        Ok(rustix::fs::openat(&self.root.proc, number(file), flags, Mode::empty())?.into())
+        open_file(&self.root, file, flags)
     }
 
     /// Opens a regular file for writing, or finds it open for that: it may have become read-only since. Git
@@ -163,7 +149,7 @@ impl Directory {
             let opens = self.opens.of(inode.node);
             opens.iter().any(|open| access(open) != OFlags::RDONLY)
         };
-        if writes || !self.read_only && (!is_program || is_written()) {
+        if writes || !self.policy.read_only && (!is_program || is_written()) {
             let opened = self.open_for_writing(inode);
             if writes || !is_denied(&opened) {
                 return Ok((opened?, true));
@@ -183,8 +169,8 @@ impl Directory {
     }
 
     pub fn open_options(&self) -> OpenOptions {
-        match self.cache {
-            Cache::None => OpenOptions::DIRECT_IO,
+        match self.policy.cache {
+            Cache::Never => OpenOptions::DIRECT_IO,
             Cache::Auto => OpenOptions::empty(),
             Cache::Always => OpenOptions::KEEP_CACHE,
         }
@@ -193,13 +179,17 @@ impl Directory {
     /// Counts a lookup of the file of an O_PATH descriptor, and of its name in a directory if it has one.
     fn entry(&self, name: Option<(&Inode, &CStr)>, path: File) -> io::Result<Entry> {
         let (inode, metadata) = self.inodes.insert(name.map(|(parent, name)| (parent.node, name)), path)?;
+        let is_told = self.policy.announce_submounts && metadata.is_dir();
+        let is_other =
+            |parent: &Inode| parent.path.metadata().is_ok_and(|found| found.dev() != metadata.dev());
+        let is_mount = name.filter(|_| is_told).is_some_and(|(parent, _)| is_other(parent));
         Ok(Entry {
             inode,
             generation: 0,
-            attr: attributes(&metadata),
-            attr_flags: 0,
-            attr_timeout: self.cache.timeout(),
-            entry_timeout: self.cache.timeout(),
+            attr: self.policy.ids.seen(attributes(&metadata)),
+            attr_flags: if is_mount { FUSE_ATTR_SUBMOUNT } else { 0 },
+            attr_timeout: self.policy.cache.timeout(),
+            entry_timeout: self.policy.cache.timeout(),
         })
     }
 
@@ -261,16 +251,31 @@ impl Directory {
         context: &Context,
         parent: u64,
         name: &CStr,
+        umask: u32,
         make: impl FnOnce(&File, &CStr) -> rustix::io::Result<()>,
     ) -> io::Result<Entry> {
         self.check_writable()?;
         let parent = self.inodes.get(parent)?;
         let name = one_name(name)?;
         {
-            let _acting = self.root.credentials.act_as(context)?;
+            let _acting = self.act_as(context, umask)?;
             make(&parent.path, name)?;
         }
         self.find(&parent, name)
+    }
+
+    /// Makes this thread the guest's user with that user's umask, to create a file.
+    pub fn act_as(&self, context: &Context, umask: u32) -> io::Result<Option<ActingAs>> {
+        set_umask(umask)?;
+        self.root.credentials.act_as(context, &self.policy.ids)
+    }
+
+    /// Takes this thread into a group of the guest, too, to create a file.
+    pub fn join(&self, group: Option<u32>) -> io::Result<Option<InGroup>> {
+        match group.and_then(|group| self.policy.ids.groups.outside(group)) {
+            Some(group) => self.root.credentials.join(group),
+            None => Ok(None),
+        }
     }
 
     pub fn remove(&self, parent: u64, name: &CStr, flags: AtFlags) -> io::Result<()> {
@@ -279,6 +284,11 @@ impl Directory {
         let name = one_name(name)?;
         self.inodes.remove_name(&parent, name, || rustix::fs::unlinkat(&parent.path, name, flags))
     }
+}
+
+fn open_file(root: &Root, file: &File, flags: OFlags) -> io::Result<File> {
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
+    Ok(rustix::fs::openat(&root.proc, number(file), flags, Mode::empty())?.into())
 }
 
 /// The attributes of a file, in the types of fuse-backend-rs.

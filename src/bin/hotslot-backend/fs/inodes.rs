@@ -338,7 +338,7 @@ mod tests {
             dir: File::open(dir.path()).unwrap(),
             proc: File::open("/proc/self/fd").unwrap(),
             credentials: Credentials::of(CapabilitySet::empty()),
-            descriptors: Descriptors { open: 0, cached: 0, pinned: 10 },
+            descriptors: Descriptors { open: 0, cached: 0, pinned: 10, locks: 0 },
             handles: None,
             note: None,
         };

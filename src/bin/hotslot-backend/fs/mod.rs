@@ -4,12 +4,13 @@
 //! parts of files mapped into it (vhost-user SHMEM_MAP), and reads and writes them in the host's page cache,
 //! without a request. Called by `main`.
 //!
-//! Reading order: `requests` (bytes to bytes), `passthrough` (what each request does), `directory` (how a
-//! file is found and opened), `inodes` (the files that the guest knows, found again when they are no longer
-//! held), `records` (what is recorded of them), `handles` (the host's names for them), `opens` (those that
-//! the guest has open), `lent` (one of these for a read or write), `dax` (the window), `credentials` (as
-//! which user), `confine` (the threads' rights), `descriptors` (how many files may be held), `queue` (where
-//! the bytes are), `guest` (which of the guest's memory is RAM), `copies` (what is not).
+//! Reading order: `requests` (bytes to bytes), `init` (what the guest may ask for), `passthrough`, `xattr`,
+//! `ioctl`, `statx` and `locks` (what each request does), `directory` (how a file is found and opened),
+//! `inodes` (the files that the guest knows, found again when they are no longer held), `records` (what is
+//! recorded of them), `handles` (the host's names for them), `opens` (those that the guest has open), `lent`
+//! (one of these for a read or write), `dax` (the window), `credentials` (as which user), `confine` (the
+//! threads' rights), `descriptors` (how many files may be held), `queue` (where the bytes are), `guest`
+//! (which of the guest's memory is RAM), `copies` (what is not).
 //!
 //! Each queue has a thread of its own: while one waits for a disk, or for the front-end's answer to
 //! SHMEM_MAP, the others go on.
@@ -22,14 +23,22 @@ mod descriptors;
 mod directory;
 mod guest;
 mod handles;
+mod ids;
+mod init;
 mod inodes;
+mod ioctl;
 mod lent;
+mod locks;
 mod opens;
 mod passthrough;
+mod policy;
 mod queue;
 mod records;
 mod refused;
 mod requests;
+mod statx;
+mod waiters;
+mod xattr;
 
 use std::fs::File;
 use std::io;
@@ -43,17 +52,19 @@ use vm_memory::GuestAddressSpace;
 use hotslot::report::say;
 use hotslot::size;
 
-use self::confine::Root;
+use self::confine::{Rights, Root};
 use self::dax::Window;
 use self::descriptors::Descriptors;
-use self::directory::{Cache, Directory};
+use self::directory::Directory;
 use self::guest::{Guest, Known};
 use self::handles::Handles;
+use self::ids::{Ids, Map, Range};
+use self::policy::{Cache, LocksOf, Policy, Xattrs};
 use self::requests::Requester;
 use crate::backing::LINUX_UNIT;
 use crate::channel::SHMEM_ADDRESSES;
 use crate::complaints::Complaints;
-use crate::device::{Device, Memory, Taken};
+use crate::device::{Device, Later, Memory, Taken};
 use crate::error::Error;
 use crate::lock::lock;
 use crate::server;
@@ -101,6 +112,34 @@ pub struct Args {
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     cache: Cache,
 
+    /// Which extended attributes the guest has
+    #[arg(long, value_name = "WHICH", default_value = "host")]
+    xattr: Xattrs,
+
+    /// Users of the guest from INSIDE on stand for users of this machine from OUTSIDE on, COUNT of them. May
+    /// be given several times. Others of this machine are 65534 to the guest; others of the guest create no
+    /// files
+    #[arg(long, value_name = "INSIDE:OUTSIDE:COUNT")]
+    uid_map: Vec<Range>,
+
+    /// The same for groups
+    #[arg(long, value_name = "INSIDE:OUTSIDE:COUNT")]
+    gid_map: Vec<Range>,
+
+    /// Give file systems that are mounted below the directory device numbers of their own in the guest, so
+    /// that no two files of it have one number. Linux (up to 6.12 at least) enforces no ACLs on them then
+    #[arg(long)]
+    announce_submounts: bool,
+
+    /// Let the guest make block and character devices, which are this machine's if others here open them.
+    /// Needs root
+    #[arg(long)]
+    device_nodes: bool,
+
+    /// Who sees the locks (fcntl and flock) of the guest's processes
+    #[arg(long, value_name = "WHO", default_value = "guest")]
+    locks: LocksOf,
+
     /// Whether to find files by handles of the host's file system where names no longer lead to them. Needs
     /// CAP_DAC_READ_SEARCH, with which a back-end that was taken over could reach all files of that file
     /// system
@@ -138,6 +177,8 @@ fn parse_window(text: &str) -> Result<u64, String> {
 ///
 /// See [`Error`]; a wrong command line or directory is found before the socket exists.
 pub fn run(args: &Args) -> Result<(), Error> {
+    let map = |option, ranges: &[Range]| Map::new(ranges).map_err(|why| Error::Ids { option, why });
+    let ids = Ids { users: map("--uid-map", &args.uid_map)?, groups: map("--gid-map", &args.gid_map)? };
     let dir =
         confine::open(&args.dir).map_err(|source| Error::Directory { path: args.dir.clone(), source })?;
     let descriptors = Descriptors::raise_limit();
@@ -155,15 +196,22 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let settings = Settings {
         tag: args.tag.clone(),
         window: args.window,
-        read_only: args.read_only,
-        cache: args.cache,
         queues: args.queues,
+        policy: Arc::new(Policy {
+            read_only: args.read_only,
+            cache: args.cache,
+            xattrs: args.xattr,
+            announce_submounts: args.announce_submounts,
+            device_nodes: args.device_nodes,
+            locks: args.locks,
+            ids,
+        }),
     };
     let mut root = None;
     server::serve(NAME, listening, move |_, complaints| {
         let root = match &root {
             Some(root) => Arc::clone(root),
-            None => Arc::clone(root.insert(confine(&dir, settings.read_only, descriptors, handles.take())?)),
+            None => Arc::clone(root.insert(confine(&dir, &settings.policy, descriptors, handles.take())?)),
         };
         Fs::new(&settings, root, complaints).map_err(Error::set_up("the directory"))
     })
@@ -190,11 +238,12 @@ fn handles(args: &Args, dir: &File) -> Result<Option<Handles>, Error> {
 /// Called once, on the thread that serves.
 fn confine(
     dir: &File,
-    read_only: bool,
+    policy: &Policy,
     descriptors: Descriptors,
     handles: Option<Handles>,
 ) -> Result<Arc<Root>, Error> {
-    let root = confine::confine(dir, read_only, descriptors, handles)
+    let rights = Rights { read_only: policy.read_only, device_nodes: policy.device_nodes };
+    let root = confine::confine(dir, rights, descriptors, handles)
         .map_err(Error::set_up("the confinement to the directory"))?;
     if let Some(note) = &root.note {
         say(format_args!("{NAME}: note: {note}"));
@@ -206,9 +255,8 @@ fn confine(
 struct Settings {
     tag: Tag,
     window: u64,
-    read_only: bool,
-    cache: Cache,
     queues: u16,
+    policy: Arc<Policy>,
 }
 
 /// The device, for one front-end.
@@ -227,13 +275,8 @@ impl Fs {
     fn new(settings: &Settings, root: Arc<Root>, complaints: Arc<Complaints>) -> io::Result<Self> {
         let window =
             (settings.window != 0).then(|| Arc::new(Window::new(settings.window, Arc::clone(&complaints))));
-        let directory = Directory::new(
-            root,
-            settings.read_only,
-            settings.cache,
-            window.clone(),
-            Arc::clone(&complaints),
-        )?;
+        let policy = Arc::clone(&settings.policy);
+        let directory = Directory::new(root, policy, window.clone(), Arc::clone(&complaints))?;
         Ok(Fs {
             queues: settings.queues,
             tag: settings.tag.clone(),
@@ -294,5 +337,13 @@ impl Device for Fs {
 
     fn answer(&self, (chain, guest): Self::Request) -> u32 {
         self.requester.answer(chain, &guest)
+    }
+
+    fn answer_or_wait(&self, (chain, guest): Self::Request, later: Later) -> Option<u32> {
+        self.requester.answer_or_wait(chain, &guest, later)
+    }
+
+    fn stop_waiting(&self) {
+        self.requester.stop_waiting();
     }
 }

@@ -9,10 +9,11 @@
 
 use std::ffi::CStr;
 use std::io::{self, IoSlice};
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    CreateIn, FOPEN_IN_KILL_SUIDGID, FsOptions, OpenOptions, SetattrValid, WRITE_KILL_PRIV, stat64,
+    CreateIn, FOPEN_IN_KILL_SUIDGID, FileLock, LkIn, OpenOptions, SetattrValid, WRITE_KILL_PRIV, stat64,
 };
 use fuse_backend_rs::abi::virtio_fs::{RemovemappingOne, SetupmappingFlags};
 use fuse_backend_rs::api::filesystem::{
@@ -21,22 +22,32 @@ use fuse_backend_rs::api::filesystem::{
 use fuse_backend_rs::transport::FsCacheReqHandler;
 use rustix::fs::{
     AtFlags, FallocateFlags, FileType, Mode, OFlags, RenameFlags, SeekFrom, Timespec, Timestamps, UTIME_NOW,
-    UTIME_OMIT, XattrFlags,
+    UTIME_OMIT,
 };
 use rustix::io::{Errno, ReadWriteFlags};
 use rustix::process::{Gid, Uid};
 
 use super::dax::Mapping;
-use super::directory::{Cache, Directory, Opened, attributes, number, one_name};
+use super::directory::{Directory, Opened, attributes, number, one_name};
+use super::ids::Map;
+use super::inodes::{Inode, ROOT};
 use super::lent::Lent;
+use super::policy::{Cache, LocksOf};
 use crate::lock::lock;
 
 /// The most that one request reads or writes; the guest knows it from FUSE_INIT.
 const MAX_IO: u32 = 1 << 20;
-/// XATTR_SIZE_MAX and XATTR_LIST_MAX.
-const XATTR_MAX: u32 = 64 << 10;
 /// The most that one request copies; the guest asks again for the rest.
 const MAX_COPY: u64 = 1 << 30;
+
+/// What a FUSE_SETATTR sets.
+const SET: SetattrValid = SetattrValid::MODE
+    .union(SetattrValid::UID)
+    .union(SetattrValid::GID)
+    .union(SetattrValid::SIZE)
+    .union(SetattrValid::ATIME)
+    .union(SetattrValid::MTIME)
+    .union(SetattrValid::CTIME);
 
 /// Requests that fuse-backend-rs does not decode; called by [`super::requests`].
 impl Directory {
@@ -45,10 +56,34 @@ impl Directory {
         Ok(rustix::fs::fstatvfs(&self.inodes.get(node)?.path)?)
     }
 
-    /// FUSE_SYNCFS: writes back the file system that the directory is on.
-    pub fn sync(&self) -> io::Result<()> {
-        let dir = self.reopen(&self.root.dir, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        Ok(rustix::fs::syncfs(dir)?)
+    /// FUSE_SYNCFS: writes back the file system that this directory is on.
+    pub fn sync(&self, node: u64) -> io::Result<()> {
+        if node == ROOT {
+            // Errors since the descriptor was opened, or since the last call: so not a new one.
+            return Ok(rustix::fs::syncfs(&self.synced)?);
+        }
+        let mount = self.reopen(&self.inodes.get(node)?.path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        Ok(rustix::fs::syncfs(mount)?)
+    }
+
+    /// FUSE_SETLK, and an attempt at FUSE_SETLKW; see [`super::locks::Locks::set`].
+    pub fn set_lock(&self, node: u64, wanted: &LkIn) -> io::Result<()> {
+        let inode = self.inodes.get(node)?;
+        self.opens.get(node, wanted.fh)?;
+        self.locks.set(node, wanted, |is_flock| {
+            // flock(2) takes any, and the host runs no program that is open for writing.
+            let reads_only = is_flock || self.policy.read_only || inode.kind != FileType::RegularFile;
+            let writing = if reads_only { None } else { self.open_inode(&inode, OFlags::RDWR).ok() };
+            match writing {
+                Some(file) => Ok(file),
+                None => self.open_inode(&inode, OFlags::RDONLY),
+            }
+        })
+    }
+
+    /// FUSE_GETLK.
+    pub fn get_lock(&self, node: u64, wanted: &LkIn) -> io::Result<FileLock> {
+        self.locks.first_in_the_way(node, wanted, &self.opens.get(node, wanted.fh)?.file)
     }
 
     /// FUSE_TMPFILE: a file without a name in `parent`, which may be given one by FUSE_LINK.
@@ -57,9 +92,9 @@ impl Directory {
         let parent = self.inodes.get(parent)?;
         let flags = self.open_flags(args.flags)? & !OFlags::TRUNC;
         let file = {
-            let _acting = self.root.credentials.act_as(context)?;
+            let _acting = self.act_as(context, args.umask)?;
             let flags = flags | OFlags::TMPFILE | OFlags::CLOEXEC;
-            rustix::fs::openat(&parent.path, c".", flags, mode(args.mode, args.umask))?
+            rustix::fs::openat(&parent.path, c".", flags, mode(args.mode))?
         };
         self.opened(None, file.into())
     }
@@ -77,26 +112,23 @@ impl Directory {
     }
 }
 
+impl Directory {
+    /// FUSE_SETATTR that sets nothing: Linux is about to write to a file with set-id bits as a process that
+    /// must not leave them. With HANDLE_KILLPRIV_V2 it leaves the bits to us. It says so again at FUSE_WRITE,
+    /// FUSE_OPEN and FUSE_FALLOCATE; but a write through the DAX window sends none of them.
+    fn drop_setid(&self, inode: &Inode) -> io::Result<()> {
+        if inode.kind != FileType::RegularFile {
+            return Ok(());
+        }
+        // Without the group's right to execute it, the bit has another meaning.
+        let is_program = inode.path.metadata()?.mode() & 0o010 != 0;
+        self.drop_bits(inode, if is_program { Mode::SUID | Mode::SGID } else { Mode::SUID })
+    }
+}
+
 impl FileSystem for Directory {
     type Inode = u64;
     type Handle = u64;
-
-    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        // A guest that crashed sent no FUSE_DESTROY.
-        self.clear();
-        let mut options = FsOptions::ASYNC_READ
-            | FsOptions::ASYNC_DIO
-            | FsOptions::ATOMIC_O_TRUNC
-            | FsOptions::BIG_WRITES
-            | FsOptions::DO_READDIRPLUS
-            | FsOptions::READDIRPLUS_AUTO
-            | FsOptions::HANDLE_KILLPRIV_V2
-            | FsOptions::MAX_PAGES
-            | FsOptions::PARALLEL_DIROPS;
-        options.set(FsOptions::AUTO_INVAL_DATA, self.cache != Cache::Always);
-        options.set(FsOptions::MAP_ALIGNMENT, self.window.is_some());
-        Ok(options & capable)
-    }
 
     fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
         self.find(&self.inodes.get(parent)?, name)
@@ -108,7 +140,7 @@ impl FileSystem for Directory {
 
     fn getattr(&self, _: &Context, inode: u64, _: Option<u64>) -> io::Result<(stat64, Duration)> {
         let metadata = self.inodes.get(inode)?.path.metadata()?;
-        Ok((attributes(&metadata), self.cache.timeout()))
+        Ok((self.policy.ids.seen(attributes(&metadata)), self.policy.cache.timeout()))
     }
 
     fn setattr(
@@ -121,14 +153,20 @@ impl FileSystem for Directory {
     ) -> io::Result<(stat64, Duration)> {
         self.check_writable()?;
         let inode = self.inodes.get(node)?;
+        if !valid.intersects(SET) {
+            self.drop_setid(&inode)?;
+        }
         if valid.contains(SetattrValid::MODE) {
             let mode = Mode::from_raw_mode(attr.st_mode & 0o7777);
             rustix::fs::chmodat(&self.root.proc, number(&inode.path), mode, AtFlags::empty())?;
         }
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
-            let set = |flag, id: u32| (valid.contains(flag) && id != u32::MAX).then_some(id);
-            let uid = set(SetattrValid::UID, attr.st_uid).map(Uid::from_raw);
-            let gid = set(SetattrValid::GID, attr.st_gid).map(Gid::from_raw);
+            let set = |flag, map: &Map, id: u32| match valid.contains(flag) && id != u32::MAX {
+                true => map.outside(id).map(Some).ok_or(Errno::INVAL),
+                false => Ok(None),
+            };
+            let uid = set(SetattrValid::UID, &self.policy.ids.users, attr.st_uid)?.map(Uid::from_raw);
+            let gid = set(SetattrValid::GID, &self.policy.ids.groups, attr.st_gid)?.map(Gid::from_raw);
             rustix::fs::chownat(&inode.path, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if valid.contains(SetattrValid::SIZE) {
@@ -175,7 +213,7 @@ impl FileSystem for Directory {
     }
 
     fn symlink(&self, context: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.create_node(context, parent, name, |dir, name| rustix::fs::symlinkat(target, dir, name))
+        self.create_node(context, parent, name, 0, |dir, name| rustix::fs::symlinkat(target, dir, name))
     }
 
     fn mknod(
@@ -192,10 +230,22 @@ impl FileSystem for Directory {
             FileType::RegularFile | FileType::Fifo | FileType::Socket => {}
             // Overlayfs marks a removed file by one.
             FileType::CharacterDevice if rdev == 0 => {}
-            _ => return Err(Errno::PERM.into()),
+            FileType::CharacterDevice | FileType::BlockDevice if self.policy.device_nodes => {}
+            // As mknod(2): it is found first that a name is taken, or too long.
+            _ => {
+                self.check_writable()?;
+                let parent = self.inodes.get(parent)?;
+                let found = rustix::fs::statat(&parent.path, one_name(name)?, AtFlags::SYMLINK_NOFOLLOW);
+                return Err(match found {
+                    Ok(_) => Errno::EXIST,
+                    Err(Errno::NOENT) => Errno::PERM,
+                    Err(e) => e,
+                }
+                .into());
+            }
         }
-        self.create_node(context, parent, name, |dir, name| {
-            rustix::fs::mknodat(dir, name, kind, mode(full_mode, umask), 0)
+        self.create_node(context, parent, name, umask, |dir, name| {
+            rustix::fs::mknodat(dir, name, kind, mode(full_mode), rdev.into())
         })
     }
 
@@ -207,8 +257,8 @@ impl FileSystem for Directory {
         full_mode: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        self.create_node(context, parent, name, |dir, name| {
-            rustix::fs::mkdirat(dir, name, mode(full_mode, umask))
+        self.create_node(context, parent, name, umask, |dir, name| {
+            rustix::fs::mkdirat(dir, name, mode(full_mode))
         })
     }
 
@@ -277,10 +327,10 @@ impl FileSystem for Directory {
         let name = one_name(name)?;
         let flags = self.open_flags(args.flags)?;
         let created = {
-            let _acting = self.root.credentials.act_as(context)?;
+            let _acting = self.act_as(context, args.umask)?;
             // An existing file is opened below, and not by its name.
             let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            rustix::fs::openat(&parent.path, name, flags, mode(args.mode, args.umask))
+            rustix::fs::openat(&parent.path, name, flags, mode(args.mode))
         };
         let exclusive = OFlags::from_bits_retain(args.flags).contains(OFlags::EXCL);
         match created {
@@ -345,8 +395,12 @@ impl FileSystem for Directory {
 
     /// Nothing is buffered here that a close could write. The guest's kernel takes ENOSYS for success, and
     /// does not ask again.
-    fn flush(&self, _: &Context, _: u64, _: u64, _: u64) -> io::Result<()> {
-        Err(Errno::NOSYS.into())
+    fn flush(&self, _: &Context, node: u64, _: u64, lock_owner: u64) -> io::Result<()> {
+        if self.policy.locks == LocksOf::Guest {
+            return Err(Errno::NOSYS.into());
+        }
+        self.locks.release_process(node, lock_owner);
+        Ok(())
     }
 
     fn fsync(&self, _: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
@@ -379,54 +433,27 @@ impl FileSystem for Directory {
         _: bool,
         _: Option<u64>,
     ) -> io::Result<()> {
+        self.locks.release_handle(node, handle);
         self.opens.remove(node, handle)
     }
 
-    fn setxattr(&self, _: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
-        self.check_writable()?;
-        let inode = self.inodes.get(inode)?;
-        let flags = XattrFlags::from_bits_retain(flags);
-        Ok(rustix::fs::setxattr(number(&inode.path), name, value, flags)?)
-    }
-
     fn getxattr(&self, _: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        let inode = self.inodes.get(inode)?;
-        let path = number(&inode.path);
-        if size == 0 {
-            let len = rustix::fs::getxattr_query(path, name)?;
-            return Ok(GetxattrReply::Count(u32::try_from(len).map_err(io::Error::other)?));
-        }
-        let mut value = vec![0; size.min(XATTR_MAX) as usize];
-        let len = rustix::fs::getxattr(path, name, &mut value[..])?;
-        value.truncate(len);
-        Ok(GetxattrReply::Value(value))
+        self.attribute(inode, name, size)
     }
 
     fn listxattr(&self, _: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
-        let inode = self.inodes.get(inode)?;
-        let path = number(&inode.path);
-        if size == 0 {
-            let len = rustix::fs::listxattr_query(path)?;
-            let len = u32::try_from(len).map_err(io::Error::other)?;
-            return Ok(ListxattrReply::Count(len));
-        }
-        let mut names = vec![0; size.min(XATTR_MAX) as usize];
-        let len = rustix::fs::listxattr(path, &mut names[..])?;
-        names.truncate(len);
-        Ok(ListxattrReply::Names(names))
+        self.attribute_names(inode, size)
     }
 
     fn removexattr(&self, _: &Context, inode: u64, name: &CStr) -> io::Result<()> {
-        self.check_writable()?;
-        let inode = self.inodes.get(inode)?;
-        Ok(rustix::fs::removexattr(number(&inode.path), name)?)
+        self.remove_attribute(inode, name)
     }
 
     fn opendir(&self, _: &Context, node: u64, _: u32) -> io::Result<(Option<u64>, OpenOptions)> {
         let inode = self.inodes.get(node)?;
         self.opens.check_room()?;
         let file = self.open_inode(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let options = match self.cache {
+        let options = match self.policy.cache {
             Cache::Always => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
             _ => OpenOptions::empty(),
         };
@@ -470,6 +497,7 @@ impl FileSystem for Directory {
     }
 
     fn releasedir(&self, _: &Context, node: u64, _: u32, handle: u64) -> io::Result<()> {
+        self.locks.release_handle(node, handle);
         self.opens.remove(node, handle)
     }
 
@@ -522,6 +550,6 @@ impl FileSystem for Directory {
     }
 }
 
-fn mode(mode: u32, umask: u32) -> Mode {
-    Mode::from_raw_mode(mode & 0o7777 & !(umask & 0o777))
+fn mode(mode: u32) -> Mode {
+    Mode::from_raw_mode(mode & 0o7777)
 }
