@@ -50,11 +50,12 @@ enum Device {
 }
 
 fn main() -> ExitCode {
-    let served = match Cli::parse().device {
+    let device = Cli::parse().device;
+    let served = server::outlive_file_size_limit().and_then(|()| match device {
         Device::Blk(args) => blk::run(&args),
         Device::Pmem(args) => pmem::run(&args),
         Device::Fs(args) => fs::run(&args),
         Device::Torture(args) => torture::run(&args),
-    };
+    });
     served.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
 }
