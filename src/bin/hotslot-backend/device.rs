@@ -60,6 +60,10 @@ pub trait Device: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// SET_CONFIG: the driver writes to the configuration space. The driver is told of no error; the crate
+    /// would end the session.
+    fn write_config(&self, _offset: u32, _bytes: &[u8]) {}
+
     /// Size of shared memory region 0, if there is one.
     fn shared_memory(&self) -> Option<u64> {
         None
@@ -80,8 +84,9 @@ pub trait Device: Send + Sync + 'static {
     /// The next request of a queue.
     fn take(&self, queue: &mut Queue) -> Taken<Self::Request>;
 
-    /// Executes a request. Returns how many bytes of its buffers were written.
-    fn answer(&self, request: Self::Request) -> u32;
+    /// Executes a request, on one of the threads of all queues, which are numbered from 0 on. Returns how
+    /// many bytes of its buffers were written.
+    fn answer(&self, thread: usize, request: Self::Request) -> u32;
 }
 
 /// [`Device::take`] for the devices whose requests are [`Request`]s.
@@ -118,14 +123,14 @@ impl<D: Device> Adapter<D> {
     }
 
     /// Answers the requests of a queue until it is empty.
-    fn answer(&self, answering: &Mutex<()>, vring: &VringMutex) -> Result<(), Box<dyn Error>> {
+    fn answer(&self, thread: usize, answering: &Mutex<()>, vring: &VringMutex) -> Result<(), Box<dyn Error>> {
         loop {
             // Anew for each request: a thread that waits must not wait for all requests of a busy guest.
             let _answering = lock(answering);
             let Some((head, request)) = self.next(vring)? else {
                 return Ok(());
             };
-            let written = self.device.answer(request);
+            let written = self.device.answer(thread, request);
             // The requests behind it may have come with the same kick.
             if let Err(e) = hand_back(vring, head, written) {
                 self.complaints.say(format_args!("request {head} cannot be handed back: {e}"));
@@ -225,6 +230,11 @@ impl<D: Device> VhostUserBackend for Adapter<D> {
         rest.chain(std::iter::repeat(0)).take(size as usize).collect()
     }
 
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        self.device.write_config(offset, bytes);
+        Ok(())
+    }
+
     fn set_backend_req_fd(&self, backend: Backend) {
         self.device.connect(backend);
     }
@@ -263,7 +273,7 @@ impl<D: Device> VhostUserBackend for Adapter<D> {
     fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], thread: usize) -> io::Result<()> {
         match (event, vrings.first(), self.answering.get(thread)) {
             (0, Some(vring), Some(answering)) => {
-                if let Err(e) = self.answer(answering, vring) {
+                if let Err(e) = self.answer(thread, answering, vring) {
                     self.complaints.say(format_args!("queue {thread} is broken: {e}"));
                 }
                 Ok(())

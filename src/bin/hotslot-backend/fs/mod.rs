@@ -246,7 +246,7 @@ impl Device for Fs {
         Ok(chain.map(|chain| (chain.head_index(), (chain, guest))))
     }
 
-    fn answer(&self, (chain, guest): Self::Request) -> u32 {
+    fn answer(&self, _thread: usize, (chain, guest): Self::Request) -> u32 {
         self.requester.answer(chain, &guest)
     }
 }
