@@ -3,7 +3,7 @@
 //! Reading order:
 //!
 //! - `pmem`: a device; `backing`: its memory; `image`: its file, opened and locked;
-//! - `device`: the adapter that devices share, and their queues;
+//! - `device`: the adapter that devices share, and their queues; `helpers`: more threads for a queue;
 //! - `server`: the socket, one front-end after another; `channel`: requests to the front-end;
 //! - `fs`: a directory, whose files are mapped as the guest asks;
 //! - `blk`: a disk, which maps nothing, but reads and writes the mappings of others;
@@ -21,6 +21,7 @@ mod complaints;
 mod device;
 mod error;
 mod fs;
+mod helpers;
 mod image;
 mod lock;
 mod pmem;

@@ -5,7 +5,7 @@
 //!
 //! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts connections and waits
 //! for the end of each session; the `vhost-user-backend` crate adds, for each session, one that reads the
-//! socket and one for each queue.
+//! socket and one for each queue; `device` adds more for the queues of some.
 
 use std::fmt::Display;
 use std::fs;
@@ -236,7 +236,7 @@ fn session<D: Device>(
     let memory = Memory::new(GuestMemoryMmap::new());
     let complaints = Arc::new(Complaints::of(name));
     let device = make(memory.clone(), Arc::clone(&complaints))?;
-    let device = Arc::new(Adapter::new(device, complaints));
+    let device = Arc::new(Adapter::new(device, memory.clone(), complaints));
     let end_worker =
         EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(Error::set_up("an eventfd"))?;
     let mut daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(&device), memory)
@@ -253,10 +253,11 @@ fn session<D: Device>(
         }
     }
 
-    let result = daemon.start(listener).and_then(|()| daemon.wait());
+    let result = device.start().map(|()| daemon.start(listener).and_then(|()| daemon.wait()));
     // The daemon's drop, at the end of this function, waits for its threads.
     let _ = end_worker.write(1);
-    match result {
+    device.end();
+    match result.map_err(Error::set_up("the threads of the queues"))? {
         Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => {
             Ok(if device.was_asked() { Ended::HungUp } else { Ended::NothingAsked })
         }

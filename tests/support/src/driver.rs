@@ -147,13 +147,33 @@ impl Driver {
         self.ram.read_obj(GuestAddress(self.base + USED + 2)).unwrap()
     }
 
-    /// Makes the chain that starts at descriptor `head` available, and notifies.
-    pub fn offer(&mut self, head: u16) {
+    fn make_available(&mut self, head: u16) {
         let slot = u64::from(self.avail % QUEUE_SIZE);
         self.ram.write_obj(head, GuestAddress(self.base + self.avail_ring + 4 + 2 * slot)).unwrap();
-        self.avail += 1;
+        self.avail = self.avail.wrapping_add(1);
+    }
+
+    fn notify(&self) {
         self.ram.write_obj(self.avail, GuestAddress(self.base + self.avail_ring + 2)).unwrap();
         self.kick.write(1).unwrap();
+    }
+
+    /// Makes the chain that starts at descriptor `head` available, and notifies.
+    pub fn offer(&mut self, head: u16) {
+        self.make_available(head);
+        self.notify();
+    }
+
+    /// Makes the chains that start at the first `count` descriptors available at once.
+    pub fn offer_all(&mut self, count: u16) {
+        (0..count).for_each(|head| self.make_available(head));
+        self.notify();
+    }
+
+    /// Which chain came back, by its place in the used ring.
+    pub fn used(&self, place: u16) -> u32 {
+        let at = self.base + USED + 4 + 8 * u64::from(place % QUEUE_SIZE);
+        self.ram.read_obj(GuestAddress(at)).unwrap()
     }
 
     /// The chain at `head` comes back: how many bytes were written.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use super::limits::ID_LEN;
 use crate::server;
 
-/// Linux uses no more queues than it has processors.
-const MAX_QUEUES: i64 = 64;
+/// Each thread of a queue has the file open: 256 descriptors of the 1024 that a process usually may have.
+const MAX_QUEUES: i64 = 32;
 
 /// Disk whose contents are a regular file or a block device (VIRTIO block)
 ///
@@ -41,7 +41,7 @@ pub struct Args {
     #[arg(long, value_name = "BYTES", value_parser = block_size)]
     pub block_size: Option<u32>,
 
-    /// Queues, each served by a thread of its own, which executes one request at a time
+    /// Queues; of each, up to eight requests are executed at a time
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES))]
     pub queues: u16,
 }

@@ -7,7 +7,7 @@ use std::io;
 
 use super::args::Args;
 use super::failure::Failure;
-use super::limits::{ID_LEN, SECTOR};
+use super::limits::{ID_LEN, SECTOR, THREADS};
 use crate::error::{Error, MAKE_DISK};
 use crate::image::{Image, Open, failed};
 
@@ -48,7 +48,8 @@ impl Disk {
         if image.len < u64::from(block) {
             return Err(Error::TooShort { path: path(), len: image.len, block });
         }
-        let files = (0..args.queues).map(|_| image.open_again()).collect::<io::Result<_>>();
+        let files =
+            (0..usize::from(args.queues) * THREADS).map(|_| image.open_again()).collect::<io::Result<_>>();
         let files = files.map_err(failed("open again", &args.file, None))?;
 
         let name = args.file.file_name().unwrap_or_default().as_encoded_bytes();

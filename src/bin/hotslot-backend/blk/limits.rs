@@ -13,3 +13,6 @@ pub const MAX_RANGES: u32 = 32;
 pub const MAX_RANGE: u32 = 1 << 21;
 
 pub const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// Threads for each queue. Where requests wait for a disk, eight do several times as much as one; more did no
+/// more.
+pub const THREADS: usize = 8;

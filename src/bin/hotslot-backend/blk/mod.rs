@@ -45,7 +45,7 @@ pub use args::Args;
 use buffers::Buffers;
 use disk::Disk;
 use failure::Failure;
-use limits::{MAX_RANGE, MAX_RANGES, NAME, SECTOR, SEG_MAX};
+use limits::{MAX_RANGE, MAX_RANGES, NAME, SECTOR, SEG_MAX, THREADS};
 
 use crate::complaints::Complaints;
 use crate::device::{self, Device, Memory, Request, Taken};
@@ -310,6 +310,10 @@ impl Device for Blk {
 
     fn queues(&self) -> u16 {
         self.disk.queues
+    }
+
+    fn threads(&self) -> usize {
+        THREADS
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
