@@ -82,7 +82,7 @@ pub trait Device: Send + Sync + 'static {
         None
     }
 
-    /// SET_BACKEND_REQ_FD, which comes only where there is shared memory.
+    /// SET_BACKEND_REQ_FD, which comes only where the protocol feature BACKEND_REQ is offered.
     fn connect(&self, _backend: Backend) {}
 
     /// SET_MEM_TABLE, ADD_MEM_REG or REM_MEM_REG: the device is started, or the guest's memory changed. Must

@@ -102,6 +102,11 @@ impl Image {
         Ok(Image { file, path: path.to_owned(), len, block_size, physical_block_size, read_only, lost })
     }
 
+    /// Bytes now.
+    pub fn measure(&self) -> io::Result<u64> {
+        measure(&self.file)
+    }
+
     /// The same file, whatever has its name now, with a position of its own. Locks nothing.
     pub fn open_again(&self) -> io::Result<File> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());

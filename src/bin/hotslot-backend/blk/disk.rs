@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::args::Args;
 use super::failure::Failure;
@@ -25,7 +26,7 @@ pub struct Disk {
     pub block: u32,
     pub physical_block: u32,
     /// Whole blocks only, in sectors.
-    pub sectors: u64,
+    sectors: AtomicU64,
     /// The answer to `GET_ID`.
     pub id: [u8; ID_LEN],
 }
@@ -58,8 +59,19 @@ impl Disk {
         id.iter_mut().zip(text).for_each(|(to, from)| *to = *from);
 
         let physical_block = image.physical_block_size.unwrap_or(PAGE).max(block);
-        let sectors = whole_blocks(image.len, block);
+        let sectors = AtomicU64::new(whole_blocks(image.len, block));
         Ok(Disk { image, files, queues: args.queues, block, physical_block, sectors, id })
+    }
+
+    pub fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::Relaxed)
+    }
+
+    /// Looks how long the file is now. Returns the sectors.
+    pub fn measure(&self) -> io::Result<u64> {
+        let sectors = whole_blocks(self.image.measure()?, self.block);
+        self.sectors.store(sectors, Ordering::Relaxed);
+        Ok(sectors)
     }
 
     /// The file with the position that only this thread uses.
@@ -73,7 +85,7 @@ impl Disk {
         let end = sector.checked_add(len.div_ceil(SECTOR));
         if !len.is_multiple_of(block)
             || !sector.is_multiple_of(block / SECTOR)
-            || end.is_none_or(|end| end > self.sectors)
+            || end.is_none_or(|end| end > self.sectors())
         {
             return Err(Failure::Range { sector, len, block: self.block });
         }

@@ -16,6 +16,7 @@ mod buffers;
 mod disk;
 mod failure;
 mod limits;
+mod resize;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -25,7 +26,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
-use vhost::vhost_user::VhostUserProtocolFeatures;
+use vhost::vhost_user::{Backend, VhostUserProtocolFeatures};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -46,6 +47,7 @@ use buffers::Buffers;
 use disk::Disk;
 use failure::Failure;
 use limits::{MAX_RANGE, MAX_RANGES, NAME, SECTOR, SEG_MAX, THREADS};
+use resize::Told;
 
 use crate::complaints::Complaints;
 use crate::device::{self, Device, Memory, Request, Taken};
@@ -71,7 +73,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     say(format_args!(
         "{NAME}: {listening}: {:?}, {} sectors, {}",
         args.file,
-        disk.sectors,
+        disk.sectors(),
         disk.image.access()
     ));
     match disk.image.len % u64::from(disk.block) {
@@ -88,6 +90,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
             complaints,
             features: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
+            told: Arc::default(),
         })
     })
 }
@@ -102,6 +105,7 @@ struct Blk {
     /// The field `writeback`. A reset leaves it as it is: a front-end may show the next driver what the last
     /// one wrote, and a driver that reads 0 sends no flushes.
     writeback: AtomicBool,
+    told: Arc<Told>,
 }
 
 impl Blk {
@@ -260,7 +264,7 @@ impl Blk {
         let mut space = [0; size_of::<virtio_blk_config>()];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
         let Disk { block, physical_block, .. } = *self.disk;
-        put(offset_of!(virtio_blk_config, capacity), &self.disk.sectors.to_le_bytes());
+        put(offset_of!(virtio_blk_config, capacity), &self.disk.sectors().to_le_bytes());
         for (at, value) in [
             (offset_of!(virtio_blk_config, seg_max), SEG_MAX),
             (offset_of!(virtio_blk_config, blk_size), block),
@@ -317,10 +321,19 @@ impl Device for Blk {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        // GET_PROTOCOL_FEATURES comes before the configuration space is read, and before there is a channel.
+        self.told.begin(&self.disk);
+        VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS | VhostUserProtocolFeatures::BACKEND_REQ
+    }
+
+    fn connect(&self, backend: Backend) {
+        if let Err(e) = self.told.channel(backend, &self.disk) {
+            say(format_args!("{NAME}: note: the guest will not be told when the disk's size changes: {e}"));
+        }
     }
 
     fn config(&self) -> Vec<u8> {
+        self.told.reads_config.store(true, Ordering::Relaxed);
         self.config_space().to_vec()
     }
 
