@@ -598,6 +598,13 @@ fn the_file_stays_locked_while_a_front_end_has_it() {
     let in_use = "\"memory.img\" is in use: another process has it open for writing";
     assert_refused("pmem", &dir, "--socket t --file memory.img", in_use);
     drop(mapped);
+    // A child of another test's has all descriptors of this process until it is another program.
+    let path = dir.path().join("memory.img");
+    let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    eventually("the lock's end", || {
+        let file = fs::File::options().read(true).write(true).open(&path).unwrap();
+        rustix::fs::fcntl_lock(&file, exclusive).is_ok()
+    });
     drop(Backend::start("pmem", &dir, ""));
 }
 
