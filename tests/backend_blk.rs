@@ -8,6 +8,7 @@
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -18,6 +19,8 @@ use hotslot_test_support::names::*;
 use hotslot_test_support::program::{
     Backend, FAILS_LATER, FULL, assert_refused, command, directory, file, start_after,
 };
+use hotslot_test_support::wait::eventually;
+use hotslot_test_support::wire::{self, Wire};
 use tempfile::TempDir;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
@@ -28,6 +31,9 @@ const SEG_MAX: u64 = 1 << 2;
 const RO: u64 = 1 << 5;
 const BLK_SIZE: u64 = 1 << 6;
 const FLUSH: u64 = 1 << 9;
+const TOPOLOGY: u64 = 1 << 10;
+const CONFIG_WCE: u64 = 1 << 11;
+const MQ: u64 = 1 << 12;
 const DISCARD: u64 = 1 << 13;
 const WRITE_ZEROES: u64 = 1 << 14;
 
@@ -63,13 +69,23 @@ impl Machine {
     }
 
     fn connect_with(backend: &Backend, features: u64) -> Self {
-        let protocol = PROTOCOL_F_REPLY_ACK
+        let protocol = PROTOCOL_F_MQ
+            | PROTOCOL_F_REPLY_ACK
+            | PROTOCOL_F_BACKEND_REQ
             | PROTOCOL_F_CONFIG
             | PROTOCOL_F_RESET_DEVICE
             | PROTOCOL_F_CONFIGURE_MEM_SLOTS;
         let mut machine = Machine(Driver::connect(backend, features, protocol));
         machine.start();
         machine
+    }
+
+    fn config(&mut self) -> Vec<u8> {
+        self.0.front_end.get_config(0, 60, VhostUserConfigFlags::empty(), &[0; 60]).unwrap().1
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8]) {
+        self.0.front_end.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes).unwrap();
     }
 
     fn start(&mut self) {
@@ -94,12 +110,13 @@ impl Machine {
         let mut header = kind.to_le_bytes().to_vec();
         header.extend([0; 4]);
         header.extend(sector.to_le_bytes());
-        self.write(HEADER, &header);
-        self.write(STATUS, &[NO_STATUS]);
+        let base = self.0.base;
+        self.write(base + HEADER, &header);
+        self.write(base + STATUS, &[NO_STATUS]);
         let direction = if matches!(kind, T_IN | T_GET_ID) { WRITE } else { 0 };
-        let mut chain = vec![(HEADER, 16, 0)];
+        let mut chain = vec![(base + HEADER, 16, 0)];
         chain.extend(data.iter().map(|&(address, len)| (address, len, direction)));
-        chain.push((STATUS, 1, WRITE));
+        chain.push((base + STATUS, 1, WRITE));
         self.chain(&chain)
     }
 
@@ -110,7 +127,7 @@ impl Machine {
             self.0.descriptor(index, (address, len, flags | next, (index + 1) * next));
         }
         self.0.offer(0);
-        (self.0.await_used(0), self.read(STATUS, 1)[0])
+        (self.0.await_used(0), self.read(self.0.base + STATUS, 1)[0])
     }
 
     fn ranges(&mut self, kind: u32, ranges: &[Range]) -> (u32, u8) {
@@ -123,6 +140,11 @@ impl Machine {
         self.write(DATA, &bytes);
         self.request(kind, 0, &[(DATA, bytes.len() as u32)])
     }
+}
+
+/// A field of the configuration space.
+fn word(space: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(space[at..at + 4].try_into().unwrap())
 }
 
 /// Bytes of which no two sectors are alike.
@@ -271,7 +293,7 @@ fn the_configuration_space_says_what_the_disk_can() {
     let (path, _) = disk(&dir);
     // What is left at the end is no sector.
     File::options().write(true).open(path).unwrap().set_len(MIB + 100).unwrap();
-    for (arguments, access) in [("", DISCARD | WRITE_ZEROES), ("--read-only", RO)] {
+    for (arguments, access) in [("", CONFIG_WCE | DISCARD | WRITE_ZEROES), ("--read-only", RO)] {
         let backend = Backend::start("blk", &dir, arguments);
         let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1);
         let features = machine.0.front_end.get_features().unwrap();
@@ -281,16 +303,19 @@ fn the_configuration_space_says_what_the_disk_can() {
             | VIRTIO_F_EVENT_IDX
             | SEG_MAX
             | BLK_SIZE
+            | TOPOLOGY
             | FLUSH
             | access;
         assert_eq!(features, all);
         let offered = machine.0.front_end.get_protocol_features().unwrap();
         assert!(offered.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS));
-        let (_, space) =
-            machine.0.front_end.get_config(0, 60, VhostUserConfigFlags::empty(), &[0; 60]).unwrap();
-        let word = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().unwrap());
+        let space = machine.config();
+        let word = |at: usize| word(&space, at);
         assert_eq!((word(0), word(4)), (2048, 0), "capacity");
-        assert_eq!((word(12), word(20)), (126, 512), "seg_max and blk_size");
+        assert_eq!((word(8), word(12), word(20)), (0, 126, 512), "size_max, seg_max and blk_size");
+        // A page of 8 blocks: physical_block_exp, alignment_offset, min_io_size; opt_io_size.
+        assert_eq!((&space[24..28], word(28)), (&[3, 0, 8, 0][..], 0), "topology");
+        assert_eq!(space[32..36], [1, 0, 1, 0], "writeback and num_queues");
         let discard = (word(36), word(40), word(44));
         assert_eq!(
             discard,
@@ -301,6 +326,148 @@ fn the_configuration_space_says_what_the_disk_can() {
         assert_eq!(zeroes, (1 << 21, 32, 1), "max_write_zeroes_sectors, max_write_zeroes_seg, may_unmap");
         backend.wait_for("note: the guest does not see the last 100 bytes of \"memory.img\"");
     }
+}
+
+/// What is no whole block of the disk is refused, and nothing of it is done; and the end of the file that is
+/// none is not seen.
+#[test]
+fn blocks_of_4096_bytes() {
+    let dir = directory();
+    let (path, bytes) = disk(&dir);
+    File::options().write(true).open(&path).unwrap().set_len(MIB + 4095).unwrap();
+    let backend = Backend::start("blk", &dir, "--block-size 4096");
+    backend.wait_for(
+        "note: the guest does not see the last 4095 bytes of \"memory.img\", less than a block of 4096",
+    );
+    let mut machine = Machine::connect(&backend);
+    let space = machine.config();
+    assert_eq!(word(&space, 0), 2048, "capacity, in sectors");
+    assert_eq!((word(&space, 20), &space[24..28]), (4096, &[0, 0, 1, 0][..]), "blk_size and topology");
+    assert_eq!(word(&space, 44), 8, "discard_sector_alignment");
+
+    machine.write(DATA, &[0xab; 8192]);
+    for (sector, len) in [(0, 512), (1, 4096), (7, 512), (8, 4096 + 512), (2048, 4096), (2047, 4096)] {
+        assert_eq!(machine.request(T_OUT, sector, &[(DATA, len)]), (1, IOERR), "{len} at {sector}");
+        assert_eq!(machine.request(T_IN, sector, &[(DATA, len)]), (1, IOERR), "{len} at {sector}");
+    }
+    for (kind, range) in [(T_DISCARD, (8, 7, 0)), (T_WRITE_ZEROES, (4, 8, 0)), (T_DISCARD, (2048, 8, 0))] {
+        assert_eq!(machine.ranges(kind, &[(0, 8, 0), range]), (1, IOERR), "{range:?}");
+    }
+    assert!(fs::read(&path).unwrap()[..bytes.len()] == bytes);
+    backend.wait_for("512 bytes from sector 0 on are not whole blocks, of 4096 bytes, of the disk");
+
+    machine.write(DATA, &[0xcd; 8192]);
+    // Cut inside blocks.
+    assert_eq!(machine.request(T_OUT, 2040, &[(DATA, 1000), (DATA, 3096)]), (1, OK));
+    assert_eq!(machine.request(T_IN, 2032, &[(DATA, 8192)]), (8193, OK));
+    assert_eq!(machine.read(DATA, 4096), bytes[2032 * 512..2040 * 512]);
+    assert_eq!(machine.read(DATA + 4096, 4096), [0xcd; 4096]);
+    assert_eq!(machine.ranges(T_DISCARD, &[(0, 8, 0), (16, 8, 0)]), (1, OK));
+    assert!(fs::read(&path).unwrap()[..4096] == [0; 4096]);
+}
+
+/// Requests are offered on all queues before any is looked at, and each is executed where it belongs.
+#[test]
+fn queues_are_served_at_a_time() {
+    let dir = directory();
+    let (path, bytes) = disk(&dir);
+    let backend = Backend::start("blk", &dir, "--queues 3");
+    let mut first = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | FLUSH | MQ);
+    assert_ne!(first.0.front_end.get_features().unwrap() & MQ, 0);
+    assert_eq!(first.0.front_end.get_queue_num().unwrap(), 3);
+    assert_eq!(first.config()[34..36], [3, 0], "num_queues");
+    let mut machines = vec![first];
+    for queue in 1..3 {
+        let mut other = Machine(machines[0].0.other_queue(queue, queue as u64 * 0x8_0000 / 2));
+        other.0.start_queue();
+        machines.push(other);
+    }
+    for round in 0..64 {
+        std::thread::scope(|scope| {
+            for (queue, machine) in machines.iter_mut().enumerate() {
+                let bytes = &bytes;
+                scope.spawn(move || {
+                    // Each queue has a third of the disk, and its own part of memory.
+                    let (sector, at) = (queue as u64 * 680 + round, machine.0.base + DATA);
+                    assert_eq!(machine.request(T_IN, sector, &[(at, 100), (at + 100, 924)]), (1025, OK));
+                    let from = sector as usize * 512;
+                    // It is written below, and the sector behind it in the next round.
+                    assert_eq!(machine.read(at, 1024), bytes[from..from + 1024], "queue {queue}");
+                    machine.write(at, &[queue as u8 + 1; 512]);
+                    assert_eq!(machine.request(T_OUT, sector, &[(at, 512)]), (1, OK));
+                    assert_eq!(machine.request(T_FLUSH, 0, &[]), (1, OK));
+                });
+            }
+        });
+    }
+    let mut expected = bytes.clone();
+    for queue in 0..3 {
+        expected[queue * 680 * 512..][..64 * 512].fill(queue as u8 + 1);
+    }
+    assert!(fs::read(&path).unwrap() == expected);
+}
+
+/// Of many requests at a time in one queue each is answered as it should, whichever thread does. Where
+/// requests are slow, here because they are large, not always the same does.
+#[test]
+fn a_queue_has_helpers() {
+    let dir = directory();
+    let (_, bytes) = disk(&dir);
+    let backend = Backend::start("blk", &dir, "");
+    let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | FLUSH | VIRTIO_F_INDIRECT_DESC);
+    let before = waits_of_helpers(&backend).1;
+    let (small, large) = (0..4, 4..QUEUE_SIZE);
+    let at = |head: u16| DATA + 0x1000 * u64::from(head);
+    eventually("a helper's turn", || {
+        let driver = &mut machine.0;
+        let sector = |head: u16| u64::from(head) * 64;
+        for head in small.clone().chain(large.clone()) {
+            let first = if small.contains(&head) { sector(head) } else { 0 };
+            let header = [&T_IN.to_le_bytes()[..], &[0; 4], &first.to_le_bytes()].concat();
+            driver.ram.write_slice(&header, GuestAddress(at(head))).unwrap();
+            driver.ram.write_slice(&[NO_STATUS], GuestAddress(at(head) + 16)).unwrap();
+            // All of the disk, into one place.
+            let data = if small.contains(&head) { (at(head) + 512, 256) } else { (RAM / 2, RAM as u32 / 2) };
+            let table = INDIRECT + 0x40 * u64::from(head);
+            driver.descriptor_at(table, 0, (at(head), 16, NEXT, 1));
+            driver.descriptor_at(table, 1, (data.0, data.1, NEXT | WRITE, 2));
+            driver.descriptor_at(table, 2, (data.0, data.1, NEXT | WRITE, 3));
+            driver.descriptor_at(table, 3, (at(head) + 16, 1, WRITE, 0));
+            driver.descriptor(head, (table, 64, TABLE, 0));
+        }
+        driver.offer_all(QUEUE_SIZE);
+        eventually("all used buffers", || driver.used_index() == driver.avail);
+        let mut heads: Vec<u32> = (0..QUEUE_SIZE).map(|place| driver.used(place)).collect();
+        heads.sort_unstable();
+        assert_eq!(heads, Vec::from_iter(0..u32::from(QUEUE_SIZE)));
+        for head in 0..QUEUE_SIZE {
+            assert_eq!(machine.read(at(head) + 16, 1), [OK], "request {head}");
+        }
+        for head in small.clone() {
+            // Its second half is where its first was.
+            let expected = &bytes[sector(head) as usize * 512 + 256..][..256];
+            assert_eq!(machine.read(at(head) + 512, 256), expected, "request {head}");
+        }
+        waits_of_helpers(&backend).1 > before
+    });
+    // They end with the session.
+    drop(machine);
+    let _machine = Machine::connect(&backend);
+    eventually("the next session's threads only", || waits_of_helpers(&backend).0 == 7);
+}
+
+/// How many threads queues have besides their own, and how often these have waited.
+fn waits_of_helpers(backend: &Backend) -> (usize, u64) {
+    let tasks = fs::read_dir(format!("/proc/{}/task", backend.pid())).unwrap();
+    // One may end meanwhile.
+    let statuses = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("status")).ok());
+    let helpers = statuses.filter(|status| status.starts_with("Name:\thelper\n"));
+    let waits = helpers.map(|status| -> u64 {
+        let mut lines = status.lines();
+        lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")?.trim().parse().ok()).unwrap()
+    });
+    let waits = Vec::from_iter(waits);
+    (waits.len(), waits.iter().sum())
 }
 
 #[test]
@@ -426,6 +593,122 @@ fn a_reset_forgets_the_driver_and_a_new_one_is_served() {
     }
 }
 
+/// Of 8 EiB less a byte, the most that a file of Linux can have: to the last block.
+#[test]
+fn the_largest_file_is_a_disk() {
+    let dir = directory();
+    const HUGE: &str =
+        "mkdir -p full; mount -t tmpfs none full; truncate -s 9223372036854775807 full/memory.img";
+    for (arguments, sectors) in [("", u64::MAX >> 10), ("--block-size 4096", (u64::MAX >> 13) << 3)] {
+        let arguments = format!("--file full/memory.img {arguments}");
+        let Some(backend) = start_after(HUGE, "blk", &dir, &arguments) else {
+            return;
+        };
+        let mut machine = Machine::connect(&backend);
+        assert_eq!(machine.config()[..8], sectors.to_le_bytes());
+        machine.write(DATA, &[0xab; 4096]);
+        let last = (sectors - 8) & !7;
+        assert_eq!(machine.request(T_OUT, last, &[(DATA, 4096)]), (1, OK));
+        assert_eq!(machine.request(T_IN, last, &[(DATA + 4096, 4096)]), (4097, OK));
+        assert_eq!(machine.read(DATA + 4096, 4096), [0xab; 4096]);
+        assert_eq!(machine.ranges(T_DISCARD, &[(last, 8, 0)]), (1, OK));
+        assert_eq!(machine.request(T_IN, sectors, &[(DATA, 4096)]), (1, IOERR));
+    }
+}
+
+/// The disk stays the file that was opened.
+#[test]
+fn a_file_that_takes_the_name_is_another_disk() {
+    let dir = directory();
+    let (path, bytes) = disk(&dir);
+    let backend = Backend::start("blk", &dir, "");
+    let mut machine = Machine::connect(&backend);
+    let other = dir.path().join("other");
+    fs::write(&other, [0xee; 512]).unwrap();
+    fs::rename(other, &path).unwrap();
+    machine.write(DATA, &[0xab; 512]);
+    assert_eq!(machine.request(T_OUT, 0, &[(DATA, 512)]), (1, OK));
+    assert_eq!(machine.request(T_IN, 2047, &[(DATA, 512)]), (513, OK));
+    assert_eq!(machine.read(DATA, 512), bytes[2047 * 512..]);
+    drop(machine);
+    let mut machine = Machine::connect(&backend);
+    assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));
+    assert_eq!(machine.read(DATA, 512), [0xab; 512]);
+    assert_eq!(fs::read(&path).unwrap(), [0xee; 512]);
+}
+
+// ------------------------------------------------------------------------------- the file's size changes
+
+/// The front-end's end of a backend channel, which never answers.
+fn channel(machine: &mut Machine) -> Wire {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    machine.0.front_end.set_backend_request_fd(&theirs).unwrap();
+    Wire::new(ours)
+}
+
+/// The message, by raw bytes: it asks for no answer.
+fn assert_told(channel: &Wire, machine: &mut Machine, sectors: u32) {
+    let message = channel.receive().unwrap();
+    assert_eq!((message.request, message.flags), (backend_request::CONFIG_CHANGE_MSG, wire::VERSION_1));
+    assert!(message.payload.is_empty() && message.fds.is_empty());
+    assert_eq!(word(&machine.config(), 0), sectors, "capacity");
+}
+
+#[test]
+fn the_front_end_is_told_when_the_disk_grows_or_shrinks() {
+    let dir = directory();
+    let (path, bytes) = disk(&dir);
+    let backend = Backend::start("blk", &dir, "");
+    let file = File::options().write(true).open(&path).unwrap();
+    let mut machine = Machine::connect(&backend);
+    let first = channel(&mut machine);
+    assert_eq!(word(&machine.config(), 0), 2048);
+    assert_eq!(machine.request(T_OUT, 2048, &[(DATA, 512)]), (1, IOERR));
+
+    file.set_len(2 * MIB + 100).unwrap();
+    assert_told(&first, &mut machine, 4096);
+    assert_eq!(machine.request(T_IN, 2047, &[(DATA, 1024)]), (1025, OK));
+    assert_eq!(machine.read(DATA, 1024), [&bytes[2047 * 512..], &[0; 512]].concat());
+    assert_eq!(machine.request(T_OUT, 4095, &[(DATA, 512)]), (1, OK));
+    assert_eq!(machine.request(T_OUT, 4096, &[(DATA, 512)]), (1, IOERR));
+
+    // A second channel takes the place of the first; and a reset changes nothing.
+    let second = channel(&mut machine);
+    machine.0.reset();
+    machine.start();
+    file.set_len(MIB / 2).unwrap();
+    assert_told(&second, &mut machine, 1024);
+    assert_eq!(machine.request(T_IN, 1024, &[(DATA, 512)]), (1, IOERR));
+    assert_eq!(machine.request(T_IN, 1023, &[(DATA, 512)]), (513, OK));
+    backend.wait_for("\"memory.img\" has 1024 sectors now");
+    assert!(second.is_silent());
+    first.wait_for_end();
+}
+
+/// One that hung up its channel and one without: they and the disk go on, and the next front-end sees what is
+/// there then.
+#[test]
+fn a_front_end_that_cannot_be_told_goes_on() {
+    let dir = directory();
+    let (path, _) = disk(&dir);
+    let backend = Backend::start("blk", &dir, "");
+    let file = File::options().write(true).open(&path).unwrap();
+    // With no front-end there.
+    file.set_len(2 * MIB).unwrap();
+    for mib in 2..5 {
+        let mut machine = Machine::connect(&backend);
+        assert_eq!(word(&machine.config(), 0), mib * 2048);
+        if mib == 2 {
+            drop(channel(&mut machine));
+        }
+        file.set_len(u64::from(mib + 1) * MIB).unwrap();
+        if mib == 2 {
+            backend.wait_for("\"memory.img\" has 6144 sectors now");
+        }
+        assert_eq!(machine.request(T_IN, 1, &[(DATA, 512)]), (513, OK));
+    }
+}
+
 // ------------------------------------------------------------------------------- failures of the file
 
 /// The guest's request fails, the message names the file and the reason, and the back-end goes on: by a limit
@@ -463,25 +746,71 @@ fn a_full_disk_fails_writes_and_says_so() {
     assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));
 }
 
-/// Also the flushes after the first: the pages that could not be written back count as clean from then on.
+/// What the driver accepts, and what it writes to the field `writeback`; whether its writes may wait for a
+/// flush (section 5.2.6.2). Also the flushes after the first that fails do: the pages that could not be
+/// written back count as clean from then on.
 #[test]
 fn a_flush_that_fails_is_an_error_and_so_are_all_after_it() {
-    for features in [VIRTIO_F_VERSION_1 | FLUSH, VIRTIO_F_VERSION_1] {
+    for (features, writeback, writes_wait) in [
+        (FLUSH, None, true),
+        (0, None, false),
+        (FLUSH | CONFIG_WCE, None, true),
+        (FLUSH | CONFIG_WCE, Some(0), false),
+        (CONFIG_WCE, None, false),
+        (CONFIG_WCE, Some(1), true),
+        // Without CONFIG_WCE there is no such field.
+        (FLUSH, Some(0), true),
+    ] {
         let dir = directory();
         let Some(backend) = start_after(FAILS_LATER, "blk", &dir, "--file full/disk/memory.img") else {
             return;
         };
-        let mut machine = Machine::connect_with(&backend, features);
+        let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | features);
+        if let Some(value) = writeback {
+            machine.set_config(32, &[value]);
+        }
+        let told = machine.config()[32];
+        if features & CONFIG_WCE != 0 {
+            assert_eq!(told, u8::from(writes_wait), "{features:#x} {writeback:?}");
+        } else {
+            assert_eq!(backend.stderr().contains("where CONFIG_WCE was accepted"), writeback.is_some());
+        }
         machine.write(DATA, &[0xab; 0x8_0000]);
         let mut answers = (0..60).map(|i| machine.request(T_OUT, i * 1024, &[(DATA, 0x8_0000)]));
         let all_written = answers.all(|answer| answer == (1, OK));
-        assert_eq!(all_written, features & FLUSH != 0, "without a flush, each write is durable");
+        assert_eq!(all_written, writes_wait, "{features:#x} {writeback:?}");
         for _ in 0..3 {
             assert_eq!(machine.request(T_FLUSH, 0, &[]), (1, IOERR));
         }
         backend.wait_for("blk: cannot flush \"full/disk/memory.img\"");
         assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));
     }
+}
+
+/// Nothing but 0 and 1 in the field `writeback` is taken, and what was taken outlives a reset: the front-end
+/// may have remembered it, and a driver that is told 0 does not flush.
+#[test]
+fn the_configuration_space_is_written_in_one_place_only() {
+    let dir = directory();
+    disk(&dir);
+    let backend = Backend::start("blk", &dir, "");
+    let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | FLUSH | CONFIG_WCE);
+    let before = machine.config();
+    for (offset, bytes) in
+        [(0, &[0; 8][..]), (32, &[2]), (32, &[0, 0]), (31, &[0]), (33, &[0]), (59, &[1]), (255, &[1])]
+    {
+        machine.set_config(offset, bytes);
+        assert_eq!(machine.config(), before, "{bytes:?} at {offset}");
+    }
+    backend.wait_for("the driver writes 8 bytes at 0x0 of the configuration space; only 0 or 1");
+    machine.set_config(32, &[0]);
+    assert_eq!(machine.config()[32], 0);
+    machine.0.reset();
+    machine.start();
+    assert_eq!(machine.config()[32], 0);
+    machine.set_config(32, &[1]);
+    assert_eq!(machine.config(), before);
+    assert_eq!(machine.request(T_IN, 0, &[(DATA, 512)]), (513, OK));
 }
 
 #[test]
@@ -586,11 +915,12 @@ fn a_block_device_is_a_disk() {
         symlink(&device.0, link).unwrap();
         let backend = Backend::start("blk", &other, "");
         let mut machine = Machine::connect(&backend);
-        let empty = VhostUserConfigFlags::empty();
-        let (_, space) = machine.0.front_end.get_config(0, 60, empty, &[0; 60]).unwrap();
-        let word = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().unwrap());
+        let space = machine.config();
+        let word = |at: usize| word(&space, at);
         assert_eq!((word(0), word(4)), (2048, 0), "capacity");
         assert_eq!((word(20), word(44)), (block, block / 512), "blk_size and discard_sector_alignment");
+        let physical = block << space[24];
+        assert!(physical >= block && u32::from(space[26]) == physical / block, "{space:?}");
 
         assert_eq!(machine.request(T_IN, 2040, &[(DATA, 4096)]), (4097, OK));
         assert_eq!(machine.read(DATA, 4096), bytes[2040 * 512..]);
@@ -613,8 +943,17 @@ fn a_block_device_is_a_disk() {
 
         let backend = Backend::start("blk", &other, "--read-only");
         let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | RO | FLUSH);
-        assert_eq!(machine.request(T_IN, 8, &[(DATA, 512)]), (513, OK));
-        assert_eq!(machine.request(T_OUT, 8, &[(DATA, 512)]), (1, IOERR));
+        assert_eq!(machine.request(T_IN, 8, &[(DATA, 4096)]), (4097, OK));
+        assert_eq!(machine.request(T_OUT, 8, &[(DATA, 4096)]), (1, IOERR));
+        drop((machine, backend));
+
+        if block == 4096 {
+            let small = "--block-size 512 is less than the 4096 of the block device \"memory.img\"";
+            assert_refused("blk", &other, "--socket t --file memory.img --block-size 512", small);
+        } else {
+            let backend = Backend::start("blk", &other, "--block-size 4096");
+            assert_eq!(Machine::connect(&backend).config()[20..24], 4096u32.to_le_bytes());
+        }
     }
 }
 
@@ -651,10 +990,44 @@ fn a_mounted_block_device_is_refused() {
 }
 
 #[test]
+fn on_a_read_only_file_system_a_disk_is_read_only() {
+    let dir = directory();
+    const READ_ONLY: &str = "mkdir -p full; mount -t tmpfs none full; truncate -s 1M full/memory.img;
+        mount -o remount,ro full";
+    let Some(backend) = start_after(READ_ONLY, "blk", &dir, "--file full/memory.img --read-only") else {
+        return;
+    };
+    let mut machine = Machine::connect_with(&backend, VIRTIO_F_VERSION_1 | RO | FLUSH);
+    assert_eq!(machine.request(T_IN, 8, &[(DATA, 512)]), (513, OK));
+    drop((machine, backend));
+    // The same without --read-only, whose words end the script's own output.
+    let words = format!(
+        "{READ_ONLY}; ! {:?} blk --socket t --file full/memory.img 2>words || exit 1",
+        hotslot_backend()
+    );
+    drop(start_after(&words, "blk", &dir, "--file full/memory.img --read-only").unwrap());
+    let words = fs::read_to_string(dir.path().join("words")).unwrap();
+    assert!(
+        words.contains("cannot open for reading and writing \"full/memory.img\": Read-only file system")
+            && words.contains("hint: --read-only"),
+        "{words}"
+    );
+}
+
+#[test]
 fn bad_command_lines_are_refused() {
     let dir = directory();
     file(&dir, MIB);
     fs::write(dir.path().join("short"), [0; 511]).unwrap();
+    fs::write(dir.path().join("empty"), "").unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        dir.path().join("fifo"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RWXU,
+        0,
+    )
+    .unwrap();
     for (arguments, sentence) in [
         ("--socket s --file missing", "error: there is no file \"missing\"\nhint: truncate"),
         ("--socket s --file .", "\".\" is a directory; only a regular file or a block device can be served"),
@@ -662,7 +1035,13 @@ fn bad_command_lines_are_refused() {
             "--socket s --file /dev/zero",
             "\"/dev/zero\" is a character device; only a regular file or a block",
         ),
-        ("--socket s --file short", "\"short\" has 511 bytes, less than a sector of 512\nhint: truncate"),
+        ("--socket s --file short", "\"short\" has 511 bytes, less than a block of 512\nhint: truncate"),
+        ("--socket s --file empty", "\"empty\" has 0 bytes, less than a block of 512\nhint: truncate"),
+        ("--socket s --file short --block-size 4096", "less than a block of 4096\nhint: truncate"),
+        ("--socket s --file fifo", "\"fifo\" is a FIFO; only a regular file or a block device can be served"),
+        ("--socket s --file short --block-size 1024", "a block has 512 or 4096 bytes"),
+        ("--socket s --file memory.img --queues 0", "0 is not in 1..=32"),
+        ("--socket s --file memory.img --queues 33", "33 is not in 1..=32"),
         ("--socket memory.img --file memory.img", "there is a file that is not a socket"),
     ] {
         assert_refused("blk", &dir, arguments, sentence);

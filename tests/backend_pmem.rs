@@ -19,6 +19,8 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
+use hotslot_test_support::built::hotslot_backend;
+use hotslot_test_support::child;
 use hotslot_test_support::driver::*;
 use hotslot_test_support::files::MIB;
 use hotslot_test_support::names::*;
@@ -596,6 +598,13 @@ fn the_file_stays_locked_while_a_front_end_has_it() {
     let in_use = "\"memory.img\" is in use: another process has it open for writing";
     assert_refused("pmem", &dir, "--socket t --file memory.img", in_use);
     drop(mapped);
+    // A child of another test's has all descriptors of this process until it is another program.
+    let path = dir.path().join("memory.img");
+    let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    eventually("the lock's end", || {
+        let file = fs::File::options().read(true).write(true).open(&path).unwrap();
+        rustix::fs::fcntl_lock(&file, exclusive).is_ok()
+    });
     drop(Backend::start("pmem", &dir, ""));
 }
 
@@ -648,6 +657,21 @@ fn bad_command_lines_are_refused() {
     }
     assert_eq!(fs::metadata(dir.path().join("memory.img")).unwrap().len(), 2 * MIB);
     assert!(!dir.path().join("missing").exists());
+}
+
+/// By the limit of the size of files, which else comes with a deadly signal.
+#[test]
+fn an_extension_beyond_the_limit_is_refused_in_words() {
+    let dir = directory();
+    file(&dir, 5000);
+    let mut shell = Command::new("sh");
+    let script =
+        format!("ulimit -f 256; exec {:?} pmem --socket s --file memory.img --size 4M", hotslot_backend());
+    let output = child::run(shell.current_dir(dir.path()).args(["-c", &script]));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("error: cannot extend \"memory.img\": File too large"), "{stderr}");
+    assert_eq!(fs::metadata(dir.path().join("memory.img")).unwrap().len(), 5000);
 }
 
 #[test]

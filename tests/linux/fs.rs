@@ -7,7 +7,8 @@ use crate::complains_of_nothing_else;
 use crate::host::{self, Guest, Session};
 
 static FS: LazyLock<Session> = LazyLock::new(|| Session::run("fs", "2G", 420, &[]));
-static DIRECT: LazyLock<Session> = LazyLock::new(|| Session::run("fs_direct", "2G", 300, &[]));
+static DIRECT: LazyLock<Session> =
+    LazyLock::new(|| Session::run("fs_direct", "2G", 420, &[("ext4.img", crate::disk(None))]));
 static LOCKS: LazyLock<Session> = LazyLock::new(|| Session::run("fs_locks", "2G", 300, &[]));
 static RIGHTS: LazyLock<Session> = LazyLock::new(|| Session::run("fs_rights", "2G", 300, &[]));
 static WINDOW: LazyLock<Session> = LazyLock::new(|| {
@@ -213,6 +214,23 @@ fn without_sharing_it_is_an_io_error_and_both_devices_go_on() {
     }
     assert_ne!(host.one("alone disk"), host.one("alone file"));
     both_devices_go_on(&guest, "alone.img");
+}
+
+#[test]
+fn a_disk_of_two_queues_and_large_blocks_has_a_file_system() {
+    let guest = DIRECT.guest("shared");
+    guest.ended(0, ENDED);
+    assert_eq!(guest.one("blocks"), "4096 4096 4096", "{guest}");
+    assert_eq!(guest.one("queues"), "2", "{guest}");
+    assert_eq!((guest.one("cache"), guest.one("then")), ("write back", "write through"), "{guest}");
+    let sums: Vec<_> = guest.said("on disk").collect();
+    assert!(sums.len() == 2 && sums[0] == sums[1], "{guest}");
+    let image = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(image.path(), DIRECT.file("ext4.img")).unwrap();
+    let path = image.path().to_str().unwrap();
+    crate::tool("e2fsck", &["-f", "-n", path]);
+    let [first, second] = ["0", "1"].map(|name| crate::file_in(image.path(), name));
+    assert!(first == second && first.len() > 4 << 19, "{} and {} bytes", first.len(), second.len());
 }
 
 fn both_devices_go_on(guest: &Guest, image: &str) {

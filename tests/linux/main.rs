@@ -223,7 +223,7 @@ fn ten_kib_of_input_arrive_intact() {
 fn files_are_persistent_memory() {
     let guest = PMEM.guest("pmem");
     guest.ended(0, "the guest ended with status 0 (debug exit)");
-    assert_eq!(guest.one("devices"), "2");
+    assert_eq!(guest.one("devices"), "3");
     // Not MAP_SYNC: a store is on the disk when the back-end has flushed, not before.
     assert_eq!(guest.one("probe pmem-write"), "26 bytes by MAP_SHARED");
     complains_of_nothing_else(&guest);
@@ -237,6 +237,16 @@ fn files_are_persistent_memory() {
         let found = file_in(image.path(), name);
         assert_eq!(String::from_utf8_lossy(&found), text, "{guest}");
     }
+}
+
+#[test]
+fn memory_may_be_larger_than_the_guest_s_own_and_of_any_length() {
+    let guest = PMEM.guest("pmem");
+    // Up to the next multiple of 2 MiB.
+    assert_eq!(guest.one("sectors"), (2054_u64 << 11).to_string(), "{guest}");
+    assert_eq!(guest.one("end"), "The last bytes.", "{guest}");
+    assert_eq!(PMEM.host().one("middle"), "In the middle.", "{guest}");
+    assert_eq!(PMEM.host().one("length"), ((2054_u64 << 20) - 5000).to_string());
 }
 
 #[test]

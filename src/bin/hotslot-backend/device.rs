@@ -1,13 +1,15 @@
 //! A device with virtqueues, and its adapter to the `vhost-user-backend` crate.
 //!
 //! [`Device`] is what `pmem`, `blk` and `fs` differ in; [`Adapter`] is what they share: the features of the
-//! queues, the threads, the requests one after another (VIRTIO 1.2, section 2.7), and the waits at a stop, a
-//! reset and a change of memory. One value of each serves one front-end. Called by `server`.
+//! queues, the threads, the requests (VIRTIO 1.2, section 2.7), and the waits at a stop, a reset and a change
+//! of memory. One value of each serves one front-end. Called by `server`.
 
 use std::error::Error;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserShMemConfig;
 use vhost::vhost_user::{Backend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -19,6 +21,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, Gues
 use vmm_sys_util::epoll::EventSet;
 
 use crate::complaints::Complaints;
+use crate::helpers::Helpers;
 use crate::lock::lock;
 
 /// The guest's memory as the front-end describes it; empty until its first SET_MEM_TABLE.
@@ -32,6 +35,10 @@ pub type Taken<R> = Result<Option<(u16, R)>, Box<dyn Error>>;
 
 /// A request of 1 MiB takes a ring descriptor a page, and a few.
 const QUEUE_SIZE: usize = 1024;
+
+/// A request that takes longer waited for a disk, or moved some hundred KiB. A page out of the page cache
+/// takes about 2 us, and there a second thread would only be in the way.
+const SLOW: Duration = Duration::from_micros(20);
 
 /// A type of device. The session's thread calls all methods but [`Device::take`] and [`Device::answer`],
 /// which the threads of the queues call.
@@ -55,17 +62,27 @@ pub trait Device: Send + Sync + 'static {
         1
     }
 
+    /// Threads that answer requests of a queue, the crate's among them. With several, a request may be
+    /// answered before those that came before it.
+    fn threads(&self) -> usize {
+        1
+    }
+
     /// The configuration space; the bytes behind it read as zero.
     fn config(&self) -> Vec<u8> {
         Vec::new()
     }
+
+    /// SET_CONFIG: the driver writes to the configuration space. The driver is told of no error; the crate
+    /// would end the session.
+    fn write_config(&self, _offset: u32, _bytes: &[u8]) {}
 
     /// Size of shared memory region 0, if there is one.
     fn shared_memory(&self) -> Option<u64> {
         None
     }
 
-    /// SET_BACKEND_REQ_FD, which comes only where there is shared memory.
+    /// SET_BACKEND_REQ_FD, which comes only where the protocol feature BACKEND_REQ is offered.
     fn connect(&self, _backend: Backend) {}
 
     /// SET_MEM_TABLE, ADD_MEM_REG or REM_MEM_REG: the device is started, or the guest's memory changed. Must
@@ -80,13 +97,14 @@ pub trait Device: Send + Sync + 'static {
     /// The next request of a queue.
     fn take(&self, queue: &mut Queue) -> Taken<Self::Request>;
 
-    /// Executes a request. Returns how many bytes of its buffers were written.
-    fn answer(&self, request: Self::Request) -> u32;
+    /// Executes a request, on one of the threads of all queues, which are numbered from 0 on. Returns how
+    /// many bytes of its buffers were written.
+    fn answer(&self, thread: usize, request: Self::Request) -> u32;
 
     /// Called in place of [`Device::answer`]. `None` for a request that waits for something: it is handed
     /// back by `later`.
-    fn answer_or_wait(&self, request: Self::Request, _later: Later) -> Option<u32> {
-        Some(self.answer(request))
+    fn answer_or_wait(&self, thread: usize, request: Self::Request, _later: Later) -> Option<u32> {
+        Some(self.answer(thread, request))
     }
 
     /// A queue is stopped: hands back all requests that wait. Their buffers may not be touched afterwards.
@@ -118,23 +136,71 @@ pub fn take(queue: &mut Queue, memory: &Memory) -> Taken<Request> {
 /// A device, as the `vhost-user-backend` crate calls it.
 pub struct Adapter<D> {
     device: D,
+    memory: Memory,
     complaints: Arc<Complaints>,
-    /// One for each queue: held by its thread while a request is answered, and taken to wait for that. Lock
-    /// order: outermost; the crate's lock of the queue is inside.
-    answering: Vec<Mutex<()>>,
+    queues: Vec<ServedQueue>,
+    /// Not taken by the threads themselves.
+    helpers: Mutex<Vec<JoinHandle<()>>>,
     was_asked: AtomicBool,
 }
 
+struct ServedQueue {
+    /// One for each thread: held while it answers a request, and taken to wait for that. Lock order:
+    /// outermost; the crate's lock of the queue is inside.
+    answering: Vec<Mutex<()>>,
+    helpers: Helpers,
+}
+
 impl<D: Device> Adapter<D> {
-    pub fn new(device: D, complaints: Arc<Complaints>) -> Self {
-        let answering = (0..device.queues()).map(|_| Mutex::new(())).collect();
-        Adapter { device, complaints, answering, was_asked: AtomicBool::new(false) }
+    pub fn new(device: D, memory: Memory, complaints: Arc<Complaints>) -> Self {
+        let answering = || (0..device.threads()).map(|_| Mutex::new(())).collect();
+        let queues = (0..device.queues())
+            .map(|_| ServedQueue { answering: answering(), helpers: Helpers::default() })
+            .collect();
+        Adapter {
+            device,
+            memory,
+            complaints,
+            queues,
+            helpers: Mutex::default(),
+            was_asked: AtomicBool::new(false),
+        }
+    }
+
+    /// Starts the threads besides those of the crate. [`Self::end`] ends them, also those that were started
+    /// before an error.
+    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+        for (queue, served) in self.queues.iter().enumerate() {
+            for thread in 1..served.answering.len() {
+                let adapter = Arc::clone(self);
+                let helper = thread::Builder::new().name("helper".to_owned()).spawn(move || {
+                    let helpers = &adapter.queues[queue].helpers;
+                    // Called because a request was slow, so it need not find that out.
+                    while let Some(vring) = helpers.wait() {
+                        adapter.serve(queue, thread, &vring, true);
+                    }
+                })?;
+                lock(&self.helpers).push(helper);
+            }
+        }
+        Ok(())
+    }
+
+    /// The session has ended. Returns when those threads have: the next session's have the same numbers.
+    pub fn end(&self) {
+        for queue in &self.queues {
+            queue.helpers.end();
+        }
+        for helper in lock(&self.helpers).drain(..) {
+            // One that panicked has ended, too.
+            let _ = helper.join();
+        }
     }
 
     /// The event that ends the threads of the queues, whose `handle_event` then fails. The crate uses 0 to
     /// the number of queues.
     pub fn end_event(&self) -> u64 {
-        self.answering.len() as u64 + 1
+        self.queues.len() as u64 + 1
     }
 
     /// Whether the front-end asked for anything. One that did not only tried whether a back-end listens.
@@ -142,17 +208,37 @@ impl<D: Device> Adapter<D> {
         self.was_asked.load(Ordering::Relaxed)
     }
 
-    /// Answers the requests of a queue until it is empty.
-    fn answer(&self, answering: &Mutex<()>, vring: &VringMutex) -> Result<(), Box<dyn Error>> {
+    /// Answers the requests of a queue until it is empty; `slow` says whether they are known to be.
+    fn serve(&self, queue: usize, thread: usize, vring: &VringMutex, slow: bool) {
+        if let Err(e) = self.answer(queue, thread, vring, slow) {
+            self.complaints.say(format_args!("queue {queue} is broken: {e}"));
+        }
+    }
+
+    fn answer(
+        &self,
+        queue: usize,
+        thread: usize,
+        vring: &VringMutex,
+        mut slow: bool,
+    ) -> Result<(), Box<dyn Error>> {
+        let ServedQueue { answering, helpers } = &self.queues[queue];
+        let number = queue * answering.len() + thread;
         loop {
             // Anew for each request: a thread that waits must not wait for all requests of a busy guest.
-            let _answering = lock(answering);
+            let _answering = lock(&answering[thread]);
             let Some((head, request)) = self.next(vring)? else {
                 return Ok(());
             };
+            if slow && answering.len() > 1 && self.has_more(vring) {
+                helpers.call(vring);
+            }
+            let begun = Instant::now();
             let later = || Later { vring: vring.clone(), head, complaints: Arc::clone(&self.complaints) };
+            let written = self.device.answer_or_wait(number, request, later());
+            slow = begun.elapsed() >= SLOW;
             // The requests behind it may have come with the same kick, whatever becomes of this one.
-            if let Some(written) = self.device.answer_or_wait(request, later()) {
+            if let Some(written) = written {
                 later().hand_back(written);
             }
         }
@@ -176,10 +262,19 @@ impl<D: Device> Adapter<D> {
         Err(QueueError::InvalidAvailRingIndex.into())
     }
 
+    /// Whether the driver has made more requests available. If the ring makes no sense, [`Self::next`] will
+    /// find that.
+    fn has_more(&self, vring: &VringMutex) -> bool {
+        let state = vring.get_ref();
+        let queue = state.get_queue();
+        let available = queue.avail_idx(&*self.memory.memory(), Ordering::Acquire);
+        available.is_ok_and(|available| available.0 != queue.next_avail())
+    }
+
     /// Returns when the requests that are being answered have their answers. Later ones see the queues and
     /// the memory as they are now.
     fn wait(&self) {
-        for answering in &self.answering {
+        for answering in self.queues.iter().flat_map(|queue| &queue.answering) {
             drop(lock(answering));
         }
     }
@@ -200,7 +295,7 @@ impl<D: Device> VhostUserBackend for Adapter<D> {
     type Vring = VringMutex;
 
     fn num_queues(&self) -> usize {
-        self.answering.len()
+        self.queues.len()
     }
 
     fn max_queue_size(&self) -> usize {
@@ -209,7 +304,7 @@ impl<D: Device> VhostUserBackend for Adapter<D> {
 
     /// Bit i of number n: thread n serves queue i.
     fn queues_per_thread(&self) -> Vec<u64> {
-        (0..self.answering.len()).map(|queue| 1 << queue).collect()
+        (0..self.queues.len()).map(|queue| 1 << queue).collect()
     }
 
     fn features(&self) -> u64 {
@@ -250,6 +345,11 @@ impl<D: Device> VhostUserBackend for Adapter<D> {
         rest.chain(std::iter::repeat(0)).take(size as usize).collect()
     }
 
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        self.device.write_config(offset, bytes);
+        Ok(())
+    }
+
     fn set_backend_req_fd(&self, backend: Backend) {
         self.device.connect(backend);
     }
@@ -267,7 +367,7 @@ impl<D: Device> VhostUserBackend for Adapter<D> {
 
     /// Called at GET_VRING_BASE, with the queue stopped.
     fn stop_vring(&self, index: u32) -> io::Result<()> {
-        if let Some(answering) = self.answering.get(index as usize) {
+        for answering in self.queues.get(index as usize).iter().flat_map(|queue| &queue.answering) {
             drop(lock(answering));
         }
         self.device.stop_waiting();
@@ -288,11 +388,9 @@ impl<D: Device> VhostUserBackend for Adapter<D> {
     /// Called by a queue's thread, which knows its queue as number 0, for a kick and at the end of the
     /// session. An error ends the thread.
     fn handle_event(&self, event: u16, _: EventSet, vrings: &[VringMutex], thread: usize) -> io::Result<()> {
-        match (event, vrings.first(), self.answering.get(thread)) {
-            (0, Some(vring), Some(answering)) => {
-                if let Err(e) = self.answer(answering, vring) {
-                    self.complaints.say(format_args!("queue {thread} is broken: {e}"));
-                }
+        match (event, vrings.first()) {
+            (0, Some(vring)) => {
+                self.serve(thread, 0, vring, false);
                 Ok(())
             }
             _ => Err(io::Error::other("the session has ended")),

@@ -35,8 +35,10 @@ pub enum Error {
     BadSize { size: u64, page: u64 },
     #[error("{path:?} has {len} bytes, more than a region can have")]
     TooLong { path: PathBuf, len: u64 },
-    #[error("{path:?} has {len} bytes, less than a sector of {sector}")]
-    TooShort { path: PathBuf, len: u64, sector: u64 },
+    #[error("{path:?} has {len} bytes, less than a block of {block}")]
+    TooShort { path: PathBuf, len: u64, block: u32 },
+    #[error("--block-size {block} is less than the {least} of the block device {path:?}")]
+    BlockSize { path: PathBuf, block: u32, least: u32 },
     #[error("cannot {action} {path:?}")]
     File { action: &'static str, path: PathBuf, hint: Option<&'static str>, source: io::Error },
     #[error("cannot serve the directory {path:?}")]

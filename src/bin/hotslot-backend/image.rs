@@ -42,6 +42,8 @@ pub struct Image {
     pub len: u64,
     /// The unit of the block device, or 512.
     pub block_size: u32,
+    /// The unit of the medium behind a block device.
+    pub physical_block_size: Option<u32>,
     pub read_only: bool,
     /// The error of the first fdatasync(2) that failed.
     lost: OnceLock<i32>,
@@ -88,8 +90,27 @@ impl Image {
         };
         lock(&file, path, !read_only && !shared, shared)?;
 
-        let (len, block_size) = size(&file, is_device).map_err(failed("look at", path, None))?;
-        Ok(Image { file, path: path.to_owned(), len, block_size, read_only, lost: OnceLock::new() })
+        let looked = || -> io::Result<_> {
+            let (block_size, physical_block_size) = match is_device {
+                true => (rustix::fs::ioctl_blksszget(&file)?, Some(rustix::fs::ioctl_blkpbszget(&file)?)),
+                false => (512, None),
+            };
+            Ok((measure(&file)?, block_size, physical_block_size))
+        };
+        let (len, block_size, physical_block_size) = looked().map_err(failed("look at", path, None))?;
+        let lost = OnceLock::new();
+        Ok(Image { file, path: path.to_owned(), len, block_size, physical_block_size, read_only, lost })
+    }
+
+    /// Bytes now.
+    pub fn measure(&self) -> io::Result<u64> {
+        measure(&self.file)
+    }
+
+    /// The same file, whatever has its name now, with a position of its own. Locks nothing.
+    pub fn open_again(&self) -> io::Result<File> {
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        OpenOptions::new().read(true).write(!self.read_only).open(path)
     }
 
     /// Makes what was written durable.
@@ -126,13 +147,9 @@ pub fn failed(
     move |source| Error::File { action, path, hint, source }
 }
 
-/// Bytes in all, and in a block.
-fn size(mut file: &File, is_device: bool) -> io::Result<(u64, u32)> {
-    match is_device {
-        // The metadata of a device have no length.
-        true => Ok((file.seek(SeekFrom::End(0))?, rustix::fs::ioctl_blksszget(file)?)),
-        false => Ok((file.metadata()?.len(), 512)),
-    }
+/// Bytes in all. The metadata of a block device have no length.
+fn measure(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
 }
 
 /// Locks it for writing, or for reading.

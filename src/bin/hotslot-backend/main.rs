@@ -3,7 +3,7 @@
 //! Reading order:
 //!
 //! - `pmem`: a device; `backing`: its memory; `image`: its file, opened and locked;
-//! - `device`: the adapter that devices share, and their queues;
+//! - `device`: the adapter that devices share, and their queues; `helpers`: more threads for a queue;
 //! - `server`: the socket, one front-end after another; `channel`: requests to the front-end;
 //! - `fs`: a directory, whose files are mapped as the guest asks;
 //! - `blk`: a disk, which maps nothing, but reads and writes the mappings of others;
@@ -21,6 +21,7 @@ mod complaints;
 mod device;
 mod error;
 mod fs;
+mod helpers;
 mod image;
 mod lock;
 mod pmem;
@@ -50,11 +51,12 @@ enum Device {
 }
 
 fn main() -> ExitCode {
-    let served = match Cli::parse().device {
+    let device = Cli::parse().device;
+    let served = server::outlive_file_size_limit().and_then(|()| match device {
         Device::Blk(args) => blk::run(&args),
         Device::Pmem(args) => pmem::run(&args),
         Device::Fs(args) => fs::run(&args),
         Device::Torture(args) => torture::run(&args),
-    };
+    });
     served.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
 }

@@ -178,7 +178,7 @@ impl Device for Pmem {
     /// `struct virtio_pmem_req { le32 type; }`, readable, then `struct virtio_pmem_resp { le32 ret; }`,
     /// writable, in as many buffers as the driver likes. A request without room for the answer is not
     /// executed.
-    fn answer(&self, request: Request) -> u32 {
+    fn answer(&self, _thread: usize, request: Request) -> u32 {
         let memory = self.memory.memory();
         let mut answer = match request.clone().writer(&memory) {
             Ok(answer) if answer.available_bytes() >= size_of::<Le32>() => answer,

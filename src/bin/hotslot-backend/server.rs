@@ -5,7 +5,7 @@
 //!
 //! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts connections and waits
 //! for the end of each session; the `vhost-user-backend` crate adds, for each session, one that reads the
-//! socket and one for each queue.
+//! socket and one for each queue; `device` adds more for the queues of some.
 
 use std::fmt::Display;
 use std::fs;
@@ -85,9 +85,8 @@ pub fn listen(options: &Options) -> Result<Listening, Error> {
     }
     // Before there is a socket: a process that sees it may send a signal at once.
     end_event();
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGXFSZ] {
-        register_signal_handler(signal, on_signal)
-            .map_err(|e| Error::set_up("the signal handlers")(e.into()))?;
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        handle(signal)?;
     }
     let listener = UnixListener::bind(path).map_err(bind_error)?;
     let file = SocketFile::new(path).map_err(bind_error)?;
@@ -128,8 +127,20 @@ impl Drop for SocketFile {
 /// Written by the signal handler and by the end of the `front-ends` thread.
 static END: OnceLock<EventFd> = OnceLock::new();
 
-/// SIGXFSZ comes with a write beyond the limit of file sizes (RLIMIT_FSIZE), and would end this process where
-/// a guest chooses. As it is handled, the write fails with EFBIG.
+/// SIGXFSZ comes with a write or an extension beyond the limit of file sizes (RLIMIT_FSIZE), and would end
+/// this process, without a word and where a guest chooses. As it is handled, the call fails with EFBIG.
+///
+/// # Errors
+///
+/// sigaction(2)'s.
+pub fn outlive_file_size_limit() -> Result<(), Error> {
+    handle(libc::SIGXFSZ)
+}
+
+fn handle(signal: libc::c_int) -> Result<(), Error> {
+    register_signal_handler(signal, on_signal).map_err(|e| Error::set_up("the signal handlers")(e.into()))
+}
+
 extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // An atomic load and a write(2): both are async-signal-safe.
     if signal != libc::SIGXFSZ
@@ -225,7 +236,7 @@ fn session<D: Device>(
     let memory = Memory::new(GuestMemoryMmap::new());
     let complaints = Arc::new(Complaints::of(name));
     let device = make(memory.clone(), Arc::clone(&complaints))?;
-    let device = Arc::new(Adapter::new(device, complaints));
+    let device = Arc::new(Adapter::new(device, memory.clone(), complaints));
     let end_worker =
         EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(Error::set_up("an eventfd"))?;
     let mut daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(&device), memory)
@@ -242,10 +253,11 @@ fn session<D: Device>(
         }
     }
 
-    let result = daemon.start(listener).and_then(|()| daemon.wait());
+    let result = device.start().map(|()| daemon.start(listener).and_then(|()| daemon.wait()));
     // The daemon's drop, at the end of this function, waits for its threads.
     let _ = end_worker.write(1);
-    match result {
+    device.end();
+    match result.map_err(Error::set_up("the threads of the queues"))? {
         Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => {
             Ok(if device.was_asked() { Ended::HungUp } else { Ended::NothingAsked })
         }

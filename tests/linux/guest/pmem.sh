@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Runs in a guest with two pmem devices: /dev/pmem0, and /dev/pmem1 that can only be read. Stops at the first mistake.
+# Runs in a guest with three pmem devices: /dev/pmem0, /dev/pmem1 that can only be read, and /dev/pmem2, the large one. Stops at the first mistake.
 set -e
 stty -echo
 
@@ -30,6 +30,10 @@ echo 3 >/proc/sys/vm/drop_caches
 mount -t ext4 -o ro,dax /dev/pmem1 /ro
 echo "still given: $(cat /ro/given)"
 umount /ro
+# Without reading what is before it: 5000 bytes that no file is behind, and 15 that it ends with.
+echo "sectors: $(cat /sys/block/pmem2/size)"
+echo "end: $(dd if=/dev/pmem2 bs=1M skip=2053 2>/dev/null | tail -c 5015 | tr -d '\0')"
+echo 'In the middle.' | dd of=/dev/pmem2 bs=1M seek=1900 conv=fsync,notrunc 2>/dev/null
 tell mapped
 
 umount /rw
@@ -38,7 +42,7 @@ echo virtio0 >$driver/unbind
 tell unbound
 echo virtio0 >$driver/bind
 tell bound
-again=$(find /dev -name 'pmem*' ! -name pmem1)
+again=$(find /dev -name 'pmem*' ! -name pmem1 ! -name pmem2)
 mount -t ext4 -o dax "$again" /rw
 echo "found again: $(tr -d '\0' </rw/hello)"
 echo 'Written after the restart.' >/rw/restarted

@@ -1,5 +1,5 @@
-//! A front-end of the `vhost` crate, and the guest behind it: its memory, its driver with one queue, made by
-//! hand.
+//! A front-end of the `vhost` crate, and the guest behind it: its memory, its driver with a queue, made by
+//! hand; and, where a device has several, a driver of each other queue.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -24,6 +24,9 @@ pub const AVAIL: u64 = 0x2000;
 pub const USED: u64 = 0x3000;
 pub const INDIRECT: u64 = 0x4000;
 
+/// As many as the front-end takes.
+const MAX_QUEUES: u64 = 256;
+
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const TABLE: u16 = 4;
@@ -39,12 +42,15 @@ pub struct Driver {
     pub avail: u16,
     /// Where the available ring is.
     pub avail_ring: u64,
+    /// The queue, and where it is: the addresses above are from there on.
+    pub queue: usize,
+    pub base: u64,
 }
 
 impl Driver {
     /// Negotiates as a front-end does before there is a driver.
     pub fn connect(backend: &Backend, features: u64, protocol_features: u64) -> Self {
-        let mut front_end = Frontend::from_stream(backend.connect(), 1);
+        let mut front_end = Frontend::from_stream(backend.connect(), MAX_QUEUES);
         front_end.set_owner().unwrap();
         front_end.get_features().unwrap();
         front_end.get_protocol_features().unwrap();
@@ -66,6 +72,23 @@ impl Driver {
             call: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
             avail: 0,
             avail_ring: AVAIL,
+            queue: 0,
+            base: 0,
+        }
+    }
+
+    /// The driver of another queue of the same device, which is at this address; it is not started.
+    pub fn other_queue(&self, queue: usize, base: u64) -> Self {
+        Driver {
+            front_end: self.front_end.clone(),
+            ram_file: self.ram_file.try_clone().unwrap(),
+            ram: self.ram.clone(),
+            kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+            avail: 0,
+            queue,
+            base,
+            ..*self
         }
     }
 
@@ -86,17 +109,17 @@ impl Driver {
             queue_max_size: QUEUE_SIZE,
             queue_size: QUEUE_SIZE,
             flags: 0,
-            desc_table_addr: USER_ADDRESS + DESCRIPTORS,
-            used_ring_addr: USER_ADDRESS + USED,
-            avail_ring_addr: USER_ADDRESS + self.avail_ring,
+            desc_table_addr: USER_ADDRESS + self.base + DESCRIPTORS,
+            used_ring_addr: USER_ADDRESS + self.base + USED,
+            avail_ring_addr: USER_ADDRESS + self.base + self.avail_ring,
             log_addr: None,
         };
-        self.front_end.set_vring_num(0, QUEUE_SIZE).unwrap();
-        self.front_end.set_vring_addr(0, &config).unwrap();
-        self.front_end.set_vring_base(0, self.avail).unwrap();
-        self.front_end.set_vring_call(0, &self.call).unwrap();
-        self.front_end.set_vring_kick(0, &self.kick).unwrap();
-        self.front_end.set_vring_enable(0, true).unwrap();
+        self.front_end.set_vring_num(self.queue, QUEUE_SIZE).unwrap();
+        self.front_end.set_vring_addr(self.queue, &config).unwrap();
+        self.front_end.set_vring_base(self.queue, self.avail).unwrap();
+        self.front_end.set_vring_call(self.queue, &self.call).unwrap();
+        self.front_end.set_vring_kick(self.queue, &self.kick).unwrap();
+        self.front_end.set_vring_enable(self.queue, true).unwrap();
     }
 
     /// The status is zeroed: the rings are stopped and the device is reset.
@@ -117,20 +140,40 @@ impl Driver {
     }
 
     pub fn descriptor(&self, index: u16, descriptor: (u64, u32, u16, u16)) {
-        self.descriptor_at(DESCRIPTORS, index, descriptor);
+        self.descriptor_at(self.base + DESCRIPTORS, index, descriptor);
     }
 
     pub fn used_index(&self) -> u16 {
-        self.ram.read_obj(GuestAddress(USED + 2)).unwrap()
+        self.ram.read_obj(GuestAddress(self.base + USED + 2)).unwrap()
+    }
+
+    fn make_available(&mut self, head: u16) {
+        let slot = u64::from(self.avail % QUEUE_SIZE);
+        self.ram.write_obj(head, GuestAddress(self.base + self.avail_ring + 4 + 2 * slot)).unwrap();
+        self.avail = self.avail.wrapping_add(1);
+    }
+
+    fn notify(&self) {
+        self.ram.write_obj(self.avail, GuestAddress(self.base + self.avail_ring + 2)).unwrap();
+        self.kick.write(1).unwrap();
     }
 
     /// Makes the chain that starts at descriptor `head` available, and notifies.
     pub fn offer(&mut self, head: u16) {
-        let slot = u64::from(self.avail % QUEUE_SIZE);
-        self.ram.write_obj(head, GuestAddress(self.avail_ring + 4 + 2 * slot)).unwrap();
-        self.avail += 1;
-        self.ram.write_obj(self.avail, GuestAddress(self.avail_ring + 2)).unwrap();
-        self.kick.write(1).unwrap();
+        self.make_available(head);
+        self.notify();
+    }
+
+    /// Makes the chains that start at the first `count` descriptors available at once.
+    pub fn offer_all(&mut self, count: u16) {
+        (0..count).for_each(|head| self.make_available(head));
+        self.notify();
+    }
+
+    /// Which chain came back, by its place in the used ring.
+    pub fn used(&self, place: u16) -> u32 {
+        let at = self.base + USED + 4 + 8 * u64::from(place % QUEUE_SIZE);
+        self.ram.read_obj(GuestAddress(at)).unwrap()
     }
 
     /// The chain at `head` comes back: how many bytes were written.
@@ -138,7 +181,8 @@ impl Driver {
         eventually("a used buffer", || self.used_index() == self.avail);
         eventually("a call", || self.call.read().is_ok());
         let slot = u64::from((self.avail - 1) % QUEUE_SIZE);
-        let [id, written]: [u32; 2] = self.ram.read_obj(GuestAddress(USED + 4 + 8 * slot)).unwrap();
+        let [id, written]: [u32; 2] =
+            self.ram.read_obj(GuestAddress(self.base + USED + 4 + 8 * slot)).unwrap();
         assert_eq!(id, u32::from(head));
         written
     }

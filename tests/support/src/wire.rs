@@ -143,7 +143,13 @@ impl Wire {
     pub fn receive_within(&self, patience: Option<Duration>) -> io::Result<Message> {
         self.0.set_read_timeout(patience)?;
         let mut header = [0; 12];
-        let (count, file) = self.0.recv_with_fd(&mut header[..])?;
+        // With a time limit, a process that was stopped and goes on is interrupted.
+        let (count, file) = loop {
+            match self.0.recv_with_fd(&mut header[..]) {
+                Err(error) if error.errno() == libc::EINTR => {}
+                received => break received?,
+            }
+        };
         if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

@@ -335,11 +335,11 @@ impl Device for Fs {
         Ok(chain.map(|chain| (chain.head_index(), (chain, guest))))
     }
 
-    fn answer(&self, (chain, guest): Self::Request) -> u32 {
+    fn answer(&self, _: usize, (chain, guest): Self::Request) -> u32 {
         self.requester.answer(chain, &guest)
     }
 
-    fn answer_or_wait(&self, (chain, guest): Self::Request, later: Later) -> Option<u32> {
+    fn answer_or_wait(&self, _: usize, (chain, guest): Self::Request, later: Later) -> Option<u32> {
         self.requester.answer_or_wait(chain, &guest, later)
     }
 

@@ -11,90 +11,56 @@
 //! or store would raise SIGBUS. Loads and stores reach only the driver's own structures, which are never in a
 //! file: rings, headers and status.
 
+mod args;
+mod buffers;
+mod disk;
+mod failure;
+mod limits;
+mod resize;
+
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::mem::offset_of;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
-use vhost::vhost_user::VhostUserProtocolFeatures;
+use vhost::vhost_user::{Backend, VhostUserProtocolFeatures};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, virtio_blk_config,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, virtio_blk_config,
 };
 use virtio_queue::Queue;
 use vm_memory::volatile_memory::Error as VolatileError;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, Permissions, ReadVolatile,
-    VolatileSlice, WriteVolatile,
+    Bytes, GuestMemory, GuestMemoryError, GuestMemoryMmap, Permissions, ReadVolatile, VolatileSlice,
+    WriteVolatile,
 };
 
 use hotslot::report::{say, with_causes};
 
+pub use args::Args;
+use buffers::Buffers;
+use disk::Disk;
+use failure::Failure;
+use limits::{MAX_RANGE, MAX_RANGES, NAME, SECTOR, SEG_MAX, THREADS};
+use resize::Told;
+
 use crate::complaints::Complaints;
 use crate::device::{self, Device, Memory, Request, Taken};
-use crate::error::{Error, MAKE_DISK};
-use crate::image::{Image, Open};
+use crate::error::Error;
 use crate::server;
 
-const NAME: &str = "blk";
-
-/// The unit of every address on the disk.
-const SECTOR: u64 = 512;
-/// Buffers in a request besides header and status: 128, the smallest queue that drivers use, less two.
-const SEG_MAX: u32 = 126;
-/// Ranges in a request to discard or zero, and sectors in a range (1 GiB).
-const MAX_RANGES: u32 = 32;
-const MAX_RANGE: u32 = 1 << 21;
+/// The field `writeback`, as the standard calls it.
+const WRITEBACK: usize = offset_of!(virtio_blk_config, wce);
 
 /// `struct virtio_blk_req`: type, reserved, sector; then data, then the status byte. Section 5.2.6.
 const HEADER: usize = 16;
 /// `struct virtio_blk_discard_write_zeroes`: sector, number of sectors, flags.
 const RANGE: usize = 16;
-const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
-
-/// Disk whose contents are a regular file or a block device (VIRTIO block)
-///
-/// The guest sees the file as /dev/vdX, in sectors of 512 bytes; an incomplete sector at its end is left out.
-/// A block device keeps its block size.
-#[derive(clap::Args)]
-pub struct Args {
-    #[command(flatten)]
-    server: server::Options,
-
-    /// Regular file or block device that is the disk
-    #[arg(long, value_name = "PATH")]
-    file: PathBuf,
-
-    /// Let the guest read only; the file needs no write permission
-    #[arg(long)]
-    read_only: bool,
-
-    /// Let others that are started with --shared or --read-only use the file at the same time. Without it, a
-    /// second back-end on a file that one may write is refused. A guest does not learn what another writes: a
-    /// file system that two guests mount at a time, one of them for writing, is destroyed, unless it is made
-    /// for that
-    #[arg(long)]
-    shared: bool,
-
-    /// Serial number that the guest sees, 1 to 20 printable ASCII characters [default: the beginning of the
-    /// file's name]
-    #[arg(long, value_name = "TEXT", value_parser = serial)]
-    serial: Option<String>,
-}
-
-fn serial(text: &str) -> Result<String, &'static str> {
-    let printable = text.bytes().all(|byte| matches!(byte, b' '..=b'~'));
-    match text.len() {
-        1..=ID_LEN if printable => Ok(text.to_owned()),
-        _ => Err("a serial number has 1 to 20 printable ASCII characters"),
-    }
-}
 
 /// Runs the back-end until it is told to end.
 ///
@@ -102,166 +68,55 @@ fn serial(text: &str) -> Result<String, &'static str> {
 ///
 /// See [`Error`]; a wrong command line or file is found before the socket exists.
 pub fn run(args: &Args) -> Result<(), Error> {
-    let disk = Disk::open(args)?;
+    let disk = Arc::new(Disk::open(args)?);
     let listening = server::listen(&args.server)?;
     say(format_args!(
         "{NAME}: {listening}: {:?}, {} sectors, {}",
         args.file,
-        disk.sectors,
+        disk.sectors(),
         disk.image.access()
     ));
-    match disk.image.len % SECTOR {
+    match disk.image.len % u64::from(disk.block) {
         0 => {}
         rest => say(format_args!(
-            "{NAME}: note: the guest does not see the last {rest} bytes of {:?}, no whole sector",
-            args.file
+            "{NAME}: note: the guest does not see the last {rest} bytes of {:?}, less than a block of {}",
+            args.file, disk.block
         )),
     }
     server::serve(NAME, listening, move |memory, complaints| {
-        Ok(Blk { disk: disk.clone(), memory, complaints, driver_flushes: AtomicBool::new(false) })
+        Ok(Blk {
+            disk: Arc::clone(&disk),
+            memory,
+            complaints,
+            features: AtomicU64::new(0),
+            writeback: AtomicBool::new(true),
+            told: Arc::default(),
+        })
     })
-}
-
-/// The file, and how much of it is the disk.
-#[derive(Clone)]
-struct Disk {
-    image: Arc<Image>,
-    sectors: u64,
-    /// The answer to `GET_ID`.
-    id: [u8; ID_LEN],
-}
-
-impl Disk {
-    fn open(args: &Args) -> Result<Self, Error> {
-        let image = Image::open(Open {
-            path: &args.file,
-            read_only: args.read_only,
-            shared: args.shared,
-            create: false,
-            block_device: true,
-            missing: Some(MAKE_DISK),
-        })?;
-        let len = image.len;
-        if len < SECTOR {
-            return Err(Error::TooShort { path: image.path, len, sector: SECTOR });
-        }
-        let name = args.file.file_name().unwrap_or_default().as_encoded_bytes();
-        let text = args.serial.as_ref().map_or(name, |serial| serial.as_bytes());
-        let mut id = [0; ID_LEN];
-        id.iter_mut().zip(text).for_each(|(to, from)| *to = *from);
-        Ok(Disk { image: Arc::new(image), sectors: len / SECTOR, id })
-    }
-
-    /// The first byte of a range of the disk.
-    fn range(&self, sector: u64, len: u64) -> Result<u64, Failure> {
-        let end = sector.checked_add(len.div_ceil(SECTOR));
-        if !len.is_multiple_of(SECTOR) || end.is_none_or(|end| end > self.sectors) {
-            return Err(Failure::Range { sector, len });
-        }
-        Ok(sector * SECTOR)
-    }
-}
-
-/// Why a request fails. The driver gets a status byte, stderr the sentence.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error("a request has the unknown type {0}")]
-    Unsupported(u32),
-    #[error("{0:?} cannot discard or zero: its file system or device does not offer it")]
-    NotOffered(PathBuf),
-    #[error("a range to discard or zero has the flags {flags:#x}, of which not all are known and allowed")]
-    Flags { flags: u32 },
-    #[error("{bytes} bytes are not 1 to {max} ranges", max = MAX_RANGES)]
-    Ranges { bytes: usize },
-    #[error("a range has {0} sectors, more than {max}", max = MAX_RANGE)]
-    RangeTooLong(u32),
-    #[error("{len} bytes from sector {sector} on are not whole sectors of the disk")]
-    Range { sector: u64, len: u64 },
-    #[error("a request to write, to a disk that is read-only")]
-    ReadOnly,
-    #[error("a request's buffers are too short")]
-    Short,
-    #[error("a request's buffers cannot be used")]
-    Memory(#[from] GuestMemoryError),
-    #[error("{0:?} has become shorter than the disk")]
-    Cut(PathBuf),
-    #[error("cannot {action} {path:?}")]
-    File { action: &'static str, path: PathBuf, source: io::Error },
-}
-
-impl Failure {
-    fn status(&self) -> u32 {
-        match self {
-            Failure::Unsupported(_) | Failure::NotOffered(_) | Failure::Flags { .. } => VIRTIO_BLK_S_UNSUPP,
-            _ => VIRTIO_BLK_S_IOERR,
-        }
-    }
-}
-
-/// A request's buffers in their order: address and length.
-struct Buffers(Vec<(GuestAddress, usize)>);
-
-impl Buffers {
-    fn len(&self) -> usize {
-        // At most 2^32: the crate ends a chain of ring descriptors there.
-        self.0.iter().map(|(_, len)| len).sum()
-    }
-
-    /// Cuts in two, at `at` bytes.
-    fn split(self, at: usize) -> (Buffers, Buffers) {
-        let (mut front, mut back, mut left) = (Vec::new(), Vec::new(), at);
-        for (address, len) in self.0 {
-            let here = len.min(left);
-            left -= here;
-            if here > 0 {
-                front.push((address, here));
-            }
-            if here < len {
-                // The driver's address plus the driver's length: what wraps around is in no memory.
-                back.push((GuestAddress(address.0.wrapping_add(here as u64)), len - here));
-            }
-        }
-        (Buffers(front), Buffers(back))
-    }
-
-    /// Copies one of the driver's own structures.
-    fn read<const N: usize>(&self, memory: &GuestMemoryMmap) -> Result<[u8; N], GuestMemoryError> {
-        let mut bytes = [0; N];
-        let mut at = 0;
-        for &(address, len) in &self.0 {
-            let end = N.min(at + len);
-            memory.read_slice(&mut bytes[at..end], address)?;
-            at = end;
-        }
-        Ok(bytes)
-    }
-
-    /// Copies one of the device's, or as much of it as there is room for; returns how much.
-    fn write(&self, memory: &GuestMemoryMmap, bytes: &[u8]) -> Result<usize, GuestMemoryError> {
-        let mut rest = bytes;
-        for &(address, len) in &self.0 {
-            let (here, behind) = rest.split_at(len.min(rest.len()));
-            memory.write_slice(here, address)?;
-            rest = behind;
-        }
-        Ok(bytes.len() - rest.len())
-    }
 }
 
 /// The device, for one front-end.
 struct Blk {
-    disk: Disk,
+    disk: Arc<Disk>,
     memory: Memory,
     complaints: Arc<Complaints>,
-    /// Whether the driver accepted VIRTIO_BLK_F_FLUSH. If not, each write must be durable before it is
-    /// answered.
-    driver_flushes: AtomicBool,
+    /// What the driver accepted.
+    features: AtomicU64,
+    /// The field `writeback`. A reset leaves it as it is: a front-end may show the next driver what the last
+    /// one wrote, and a driver that reads 0 sends no flushes.
+    writeback: AtomicBool,
+    told: Arc<Told>,
 }
 
 impl Blk {
+    fn has(&self, feature: u32) -> bool {
+        self.features.load(Ordering::Relaxed) & (1 << feature) != 0
+    }
+
     /// Returns how many bytes of `writable` were written.
     fn execute(
         &self,
+        thread: usize,
         memory: &GuestMemoryMmap,
         readable: Buffers,
         writable: &Buffers,
@@ -281,15 +136,15 @@ impl Blk {
         }
         match kind {
             VIRTIO_BLK_T_IN => {
-                self.seek(sector, writable.len())?;
-                self.transfer(memory, writable, Permissions::Write, "read", |mut file, slice| {
+                let file = self.seek(thread, sector, writable.len())?;
+                self.transfer(file, memory, writable, Permissions::Write, "read", |mut file, slice| {
                     file.read_exact_volatile(slice)
                 })?;
                 Ok(writable.len() as u32)
             }
             VIRTIO_BLK_T_OUT => {
-                self.seek(sector, readable.len())?;
-                self.transfer(memory, &readable, Permissions::Read, "write", |mut file, slice| {
+                let file = self.seek(thread, sector, readable.len())?;
+                self.transfer(file, memory, &readable, Permissions::Read, "write", |mut file, slice| {
                     file.write_all_volatile(slice)
                 })?;
                 self.written().map(|()| 0)
@@ -309,16 +164,18 @@ impl Blk {
         }
     }
 
-    /// Sets the file's position, which only this queue's thread uses.
-    fn seek(&self, sector: u64, len: usize) -> Result<(), Failure> {
+    /// The thread's file, at this position.
+    fn seek(&self, thread: usize, sector: u64, len: usize) -> Result<&File, Failure> {
         let start = self.disk.range(sector, len as u64)?;
-        let seek = (&self.disk.image.file).seek(SeekFrom::Start(start));
-        seek.map(drop).map_err(|e| self.file_failure("seek in", e))
+        let mut file = self.disk.file(thread);
+        file.seek(SeekFrom::Start(start)).map_err(|e| self.file_failure("seek in", e))?;
+        Ok(file)
     }
 
     /// Reads or writes all of the buffers' bytes, from the file's position on.
     fn transfer(
         &self,
+        file: &File,
         memory: &GuestMemoryMmap,
         buffers: &Buffers,
         access: Permissions,
@@ -327,7 +184,7 @@ impl Blk {
     ) -> Result<(), Failure> {
         for &(address, len) in &buffers.0 {
             for slice in memory.get_slices(address, len, access)? {
-                move_all(&self.disk.image.file, &mut slice?).map_err(|e| match e {
+                move_all(file, &mut slice?).map_err(|e| match e {
                     // A buffer in a shared mapping, past the end of its file.
                     VolatileError::IOError(e) if e.raw_os_error() == Some(libc::EFAULT) => {
                         Failure::Memory(GuestMemoryError::IOError(e))
@@ -384,12 +241,14 @@ impl Blk {
         Ok(())
     }
 
-    /// The file was changed: makes it durable if the driver does not flush.
+    /// The file was changed: makes it durable, unless the driver flushes (section 5.2.6.2, what a write is
+    /// stable after). There is no FUA: a driver writes and then flushes.
     fn written(&self) -> Result<(), Failure> {
-        match self.driver_flushes.load(Ordering::Relaxed) {
-            true => Ok(()),
-            false => self.flush(),
-        }
+        let writeback = match self.has(VIRTIO_BLK_F_CONFIG_WCE) {
+            true => self.writeback.load(Ordering::Relaxed),
+            false => self.has(VIRTIO_BLK_F_FLUSH),
+        };
+        if writeback { Ok(()) } else { self.flush() }
     }
 
     fn flush(&self) -> Result<(), Failure> {
@@ -404,8 +263,8 @@ impl Blk {
     fn config_space(&self) -> [u8; size_of::<virtio_blk_config>()] {
         let mut space = [0; size_of::<virtio_blk_config>()];
         let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
-        put(offset_of!(virtio_blk_config, capacity), &self.disk.sectors.to_le_bytes());
-        let block = self.disk.image.block_size;
+        let Disk { block, physical_block, .. } = *self.disk;
+        put(offset_of!(virtio_blk_config, capacity), &self.disk.sectors().to_le_bytes());
         for (at, value) in [
             (offset_of!(virtio_blk_config, seg_max), SEG_MAX),
             (offset_of!(virtio_blk_config, blk_size), block),
@@ -417,6 +276,12 @@ impl Blk {
         ] {
             put(at, &value.to_le_bytes());
         }
+        // Both are powers of two: logical blocks in a physical one, as an exponent and as the best unit.
+        let blocks = physical_block / block;
+        put(offset_of!(virtio_blk_config, physical_block_exp), &[blocks.ilog2() as u8]);
+        put(offset_of!(virtio_blk_config, min_io_size), &(blocks as u16).to_le_bytes());
+        put(WRITEBACK, &[self.writeback.load(Ordering::Relaxed).into()]);
+        put(offset_of!(virtio_blk_config, num_queues), &self.disk.queues.to_le_bytes());
         put(offset_of!(virtio_blk_config, write_zeroes_may_unmap), &[1]);
         space
     }
@@ -426,23 +291,63 @@ impl Device for Blk {
     type Request = Request;
 
     fn features(&self) -> u64 {
-        let access = match self.disk.image.read_only {
-            true => 1 << VIRTIO_BLK_F_RO,
-            false => (1 << VIRTIO_BLK_F_DISCARD) | (1 << VIRTIO_BLK_F_WRITE_ZEROES),
-        };
-        (1 << VIRTIO_BLK_F_SEG_MAX) | (1 << VIRTIO_BLK_F_BLK_SIZE) | (1 << VIRTIO_BLK_F_FLUSH) | access
+        let mut features =
+            vec![VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_FLUSH];
+        match self.disk.image.read_only {
+            true => features.push(VIRTIO_BLK_F_RO),
+            false => {
+                features.extend([VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES])
+            }
+        }
+        if self.disk.queues > 1 {
+            features.push(VIRTIO_BLK_F_MQ);
+        }
+        features.iter().fold(0, |all, feature| all | 1 << feature)
     }
 
     fn acked_features(&self, features: u64) {
-        self.driver_flushes.store(features & (1 << VIRTIO_BLK_F_FLUSH) != 0, Ordering::Relaxed);
+        self.features.store(features, Ordering::Relaxed);
+        if self.has(VIRTIO_BLK_F_CONFIG_WCE) && !self.has(VIRTIO_BLK_F_FLUSH) {
+            self.writeback.store(false, Ordering::Relaxed);
+        }
+    }
+
+    fn queues(&self) -> u16 {
+        self.disk.queues
+    }
+
+    fn threads(&self) -> usize {
+        THREADS
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        // GET_PROTOCOL_FEATURES comes before the configuration space is read, and before there is a channel.
+        self.told.begin(&self.disk);
+        VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS | VhostUserProtocolFeatures::BACKEND_REQ
+    }
+
+    fn connect(&self, backend: Backend) {
+        if let Err(e) = self.told.channel(backend, &self.disk) {
+            say(format_args!("{NAME}: note: the guest will not be told when the disk's size changes: {e}"));
+        }
     }
 
     fn config(&self) -> Vec<u8> {
+        self.told.reads_config.store(true, Ordering::Relaxed);
         self.config_space().to_vec()
+    }
+
+    fn write_config(&self, offset: u32, bytes: &[u8]) {
+        match bytes {
+            [value @ (0 | 1)] if offset as usize == WRITEBACK && self.has(VIRTIO_BLK_F_CONFIG_WCE) => {
+                self.writeback.store(*value == 1, Ordering::Relaxed);
+            }
+            _ => self.complaints.say(format_args!(
+                "the driver writes {} bytes at {offset:#x} of the configuration space; only 0 or 1 in the field \
+                 writeback is allowed, where CONFIG_WCE was accepted",
+                bytes.len()
+            )),
+        }
     }
 
     fn take(&self, queue: &mut Queue) -> Taken<Request> {
@@ -450,7 +355,7 @@ impl Device for Blk {
     }
 
     /// A request without room for its status is not executed.
-    fn answer(&self, request: Request) -> u32 {
+    fn answer(&self, thread: usize, request: Request) -> u32 {
         let memory = request.memory();
         let buffers = |writable| {
             let all = request.clone().filter(|d| d.is_write_only() == writable);
@@ -462,7 +367,7 @@ impl Device for Blk {
             return 0;
         };
         let (data, status_at) = writable.split(data_len);
-        let (written, status) = match self.execute(memory, readable, &data) {
+        let (written, status) = match self.execute(thread, memory, readable, &data) {
             Ok(written) => (written, VIRTIO_BLK_S_OK),
             Err(failure) => {
                 self.complaints.say(with_causes(&failure));
