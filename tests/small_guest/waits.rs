@@ -1,7 +1,7 @@
 //! Back-ends whose descriptors and files make a system call wait: the guest, the other devices and the end of
 //! the machine do not wait with it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -14,6 +14,7 @@ use hotslot_test_support::guest::{Guest, NEEDS_RESET, RUNNING, register};
 use hotslot_test_support::kvm;
 use hotslot_test_support::monitor::Operation;
 use hotslot_test_support::names::request;
+use hotslot_test_support::wait::eventually;
 use hotslot_test_support::wire::{
     MMap, Message, NEED_REPLY, REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, message, page_at, writable,
 };
@@ -58,9 +59,11 @@ fn a_file_whose_server_may_not_answer_is_refused_without_asking_it() {
         return;
     }
     for here in [true, false] {
-        let Some(fuse) = Fuse::mount(here) else { return };
         let (first, second) = (Backend::start(), Backend::start());
         let mut guest = two(&first, "", &second);
+        // Before there is that mount: what is mounted is looked at again when it changes.
+        assert_eq!(first.map(page_at(7), &tempfile::tempfile().unwrap()), 0);
+        let Some(fuse) = Fuse::mount(here) else { return };
         fuse.hold(&[opcode::GETATTR, opcode::STATFS, opcode::READ]);
         for _ in 0..2 {
             assert_eq!(first.map(page_at(0), fuse.file()), EPERM);
@@ -159,7 +162,7 @@ fn lingering() -> (OwnedFd, TcpStream) {
     ours.set_nonblocking(true).unwrap();
     while ours.write(&[0; 1 << 16]).is_ok() {}
     ours.set_nonblocking(false).unwrap();
-    let linger = libc::linger { l_onoff: 1, l_linger: 3600 };
+    let linger = libc::linger { l_onoff: 1, l_linger: 120 };
     // SAFETY: the structure lives through the call.
     let result = unsafe {
         libc::setsockopt(
@@ -172,6 +175,17 @@ fn lingering() -> (OwnedFd, TcpStream) {
     };
     assert_eq!(result, 0);
     (ours.into(), theirs)
+}
+
+/// Stops hotslot; none of its threads runs when this returns.
+fn stop(guest: &Guest) {
+    guest.signal(libc::SIGSTOP);
+    eventually("all threads are stopped", || {
+        let threads = fs::read_dir(format!("/proc/{}/task", guest.pid())).unwrap();
+        let mut stats =
+            threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("stat")).unwrap());
+        stats.all(|stat| stat.contains(") T "))
+    });
 }
 
 #[test]
@@ -190,7 +204,7 @@ fn a_descriptor_whose_close_waits_holds_up_its_own_device_only() {
         let descriptors: Vec<OwnedFd> = before.into_iter().chain([socket]).collect();
         let fds: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
         // So that hotslot has the last one: it is stopped until ours are closed.
-        guest.signal(libc::SIGSTOP);
+        stop(&guest);
         first.channel().ask(SHMEM_MAP, page_at(0), &fds);
         drop(descriptors);
         guest.signal(libc::SIGCONT);
@@ -294,7 +308,7 @@ fn the_rest_of_a_message_that_never_comes_keeps_no_descriptor() {
     }
     let (first, second) = (Backend::start(), Backend::start());
     let mut guest = two(&first, "", &second);
-    let open = |guest: &Guest| std::fs::read_dir(format!("/proc/{}/fd", guest.pid())).unwrap().count();
+    let open = |guest: &Guest| fs::read_dir(format!("/proc/{}/fd", guest.pid())).unwrap().count();
     let before = open(&guest);
     let file = numbered_file(1, 1);
     let map = message(SHMEM_MAP, VERSION_1 | NEED_REPLY, &MMap::default().bytes());
