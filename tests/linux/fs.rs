@@ -34,7 +34,7 @@ fn files_of_the_host_are_used_as_files() {
     guest.ended(0, ENDED);
     assert!(guest.out.contains(" virtiofs "), "{guest}");
     assert!(guest.out.contains("dax=always"), "{guest}");
-    let checks = "write append truncate rename unlink link symlink xattr flock fcntl mmap-shared mmap-private mmap-buffer fallocate sparse";
+    let checks = "write append truncate rename unlink link symlink xattr flock fcntl mmap-shared mmap-private mmap-buffer fallocate sparse program";
     assert_eq!(guest.one("probe files"), checks, "{guest}");
     assert_eq!(guest.one("run"), "out of the share");
     for (key, value) in [

@@ -83,9 +83,11 @@ impl FileSystem for Directory {
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         // A guest that crashed sent no FUSE_DESTROY.
         self.clear();
+        // Not ATOMIC_O_TRUNC: for O_RDONLY|O_TRUNC Linux sends FUSE_OPEN first, and only then looks whether
+        // the file is a program that runs. The open fails with ETXTBSY, but the program would be gone.
+        // Without it, a FUSE_SETATTR follows once all is checked.
         let mut options = FsOptions::ASYNC_READ
             | FsOptions::ASYNC_DIO
-            | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::BIG_WRITES
             | FsOptions::DO_READDIRPLUS
             | FsOptions::READDIRPLUS_AUTO
@@ -135,7 +137,7 @@ impl FileSystem for Directory {
             let _dropped = self.root.credentials.without_setid(valid.contains(SetattrValid::KILL_SUIDGID))?;
             match handle {
                 Some(handle) => rustix::fs::ftruncate(&self.opens.get(node, handle)?.file, len)?,
-                None => rustix::fs::ftruncate(self.open_for_writing(&inode)?, len)?,
+                None => rustix::fs::ftruncate(self.open_or_find(&inode, OFlags::WRONLY)?, len)?,
             }
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
