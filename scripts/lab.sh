@@ -7,6 +7,7 @@
 #   --file PATH        copies this file or directory in, at the same absolute path
 #   --exec PATH        copies this executable in, with its shared libraries, at the same absolute path
 #   --out PATH         copies this file or directory back at the end, from the same absolute path
+#   --module NAME      loads this module of the stock kernel there
 #   --share DIR        mounts this directory there, at the same absolute path, by virtio-fs: see below
 #   --memory SIZE      memory of the emulated host, in MiB or with a suffix (default: 2G)
 #   --env NAME=VALUE   adds to COMMAND's environment
@@ -42,19 +43,20 @@ DIE_STATUS=125
 unset KERNEL MODULES
 
 main() {
-    local options=() packed=() shares=() limit='' terminal='' path command
+    local options=() packed=() modules=() shares=() limit='' terminal='' path command
     while (($#)); do
         case $1 in
         -h | --help) usage && return ;;
         --) shift && break ;;
         --tty) terminal=1 options+=(--tty) && shift && continue ;;
         --icount | --verbose) options+=("$1") && shift && continue ;;
-        --file | --exec | --out | --share | --memory | --env | --timeout | --append | --log) (($# > 1)) || die "$1 needs a value (--help describes it)" ;;
+        --file | --exec | --module | --out | --share | --memory | --env | --timeout | --append | --log) (($# > 1)) || die "$1 needs a value (--help describes it)" ;;
         *) die "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
         esac
         case $1 in
         --file) packed+=(--file "$(realpath -s "$2")") ;;
         --exec) packed+=(--exec "$(realpath -s "$2")") ;;
+        --module) modules+=("$2") ;;
         --out) options+=(--out "$(realpath -ms "$2")") ;;
         --share)
             [[ -d $2 ]] || die "--share $2: this is not a directory"
@@ -87,7 +89,9 @@ main() {
     fi
     command=${path:-$command}
 
-    local kernel init base extra
+    local kernel init base extra name
+    # The list of the second image takes the place of the first one's.
+    ((${#modules[@]} == 0)) || for name in "${BASE_MODULES[@]}" "${modules[@]}"; do packed+=(--module "$name"); done
     kernel=$("$PROJECT/scripts/kernel.sh") || exit 125
     init=$(guest_init) || exit 125
     base=$(base_image "$kernel" "$init") || exit 125

@@ -69,17 +69,24 @@ linux_tools() {
     [[ $(host_kind) == kvm ]] || (need qemu-system-x86_64:qemu-system-x86) || true
 }
 
-# Makes sure that a cargo subcommand is there: `need_cargo NAME VERSION [OPTION]...`, built into target/tools where it is
-# missing.
+# Makes sure that a cargo subcommand is there: `need_cargo NAME VERSION [OPTION]...`.
 need_cargo() {
+    local name=$1
+    shift
+    need_crate "cargo-$name" "$@"
+}
+
+# Makes sure that the program of a crate of that name is there: `need_crate NAME VERSION [OPTION]...`, built into
+# target/tools where it is missing.
+need_crate() {
     local name=$1 version=$2
     shift 2
     command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
     [[ :$PATH: == *":$TARGET/tools/bin:"* ]] || PATH=$TARGET/tools/bin:$PATH
-    command -v "cargo-$name" >/dev/null && return
-    say "installing cargo-$name $version into $TARGET/tools"
-    cargo install --quiet --locked --version "$version" --root "$TARGET/tools" "$@" "cargo-$name" </dev/null >&2 ||
-        die "could not install cargo-$name"
+    command -v "$name" >/dev/null && return
+    say "installing $name $version into $TARGET/tools"
+    cargo install --quiet --locked --version "$version" --root "$TARGET/tools" "$@" "$name" </dev/null >&2 ||
+        die "could not install $name"
 }
 
 is_elf() { [[ $(od -An -tx1 -N 4 "$1" 2>/dev/null) == ' 7f 45 4c 46' ]]; }

@@ -9,12 +9,13 @@ use std::io::{self, BufRead, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{
-    FallocateFlags, FlockOperation, SeekFrom as Look, XattrFlags, getxattr, listxattr, removexattr, setxattr,
+    FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom as Look, XattrFlags, getxattr, listxattr,
+    removexattr, setxattr,
 };
 use rustix::io::Errno;
 use rustix::mm::MapFlags;
@@ -47,7 +48,7 @@ fn map(file: &File, path: &Path, writable: bool) -> Outcome<Mapping> {
 type Check = fn(&Path) -> Outcome<()>;
 
 /// Each gets a path at which there is nothing.
-const CHECKS: [(&str, Check); 15] = [
+const CHECKS: [(&str, Check); 16] = [
     ("write", write),
     ("append", append),
     ("truncate", truncate),
@@ -63,6 +64,7 @@ const CHECKS: [(&str, Check); 15] = [
     ("mmap-buffer", mmap_buffer),
     ("fallocate", fallocate),
     ("sparse", sparse),
+    ("program", program),
 ];
 
 /// Runs each check in a directory. The files that they make stay, but for those that a check removes.
@@ -354,6 +356,28 @@ fn sparse(path: &Path) -> Outcome<()> {
     expect("whether they end", (hole as usize) < 34 * MIB + 1, true)?;
     // Last: some file systems give a hole a page when a mapping of it is read.
     expect("a hole, mapped", mapping.load::<u8>(0), 0)
+}
+
+/// A program that runs is not opened for writing, and the attempt leaves it as it is.
+fn program(path: &Path) -> Outcome<()> {
+    fs::copy("/proc/self/exe", path).map_err(failed("write", path))?;
+    let length = || fs::metadata(path).map(|metadata| metadata.len()).map_err(failed("look at", path));
+    let before = length()?;
+    let mut running = Command::new(path)
+        .args(["probe", "watch"])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .map_err(failed("run", path))?;
+    let attempts = [OFlags::WRONLY, OFlags::RDONLY | OFlags::TRUNC]
+        .map(|flags| rustix::fs::open(path, flags, Mode::empty()).err());
+    let after = length();
+    // The end of its input is its end.
+    let status = running.wait().map_err(failed("wait for", path))?;
+    expect("what becomes of an open for writing", attempts, [Some(Errno::TXTBSY); 2])?;
+    expect("its length", after?, before)?;
+    expect("whether it ran to its end", status.success(), true)
 }
 
 // ------------------------------------------------------------------------------- what is in them

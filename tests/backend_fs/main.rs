@@ -98,8 +98,9 @@ fn init_agrees_on_pages_for_mappings_and_requests_of_1_mib() {
     assert_eq!((pages & 0xffff, pages >> 16), (256, 12), "max_pages, map_alignment");
     let flags = u32_at(&answer, 12);
     assert_ne!(flags & fuse::MAP_ALIGNMENT, 0);
-    // What the guest must not count on: remote locks, "..", an own cache of writes.
-    for absent in [1 << 1, 1 << 4, 1 << 10, 1 << 16] {
+    // What the guest must not count on: remote locks, an open that truncates before all is checked, "..", an
+    // own cache of writes.
+    for absent in [1 << 1, 1 << 3, 1 << 4, 1 << 10, 1 << 16] {
         assert_eq!(flags & absent, 0, "{absent:#x} of {flags:#x}");
     }
 }
@@ -614,6 +615,13 @@ fn an_ordinary_user_serves_own_files() {
         machine.ok(fuse::MKDIR, ROOT, &[words([0o755, 0]), name(&format!("{file}3"))].concat());
         machine.ok(fuse::SYMLINK, ROOT, &[name(&format!("{file}4")), name(file)].concat());
     }
+    // As an open with O_TRUNC does: no right to read is needed.
+    place.write("written", "data");
+    std::os::unix::fs::chown(place.path("written"), Some(us), None).unwrap();
+    fs::set_permissions(place.path("written"), Permissions::from_mode(0o200)).unwrap();
+    let node = machine.lookup("written");
+    machine.ok(fuse::SETATTR, node, &fuse::set_size(0));
+    assert_eq!(fs::metadata(place.path("written")).unwrap().len(), 0);
     if as_root {
         let node = machine.lookup("root's");
         assert_eq!(machine.error(fuse::OPEN, node, &fuse::open(libc::O_RDONLY)), libc::EACCES);

@@ -27,7 +27,7 @@ fn file_mib() -> u64 {
 const ENDED: &str = "the guest ended with status 0 (debug exit)";
 
 /// What files are tried for.
-const CHECKS: &str = "write append truncate rename unlink link symlink xattr flock fcntl mmap-shared mmap-private mmap-buffer fallocate sparse";
+const CHECKS: &str = "write append truncate rename unlink link symlink xattr flock fcntl mmap-shared mmap-private mmap-buffer fallocate sparse program";
 
 /// What a line says up to a word.
 fn up_to<'a>(line: &'a str, word: &str) -> &'a str {

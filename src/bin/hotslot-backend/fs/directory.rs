@@ -106,18 +106,23 @@ impl Directory {
         open_file(&self.root, file, flags)
     }
 
-    /// Opens a regular file for writing, or finds it open for that: it may have become read-only since. Git
-    /// creates files that are read-only from the beginning.
+    /// Opens a regular file for reading and writing, or finds it open for that: it may have become read-only
+    /// since. Git creates files that are read-only from the beginning.
     pub fn open_for_writing(&self, inode: &Inode) -> io::Result<File> {
+        self.open_or_find(inode, OFlags::RDWR)
+    }
+
+    /// The same with the access that is needed: O_RDWR, or O_WRONLY for a file that may not be readable.
+    pub fn open_or_find(&self, inode: &Inode, needed: OFlags) -> io::Result<File> {
         if inode.kind != FileType::RegularFile {
             return Err(Errno::INVAL.into());
         }
-        let opened = self.open_inode(inode, OFlags::RDWR);
+        let opened = self.open_inode(inode, needed);
         if !is_denied(&opened) {
             return opened;
         }
         let mut opens = self.opens.of(inode.node).into_iter();
-        match opens.find(|open| access(open) == OFlags::RDWR) {
+        match opens.find(|open| [needed, OFlags::RDWR].contains(&access(open))) {
             Some(open) => open.file.try_clone(),
             None => opened,
         }

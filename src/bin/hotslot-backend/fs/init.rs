@@ -25,9 +25,11 @@ const CONGESTION_THRESHOLD: u16 = MAX_BACKGROUND / 4 * 3;
 
 /// What is agreed on, of the bits in `offered`.
 fn wanted(policy: &Policy, has_window: bool) -> u64 {
+    // Not ATOMIC_O_TRUNC: for O_RDONLY|O_TRUNC Linux sends FUSE_OPEN first, and only then looks whether the
+    // file is a program that runs. The open fails with ETXTBSY, but the program would be gone. Without it, a
+    // FUSE_SETATTR follows once all is checked.
     let mut options = FsOptions::ASYNC_READ
         | FsOptions::ASYNC_DIO
-        | FsOptions::ATOMIC_O_TRUNC
         | FsOptions::BIG_WRITES
         | FsOptions::DONT_MASK
         | FsOptions::DO_READDIRPLUS

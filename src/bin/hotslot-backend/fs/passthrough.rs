@@ -174,7 +174,7 @@ impl FileSystem for Directory {
             let _dropped = self.root.credentials.without_setid(valid.contains(SetattrValid::KILL_SUIDGID))?;
             match handle {
                 Some(handle) => rustix::fs::ftruncate(&self.opens.get(node, handle)?.file, len)?,
-                None => rustix::fs::ftruncate(self.open_for_writing(&inode)?, len)?,
+                None => rustix::fs::ftruncate(self.open_or_find(&inode, OFlags::WRONLY)?, len)?,
             }
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
