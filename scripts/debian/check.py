@@ -141,13 +141,13 @@ def names():
         with open(name, "rb") as file:
             assert file.read() == name, name
         to = name[::-1] if name[::-1] not in wanted else name[:254] + b"+"
-        os.mkdir(b"d")
-        os.rename(name, b"d/" + to)
-        assert os.listdir(b"d") == [to], name
-        os.symlink(to, b"d/link-" + to[:200])
-        os.unlink(b"d/link-" + to[:200])
-        os.unlink(b"d/" + to)
-        os.rmdir(b"d")
+        os.mkdir(b"to")
+        os.rename(name, b"to/" + to)
+        assert os.listdir(b"to") == [to], name
+        os.symlink(to, b"to/link-" + to[:200])
+        os.unlink(b"to/link-" + to[:200])
+        os.unlink(b"to/" + to)
+        os.rmdir(b"to")
     assert os.listdir(b".") == []
     try:
         open(b"n" * 256, "xb")

@@ -10,7 +10,7 @@ dir=$(mktemp -d)
 mkfifo "$dir/keys"
 root=$dir/root
 mkdir "$root"
-backends=
+backends='' swap=''
 # shellcheck disable=SC2317,SC2329 # called by the trap
 tidy() {
     # shellcheck disable=SC2086 # one word per process
@@ -67,15 +67,19 @@ fs*)
     ;;
 *)
     backend root "$CONFIGURATION" --file "$IMAGE"
-    device=$CONFIGURATION
+    # A multiple of 128 MiB, which is Linux' unit for persistent memory.
+    truncate -s 256M "$OUT/swap.img"
+    backend swap "$CONFIGURATION" --file "$OUT/swap.img"
+    device=$CONFIGURATION swap="--vhost-user $dir/swap.sock,type=$CONFIGURATION,name=swap"
     ;;
 esac
 
 rm -f "$OUT/status"
 : >"$OUT/console"
 {
+    # shellcheck disable=SC2086 # an option and its value, or nothing
     guest first -m 1G -c "quiet $words rdinit=/check/init.sh CONFIGURATION=$CONFIGURATION" \
-        --vhost-user "$dir/root.sock,type=$device,name=root" <"$dir/keys" >>"$OUT/console"
+        --vhost-user "$dir/root.sock,type=$device,name=root" $swap <"$dir/keys" >>"$OUT/console"
     echo $? >"$OUT/status"
 } &
 first=$!
