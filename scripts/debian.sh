@@ -64,7 +64,7 @@ main() {
     mkdir -p "$WORK"
     make_base
     "$PROJECT/scripts/image.sh" -o "$WORK/guest.cpio" --module virtio_mmio --module virtio_blk --module virtio_pmem \
-        --module nd_pmem --file "$PROJECT/scripts/debian:/check"
+        --module nd_pmem --file "$PROJECT/scripts/debian:/check" --exec "$(command -v flock)"
     for each in "${configurations[@]}"; do run "$each" "${programs[@]}"; done
     table "${#programs[@]}" "${programs[@]}" "${configurations[@]}"
 }

@@ -25,7 +25,13 @@ until_true test -e renamed && until_true test ! -e old && answer renamed
 until_true test ! -e removed && answer removed
 until_true grep -q '^TWO$' given && answer stored
 until_true test -e locked && {
-    if flock -n lock true; then answer 'flock: not seen'; else answer 'flock: seen'; fi
+    if ! flock -n given true; then
+        answer 'flock: a file that nobody locked cannot be locked'
+    elif flock -n lock true; then
+        answer 'flock: not seen'
+    else
+        answer 'flock: seen'
+    fi
 }
 answer end
 until_true test -e over
