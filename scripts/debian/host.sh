@@ -62,7 +62,7 @@ esac
 case $CONFIGURATION in
 fs*)
     mount -o loop "$IMAGE" "$root" || exit 1
-    backend root fs --dir "$root" --tag root --window "$window"
+    backend root fs --dir "$root" --locks host --xattr mapped --tag root --window "$window"
     device=fs
     ;;
 *)
@@ -90,7 +90,7 @@ if wait_for 'login: $'; then
 fi
 if [ "${device}" = fs ] && wait_for '^now two'; then
     # With a back-end of its own.
-    backend two fs --dir "$root/check/two" --tag two --window "$window"
+    backend two fs --dir "$root/check/two" --locks host --tag two --window "$window"
     guest second -m 256M -c 'quiet -- sh /check/second.sh' --vhost-user "$dir/two.sock,type=fs,name=two" \
         </dev/null >"$OUT/second.console"
 fi

@@ -18,15 +18,18 @@ dax-*) window=1G options=dax=always ;;
 nodax-*) window=0 options=rw ;;
 esac
 mkdir "$work/sockets"
-as=
+as=''
+nodes=--device-nodes
 case $CONFIG in
 *-rootless)
+    nodes=
     chown 1000:1000 "$share" "$work/sockets"
     as="$BIN/setpriv --reuid 1000 --regid 1000 --clear-groups --"
     ;;
 esac
 # shellcheck disable=SC2153 # BACKEND is no misspelling
-$as "$BACKEND" fs --socket "$work/sockets/fs" --dir "$share" --tag share --window "$window" --once &
+# shellcheck disable=SC2086 # one option or none
+$as "$BACKEND" fs $nodes --socket "$work/sockets/fs" --dir "$share" --tag share --window "$window" --once &
 backend=$!
 timeout -s KILL "$LIMIT" "$HOTSLOT" -k "$KERNEL" -i "$IMAGE" -m 1G --debug-exit --connect-timeout 30s \
     -c "quiet hotslot.debug_exit=0xf4 OPTIONS=$options SUITE=$SUITE SECONDS_ALL=$SECONDS_ALL ROLE=$ROLE -- sh /suites/guest.sh" \
