@@ -8,6 +8,7 @@ use hotslot::arch::x86_64::layout::Layout;
 use hotslot::cli::Cli;
 use hotslot::config::DEFAULT_CMDLINE;
 use hotslot::report::{Failure, STATUS_ERROR, STATUS_USAGE, failure_text, lines};
+use hotslot::sandbox;
 use hotslot::vmm::Vmm;
 
 fn main() {
@@ -19,6 +20,7 @@ fn main() {
 
 fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     fail_beyond_file_size_limit();
+    sandbox::prepare(cli.sandbox)?;
     lines::start().map_err(NoThread)?;
     start_log(&cli)?;
     if cli.print_layout {
