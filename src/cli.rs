@@ -62,8 +62,8 @@ pub struct Cli {
     #[arg(long, value_name = "WHAT", default_value = "wait")]
     pub unavailable_page: UnavailablePage,
 
-    /// Whether each thread is confined to the system calls that it needs, and none opens a file once the guest
-    /// runs
+    /// Whether each thread is confined to the system calls that it needs, and none opens a file once the
+    /// guest runs
     #[arg(long, value_name = "MODE", default_value = "on")]
     pub sandbox: Mode,
 

@@ -7,10 +7,10 @@
 //!
 //! Three layers, each of which would do for what it is there for:
 //!
-//! - a seccomp filter: the calls of a table, by its kind of thread (`vmm`), and of `every_thread`;
+//! - a seccomp filter: the calls of a table for its kind of thread (`vmm`), and of `every_thread`;
 //! - Landlock: no right to any file or directory;
-//! - no new privileges, so that no program can give any, and not dumpable, so that another process of the same
-//!   user cannot trace this one or read its memory.
+//! - no new privileges, so that no program can give any, and not dumpable, so that another process of the
+//!   same user cannot trace this one or read its memory.
 //!
 //! A refused call ends the process ([`refusal`]). To allow one, add a line with its reason to a table.
 //!
@@ -33,7 +33,6 @@ use seccompiler::SeccompAction;
 use syscalls::Sysno;
 use thiserror::Error;
 
-use crate::report::{Failure, STATUS_USAGE};
 use rule::Rule;
 
 /// Whether threads are confined.
@@ -58,15 +57,8 @@ pub enum SandboxError {
     Process(&'static str, #[source] io::Error),
 }
 
-impl Failure for SandboxError {
-    fn status(&self) -> u8 {
-        STATUS_USAGE
-    }
-
-    fn hint(&self) -> Option<String> {
-        Some("--sandbox off does without a sandbox".to_owned())
-    }
-}
+/// What a user can do about it.
+pub const HINT: &str = "--sandbox off does without a sandbox";
 
 /// As on the command line; empty in a process without a sandbox.
 static MODE: OnceLock<Mode> = OnceLock::new();

@@ -49,10 +49,10 @@ impl Kind {
 
     pub(super) fn tables(self) -> &'static [&'static [Rule]] {
         match self {
-            Kind::MainLoop => &[EVERY_THREAD, MAIN_LOOP, SOCKETS, MAPPINGS],
-            Kind::Vcpu => &[EVERY_THREAD, VCPU, SOCKETS, MAPPINGS],
-            Kind::Channel => &[EVERY_THREAD, CHANNEL, SOCKETS, MAPPINGS],
-            Kind::Update => &[EVERY_THREAD, UPDATE, SOCKETS],
+            Kind::MainLoop => &[EVERY_THREAD, MAIN_LOOP],
+            Kind::Vcpu => &[VCPU, EVERY_THREAD, SOCKETS, FILES],
+            Kind::Channel => &[EVERY_THREAD, CHANNEL, SOCKETS, FILES],
+            Kind::Update => &[EVERY_THREAD, SOCKETS],
             Kind::Helper => &[EVERY_THREAD, STARTS_THREADS, HELPER],
         }
     }
@@ -78,7 +78,6 @@ const MAIN_LOOP: &[Rule] = &[
     call(Sysno::epoll_wait, "waits for events"),
     call(Sysno::epoll_pwait, "the same, by musl"),
     call(Sysno::epoll_ctl, "waits for serial input only while the guest has room"),
-    call(Sysno::pread64, "a vCPU's statistics"),
 ];
 
 const VCPU: &[Rule] = &[
@@ -92,13 +91,19 @@ const VCPU: &[Rule] = &[
     ioctl(KVM_GET_REGS, "which pages does an instruction need; the registers in a debug message"),
     ioctl(KVM_GET_SREGS, "the same"),
     ioctl(KVM_TRANSLATE, "the same: the physical address of an operand"),
+    ioctl(KVM_SET_USER_MEMORY_REGION, "a reset takes the slots of a device whose thread is stuck"),
+    call(Sysno::preadv2, "forgets a kick at a reset"),
     on_self(Sysno::process_vm_readv, "reads a page of a mapping for the guest, if it is there"),
     on_self(Sysno::process_vm_writev, "writes to one"),
 ];
 
-const CHANNEL: &[Rule] = &[];
-
-const UPDATE: &[Rule] = &[];
+const CHANNEL: &[Rule] = &[
+    ioctl(KVM_SET_USER_MEMORY_REGION, "a mapping's slot"),
+    fcntl(libc::F_GET_SEALS, "is a descriptor a file of memory"),
+    call(Sysno::lseek, "the table of mounts, from its beginning"),
+    call(Sysno::fstat, "which file is it, for other devices' back-ends"),
+    fcntl(libc::F_DUPFD_CLOEXEC, "a descriptor of our own for a mapped file"),
+];
 
 const HELPER: &[Rule] = &[call(Sysno::pread64, "a vCPU's statistics")];
 
@@ -110,11 +115,8 @@ const SOCKETS: &[Rule] = &[
     call(Sysno::shutdown, "hangs up on a back-end"),
 ];
 
-/// What a back-end has mapped into its device's windows.
-const MAPPINGS: &[Rule] = &[
-    ioctl(KVM_SET_USER_MEMORY_REGION, "a mapping's slot"),
-    call(Sysno::fstat, "is a descriptor a regular file"),
+/// A file of a back-end's.
+const FILES: &[Rule] = &[
+    call(Sysno::statx, "what is it, on which mount, and how long"),
     call(Sysno::fstatfs, "the size of its pages; how full is its file system"),
-    call(Sysno::statx, "how long is it"),
-    fcntl(libc::F_DUPFD_CLOEXEC, "a descriptor of its own for a mapping"),
 ];

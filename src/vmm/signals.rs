@@ -46,7 +46,8 @@ pub(super) fn watch(exit: Arc<ExitOnce>, memory_map: MemoryMap) -> Result<(), Vm
     // SAFETY: the call has made the file descriptor, which has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     let signals = Signals { file, exit, memory_map: Arc::new(memory_map), printer: None };
-    thread::spawn("signals".into(), Kind::Helper, || signals.run()).map_err(failed_to("start the thread for signals"))?;
+    thread::spawn("signals".into(), Kind::Helper, || signals.run())
+        .map_err(failed_to("start the thread for signals"))?;
     Ok(())
 }
 
