@@ -7,6 +7,7 @@ use clap::{ArgAction, Parser};
 
 use crate::config::device::{self, DeviceSpec};
 use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, UnavailablePage, parse_duration};
+use crate::sandbox::Mode;
 use crate::size;
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
@@ -60,6 +61,11 @@ pub struct Cli {
     /// error)
     #[arg(long, value_name = "WHAT", default_value = "wait")]
     pub unavailable_page: UnavailablePage,
+
+    /// Whether each thread is confined to the system calls that it needs, and none opens a file once the
+    /// guest runs
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    pub sandbox: Mode,
 
     /// Log more; twice for debug messages
     #[arg(short, long, action = ArgAction::Count, conflicts_with = "log")]
@@ -137,7 +143,7 @@ mod tests {
         let help = Cli::command().render_long_help().to_string().replace('\n', " ");
         let squeezed = help.split_whitespace().collect::<Vec<_>>().join(" ");
         assert!(squeezed.contains(&format!("\"{DEFAULT_CMDLINE}\"")), "{help}");
-        for unfinished in ["on-reboot", "sandbox", "trace-vhost-user", "backend-loss", "reconnect"] {
+        for unfinished in ["on-reboot", "trace-vhost-user", "backend-loss", "reconnect"] {
             assert!(!help.contains(unfinished), "{unfinished}");
         }
     }

@@ -10,6 +10,7 @@ pub mod exit;
 pub mod kvm;
 pub mod memory;
 pub mod report;
+pub mod sandbox;
 pub mod size;
 pub mod terminal;
 pub mod thread;

@@ -8,6 +8,7 @@ use hotslot::arch::x86_64::layout::Layout;
 use hotslot::cli::Cli;
 use hotslot::config::DEFAULT_CMDLINE;
 use hotslot::report::{Failure, STATUS_ERROR, STATUS_USAGE, failure_text, lines};
+use hotslot::sandbox::{self, SandboxError};
 use hotslot::vmm::Vmm;
 
 fn main() {
@@ -19,6 +20,7 @@ fn main() {
 
 fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     fail_beyond_file_size_limit();
+    sandbox::prepare(cli.sandbox).map_err(NoSandbox)?;
     lines::start().map_err(NoThread)?;
     start_log(&cli)?;
     if cli.print_layout {
@@ -35,6 +37,20 @@ fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
 fn fail_beyond_file_size_limit() {
     // SAFETY: no handler runs: the signal is ignored.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("there can be no sandbox")]
+struct NoSandbox(#[source] SandboxError);
+
+impl Failure for NoSandbox {
+    fn status(&self) -> u8 {
+        STATUS_USAGE
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(sandbox::HINT.to_owned())
+    }
 }
 
 #[derive(Debug, thiserror::Error)]

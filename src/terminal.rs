@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
 
+use crate::sandbox::refusal;
+
 /// The terminal's settings before it was raw. Written once, before [`IS_RAW`] is set for the first time.
 static SAVED: OnceLock<Termios> = OnceLock::new();
 static IS_RAW: AtomicBool = AtomicBool::new(false);
@@ -55,6 +57,7 @@ pub fn restore() {
 }
 
 fn restore_at_panic_and_fatal_signals() {
+    refusal::before_end(restore);
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         restore();

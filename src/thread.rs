@@ -7,19 +7,29 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::create_sigset;
 
-/// Starts a thread on which every signal is blocked, so that SIGTERM and the like always reach the signalfd
-/// of `vmm::signals` (or, before there is one, end the process as usual). A thread that needs a signal
-/// unblocks it.
+use crate::sandbox::vmm::Kind;
+
+/// Starts a thread, confined as its kind is (see [`crate::sandbox`]). On it every signal is blocked, so that
+/// SIGTERM and the like always reach the signalfd of `vmm::signals` (or, before there is one, end the process
+/// as usual). A thread that needs a signal unblocks it.
 pub fn spawn<T: Send + 'static>(
     name: String,
+    kind: Kind,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     let mut all = create_sigset(&[])?;
     // SAFETY: the set is a local variable; the call fills it and keeps no pointer to it.
     unsafe { libc::sigfillset(&mut all) };
+    // A call that the sandbox refuses raises it; blocked, it would end the process without a word.
+    // SAFETY: as above.
+    unsafe { libc::sigdelset(&mut all, libc::SIGSYS) };
     // A new thread inherits this thread's mask. If it set its own, a signal could arrive before that.
     let old = set_mask(&all)?;
-    let thread = std::thread::Builder::new().name(name).spawn(body);
+    let confine = kind.for_new_thread();
+    let thread = std::thread::Builder::new().name(name).spawn(move || {
+        confine();
+        body()
+    });
     set_mask(&old)?;
     thread
 }

@@ -24,8 +24,9 @@ use hotslot_test_support::child;
 use hotslot_test_support::driver::*;
 use hotslot_test_support::files::MIB;
 use hotslot_test_support::names::*;
+use hotslot_test_support::process::{Confinement, confinements};
 use hotslot_test_support::program::{
-    Backend, DEADLINE, FAILS_LATER, assert_refused, directory, file, start_after,
+    Backend, DEADLINE, FAILS_LATER, assert_refused, command, directory, file, start_after,
 };
 use hotslot_test_support::wait::eventually;
 use hotslot_test_support::wire::{
@@ -691,4 +692,21 @@ fn a_socket_in_use_is_left_alone_and_a_dead_one_is_taken_over() {
     assert!(dir.path().join("s").exists());
     let backend = Backend::start("pmem", &dir, "");
     Machine::connect(&backend).map(0);
+}
+
+#[test]
+fn each_thread_of_a_back_end_is_confined_once_it_listens() {
+    let confined = Confinement { filter: true, no_new_privs: true };
+    for (device, option) in [("pmem", "--file"), ("blk", "--file"), ("fs", "--dir")] {
+        let dir = directory();
+        let mut command = command(device, &dir);
+        command.arg(option).arg(if device == "fs" { dir.path().to_owned() } else { file(&dir, MIB) });
+        let backend = Backend::spawn(command, &dir);
+        eventually("each thread is confined", || {
+            let threads = confinements(backend.pid() as i32);
+            threads.contains_key("vring_worker")
+                && threads.values().flatten().all(|thread| *thread == confined)
+        });
+        assert!(confinements(backend.pid() as i32).contains_key("front-ends"));
+    }
 }

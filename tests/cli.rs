@@ -195,7 +195,7 @@ fn wrong_usage() {
     let files = files();
     let here = files.path();
     refused(&[], here, &["--kernel"], None);
-    refused(&["-k", "good", "--sandbox", "on"], here, &["--sandbox"], None);
+    refused(&["-k", "good", "--sandbox", "maybe"], here, &["--sandbox", "on, log, off"], None);
     refused(&["-k", "good", "--serial", "pty"], here, &["`pty`", "file=PATH"], None);
     refused(&["-k", "good", "--connect-timeout", "1h"], here, &["`1h`"], None);
     refused(&["-k", "good", "-v", "--log", "debug"], here, &["--log"], None);

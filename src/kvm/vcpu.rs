@@ -28,6 +28,7 @@ use crate::bus::Bus;
 use crate::exit::Exit;
 use crate::memory::missing::{Met, MissingPages};
 use crate::memory::{Access, PAGE_SIZE};
+use crate::sandbox::vmm::Kind;
 use crate::thread;
 
 /// The registers with which the first processor starts. The others wait for the guest's INIT and SIPI.
@@ -120,7 +121,7 @@ impl Vcpu {
             awaited: None,
             is_waiting: Arc::clone(&is_waiting),
         };
-        let thread = thread::spawn(format!("vcpu{id}"), move || ended(runner.run(&state)))?;
+        let thread = thread::spawn(format!("vcpu{id}"), Kind::Vcpu, move || ended(runner.run(&state)))?;
         Ok(Vcpu { thread, is_waiting, faults })
     }
 

@@ -16,6 +16,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::stdio::stderr;
 
+use crate::sandbox::vmm::Kind;
 use crate::thread;
 
 /// How many bytes may wait for their reader; one text may be longer. A line has about 100.
@@ -62,7 +63,7 @@ enum Place {
 ///
 /// The host has no more threads.
 pub fn start() -> io::Result<()> {
-    thread::spawn("lines".into(), || {
+    thread::spawn("lines".into(), Kind::Helper, || {
         loop {
             LINES.write_next();
         }

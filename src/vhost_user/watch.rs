@@ -24,6 +24,7 @@ use super::shmem_handler::BackendChannel;
 use super::wire::channel::ChannelError;
 use super::wire::connection::{ConnectionError, Deadline};
 use crate::memory::shmem::{SharedMemory, ShmemError};
+use crate::sandbox::vmm::Kind;
 use crate::thread;
 
 /// How long the end of a device waits for its thread.
@@ -89,7 +90,7 @@ impl Watch {
         let is_over = false;
         let watched =
             Watched { orders: Arc::clone(&orders), channel, interval, next: None, is_over, link, shmem };
-        let thread = thread::spawn(name, move || watched.run())?;
+        let thread = thread::spawn(name, Kind::Channel, move || watched.run())?;
         Ok(Watch { orders, thread })
     }
 

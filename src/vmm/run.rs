@@ -19,6 +19,7 @@ use crate::exit::Exit;
 use crate::kvm::vcpu::{Machine, UnclaimedCounts, Vcpu, VcpuState};
 use crate::kvm::vm::{KvmError, Processor};
 use crate::report::{Failure, lines};
+use crate::sandbox::vmm::Kind;
 use crate::terminal::RawTerminal;
 
 type MainLoop = EventManager<Box<dyn MutEventSubscriber>>;
@@ -37,6 +38,7 @@ impl Vmm {
             Err(error) => end(&Ending::from(&error as &dyn Failure)),
         };
         let processors = start(vcpus, &machine, &exit);
+        Kind::MainLoop.confine();
         let ending = serve(events, &exit);
 
         stop(&processors, &machine);

@@ -18,6 +18,7 @@ use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
 use crate::exit::Exit;
 use crate::report::{lines, say};
+use crate::sandbox::vmm::Kind;
 use crate::{terminal, thread};
 
 /// The signals that end the machine, and the one that prints the memory map.
@@ -45,7 +46,8 @@ pub(super) fn watch(exit: Arc<ExitOnce>, memory_map: MemoryMap) -> Result<(), Vm
     // SAFETY: the call has made the file descriptor, which has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     let signals = Signals { file, exit, memory_map: Arc::new(memory_map), printer: None };
-    thread::spawn("signals".into(), || signals.run()).map_err(failed_to("start the thread for signals"))?;
+    thread::spawn("signals".into(), Kind::Helper, || signals.run())
+        .map_err(failed_to("start the thread for signals"))?;
     Ok(())
 }
 
@@ -95,7 +97,7 @@ impl Signals {
         }
         let map = Arc::clone(&self.memory_map);
         let print = move || say(format_args!("guest physical memory:\n{map}"));
-        self.printer = thread::spawn("memory-map".into(), print)
+        self.printer = thread::spawn("memory-map".into(), Kind::Helper, print)
             .inspect_err(|error| log::error!("cannot print the memory map: {error}"))
             .ok();
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::kvm::vcpu::Vcpu;
 use crate::memory::missing::MissingPages;
+use crate::sandbox::vmm::Kind;
 use crate::thread;
 
 /// Time between two looks at the processors while mappings exist.
@@ -25,7 +26,7 @@ const MANY: u64 = 20;
 /// Starts the thread that looks, if there can be anything to look for. It never ends: nothing waits for it.
 pub(super) fn spawn(mut watch: StuckWatch, processors: Arc<Vec<Vcpu>>) -> io::Result<()> {
     if watch.pages.are_possible() {
-        thread::spawn("stuck".into(), move || {
+        thread::spawn("stuck".into(), Kind::Helper, move || {
             loop {
                 std::thread::sleep(watch.look(&processors));
             }

@@ -13,6 +13,7 @@ mod lifecycle;
 mod machine;
 mod mappings;
 mod registers;
+mod sandbox;
 mod streams;
 mod unavailable;
 mod waits;

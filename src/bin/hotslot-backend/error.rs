@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use hotslot::report::{Failure, STATUS_ERROR, STATUS_USAGE};
+use hotslot::sandbox::{self, SandboxError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -47,6 +48,8 @@ pub enum Error {
     Ids { option: &'static str, why: String },
     #[error("files of {path:?} cannot be opened by handles, as --inode-file-handles mandatory demands")]
     NoHandles { path: PathBuf, source: io::Error },
+    #[error("there can be no sandbox")]
+    NoSandbox(#[source] SandboxError),
     #[error("region {0} is given twice")]
     RegionTwice(u8),
 
@@ -73,6 +76,7 @@ impl Failure for Error {
     fn hint(&self) -> Option<String> {
         let hint = match self {
             Error::PathTooLong { .. } => Some("a path relative to the working directory may be shorter"),
+            Error::NoSandbox(_) => Some(sandbox::HINT),
             Error::InUse(_) => Some("each back-end needs a socket of its own"),
             Error::NoFile { hint, .. } | Error::File { hint, .. } => *hint,
             Error::NotRegular { kind: "block device", .. } => Some("hotslot-backend blk serves it as a disk"),

@@ -7,7 +7,8 @@
 //! - `server`: the socket, one front-end after another; `channel`: requests to the front-end;
 //! - `fs`: a directory, whose files are mapped as the guest asks;
 //! - `blk`: a disk, which maps nothing, but reads and writes the mappings of others;
-//! - `torture`: a back-end that misbehaves on demand.
+//! - `torture`: a back-end that misbehaves on demand;
+//! - `sandbox`: what their threads may ask of the host.
 //!
 //! Exit status: 0 after SIGINT, SIGTERM or the end of `--once`, 2 for a command line or a file that cannot be
 //! served, 1 for everything else.
@@ -25,6 +26,7 @@ mod helpers;
 mod image;
 mod lock;
 mod pmem;
+mod sandbox;
 mod server;
 mod torture;
 
@@ -33,11 +35,18 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use hotslot::report::fail;
+use hotslot::sandbox::{Mode, prepare};
+
+use crate::error::Error;
 
 /// vhost-user devices that hand files to a front-end, which maps them into its guest.
 #[derive(Parser)]
 #[command(name = "hotslot-backend", version, propagate_version = true)]
 struct Cli {
+    /// Whether each thread is confined to the system calls that it needs
+    #[arg(long, global = true, value_name = "MODE", default_value = "on")]
+    sandbox: Mode,
+
     #[command(subcommand)]
     device: Device,
 }
@@ -51,8 +60,10 @@ enum Device {
 }
 
 fn main() -> ExitCode {
-    let device = Cli::parse().device;
-    let served = server::outlive_file_size_limit().and_then(|()| match device {
+    let Cli { sandbox, device } = Cli::parse();
+    let prepared =
+        prepare(sandbox).map_err(Error::NoSandbox).and_then(|()| server::outlive_file_size_limit());
+    let served = prepared.and_then(|()| match device {
         Device::Blk(args) => blk::run(&args),
         Device::Pmem(args) => pmem::run(&args),
         Device::Fs(args) => fs::run(&args),

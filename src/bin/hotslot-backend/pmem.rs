@@ -27,7 +27,7 @@ use crate::channel::Channel;
 use crate::complaints::Complaints;
 use crate::device::{self, Device, Memory, Request, Taken};
 use crate::error::Error;
-use crate::server;
+use crate::{sandbox, server};
 
 const NAME: &str = "pmem";
 
@@ -69,7 +69,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     for note in backing.notes() {
         say(format_args!("{NAME}: note: {note}"));
     }
-    server::serve(NAME, listening, move |memory, complaints| {
+    server::serve(NAME, listening, sandbox::pmem, move |memory, complaints| {
         Ok(Pmem {
             backing: backing.clone(),
             memory,

@@ -30,6 +30,7 @@ use crate::complaints::Complaints;
 use crate::device::{Adapter, Device, Memory};
 use crate::error::Error;
 use crate::lock::lock;
+use crate::sandbox;
 
 /// `sun_path` of `sockaddr_un` has 108 bytes, one of which is the terminating zero.
 const SOCKET_PATH_MAX: usize = 107;
@@ -156,19 +157,20 @@ fn end_event() -> &'static EventFd {
 
 /// Serves one front-end after another, each with a device from `make`: [`serve_with`] for a [`Device`].
 ///
-/// `make` is called on the thread that serves, before it waits for the next front-end.
+/// `make` is called on the thread that serves, before it waits for the next front-end; `confine` once, before
+/// that.
 ///
 /// # Errors
 ///
 /// Those of [`serve_with`] and of `make`.
-pub fn serve<D, F>(name: &'static str, listening: Listening, mut make: F) -> Result<(), Error>
+pub fn serve<D, F>(name: &'static str, listening: Listening, confine: fn(), mut make: F) -> Result<(), Error>
 where
     D: Device,
     F: FnMut(Memory, Arc<Complaints>) -> Result<D, Error> + Send + 'static,
 {
     let listener = listening.listener.try_clone().map_err(Error::set_up("the listening socket"))?;
     let mut listener = Listener::from(listener);
-    serve_with(name, listening, move |_| session(name, &mut listener, &mut make))
+    serve_with(name, listening, confine, move |_| session(name, &mut listener, &mut make))
 }
 
 /// Until SIGINT or SIGTERM, calls `session` again and again, which accepts and serves one front-end, on a
@@ -178,7 +180,12 @@ where
 ///
 /// A failed accept, threads or descriptors that cannot be made; with `--once` also a session that ended
 /// otherwise than by a hang-up.
-pub fn serve_with<F>(name: &'static str, listening: Listening, mut session: F) -> Result<(), Error>
+pub fn serve_with<F>(
+    name: &'static str,
+    listening: Listening,
+    confine: fn(),
+    mut session: F,
+) -> Result<(), Error>
 where
     F: FnMut(&UnixListener) -> Result<Ended, Error> + Send + 'static,
 {
@@ -190,6 +197,7 @@ where
     thread::Builder::new()
         .name("front-ends".to_owned())
         .spawn(move || {
+            confine();
             let result = loop {
                 match session(&listener) {
                     Ok(Ended::NothingAsked) => {}
@@ -207,6 +215,7 @@ where
         })
         .map_err(Error::set_up("the thread that serves front-ends"))?;
 
+    sandbox::main_thread();
     while let Err(e) = end.read() {
         if e.kind() != io::ErrorKind::Interrupted {
             return Err(Error::set_up("the wait for signals")(e));

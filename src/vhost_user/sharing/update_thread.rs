@@ -8,6 +8,7 @@ use super::super::link::Link;
 use super::super::wire::connection::Deadline;
 use super::super::wire::frontend::Frontend;
 use super::participant::{ANSWER_TIMEOUT, Participant};
+use crate::sandbox::vmm::Kind;
 use crate::thread;
 
 /// The running thread. Dropping it stops and joins it, and ends both sockets of its back-end.
@@ -31,7 +32,8 @@ impl UpdateThread {
         let (told, its_link) = (recipient.clone(), Arc::clone(&link));
         // Made first: if the thread does not start, no owner may wait for it.
         let mut updates = UpdateThread { recipient, link, thread: None };
-        updates.thread = Some(thread::spawn(format!("share-{name}"), move || run(&told, &main, &its_link))?);
+        updates.thread =
+            Some(thread::spawn(format!("share-{name}"), Kind::Update, move || run(&told, &main, &its_link))?);
         Ok(updates)
     }
 }

@@ -1,5 +1,6 @@
-//! What a process has of the host: descriptors, address ranges, threads.
+//! What a process has of the host: descriptors, address ranges, threads, and whether these are confined.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 
@@ -41,4 +42,33 @@ pub fn areas(process: &str) -> Vec<String> {
         }
     }
     areas
+}
+
+/// A thread, as the kernel shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Confinement {
+    /// It has a seccomp filter.
+    pub filter: bool,
+    pub no_new_privs: bool,
+}
+
+/// The threads of a process, by their names.
+pub fn confinements(process: i32) -> BTreeMap<String, Vec<Confinement>> {
+    let mut threads: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for task in fs::read_dir(format!("/proc/{process}/task")).unwrap() {
+        let task = task.unwrap().path();
+        // It may have ended meanwhile.
+        let read = |file| fs::read_to_string(task.join(file));
+        let (Ok(name), Ok(status)) = (read("comm"), read("status")) else { continue };
+        let field = |name: &str| {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            line.rsplit('\t').next().unwrap().parse::<u8>().unwrap()
+        };
+        // KVM's own run in the kernel.
+        if !name.starts_with("kvm-") {
+            let has = Confinement { filter: field("Seccomp:") == 2, no_new_privs: field("NoNewPrivs:") == 1 };
+            threads.entry(name.trim().to_owned()).or_default().push(has);
+        }
+    }
+    threads
 }

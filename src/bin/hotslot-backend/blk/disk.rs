@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::args::Args;
 use super::failure::Failure;
 use super::limits::{ID_LEN, SECTOR, THREADS};
+use super::sockets::Sockets;
 use crate::error::{Error, MAKE_DISK};
 use crate::image::{Image, Open, failed};
 
@@ -18,6 +19,7 @@ const PAGE: u32 = 4096;
 /// What all front-ends, one after another, see.
 pub struct Disk {
     pub image: Image,
+    pub sockets: Sockets,
     /// For each thread one, which is opened again: each has a position of its own, where read(2) and write(2)
     /// go. `vm-memory` has no pread(2) into the guest's memory.
     files: Vec<File>,
@@ -58,9 +60,10 @@ impl Disk {
         let mut id = [0; ID_LEN];
         id.iter_mut().zip(text).for_each(|(to, from)| *to = *from);
 
+        let sockets = Sockets::open().map_err(Error::set_up("a look at the sockets"))?;
         let physical_block = image.physical_block_size.unwrap_or(PAGE).max(block);
         let sectors = AtomicU64::new(whole_blocks(image.len, block));
-        Ok(Disk { image, files, queues: args.queues, block, physical_block, sectors, id })
+        Ok(Disk { image, sockets, files, queues: args.queues, block, physical_block, sectors, id })
     }
 
     pub fn sectors(&self) -> u64 {

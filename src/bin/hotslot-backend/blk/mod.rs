@@ -17,6 +17,7 @@ mod disk;
 mod failure;
 mod limits;
 mod resize;
+mod sockets;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -52,7 +53,7 @@ use resize::Told;
 use crate::complaints::Complaints;
 use crate::device::{self, Device, Memory, Request, Taken};
 use crate::error::Error;
-use crate::server;
+use crate::{sandbox, server};
 
 /// The field `writeback`, as the standard calls it.
 const WRITEBACK: usize = offset_of!(virtio_blk_config, wce);
@@ -83,7 +84,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
             args.file, disk.block
         )),
     }
-    server::serve(NAME, listening, move |memory, complaints| {
+    server::serve(NAME, listening, sandbox::blk, move |memory, complaints| {
         Ok(Blk {
             disk: Arc::clone(&disk),
             memory,

@@ -6,10 +6,9 @@
 //! an answer, so a front-end that does not know it holds nothing up. Called by [`super`].
 
 use std::collections::HashSet;
-use std::fs;
+use std::ffi::CString;
 use std::io;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread;
@@ -41,7 +40,7 @@ pub struct Told {
 
 #[derive(Default)]
 struct Channel {
-    known: HashSet<(RawFd, PathBuf)>,
+    known: HashSet<(RawFd, CString)>,
     /// Keeps the socket with that number open.
     open: Option<(Backend, RawFd)>,
 }
@@ -50,7 +49,7 @@ impl Told {
     /// A session begins: the front-end has not read the configuration space, nor given its channel. What
     /// sockets are there are others.
     pub fn begin(&self, disk: &Disk) {
-        lock(&self.channel).known = sockets().unwrap_or_default();
+        lock(&self.channel).known = disk.sockets.list().unwrap_or_default();
         // Where this fails, requests do, too, and say so.
         let sectors = disk.measure().unwrap_or(disk.sectors());
         self.first.store(sectors, Ordering::Relaxed);
@@ -61,7 +60,7 @@ impl Told {
     /// only one that makes sockets.
     pub fn channel(self: &Arc<Self>, backend: Backend, disk: &Arc<Disk>) -> io::Result<()> {
         let mut channel = lock(&self.channel);
-        let now = sockets()?;
+        let now = disk.sockets.list()?;
         let new: Vec<RawFd> = now.difference(&channel.known).map(|(number, _)| *number).collect();
         let [socket] = new[..] else {
             return Err(io::Error::other("the socket of the backend channel is not found"));
@@ -103,22 +102,4 @@ fn watch(told: &Weak<Told>, disk: &Disk) {
         drop(told);
         thread::sleep(INTERVAL);
     }
-}
-
-/// The sockets of this process: number and kernel's name of each.
-fn sockets() -> io::Result<HashSet<(RawFd, PathBuf)>> {
-    let mut sockets = HashSet::new();
-    for entry in fs::read_dir("/proc/self/fd")? {
-        let entry = entry?;
-        // The directory's own descriptor is gone when it is looked at.
-        let (Ok(target), Some(Ok(number))) =
-            (fs::read_link(entry.path()), entry.file_name().to_str().map(str::parse))
-        else {
-            continue;
-        };
-        if target.to_string_lossy().starts_with("socket:[") {
-            sockets.insert((number, target));
-        }
-    }
-    Ok(sockets)
 }

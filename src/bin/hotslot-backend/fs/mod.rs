@@ -67,7 +67,7 @@ use crate::complaints::Complaints;
 use crate::device::{Device, Later, Memory, Taken};
 use crate::error::Error;
 use crate::lock::lock;
-use crate::server;
+use crate::{sandbox, server};
 
 const NAME: &str = "fs";
 
@@ -208,7 +208,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         }),
     };
     let mut root = None;
-    server::serve(NAME, listening, move |_, complaints| {
+    server::serve(NAME, listening, sandbox::not_yet, move |_, complaints| {
         let root = match &root {
             Some(root) => Arc::clone(root),
             None => Arc::clone(root.insert(confine(&dir, &settings.policy, descriptors, handles.take())?)),
@@ -245,6 +245,7 @@ fn confine(
     let rights = Rights { read_only: policy.read_only, device_nodes: policy.device_nodes };
     let root = confine::confine(dir, rights, descriptors, handles)
         .map_err(Error::set_up("the confinement to the directory"))?;
+    sandbox::fs();
     if let Some(note) = &root.note {
         say(format_args!("{NAME}: note: {note}"));
     }

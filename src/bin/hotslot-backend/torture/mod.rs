@@ -32,6 +32,7 @@ use self::report::Report;
 use self::shared::Device;
 use self::wire::{F_PROTOCOL_FEATURES, protocol};
 use crate::error::Error;
+use crate::sandbox;
 use crate::server::{self, Ended};
 
 const NAME: &str = "torture";
@@ -174,7 +175,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let listening = server::listen(&args.server)?;
     report.line(format_args!("{listening}"));
     let report_of_sessions = Arc::clone(&report);
-    server::serve_with(NAME, listening, move |listener| {
+    server::serve_with(NAME, listening, sandbox::not_yet, move |listener| {
         session(listener, &device, &steps, &report_of_sessions)
     })?;
     report.line(&report);
