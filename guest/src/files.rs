@@ -551,7 +551,7 @@ mod tests {
         let filled = fill(name, "2").unwrap();
         let sums = [sum(name, false).unwrap(), sum(name, true).unwrap()];
         fs::remove_dir_all(&directory).unwrap();
-        assert!(outcome.unwrap().ends_with("fallocate sparse"));
+        assert!(outcome.unwrap().ends_with("sparse program"));
         assert_eq!(filled, "probe fill: 2 MiB");
         let value = |line: &String| line.split(" in ").next().unwrap().to_owned();
         assert_eq!(value(&sums[0]), value(&sums[1]));
