@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::wire::channel::ChannelError;
-use super::wire::connection::{ConnectionError, discard};
+use super::wire::connection::{ConnectionError, discard, discard_descriptors};
 use crate::report::{MisuseLog, with_causes};
 use crate::virtio::interrupt::Interrupt;
 
@@ -51,10 +51,11 @@ impl Link {
         }
     }
 
-    /// Throws away what is left on both sockets after [`Self::hang_up`]. May wait: called by the device's own
-    /// thread.
+    /// Throws away what is left on both sockets after [`Self::hang_up`], but for an answer on the main socket
+    /// that another thread waits for. May wait: called by the device's own thread.
     pub fn discard(&self) {
-        [Some(&self.main), self.channel.as_ref()].into_iter().flatten().for_each(|socket| discard(socket));
+        discard_descriptors(&self.main);
+        self.channel.iter().for_each(|socket| discard(socket));
     }
 
     /// Hangs up on both sockets: a thread that waits on one goes on.

@@ -289,6 +289,15 @@ pub fn discard(socket: &UnixStream) {
     while receive_some(socket, &mut [0; 4096], false).is_ok_and(|(count, ..)| count > 0) {}
 }
 
+/// The same up to the first message without descriptors: another thread may be about to read that one.
+pub fn discard_descriptors(socket: &UnixStream) {
+    let mut bytes = [0; 4096];
+    while look(socket, &mut bytes).is_ok_and(|(_, has_some)| has_some) {
+        // It ends: what is read is gone.
+        let _ = receive_some(socket, &mut bytes, false);
+    }
+}
+
 /// Waits until the socket is ready for `events`, or the deadline.
 fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) -> Result<(), ConnectionError> {
     while let Some(left) = deadline.time_left() {
@@ -341,14 +350,19 @@ fn receive_some(socket: &UnixStream, bytes: &mut [u8], takes_one: bool) -> Resul
 
 /// The same, but what has descriptors stays where it is.
 fn receive_without_descriptors(socket: &UnixStream, bytes: &mut [u8]) -> Result<Received, Failed> {
-    let look = RecvFlags::DONTWAIT | RecvFlags::PEEK;
-    let mut none = RecvAncillaryBuffer::default();
-    let seen = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut none, look)?;
-    if seen.flags.contains(ReturnFlags::CTRUNC) {
+    let (count, has_descriptors) = look(socket, bytes)?;
+    if has_descriptors {
         return Err(Failed::Descriptors);
     }
     // No more than was seen: what came since may have some.
-    Ok(receive_some(socket, &mut bytes[..seen.bytes], false)?)
+    Ok(receive_some(socket, &mut bytes[..count], false)?)
+}
+
+/// How many bytes the socket has next, and whether descriptors came with them; all stays where it is.
+fn look(socket: &UnixStream, bytes: &mut [u8]) -> Result<(usize, bool), Errno> {
+    let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+    let seen = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut RecvAncillaryBuffer::default(), flags)?;
+    Ok((seen.bytes, seen.flags.contains(ReturnFlags::CTRUNC)))
 }
 
 #[cfg(test)]
