@@ -40,7 +40,7 @@ FSX_VERSION=0.3.2
 LOGS=$TARGET/suites
 KNOWN=$PROJECT/scripts/suites/known
 # Seconds that a guest may take beyond --seconds: on a busy machine an emulated one is slow.
-PATIENCE=3600
+EXTRA_SECONDS=3600
 
 work=''
 declare -A results=() counts=()
@@ -128,14 +128,14 @@ run() {
     local backend=$TARGET/release/hotslot-backend host=$PROJECT/scripts/suites/host.sh name value
     kernel=$("$PROJECT/scripts/kernel.sh")
     [[ $config != *-user ]] || role=user
-    local lab=("$PROJECT/scripts/lab.sh" --memory 4G --timeout $((seconds * 3 + PATIENCE + 100)) --module loop
+    local lab=("$PROJECT/scripts/lab.sh" --memory 4G --timeout $((seconds * 3 + EXTRA_SECONDS + 100)) --module loop
         --exec "$hotslot" --exec "$backend" --exec "$(command -v mkfs.ext4)" --file /etc/mke2fs.conf
         --file "$PROJECT/scripts/suites" --file "$kernel/vmlinux" --file "$work/guest.cpio")
     local program
     for program in "$work/bin/"*; do lab+=(--exec "$program"); done
     local variables=(SUITE="$suite" CONFIG="$config" SECONDS_ALL="$seconds" ROLE="$role" HOTSLOT="$hotslot"
         BACKEND="$backend" KERNEL="$kernel/vmlinux" IMAGE="$work/guest.cpio" BIN="$work/bin"
-        LIMIT=$((seconds * 3 + PATIENCE)))
+        LIMIT=$((seconds * 3 + EXTRA_SECONDS)))
     for value in "${variables[@]}"; do lab+=(--env "$value"); done
     say "$suite, $config"
     "${lab[@]}" -- /bin/sh "$host" </dev/null 2>&1 | sed -u 's/\r//g' >"$log" || say "the emulated host did not come to its end"

@@ -3,9 +3,9 @@
 //! `main` calls [`prepare`] before there is a second thread. From then on each thread confines itself, once,
 //! before it does anything that a guest or a back-end asks for: [`crate::thread::spawn`] does it for a thread
 //! that it starts, and the main thread calls [`vmm::Kind::confine`] when the set-up is done. A thread that a
-//! confined thread starts inherits what its parent has; the kernel lets nobody take that off.
+//! confined thread starts inherits its confinement; the kernel has no call that lifts it.
 //!
-//! Three layers, each of which would do for what it is there for:
+//! Three layers:
 //!
 //! - a seccomp filter: the calls of a table for its kind of thread (`vmm`), and of `every_thread`;
 //! - Landlock: no right to any file or directory;

@@ -8,10 +8,10 @@
 //! | `build` | the set-up, in one function that reads from top to bottom |
 //! | `backends` | the set-up's part for virtio devices: connect and negotiate, place windows, attach |
 //! | `run` | starts and stops the vCPU threads, and the main loop |
-//! | `exit_once` | how the machine ends: set by any thread, awaited by the main loop |
-//! | `signals` | SIGTERM and the like, and SIGUSR1, which prints the `memory_map` |
+//! | `exit_once` | how the machine ends: set by any thread, awaited by the main loop and by `signals` |
+//! | `signals` | the thread that takes SIGTERM and the like, and SIGUSR1, which prints the `memory_map` |
 //! | `console` | the host's side of the serial port, and the escape key |
-//! | `stuck` | finds processors that wait in KVM for a page that never comes (SHM-45) |
+//! | `stuck` | finds processors that wait in KVM for a page that the host cannot provide (SHM-45, SHM-87) |
 
 mod backends;
 mod build;

@@ -1,4 +1,4 @@
-//! Which memory the instruction reads and writes that a vCPU is at.
+//! Which memory is read and written by the instruction at which a vCPU is.
 //!
 //! KVM_RUN says EFAULT when the host cannot provide a page that the guest accesses, and gives no address
 //! (SHM-87). The vCPU is then still at the instruction that made the access, so its operands are the
@@ -55,7 +55,7 @@ pub fn of(regs: &kvm_regs, sregs: &kvm_sregs, code: &[u8]) -> Vec<Operand> {
     used.chain([Operand { linear: stack, len: 8, access: Access::ReadWrite }]).collect()
 }
 
-/// How the processor takes code: as that of a 16-, 32- or 64-bit processor.
+/// The size of the code segment: 16, 32 or 64 bits.
 fn bits(sregs: &kvm_sregs) -> u32 {
     const EFER_LMA: u64 = 1 << 10;
     match (sregs.efer & EFER_LMA != 0 && sregs.cs.l != 0, sregs.cs.db != 0) {

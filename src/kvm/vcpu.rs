@@ -57,7 +57,7 @@ pub struct VcpuState {
 const MAX_UNEXPLAINED_EFAULTS: u32 = 100;
 
 /// How long a vCPU pauses before it tries again an access to a page that the host cannot provide. Between two
-/// tries it serves interrupts: another vCPU may wait for that.
+/// tries it serves interrupts, since another vCPU may wait for that; but not in [`Machine::carry_out`].
 const RETRY: Duration = Duration::from_millis(10);
 
 /// Counts accesses that no device claimed: reads gave all-ones, writes were dropped.
@@ -152,7 +152,8 @@ impl Vcpu {
 }
 
 impl Machine {
-    /// Carries out an access that KVM passed on; again while the page that it needs cannot be had.
+    /// Carries out an access that KVM passed on; again while the host cannot provide its page. The guest is
+    /// not entered meanwhile: KVM needs the result first.
     fn carry_out(&self, address: u64, access: Access, mut action: impl FnMut() -> Met) -> Met {
         loop {
             let mut met = action();
@@ -335,7 +336,8 @@ impl Runner {
         })
     }
 
-    /// The main loop, which saw this vCPU wait or take many page faults, has made KVM_RUN return.
+    /// [`Vcpu::interrupt`] made KVM_RUN return: the machine stops, or the thread `stuck` saw this vCPU wait
+    /// or take many page faults.
     fn interrupted(&mut self) -> Option<Exit> {
         if self.machine.stopping.load(Ordering::SeqCst) {
             return None;

@@ -1,7 +1,7 @@
 //! The files behind the mappings of one device: one descriptor of each is kept (SHM-46).
 //!
-//! A page that cannot be had says nothing of why: only the file's size tells whether the file ends before it,
-//! or holds it and cannot give it (SHM-45, SHM-87). Called by [`super::shmem`].
+//! An access that fails does not say why. Only the file's size tells whether the file ends before the page,
+//! or has the page and the host cannot provide it (SHM-45, SHM-87). Called by [`super::shmem`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,7 +17,7 @@ use super::origin::Origin;
 /// From statfs(2): files made of huge pages, which can only be mapped in whole huge pages.
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
-/// What was found out of a file before it is mapped.
+/// What must be known of a file before it is mapped.
 #[derive(Clone, Copy, Debug)]
 pub struct FileInfo {
     /// Device, by its two numbers, and inode; `None` where the file's server hides them.

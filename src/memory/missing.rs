@@ -1,4 +1,4 @@
-//! Pages of mappings that the guest could not access, of all devices of a machine: provided, and logged.
+//! Provides pages of mappings that the guest could not access, for all devices of a machine, and logs that.
 //!
 //! Three things can have happened. The page is there by now. Or the file ends before it: zeroes take its
 //! place (SHM-45). Or the file has it and the host cannot provide it (a full disk, an I/O error): then the

@@ -3,7 +3,7 @@
 //! Asked without asking the file's own file system, whose server may never answer: F_GET_SEALS works on files
 //! of memory and is the kernel's alone; statx(2) with AT_STATX_DONT_SYNC takes the file's device and mount
 //! from what the kernel has, and /proc/self/mountinfo says what is mounted there. (9p asks its server all the
-//! same. Only root can mount that.)
+//! same. Only root can mount 9p.)
 //!
 //! `memory::shmem` calls it for each mapping, with no lock held.
 
@@ -85,7 +85,7 @@ impl Origins {
         Origins { foreign, mounts: Mutex::new(Mounts { table, ..Mounts::default() }) }
     }
 
-    /// Looks at a file. Fails with EINVAL for what is no regular file.
+    /// Looks at a file. Fails with EINVAL for anything but a regular file.
     pub fn of(&self, file: BorrowedFd<'_>) -> Result<Origin, ShmemError> {
         // Only the kernel's own files of memory have seals, and each of them is a regular file.
         if fcntl_get_seals(file).is_ok() {

@@ -118,7 +118,8 @@ pub struct SharedMemory {
     windows: BTreeMap<u8, Window>,
     /// Lock order: taken under the transport's, or alone; `GuestMapper`'s own lock comes after it. Never held
     /// while an answer of a peer is waited for, nor across a call on a back-end's file or its mapping, which
-    /// can wait (design, "Nothing waits for a back-end's file").
+    /// can wait (design, "Nothing waits for a back-end's file"). The exception is [`Self::fill`], which
+    /// replaces a part of a mapping whose file was accepted (SHM-83).
     state: Mutex<State>,
     /// The live mappings once more, by first guest address: last address, and what the guest may do there.
     /// For the guest's accesses that exit; most of them are to holes, and must not wait for a back-end that
@@ -240,9 +241,9 @@ impl SharedMemory {
         let ledger = &mut self.lock().ledger;
         // Again: a reset may have closed the gate meanwhile, and may not have waited for this thread.
         ledger.admit(key, len, file_offset)?;
-        // SAFETY: the span stays the window's, mapped or reserved, and only this thread, and `unmap_all`
-        // after it took the slot away, replace it; no Rust reference goes into it, only system calls look
-        // there.
+        // SAFETY: the span stays the window's, mapped or reserved, for as long as the slot exists: zeroes
+        // replace pages of it in one call (`fill`), and `unmap` and `unmap_all` take the slot away first. No
+        // Rust reference goes into it; only system calls access it.
         let slot = unsafe { self.mapper.map(guest, span.host(), access) }.map_err(ShmemError::Guest)?;
         let placed = Placed { slot, file, filled: 0, unavailable: None };
         ledger.insert(key, len, file_offset, access, placed);
@@ -275,8 +276,8 @@ impl SharedMemory {
     }
 
     /// Takes all mappings away (SHM-69), and gives their number. Where [`GuestMapper::unmap`] fails the
-    /// mapping stays; the first such error is returned, after the others have gone. Tells of each step, since
-    /// each can take long.
+    /// mapping stays; the first such error is returned, after the others have gone. Calls `progress` at each
+    /// step, since a step can take long.
     pub fn unmap_all(&self, mut progress: impl FnMut()) -> Result<usize, ShmemError> {
         let (hidden, error) = self.take_all(&mut progress);
         let holes: BTreeSet<_> = {
@@ -387,7 +388,7 @@ impl SharedMemory {
             _ => file.likely_reason(),
         };
         let State { ledger, filled, .. } = &mut *self.lock();
-        // Another mapping may be there meanwhile: the guest's next access says what is missing of that one.
+        // Another mapping may be there meanwhile: the guest's next access shows whether it lacks a page, too.
         let mapping = ledger.mappings.get_mut(&key).filter(|mapping| mapping.number == number)?;
         if is_beyond && let Some(zeroed) = self.fill(key, mapping, &file, filled) {
             return Some(zeroed);

@@ -128,7 +128,7 @@ impl Span<'_> {
     }
 
     /// Makes the page that `offset` is in present, as an access of the guest would: reads it in, or for a
-    /// write also allocates its place in the file. Waits as long as the file's host does.
+    /// write also allocates its place in the file. Waits for the file system, without limit.
     ///
     /// Fails with EFAULT where an access would raise SIGBUS, with EINVAL where nothing is mapped.
     pub fn populate(&self, offset: u64, access: Access) -> io::Result<()> {
@@ -186,7 +186,7 @@ impl ReserveVma {
         ReserveVma(OwnedPages::reserve_vma().ok())
     }
 
-    /// Gives it up.
+    /// Frees the area, so that a call that needs one more succeeds.
     pub fn give_up(&mut self) {
         self.0 = None;
     }

@@ -1,5 +1,5 @@
-//! Lines that a thread of their own writes, so that no thread with something to say waits for a reader: of
-//! stderr, which may be a pipe that is full, or of a log file.
+//! The thread `lines`, which writes messages, so that no other thread waits for their reader: stderr may be a
+//! full pipe, and so may a log file.
 //!
 //! [`super::say`] and the logger of `hotslot` use it once [`start`] was called; [`end`] is the end of the
 //! program.

@@ -50,7 +50,7 @@ pub const EVERY_THREAD: &[Rule] = &[
     call(Sysno::sigaltstack, "a thread's end: the stack for its signals"),
     call(Sysno::getpid, "abort, and calls on this process"),
     call(Sysno::gettid, "abort, and the name of a thread in messages"),
-    on_self(Sysno::tgkill, "abort; the main loop interrupts a vCPU's thread"),
+    on_self(Sysno::tgkill, "abort; an interruption of a vCPU's thread"),
     prctl(PR_GET_NAME, "the last line at a refused call"),
     ioctl(libc::TCSETS as u32, "makes the terminal as it was before: at the end, a panic, a refused call"),
     ioctl(libc::TCSETS2 as u32, "the same, by rustix"),

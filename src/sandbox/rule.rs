@@ -17,12 +17,12 @@ pub struct Rule {
     pub call: Sysno,
     /// What one of its arguments must be; `None` for any arguments.
     pub only: Option<Argument>,
-    /// What for. For who reads the tables; nothing prints it.
+    /// Why a thread needs it. Readers of the tables see it; nothing prints it.
     pub why: &'static str,
 }
 
-/// What an argument must be. They are counted from 0. Of a register only the lower 32 bits are looked at, as
-/// the kernel takes no more of these arguments.
+/// What an argument must be. Arguments are counted from 0. The filter compares the lower 32 bits of a
+/// register: the kernel uses no more of these arguments.
 #[derive(Clone, Copy, Debug)]
 pub enum Argument {
     /// This number.

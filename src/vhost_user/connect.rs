@@ -22,7 +22,8 @@ use crate::report;
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
 pub enum ConnectError {
-    /// Nobody listens, or accepts, for as long as the user allows; `source` is the last error of connect(2).
+    /// No back-end listens and accepts in the time that the user allows; `source` is the last error of
+    /// connect(2).
     #[error("nobody accepted a connection within {} s", .waited.as_secs_f32())]
     NobodyListens { waited: Duration, source: io::Error },
     #[error("it is not a socket")]
@@ -76,7 +77,7 @@ fn connect_socket(name: &str, path: &Path, timeout: Duration) -> Result<UnixStre
             Ok(socket) => return Ok(socket),
             Err(source) => source,
         };
-        // WouldBlock: somebody listens, and has as many connections to accept as he allows.
+        // WouldBlock: the backlog of the listener is full.
         use io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
         if !matches!(source.kind(), NotFound | ConnectionRefused | WouldBlock) {
             return Err(ConnectError::Connect(source));
@@ -99,7 +100,7 @@ fn connect_socket(name: &str, path: &Path, timeout: Duration) -> Result<UnixStre
     }
 }
 
-/// One attempt, which does not wait until a connection is accepted: that may be never.
+/// One attempt. It does not wait for a place in the listener's backlog: there may never be one.
 fn try_connect(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;

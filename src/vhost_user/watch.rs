@@ -1,9 +1,11 @@
 //! A device's own thread: serves the backend channel, sees when the back-end goes away, and takes the
 //! mappings away at a reset.
 //!
-//! It is the only thread that touches what the back-end sent: a descriptor, and the mapping of a file. Any
-//! system call on these can wait, for as long as another process wants. So every wait for this thread has a
-//! deadline, past which the device is given up and the thread left behind.
+//! It is the only thread that receives, maps, unmaps and refuses what the back-end sent. Any system call on
+//! these descriptors and mappings can wait for another process, without limit. So every wait for this thread
+//! has a deadline; past it the device is given up and the thread is left behind. Other threads touch only
+//! files that were accepted (SHM-83): a vCPU that needs a page, and with `share-shmem=on` the threads that
+//! drop a shared file.
 //!
 //! It takes no lock that is held while another thread waits for an answer of this back-end (deadlock rule of
 //! the protocol: a back-end that maps while we wait for its answer on the main socket is served here).
@@ -53,7 +55,7 @@ struct Orders {
 #[derive(Default)]
 struct State {
     stop: bool,
-    /// The thread was waited for in vain: nobody waits for it again.
+    /// A wait for the thread timed out: no thread waits for it again.
     is_left: bool,
     /// Take all mappings away, until this deadline.
     clear: Option<Deadline>,
@@ -190,7 +192,7 @@ impl Watched {
         (self.is_over, self.next) = (true, None);
         self.link.give_up(why);
         self.link.discard();
-        // With what it had of a message.
+        // And the part of a message that it had.
         self.channel = None;
     }
 

@@ -1,6 +1,6 @@
-//! A queue's kick: an eventfd that a back-end has, too, and whose flags are its as much as ours. It can clear
-//! O_NONBLOCK, so that a read of 0, and a write to a full counter, wait. `virtio::mmio` uses it on vCPU
-//! threads; neither function waits.
+//! A queue's kick: an eventfd that the back-end shares. Its flags are shared, too: the back-end can clear
+//! O_NONBLOCK, and then a read of 0, or a write to a full counter, would wait. `virtio::mmio` calls these
+//! functions on vCPU threads; none of them waits.
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -21,7 +21,7 @@ pub(super) fn forget(kick: &EventFd) {
     let _ = preadv2(borrow(kick), &mut [IoSliceMut::new(&mut [0; 8])], u64::MAX, ReadWriteFlags::NOWAIT);
 }
 
-/// Kicks. KVM does that by itself (ioeventfd); this is for a write that it passes on all the same.
+/// Kicks. KVM does that by itself (ioeventfd), except for a write by an instruction that it emulates.
 pub(super) fn signal(kick: &EventFd) {
     let mut has_room = [PollFd::from_borrowed_fd(borrow(kick), PollFlags::OUT)];
     // Without room a kick is pending already.

@@ -1,4 +1,4 @@
-//! How the machine ends: set by any thread, awaited by the main loop and by the thread that guards the end.
+//! How the machine ends: set by any thread, awaited by the main loop and by the thread `signals`.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -41,7 +41,7 @@ impl ExitOnce {
         Ok(ExitOnce { ending: Mutex::new(None), event: eventfd()? })
     }
 
-    /// Called by any thread. Wakes the main loop, and the thread that guards the end.
+    /// Called by any thread. Wakes the main loop and the thread `signals`.
     pub fn set(&self, ending: Ending) {
         let mut first = self.lock();
         if first.is_none() {
@@ -49,11 +49,11 @@ impl ExitOnce {
         } else {
             log::debug!("the machine ends already, so this does not count: {ending:?}");
         }
-        // A write fails only where the counter is at 2^64 - 2; whoever waits for it then wakes anyway.
+        // A write fails only where the counter is at 2^64 - 2; the threads that wait for it wake anyway.
         let _full = self.event.write(1);
     }
 
-    /// Called by the main loop each time around.
+    /// Called by the main loop and the thread `signals` each time around.
     pub fn get(&self) -> Option<Ending> {
         self.lock().clone()
     }

@@ -1,4 +1,4 @@
-//! The thread that takes the process's signals, and that ends the process when nothing else does.
+//! The thread that takes the process's signals, and ends the process when the main loop cannot.
 //!
 //! It waits for no other thread and takes no lock that is held for longer than a moment, so that SIGTERM ends
 //! the machine whatever the main loop and the vCPUs' threads are stuck in.
@@ -64,7 +64,7 @@ impl Signals {
         loop {
             if let Some(Ending { last, status }) = self.exit.get() {
                 sleep(STOP_WITHIN);
-                // Something is stuck: the process ends all the same.
+                // The main thread has not ended the process: it is stuck.
                 terminal::restore();
                 lines::end(&last, status);
             }

@@ -256,7 +256,7 @@ fn the_umask_applies_unless_the_directory_has_a_default_acl() {
     }
 }
 
-/// A directory gives its group; the set-group-id bit stays in the mode of who is in that group.
+/// A directory gives its group; the set-group-id bit stays in the mode if the process is in that group.
 #[test]
 fn a_user_s_other_group_counts() {
     if !is_root() {

@@ -19,9 +19,9 @@ const HTT: u32 = 1 << 28;
 const CMP_LEGACY: u32 = 1 << 1;
 /// The hypervisor leaf with KVM's features, EAX: the paravirtual clock, by its newer registers.
 pub const KVM_FEATURE_CLOCKSOURCE2: u32 = 1 << 3;
-/// There, too: while the host fetches a page, the guest runs something else (KVM_FEATURE_ASYNC_PF, _VMEXIT,
-/// _INT). The guest does not get these: the instruction at which a vCPU waits tells which page it needs
-/// (SHM-87).
+/// Also in that EAX: while the host fetches a page, the guest runs something else (KVM_FEATURE_ASYNC_PF,
+/// _VMEXIT, _INT). The guest does not get these: the instruction at which a vCPU waits must tell which page
+/// it needs (SHM-87).
 const KVM_FEATURES_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
 /// The level types of leaves 0xb and 0x1f.

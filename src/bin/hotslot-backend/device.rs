@@ -40,8 +40,8 @@ const QUEUE_SIZE: usize = 1024;
 /// takes about 2 us, and there a second thread would only be in the way.
 const SLOW: Duration = Duration::from_micros(20);
 
-/// A type of device. The session's thread calls all methods but [`Device::take`] and [`Device::answer`],
-/// which the threads of the queues call.
+/// A type of device. The session's thread calls all methods but [`Device::take`], [`Device::answer`] and
+/// [`Device::answer_or_wait`], which the threads of the queues call.
 pub trait Device: Send + Sync + 'static {
     type Request;
 
@@ -101,8 +101,8 @@ pub trait Device: Send + Sync + 'static {
     /// many bytes of its buffers were written.
     fn answer(&self, thread: usize, request: Self::Request) -> u32;
 
-    /// Called in place of [`Device::answer`]. `None` for a request that waits for something: it is handed
-    /// back by `later`.
+    /// Called in place of [`Device::answer`]. `None` for a request that waits for something: `later` hands it
+    /// back when it is answered.
     fn answer_or_wait(&self, thread: usize, request: Self::Request, _later: Later) -> Option<u32> {
         Some(self.answer(thread, request))
     }

@@ -1,5 +1,5 @@
-//! The calls that the threads of a back-end may make once it listens, and may not make otherwise: the tables,
-//! and who gets which. How it works is in `hotslot::sandbox`.
+//! The system calls that a back-end's threads may make once it listens: the tables, and which thread gets
+//! which. How it works is in `hotslot::sandbox`.
 //!
 //! `server` confines the main thread, and the thread `front-ends` of `pmem` and `blk`, which all threads of
 //! the `vhost-user-backend` crate come from. `fs` confines that thread itself, after it has Landlock's rule
@@ -103,7 +103,7 @@ const DIRECTORY: &[Rule] = &[
     ioctl(libc::FS_IOC_SETFLAGS as u32, "chattr"),
     // To change a directory.
     call(Sysno::mkdirat, "a directory"),
-    call(Sysno::mknodat, "a FIFO, a socket, a file"),
+    call(Sysno::mknodat, "a FIFO, a socket, a file, a device node"),
     call(Sysno::symlinkat, "a symbolic link"),
     call(Sysno::linkat, "a second name"),
     call(Sysno::renameat, "another name"),

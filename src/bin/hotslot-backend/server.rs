@@ -5,7 +5,7 @@
 //!
 //! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts connections and waits
 //! for the end of each session; the `vhost-user-backend` crate adds, for each session, one that reads the
-//! socket and one for each queue; `device` adds more for the queues of some.
+//! socket and one for each queue; `device` adds more for the queues of `blk`.
 
 use std::fmt::Display;
 use std::fs;

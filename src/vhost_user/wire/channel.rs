@@ -2,9 +2,9 @@
 //! SHMEM_UNMAP. A [`Handler`] carries them out.
 //!
 //! A device's own thread serves the channel from the moment the back-end has its end (SHM-68), and no other
-//! thread does: what it does with a descriptor can wait. At a reset it serves what is still queued (SHM-71).
-//! Each well framed request is answered if it asks for it,
-//! however wrong it is (SHM-63); one that is not well framed ends the channel (SHM-64).
+//! thread does: a call on a received descriptor can wait. At a reset that thread serves what is still queued
+//! (SHM-71). Each well framed request is answered if it asks for it, however wrong it is (SHM-63); one that
+//! is not well framed ends the channel (SHM-64).
 
 use std::error::Error;
 use std::fmt;
@@ -88,8 +88,7 @@ pub struct Channel<H> {
     shmem: bool,
     /// To wait on without the lock.
     socket: Arc<UnixStream>,
-    /// Of the thread that serves: no other thread waits for it. Lock order: before every lock of the
-    /// handler's.
+    /// Only the thread that serves locks it. Lock order: before every lock of the handler's.
     inbox: Mutex<Inbox>,
 }
 
@@ -97,7 +96,7 @@ struct Inbox {
     connection: Connection,
     /// Whether the message that is half here was begun before the device was last reset.
     stale: bool,
-    /// SHM-64: after an error nothing more is served, on whichever thread.
+    /// SHM-64: after an error nothing more is served.
     ended: bool,
 }
 

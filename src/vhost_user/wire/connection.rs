@@ -12,11 +12,11 @@
 //!
 //! # How many descriptors are taken
 //!
-//! A message of the backend channel may carry one, and there is room for one: the kernel drops the others,
-//! and they are never this process's. A message of the main socket may carry none. A descriptor that is
-//! dropped can hold the reading thread up, where it is the last of its file: close(2) of a socket may wait
-//! for its peer (SO_LINGER). A vCPU reads the main socket. So what has descriptors there is seen first
-//! (MSG_PEEK) and never read.
+//! A message of the backend channel may carry one. recvmsg(2) has room for one; the kernel drops the others
+//! before they are this process's. A message of the main socket may carry none. Where the kernel drops the
+//! last descriptor of a file, the reading thread closes the file: for a socket that may wait for its peer
+//! (SO_LINGER). A vCPU reads the main socket. So it looks first (MSG_PEEK), and never reads a message that
+//! has descriptors.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -283,8 +283,8 @@ impl Connection {
     }
 }
 
-/// Reads what a socket that was shut down still has, and throws it away: descriptors in it would keep what
-/// they are of alive. May wait for these: only a thread that nobody waits for may call it.
+/// Reads what a socket that was shut down still has, and throws it away: its descriptors would keep their
+/// files open. May wait where it closes them: only the device's own thread may call it.
 pub fn discard(socket: &UnixStream) {
     while receive_some(socket, &mut [0; 4096], false).is_ok_and(|(count, ..)| count > 0) {}
 }
@@ -348,7 +348,7 @@ fn receive_some(socket: &UnixStream, bytes: &mut [u8], takes_one: bool) -> Resul
     Ok((received.bytes, file, lost))
 }
 
-/// The same, but what has descriptors stays where it is.
+/// The same, but bytes that have descriptors stay in the socket.
 fn receive_without_descriptors(socket: &UnixStream, bytes: &mut [u8]) -> Result<Received, Failed> {
     let (count, has_descriptors) = look(socket, bytes)?;
     if has_descriptors {

@@ -276,7 +276,7 @@ impl Server {
         let (error, payload) = answer.map_or_else(|error| (error, Vec::new()), |payload| (0, payload));
         let len = 16 + payload.len() as u32;
         let header = [words(&[len, error as u32]), field::<8>(request, 8).to_vec()].concat();
-        // Whoever asked may have been killed.
+        // The process that asked may have been killed.
         let _ = (&self.device).write(&[header, payload].concat());
     }
 }

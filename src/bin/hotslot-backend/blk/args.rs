@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use super::limits::ID_LEN;
 use crate::server;
 
-/// Each thread of a queue has the file open: 256 descriptors of the 1024 that a process usually may have.
+/// Each of a queue's 8 threads has the file open: 32 * 8 = 256 descriptors of the 1024 that a process usually
+/// may have.
 const MAX_QUEUES: i64 = 32;
 
 /// Disk whose contents are a regular file or a block device (VIRTIO block)

@@ -2,8 +2,8 @@
 //! the guest.
 //!
 //! A thread looks at the size each second. inotify would wake for each write of the guest's own, and tells
-//! nothing of block devices; a signal is one more thing that a user has to know. The message does not ask for
-//! an answer, so a front-end that does not know it holds nothing up. Called by [`super`].
+//! nothing of block devices; a signal would have to come from the user. The message does not ask for an
+//! answer, so a front-end that does not know it holds nothing up. Called by [`super`].
 
 use std::collections::HashSet;
 use std::ffi::CString;
@@ -46,8 +46,8 @@ struct Channel {
 }
 
 impl Told {
-    /// A session begins: the front-end has not read the configuration space, nor given its channel. What
-    /// sockets are there are others.
+    /// A session begins: the front-end has neither read the configuration space nor given its channel. The
+    /// sockets that exist now are not that channel.
     pub fn begin(&self, disk: &Disk) {
         lock(&self.channel).known = disk.sockets.list().unwrap_or_default();
         // Where this fails, requests do, too, and say so.
@@ -56,8 +56,8 @@ impl Told {
     }
 
     /// SET_BACKEND_REQ_FD. The `vhost` crate can send requests for shared memory only, and does not give its
-    /// socket away. But it is the one that came since [`Self::begin`]: a session's own thread is the
-    /// only one that makes sockets.
+    /// socket away. So the socket is found: it is the one that came since [`Self::begin`], since only the
+    /// session's own thread makes sockets.
     pub fn channel(self: &Arc<Self>, backend: Backend, disk: &Arc<Disk>) -> io::Result<()> {
         let mut channel = lock(&self.channel);
         let now = disk.sockets.list()?;

@@ -23,8 +23,8 @@ use super::credentials::Credentials;
 use super::descriptors::Descriptors;
 use super::handles::Handles;
 
-/// The capabilities that root keeps: to act on files as their owners may, and to create them as a user of the
-/// guest.
+/// The capabilities that root always keeps: to act on files as their owners may, to set their flags (chattr),
+/// and to create them as a user of the guest.
 const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)

@@ -1,8 +1,8 @@
 //! The directory, for one guest: how its files are found, opened, listed, made and removed.
 //!
-//! A file is reached from a directory that is held, by one name: no path, and no link is followed. It is held
-//! itself, by an O_PATH descriptor, for as long as there are enough, and found again ([`super::inodes`]). For
-//! operations that such a descriptor does not allow, the program opens `/proc/self/fd/N`, never the name,
+//! A file is reached from a directory that is held, by one name: no path, and no link is followed. An O_PATH
+//! descriptor holds the file while there are descriptors enough; later it is found again ([`super::inodes`]).
+//! For operations that such a descriptor does not allow, the program opens `/proc/self/fd/N`, never the name,
 //! which may mean another file by then. Only regular files and directories are opened. Called by
 //! [`super::passthrough`].
 

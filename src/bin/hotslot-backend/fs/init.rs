@@ -18,8 +18,8 @@ use super::policy::{Cache, LocksOf, Policy, Xattrs};
 pub const FUSE_SETXATTR_EXT: u64 = 1 << 29;
 pub const FUSE_CREATE_SUPP_GROUP: u64 = 1 << 34;
 
-/// The guest keeps so many requests of its own on the way, such as for reading ahead; behind the second
-/// number it calls the file system congested.
+/// The most requests that the guest's kernel makes in the background at a time, such as to read ahead; from
+/// the second number on it calls the file system congested.
 const MAX_BACKGROUND: u16 = u16::MAX;
 const CONGESTION_THRESHOLD: u16 = MAX_BACKGROUND / 4 * 3;
 

@@ -1,5 +1,5 @@
-//! A file as fuse-backend-rs wants it, `&mut File`, while several threads use it: without a descriptor of its
-//! own. Called by [`super::passthrough`].
+//! A file as fuse-backend-rs demands it, `&mut File`, while several threads use it: without a descriptor of
+//! its own. Called by [`super::passthrough`].
 
 #![expect(unsafe_code, reason = "std has no `&mut File` of a borrowed descriptor")]
 
@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
 
-/// A file of another's, for reads and writes at offsets.
+/// A borrowed file, for reads and writes at offsets.
 pub struct Lent<'a> {
     file: ManuallyDrop<File>,
     _owner: PhantomData<&'a File>,

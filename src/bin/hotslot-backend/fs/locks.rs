@@ -6,7 +6,7 @@
 //! locked.
 //!
 //! Linux' virtio-fs has no FUSE_INTERRUPT: a process that waits for a lock here cannot be killed. So it waits
-//! only [`PATIENCE`], and then gets ENOLCK. Called by [`super::passthrough`] and [`super::requests`].
+//! only [`LOCK_TIMEOUT`], and then gets ENOLCK. Called by [`super::passthrough`] and [`super::requests`].
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,12 +24,12 @@ use super::waiters::Waiters;
 use crate::lock::lock;
 
 /// How long a process waits for a lock.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A flag of FUSE_SETLK: flock(2), not fcntl(2).
 const FUSE_LK_FLOCK: u32 = 1 << 0;
 
-/// Who has a lock of a file.
+/// The owner of locks of a file, as FUSE names it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Owner {
     node: u64,
@@ -64,8 +64,8 @@ impl Locks {
     ///
     /// # Errors
     ///
-    /// EAGAIN: another has a lock that is in the way. ENOLCK: too many owners. What `open` says, and EBADF:
-    /// it is not open as the lock wants it.
+    /// EAGAIN: another owner has a lock that is in the way. ENOLCK: too many owners. The errors of `open`.
+    /// EBADF: it is not open in the mode that the lock needs.
     pub fn set(
         &self,
         node: u64,
@@ -124,7 +124,7 @@ impl Locks {
         self.release(|other, holder| other.node == node && holder.handle == handle);
     }
 
-    /// Releases all, and answers all who wait.
+    /// Releases all, and answers all requests that wait.
     pub fn clear(&self) {
         self.waiters.end();
         lock(&self.holders).clear();

@@ -4,13 +4,14 @@
 //! parts of files mapped into it (vhost-user SHMEM_MAP), and reads and writes them in the host's page cache,
 //! without a request. Called by `main`.
 //!
-//! Reading order: `requests` (bytes to bytes), `init` (what the guest may ask for), `passthrough`, `xattr`,
-//! `ioctl`, `statx` and `locks` (what each request does), `directory` (how a file is found and opened),
-//! `inodes` (the files that the guest knows, found again when they are no longer held), `records` (what is
-//! recorded of them), `handles` (the host's names for them), `opens` (those that the guest has open), `lent`
-//! (one of these for a read or write), `dax` (the window), `credentials` (as which user), `confine` (the
-//! threads' rights), `descriptors` (how many files may be held), `queue` (where the bytes are), `guest`
-//! (which of the guest's memory is RAM), `copies` (what is not).
+//! Reading order: `policy` (the options), `requests` (bytes to bytes), `init` (what the guest may ask for),
+//! `passthrough`, `xattr`, `ioctl`, `statx` and `locks` (what each request does), `waiters` (requests that
+//! wait for a lock), `ids` (users and groups), `directory` (how a file is found and opened), `inodes` (the
+//! files that the guest knows, found again when they are no longer held), `records` (what is recorded of
+//! them), `handles` (the host's names for them), `opens` (those that the guest has open), `lent` (one of
+//! these for a read or write), `dax` (the window), `credentials` (as which user), `confine` (the threads'
+//! rights), `descriptors` (how many files may be held), `queue` (where the bytes are), `guest` (which of the
+//! guest's memory is RAM), `copies` (what is not).
 //!
 //! Each queue has a thread of its own: while one waits for a disk, or for the front-end's answer to
 //! SHMEM_MAP, the others go on.
@@ -136,7 +137,7 @@ pub struct Args {
     #[arg(long)]
     device_nodes: bool,
 
-    /// Who sees the locks (fcntl and flock) of the guest's processes
+    /// Which processes see the locks (fcntl and flock) of the guest's processes
     #[arg(long, value_name = "WHO", default_value = "guest")]
     locks: LocksOf,
 

@@ -393,8 +393,8 @@ impl FileSystem for Directory {
         Ok(rustix::io::pwritev2(&open.file, &[IoSlice::new(&data)], offset, end)?)
     }
 
-    /// Nothing is buffered here that a close could write. The guest's kernel takes ENOSYS for success, and
-    /// does not ask again.
+    /// Nothing is buffered here that a close could write: only locks are released. Without `--locks host`
+    /// there are none; the guest's kernel takes ENOSYS for success, and does not ask again.
     fn flush(&self, _: &Context, node: u64, _: u64, lock_owner: u64) -> io::Result<()> {
         if self.policy.locks == LocksOf::Guest {
             return Err(Errno::NOSYS.into());

@@ -1,6 +1,6 @@
 //! How the directory is served; from the command line.
 //!
-//! Called by [`super`] and by what carries out requests.
+//! Made by [`super`]; read by the modules that carry out requests.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use clap::ValueEnum;
 
 use super::ids::Ids;
 
-/// All of it.
+/// The options.
 pub struct Policy {
     pub read_only: bool,
     pub cache: Cache,
@@ -57,7 +57,7 @@ pub enum Xattrs {
     Off,
 }
 
-/// Who sees the locks of the guest's processes.
+/// Which processes see the locks of the guest's processes.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LocksOf {
     /// The guest's own processes only; no request tells of a lock

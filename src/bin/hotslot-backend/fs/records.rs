@@ -179,8 +179,8 @@ impl Records {
         (node, closed)
     }
 
-    /// Keeps a descriptor of a file: for as long as the guest knows it (`pin`), or as long as there are
-    /// enough. A file that cannot be pinned for lack of descriptors is forgotten.
+    /// Keeps a descriptor of a file: for as long as the guest knows it (`pin`), or while there are
+    /// descriptors enough. A file that cannot be pinned for lack of descriptors is forgotten.
     pub fn hold(&mut self, node: u64, path: Arc<File>, pin: bool) -> Closed {
         let pin = pin || node == ROOT;
         let Some(record) = self.by_node.get_mut(&node) else {

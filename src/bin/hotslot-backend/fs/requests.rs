@@ -31,7 +31,7 @@ use super::dax::Window;
 use super::directory::Directory;
 use super::guest::Guest;
 use super::init::{self, FUSE_SETXATTR_EXT};
-use super::locks::PATIENCE;
+use super::locks::LOCK_TIMEOUT;
 use super::policy::LocksOf;
 use super::queue::{self, Chain, Memory};
 use super::refused::{MAX_REQUEST, Refused};
@@ -108,7 +108,7 @@ impl Requester {
                 true
             };
             // Without a thread the process does not wait.
-            if self.directory.locks.waiters.add(PATIENCE, Box::new(attempt)).is_ok() {
+            if self.directory.locks.waiters.add(LOCK_TIMEOUT, Box::new(attempt)).is_ok() {
                 return None;
             }
         }

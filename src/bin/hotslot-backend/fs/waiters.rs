@@ -1,8 +1,8 @@
 //! Requests that are tried again until they succeed or their time is over.
 //!
-//! The host tells nobody when a lock becomes free, except a thread that does nothing but wait for it, and
-//! that only a signal wakes. So one thread tries all, while there are any: at once when this back-end
-//! releases a lock, and every [`INTERVAL`] for the sake of locks of others. Called by [`super::locks`] and
+//! The host says that a lock is free only to a thread that does nothing but wait for it, and that nothing but
+//! a signal can interrupt. So one thread tries all, while there are any: at once when this back-end releases
+//! a lock, and every [`INTERVAL`], since the host's processes release theirs. Called by [`super::locks`] and
 //! [`super::requests`].
 
 use std::io;
@@ -37,19 +37,19 @@ struct List {
 }
 
 impl Waiters {
-    /// Makes an attempt now and then, for this long.
+    /// Makes an attempt every [`INTERVAL`], for this long.
     ///
     /// # Errors
     ///
     /// There is no thread for it, and no attempt is made.
-    pub fn add(&self, patience: Duration, attempt: Attempt) -> io::Result<()> {
+    pub fn add(&self, limit: Duration, attempt: Attempt) -> io::Result<()> {
         let list = &mut *lock(&self.0.list);
         if !list.has_thread {
             let shared = Arc::clone(&self.0);
             thread::Builder::new().name("waiters".to_owned()).spawn(move || shared.run())?;
             list.has_thread = true;
         }
-        list.attempts.push((Instant::now() + patience, attempt));
+        list.attempts.push((Instant::now() + limit, attempt));
         Ok(())
     }
 
@@ -90,7 +90,7 @@ mod tests {
     fn an_attempt_is_made_until_it_succeeds_and_once_more_when_its_time_is_over() {
         let waiters = Waiters::default();
         let (told, tells) = mpsc::channel();
-        for patience in [Duration::from_secs(3600), Duration::ZERO] {
+        for limit in [Duration::from_secs(3600), Duration::ZERO] {
             let told = told.clone();
             let mut left = 3;
             let attempt = move |is_last| {
@@ -98,7 +98,7 @@ mod tests {
                 let _listens = told.send((left, is_last));
                 left == 0 || is_last
             };
-            waiters.add(patience, Box::new(attempt)).unwrap();
+            waiters.add(limit, Box::new(attempt)).unwrap();
         }
         drop(told);
         let mut calls: Vec<_> = tells.into_iter().collect();
