@@ -74,7 +74,7 @@ pub fn start() -> io::Result<()> {
 
 /// Hands a text over, with its line feed.
 pub(super) fn write(text: Vec<u8>) {
-    LINES.add(Place::Stderr, text);
+    LINES.add(Place::Stderr, text, MOST_WAITING);
 }
 
 /// Where a logger writes: each `write` is one text.
@@ -94,7 +94,7 @@ impl Log {
 
 impl Write for Log {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
-        LINES.add(self.0.clone(), text.to_vec());
+        LINES.add(self.0.clone(), text.to_vec(), MOST_WAITING);
         Ok(text.len())
     }
 
@@ -109,7 +109,8 @@ impl Write for Log {
 pub fn end(last: &str, status: u8) -> ! {
     static IS_SAID: AtomicBool = AtomicBool::new(false);
     if !IS_SAID.swap(true, Ordering::SeqCst) && !last.is_empty() {
-        write(format!("{last}\n").into_bytes());
+        // Whatever waits ahead of it.
+        LINES.add(Place::Stderr, format!("{last}\n").into_bytes(), usize::MAX);
     }
     let is_busy = |waiting: &mut Waiting| waiting.is_writing || !waiting.texts.is_empty();
     let _late = LINES.changed.wait_timeout_while(LINES.lock(), LAST_WRITES, is_busy);
@@ -122,13 +123,15 @@ impl Lines {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, place: Place, text: Vec<u8>) {
+    /// Of a text that is not the first to wait, and with which more than `most` bytes would wait, only a
+    /// count is kept.
+    fn add(&self, place: Place, text: Vec<u8>, most: usize) {
         let mut waiting = self.lock();
         if !waiting.is_started {
             drop(waiting);
             return place.write(&text);
         }
-        if waiting.bytes > 0 && waiting.bytes + text.len() > MOST_WAITING {
+        if waiting.bytes > 0 && waiting.bytes + text.len() > most {
             waiting.dropped += 1;
             return;
         }
@@ -192,10 +195,11 @@ mod tests {
         let place = Place::File(Arc::new(File::from(std::os::fd::OwnedFd::from(writer))));
         // One text may be longer than all that may wait.
         let long = [vec![b'x'; MOST_WAITING], b"\n".to_vec()].concat();
-        lines.add(place.clone(), long.clone());
+        lines.add(place.clone(), long.clone(), MOST_WAITING);
         for _ in 0..3 {
-            lines.add(place.clone(), b"dropped\n".to_vec());
+            lines.add(place.clone(), b"dropped\n".to_vec(), MOST_WAITING);
         }
+        lines.add(place.clone(), b"the last\n".to_vec(), usize::MAX);
         let mut said = Vec::new();
         std::thread::scope(|scope| {
             scope.spawn(|| lines.write_next());
@@ -203,12 +207,13 @@ mod tests {
             reader.read_exact(&mut buffer).unwrap();
             assert!(buffer == long);
         });
-        lines.add(place, b"later\n".to_vec());
+        lines.add(place, b"later\n".to_vec(), MOST_WAITING);
+        lines.write_next();
         lines.write_next();
         // The place had the last writer.
         drop(lines);
         reader.read_to_end(&mut said).unwrap();
         let said = String::from_utf8(said).unwrap();
-        assert_eq!(said, "hotslot: warn: 3 lines left out: nobody read them in time\nlater\n");
+        assert_eq!(said, "hotslot: warn: 3 lines left out: nobody read them in time\nthe last\nlater\n");
     }
 }

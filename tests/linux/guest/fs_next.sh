@@ -17,7 +17,7 @@ for dir in 1 2 3 4 5 6 7 8; do
 done
 # A working directory that moves, and open files that are removed.
 cd 3
-exec 5<1 6<2
+exec 5<./1 6<./2
 mv /mnt/many/3 /mnt/many/5/moved
 mv 4 /mnt/many/4/replaced
 mv /mnt/many/4/replaced /mnt/many/4/4

@@ -68,6 +68,7 @@ kill_backend
 wait $machine
 
 # An eighth of this is how many files the back-end holds.
+# shellcheck disable=SC3045 # busybox has it
 ulimit -n 160
 backend fs fs --dir "$share" --tag share --window 64M
 share next fs_next
