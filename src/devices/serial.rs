@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -248,10 +249,18 @@ impl Output {
     }
 }
 
-/// Waits until the file takes more, a signal arrives or 100 ms are over. True if the file takes more.
+/// Waits until the file takes more or 100 ms are over. True if the file takes more. A signal does not end it:
+/// while the machine stops, many come.
 fn wait_until_writable(file: &File) -> bool {
-    let limit = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-    poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&limit)) == Ok(1)
+    let until = Instant::now() + Duration::from_millis(100);
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let limit = Timespec { tv_sec: 0, tv_nsec: i64::from(left.subsec_nanos()) };
+        match poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&limit)) {
+            Err(Errno::INTR) if !left.is_zero() => {}
+            result => return result == Ok(1),
+        }
+    }
 }
 
 #[cfg(test)]
