@@ -72,15 +72,13 @@ const REFILL: Duration = Duration::from_secs(1);
 /// The lines about one device that its guest or its back-end can cause, at a limited rate.
 pub struct MisuseLog {
     device: String,
-    /// Lock order: innermost; held for a few comparisons.
-    budget: Mutex<Budget>,
+    budget: LineBudget,
 }
 
 impl MisuseLog {
     /// Lines that start with the device's name.
     pub fn new(device: &str) -> Self {
-        let budget = Budget { lines: BURST, since: Instant::now(), dropped: 0 };
-        MisuseLog { device: device.to_owned(), budget: Mutex::new(budget) }
+        MisuseLog { device: device.to_owned(), budget: LineBudget::default() }
     }
 
     /// Logs a warning, if there is room for one.
@@ -94,14 +92,32 @@ impl MisuseLog {
         if !log_enabled!(level) {
             return;
         }
-        let dropped = self.budget.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now());
-        match dropped {
+        match self.budget.take() {
             None => {}
             Some(0) => log!(level, "{}: {message}", self.device),
             Some(dropped) => {
                 log!(level, "{}: {message} ({dropped} lines before this one left out)", self.device)
             }
         }
+    }
+}
+
+/// How many lines a peer may cause: some at once, then one a second.
+pub struct LineBudget(
+    /// Lock order: innermost; held for a few comparisons.
+    Mutex<Budget>,
+);
+
+impl Default for LineBudget {
+    fn default() -> Self {
+        LineBudget(Mutex::new(Budget { lines: BURST, since: Instant::now(), dropped: 0 }))
+    }
+}
+
+impl LineBudget {
+    /// Takes one line: how many were refused since the last one. `None` if this one is refused.
+    pub fn take(&self) -> Option<u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now())
     }
 }
 

@@ -583,6 +583,26 @@ pub fn ordinary_user(place: &Place) -> Option<Option<u32>> {
 
 /// As an ordinary user: the guest's root, and its other users, do what that user can.
 #[test]
+fn what_an_ordinary_user_cannot_do_is_refused_at_the_start() {
+    let place = Place::new();
+    let Some(user) = ordinary_user(&place) else {
+        return;
+    };
+    for option in ["--uid-map 0:1000:1", "--gid-map 0:1000:1", "--device-nodes"] {
+        let mut command = Command::new(hotslot_backend());
+        command.current_dir(place.top.path()).args(["fs", "--socket", "s", "--dir", "dir"]);
+        command.args(option.split_whitespace());
+        if let Some(user) = user {
+            command.uid(user).gid(user);
+        }
+        let output = command.output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{option}: {stderr}");
+        assert!(stderr.contains("needs root's capabilities"), "{option}: {stderr}");
+    }
+}
+
+#[test]
 fn an_ordinary_user_serves_own_files() {
     let place = Place::new();
     let Some(user) = ordinary_user(&place) else {

@@ -1,32 +1,31 @@
-//! Messages about a front-end or its guest, on stderr: the first few of each session, so that neither can
-//! fill it.
+//! Messages about a front-end or its guest, on stderr: a few at once and then one a second, so that neither can
+//! fill it, and a later error of the host is still said.
 
 use std::fmt::Display;
-use std::sync::atomic::{AtomicU32, Ordering};
 
-use hotslot::report::say;
-
-const MAX_COMPLAINTS: u32 = 10;
+use hotslot::report::{LineBudget, say};
 
 /// The messages of one session.
 pub struct Complaints {
     device: &'static str,
-    said: AtomicU32,
+    budget: LineBudget,
 }
 
 impl Complaints {
     /// Messages that begin with the device's name.
     pub fn of(device: &'static str) -> Self {
-        Complaints { device, said: AtomicU32::new(0) }
+        Complaints { device, budget: LineBudget::default() }
     }
 
-    /// Prints a message, unless there were too many.
+    /// Prints a message, unless there were too many just now.
     pub fn say(&self, message: impl Display) {
         let device = self.device;
-        match self.said.fetch_add(1, Ordering::Relaxed) {
-            n if n < MAX_COMPLAINTS => say(format_args!("{device}: {message}")),
-            MAX_COMPLAINTS => say(format_args!("{device}: no more complaints about this front-end's guest")),
-            _ => {}
+        match self.budget.take() {
+            None => {}
+            Some(0) => say(format_args!("{device}: {message}")),
+            Some(dropped) => {
+                say(format_args!("{device}: {message} ({dropped} lines before this one left out)"))
+            }
         }
     }
 }

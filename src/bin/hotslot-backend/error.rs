@@ -46,6 +46,8 @@ pub enum Error {
     Directory { path: PathBuf, source: io::Error },
     #[error("{option}: {why}")]
     Ids { option: &'static str, why: String },
+    #[error("{0} needs root's capabilities, which this user has not")]
+    NeedsRoot(&'static str),
     #[error("files of {path:?} cannot be opened by handles, as --inode-file-handles mandatory demands")]
     NoHandles { path: PathBuf, source: io::Error },
     #[error("there can be no sandbox")]

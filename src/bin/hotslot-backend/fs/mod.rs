@@ -46,6 +46,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use rustix::thread::CapabilitySet;
 use vhost::vhost_user::{Backend, VhostUserProtocolFeatures};
 use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
@@ -180,6 +181,7 @@ fn parse_window(text: &str) -> Result<u64, String> {
 pub fn run(args: &Args) -> Result<(), Error> {
     let map = |option, ranges: &[Range]| Map::new(ranges).map_err(|why| Error::Ids { option, why });
     let ids = Ids { users: map("--uid-map", &args.uid_map)?, groups: map("--gid-map", &args.gid_map)? };
+    check_rights(args)?;
     let dir =
         confine::open(&args.dir).map_err(|source| Error::Directory { path: args.dir.clone(), source })?;
     let descriptors = Descriptors::raise_limit();
@@ -233,6 +235,23 @@ fn handles(args: &Args, dir: &File) -> Result<Option<Handles>, Error> {
             say(format_args!("{NAME}: note: files of {path:?} cannot be opened by handles: {e}"));
             Ok(None)
         }
+    }
+}
+
+/// Refuses what this user cannot do: the guest would find it out file by file.
+fn check_rights(args: &Args) -> Result<(), Error> {
+    let has = rustix::thread::capabilities(None)
+        .map_err(|e| Error::set_up("the user's rights")(e.into()))?
+        .effective;
+    let ids = CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::CHOWN;
+    let options = [
+        ("--uid-map", !args.uid_map.is_empty(), ids),
+        ("--gid-map", !args.gid_map.is_empty(), ids),
+        ("--device-nodes", args.device_nodes, CapabilitySet::MKNOD),
+    ];
+    match options.iter().find(|(_, is_given, needed)| *is_given && !has.contains(*needed)) {
+        Some(&(option, ..)) => Err(Error::NeedsRoot(option)),
+        None => Ok(()),
     }
 }
 
