@@ -1,6 +1,6 @@
 //! The calls that every thread may make: memory, locks, time, messages, a panic, its own end.
 //!
-//! By glibc and by musl, where they differ, and by Rust's standard library.
+//! Made by glibc and by Rust's standard library.
 
 use libc::{PR_GET_NAME, PR_SET_NAME};
 use syscalls::Sysno;
@@ -32,13 +32,12 @@ pub const EVERY_THREAD: &[Rule] = &[
     call(Sysno::sched_yield, "a lock that spins"),
     call(Sysno::clock_gettime, "Instant::now, where the vDSO cannot tell"),
     call(Sysno::clock_nanosleep, "sleep"),
-    call(Sysno::nanosleep, "sleep, by musl"),
     call(Sysno::restart_syscall, "goes on with a wait after SIGSTOP and SIGCONT"),
     call(Sysno::getrandom, "the seeds of hash maps"),
     // Descriptors that are open.
     call(Sysno::read, "eventfds, files"),
     call(Sysno::write, "eventfds, stderr"),
-    call(Sysno::writev, "the C library's messages about damaged memory; musl's stderr"),
+    call(Sysno::writev, "the C library's messages about damaged memory"),
     call(Sysno::close, "a descriptor that was let go"),
     fcntl(libc::F_GETFD, "close, in a debug build: Rust looks whether the descriptor is open"),
     call(Sysno::poll, "waits with a time limit"),
@@ -53,7 +52,7 @@ pub const EVERY_THREAD: &[Rule] = &[
     on_self(Sysno::tgkill, "abort; an interruption of a vCPU's thread"),
     prctl(PR_GET_NAME, "the last line at a refused call"),
     ioctl(libc::TCSETS as u32, "makes the terminal as it was before: at the end, a panic, a refused call"),
-    ioctl(libc::TCSETS2 as u32, "the same, by rustix"),
+    ioctl(libc::TCSETS2 as u32, "the same: rustix tries this one first"),
     call(Sysno::exit, "a thread's end"),
     call(Sysno::exit_group, "the end of the process"),
 ];

@@ -76,7 +76,6 @@ const KVM_SET_CPUID2: u32 = kvm(_IOC_WRITE, 0x90, size_of::<kvm_cpuid2>());
 
 const MAIN_LOOP: &[Rule] = &[
     call(Sysno::epoll_wait, "waits for events"),
-    call(Sysno::epoll_pwait, "the same, by musl"),
     call(Sysno::epoll_ctl, "waits for serial input only while the guest has room"),
 ];
 

@@ -46,7 +46,6 @@ const SERVES: &[Rule] = &[
     call(Sysno::epoll_create1, "a queue's thread waits for kicks"),
     call(Sysno::epoll_ctl, "the same"),
     call(Sysno::epoll_wait, "the same"),
-    call(Sysno::epoll_pwait, "the same, by musl"),
     call(Sysno::eventfd2, "the end of a session"),
     fcntl(libc::F_DUPFD_CLOEXEC, "a descriptor of a front-end's that is kept"),
 ];
