@@ -21,9 +21,9 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
-use super::operands;
 use super::stats::FaultCount;
 use super::vm::{KvmError, Processor, failed_to};
+use super::{operands, paging};
 use crate::bus::Bus;
 use crate::exit::Exit;
 use crate::memory::missing::{Met, MissingPages};
@@ -391,31 +391,29 @@ impl Runner {
         let (Ok(regs), Ok(sregs)) = (self.processor.fd.get_regs(), self.processor.fd.get_sregs()) else {
             return Vec::new();
         };
+        let read = |address, data: &mut [u8]| self.read(address, data);
+        let translate = |linear| paging::physical(&sregs, linear, read);
         let start = operands::instruction(&regs, &sregs);
         let (mut code, mut fetched, mut accesses) = ([0; operands::LONGEST], 0, Vec::new());
         for (linear, len) in pages(start, code.len() as u64) {
-            let Some(physical) = self.translate(linear) else { break };
+            let Some(physical) = translate(linear) else { break };
             accesses.push((physical, Access::ReadOnly));
-            let part = &mut code[fetched..fetched + len as usize];
-            if self.machine.ram.read_slice(part, GuestAddress(physical)).is_err()
-                && !self.machine.missing_pages.peek(physical, part)
-            {
+            if !read(physical, &mut code[fetched..fetched + len as usize]) {
                 break;
             }
             fetched += len as usize;
         }
         for operand in operands::of(&regs, &sregs, &code[..fetched]) {
-            let physical =
-                pages(operand.linear, operand.len).filter_map(|(linear, _)| self.translate(linear));
+            let physical = pages(operand.linear, operand.len).filter_map(|(linear, _)| translate(linear));
             accesses.extend(physical.map(|physical| (physical, operand.access)));
         }
         accesses
     }
 
-    /// The guest physical address of a linear one.
-    fn translate(&self, linear: u64) -> Option<u64> {
-        let translation = self.processor.fd.translate_gva(linear).ok()?;
-        (translation.valid != 0).then_some(translation.physical_address)
+    /// Reads guest physical memory as it is. False where some of it is missing.
+    fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        self.machine.ram.read_slice(data, GuestAddress(address)).is_ok()
+            || self.machine.missing_pages.peek(address, data)
     }
 
     fn crash(&self, reason: String) -> Exit {

@@ -3,9 +3,7 @@
 use std::ffi::c_uint;
 use std::sync::OnceLock;
 
-use kvm_bindings::{
-    KVMIO, kvm_cpuid2, kvm_fpu, kvm_msrs, kvm_regs, kvm_sregs, kvm_translation, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVMIO, kvm_cpuid2, kvm_fpu, kvm_msrs, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
 use syscalls::Sysno;
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
@@ -69,7 +67,6 @@ const KVM_GET_REGS: u32 = kvm(_IOC_READ, 0x81, size_of::<kvm_regs>());
 const KVM_SET_REGS: u32 = kvm(_IOC_WRITE, 0x82, size_of::<kvm_regs>());
 const KVM_GET_SREGS: u32 = kvm(_IOC_READ, 0x83, size_of::<kvm_sregs>());
 const KVM_SET_SREGS: u32 = kvm(_IOC_WRITE, 0x84, size_of::<kvm_sregs>());
-const KVM_TRANSLATE: u32 = kvm(_IOC_READ | _IOC_WRITE, 0x85, size_of::<kvm_translation>());
 const KVM_SET_MSRS: u32 = kvm(_IOC_WRITE, 0x89, size_of::<kvm_msrs>());
 const KVM_SET_FPU: u32 = kvm(_IOC_WRITE, 0x8d, size_of::<kvm_fpu>());
 const KVM_SET_CPUID2: u32 = kvm(_IOC_WRITE, 0x90, size_of::<kvm_cpuid2>());
@@ -89,7 +86,6 @@ const VCPU: &[Rule] = &[
     ioctl(KVM_SET_FPU, "the same"),
     ioctl(KVM_GET_REGS, "which pages does an instruction need; the registers in a debug message"),
     ioctl(KVM_GET_SREGS, "the same"),
-    ioctl(KVM_TRANSLATE, "the same: the physical address of an operand"),
     ioctl(KVM_SET_USER_MEMORY_REGION, "a reset takes the slots of a device whose thread is stuck"),
     call(Sysno::preadv2, "forgets a kick at a reset"),
     on_self(Sysno::process_vm_readv, "reads a page of a mapping for the guest, if it is there"),

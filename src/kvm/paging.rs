@@ -1,0 +1,126 @@
+//! Guest linear addresses to guest physical ones, by the guest's page tables. Intel SDM, volume 3, chapter 4.
+//!
+//! Not by KVM_TRANSLATE: it acts as the guest's kernel would, which may not read a program's pages while SMAP
+//! is on. Rights are not looked at: the processor has done so. Called by [`super::vcpu`].
+
+use kvm_bindings::kvm_sregs;
+
+const CR0_PG: u64 = 1 << 31;
+const CR4_PSE: u64 = 1 << 4;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+const EFER_LMA: u64 = 1 << 10;
+
+/// Bits of an entry: it is in use; it is a large page, not a table.
+const PRESENT: u64 = 1 << 0;
+const LARGE: u64 = 1 << 7;
+/// The bits of an entry, and of CR3, that are an address.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// What a level of the tables takes from the linear address: the lowest bit, and how many.
+type Level = (u32, u32);
+
+const LONG: [Level; 5] = [(48, 9), (39, 9), (30, 9), (21, 9), (12, 9)];
+const PAE: [Level; 3] = [(30, 2), (21, 9), (12, 9)];
+const LEGACY: [Level; 2] = [(22, 10), (12, 10)];
+
+/// The guest physical address; `None` where nothing is mapped, or a table is not in memory. `read` reads
+/// guest physical memory: whether it could.
+pub fn physical(sregs: &kvm_sregs, linear: u64, read: impl Fn(u64, &mut [u8]) -> bool) -> Option<u64> {
+    let has = |bit| sregs.cr4 & bit != 0;
+    if sregs.cr0 & CR0_PG == 0 {
+        return Some(linear);
+    }
+    let (levels, entry_len) = match (sregs.efer & EFER_LMA != 0, has(CR4_PAE)) {
+        (true, _) if has(CR4_LA57) => (&LONG[..], 8),
+        (true, _) => (&LONG[1..], 8),
+        (false, true) => (&PAE[..], 8),
+        (false, false) => (&LEGACY[..], 4),
+    };
+    // The first table of PAE has 32 bytes, and need not be at a page.
+    let mut table = if levels.len() == PAE.len() { sregs.cr3 & 0xffff_ffe0 } else { sregs.cr3 & ADDRESS };
+    for &(shift, bits) in levels {
+        let index = linear >> shift & ((1 << bits) - 1);
+        let mut entry = [0; 8];
+        if !read(table + index * entry_len, &mut entry[..entry_len as usize]) {
+            return None;
+        }
+        let entry = u64::from_le_bytes(entry);
+        if entry & PRESENT == 0 {
+            return None;
+        }
+        if shift == 12 || entry & LARGE != 0 && (entry_len == 8 || has(CR4_PSE)) {
+            let inside = (1 << shift) - 1;
+            return Some(entry & ADDRESS & !inside | linear & inside);
+        }
+        table = entry & ADDRESS;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Memory of 64 KiB with these entries.
+    fn memory(entries: &[(u64, &[u8])]) -> impl Fn(u64, &mut [u8]) -> bool + use<> {
+        let mut bytes = vec![0; 0x1_0000];
+        for (at, entry) in entries {
+            bytes[*at as usize..][..entry.len()].copy_from_slice(entry);
+        }
+        move |at, data| {
+            let part = bytes.get(at as usize..).and_then(|rest| rest.get(..data.len()));
+            part.is_some_and(|part| {
+                data.copy_from_slice(part);
+                true
+            })
+        }
+    }
+
+    #[test]
+    fn four_levels_small_and_large_pages() {
+        let sregs =
+            kvm_sregs { cr0: CR0_PG, cr3: 0x1018, cr4: CR4_PAE, efer: EFER_LMA, ..Default::default() };
+        // The top bit is "no execute", bit 2 "user".
+        let entry = |address: u64, flags: u64| (address | flags | 1 << 63 | 1 << 2).to_le_bytes();
+        let entries = [
+            (0x1000 + 8 * 0xff, entry(0x2000, PRESENT)),
+            (0x2000, entry(0x3000, PRESENT)),
+            (0x2000 + 8, entry(0x4000_0000, PRESENT | LARGE)),
+            (0x3000 + 8, entry(0x4000, PRESENT)),
+            (0x3000 + 16, entry(0x60_0000, PRESENT | LARGE)),
+            (0x4000 + 8 * 3, entry(0x1_2345_6000, PRESENT)),
+            (0x3000 + 24, entry(0xff_0000, PRESENT)),
+        ];
+        let entries: Vec<(u64, &[u8])> = entries.iter().map(|(at, entry)| (*at, &entry[..])).collect();
+        let memory = memory(&entries);
+        let base = 0xff << 39;
+        let physical = |linear| physical(&sregs, linear, &memory);
+        assert_eq!(physical(base + 0x20_3abc), Some(0x1_2345_6abc));
+        assert_eq!(physical(base + 0x41_2345), Some(0x61_2345));
+        assert_eq!(physical(base + 0x4000_0000 + 0x123_4567), Some(0x4123_4567));
+        assert_eq!([base, base + 0x20_4000, 0].map(physical), [None; 3], "nothing there");
+        assert_eq!(physical(base + 0x60_0000), None, "a table that is not in memory");
+    }
+
+    #[test]
+    fn older_kinds_of_tables() {
+        let off = kvm_sregs { cr3: 0x1000, ..Default::default() };
+        assert_eq!(physical(&off, 0xf_1234, memory(&[])), Some(0xf_1234));
+        let legacy = kvm_sregs { cr0: CR0_PG, cr3: 0x1000, cr4: CR4_PSE, ..Default::default() };
+        let tables = memory(&[
+            (0x1000, &0x2001_u32.to_le_bytes()),
+            (0x1004, &0x0080_0081_u32.to_le_bytes()),
+            (0x2004, &0x7001_u32.to_le_bytes()),
+        ]);
+        assert_eq!(physical(&legacy, 0x1234, &tables), Some(0x7234));
+        assert_eq!(physical(&legacy, 0x40_1234, &tables), Some(0x80_1234));
+        let pae = kvm_sregs { cr0: CR0_PG, cr3: 0x1020, cr4: CR4_PAE, ..Default::default() };
+        let tables = memory(&[
+            (0x1038, &0x2001_u64.to_le_bytes()),
+            (0x2000, &0x3001_u64.to_le_bytes()),
+            (0x3008, &0x7001_u64.to_le_bytes()),
+        ]);
+        assert_eq!(physical(&pae, 0xc000_1234, &tables), Some(0x7234));
+    }
+}
