@@ -1,5 +1,5 @@
-//! Messages about a front-end or its guest, on stderr: a few at once and then one a second, so that neither can
-//! fill it, and a later error of the host is still said.
+//! Messages about a front-end or its guest, on stderr: a few at once and then one a second, so that neither
+//! can fill it, and a later error of the host is still said.
 
 use std::fmt::Display;
 
