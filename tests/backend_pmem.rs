@@ -652,12 +652,14 @@ fn bad_command_lines_are_refused() {
         (long.as_str(), "has 108 bytes, more than the 107 that fit"),
         ("--socket memory.img --file memory.img", "\"memory.img\": there is a file that is not a socket"),
         ("--socket missing/s --file memory.img", "cannot listen on \"missing/s\": No such file"),
+        ("--socket missing/s --file created --size 2M", "cannot listen on \"missing/s\": No such file"),
     ];
     for (args, sentence) in refused {
         assert_refused("pmem", &dir, args, sentence);
     }
     assert_eq!(fs::metadata(dir.path().join("memory.img")).unwrap().len(), 2 * MIB);
     assert!(!dir.path().join("missing").exists());
+    assert!(!dir.path().join("created").exists());
 }
 
 /// By the limit of the size of files, which else comes with a deadly signal.

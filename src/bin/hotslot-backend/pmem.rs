@@ -63,8 +63,9 @@ pub struct Args {
 ///
 /// See [`Error`]; a wrong command line or file is found before the socket exists.
 pub fn run(args: &Args) -> Result<(), Error> {
-    let backing = Backing::open(&args.backing)?;
+    // First, because the next line may create the file.
     let listening = server::listen(&args.server)?;
+    let backing = Backing::open(&args.backing)?;
     say(format_args!("{NAME}: {listening}: {backing}"));
     for note in backing.notes() {
         say(format_args!("{NAME}: note: {note}"));

@@ -48,7 +48,7 @@ pub struct Options {
     once: bool,
 }
 
-/// A listening socket, whose file is removed when this is dropped. From now on SIGINT and SIGTERM end
+/// A listening socket, whose file is removed when this is dropped. From now on SIGINT, SIGTERM and SIGHUP end
 /// [`serve_with`] only.
 pub struct Listening {
     listener: UnixListener,
@@ -86,7 +86,7 @@ pub fn listen(options: &Options) -> Result<Listening, Error> {
     }
     // Before there is a socket: a process that sees it may send a signal at once.
     end_event();
-    for signal in [libc::SIGINT, libc::SIGTERM] {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         handle(signal)?;
     }
     let listener = UnixListener::bind(path).map_err(bind_error)?;
@@ -173,7 +173,7 @@ where
     serve_with(name, listening, confine, move |_| session(name, &mut listener, &mut make))
 }
 
-/// Until SIGINT or SIGTERM, calls `session` again and again, which accepts and serves one front-end, on a
+/// Until such a signal, calls `session` again and again, which accepts and serves one front-end, on a
 /// thread of its own. With `--once`, until the first front-end that sent a request has disconnected.
 ///
 /// # Errors
