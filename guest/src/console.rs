@@ -1,5 +1,6 @@
-//! Runs a command on the kernel's console, as a login would: session leader, with the console as its
-//! terminal, so that Ctrl-C and job control work. Called by [`crate::boot`].
+//! Runs a command on the kernel's console, in the foreground of a session with the console as its terminal,
+//! so that Ctrl-C and job control work. The session's leader is PID 1, which outlives the command: what the
+//! command wrote last is not thrown away. Called by [`crate::boot`].
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -23,7 +24,8 @@ pub fn run(command: &[String]) -> u8 {
     let terminal = open();
     match &terminal {
         Ok(terminal) => {
-            if let Err(sentence) = give(&mut process, terminal) {
+            sys::lead_session(terminal);
+            if let Err(sentence) = give(&mut process, terminal, sys::take_foreground) {
                 eprintln!("init: {sentence}");
             }
         }
@@ -67,12 +69,13 @@ pub fn reap_until(process: u32) -> u8 {
     }
 }
 
-/// Makes `terminal` the standard files and the controlling terminal of a process about to start.
-pub fn give(process: &mut Command, terminal: &File) -> Outcome<()> {
+/// Makes `terminal` the standard files of a process about to start, which then calls `take` to have it as its
+/// terminal.
+pub fn give(process: &mut Command, terminal: &File, take: fn() -> io::Result<()>) -> Outcome<()> {
     let copy = || terminal.try_clone().map_err(|error| format!("cannot duplicate the terminal: {error}"));
     process.stdin(copy()?).stdout(copy()?).stderr(copy()?);
-    // SAFETY: between fork and exec, `take_terminal` makes two system calls and allocates nothing.
-    unsafe { process.pre_exec(sys::take_terminal) };
+    // SAFETY: between fork and exec, `take` makes a few system calls and allocates nothing.
+    unsafe { process.pre_exec(take) };
     Ok(())
 }
 

@@ -56,6 +56,26 @@ fn shell_status(status: ExitStatus) -> u8 {
     (signal.or(status.code()).unwrap_or_default() & 0xff) as u8
 }
 
+/// Makes this process the leader of a session with `terminal`, for programs that it will start. (When a
+/// leader ends, the kernel hangs the terminal up and throws away output that is still on its way.)
+pub fn lead_session(terminal: &File) {
+    // Both fail where it is done already.
+    let _ = rustix::process::setsid();
+    let _ = rustix::process::ioctl_tiocsctty(terminal);
+    // Inherited until `take_foreground`, which changes the terminal from the background.
+    // SAFETY: SIG_IGN is no code of ours.
+    unsafe { libc::signal(libc::SIGTTOU, libc::SIG_IGN) };
+}
+
+/// Between fork and exec: makes the new process the foreground of the terminal that is its standard input.
+pub fn take_foreground() -> io::Result<()> {
+    rustix::process::setpgid(None, None)?;
+    rustix::termios::tcsetpgrp(io::stdin(), rustix::process::getpid())?;
+    // SAFETY: SIG_DFL is no code of ours.
+    unsafe { libc::signal(libc::SIGTTOU, libc::SIG_DFL) };
+    Ok(())
+}
+
 /// Between fork and exec: starts a session whose controlling terminal is standard input.
 pub fn take_terminal() -> io::Result<()> {
     rustix::process::setsid()?;

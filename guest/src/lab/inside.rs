@@ -176,7 +176,7 @@ fn spawn(start: &Start, receiver: File, sender: &Sender) -> Outcome<Result<Runni
             let pair = sys::open_terminal_pair();
             let (ours, theirs) = pair.map_err(|error| format!("cannot open a pseudo-terminal: {error}"))?;
             sys::set_window_size(&ours, rows, columns);
-            console::give(&mut process, &theirs)?;
+            console::give(&mut process, &theirs, crate::sys::take_terminal)?;
             Some(ours)
         }
         None => {
