@@ -18,7 +18,8 @@ use crate::{files, hammer, rights, speed};
 const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | mem-read ADDRESS LENGTH | \
                      mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | panic | files DIR | fill FILE MIB | \
                      sum FILE read|map | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
-                     xattr FILE NAME | rights DIR | locked FILE | with-lock FILE SHELL-LINE | speed memory MIB | speed mapped|read|pages FILE";
+                     xattr FILE NAME | rights DIR | locked FILE | with-lock FILE SHELL-LINE | speed memory MIB | speed mapped|read|pages|writes|direct FILE | \
+                     speed program NAME PROGRAM ARG...";
 
 /// Runs one probe.
 pub fn main(arguments: &[OsString]) -> ExitCode {
@@ -46,6 +47,9 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["speed", "mapped", file] => speed::mapped(file),
         ["speed", "read", file] => speed::read(file),
         ["speed", "pages", file] => speed::first_pages(file),
+        ["speed", "writes", file] => speed::writes(file),
+        ["speed", "direct", file] => speed::direct(file),
+        ["speed", "program", name, program, arguments @ ..] => speed::program(name, program, arguments),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);

@@ -1,15 +1,18 @@
-//! How long it takes to get at the bytes of a file, or of memory. Called by [`crate::probe`];
-//! `scripts/bench.sh` makes a table of it.
+//! How long it takes to get at the bytes of a file, or of memory, and how long a program runs. Called by
+//! [`crate::probe`]; `scripts/bench.sh` makes a table of it.
 //!
 //! Each prints nanoseconds, one line a figure, by the guest's clock.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use rustix::mm::MapFlags;
 
+use crate::files::expect;
 use crate::map::{Mapping, PAGE};
 use crate::outcome::{Outcome, failed};
 use crate::parameters::number;
@@ -19,7 +22,7 @@ const MIB: usize = 1 << 20;
 const PIECE: usize = 2 * MIB;
 /// What programs read at a time, one after the other: cp, cat.
 const BLOCK: usize = 128 << 10;
-/// Reads of a page each, at random.
+/// Reads, or writes, of a page each, at random.
 const RANDOM: u64 = 2000;
 
 /// How often what costs the same each time is done; the fastest counts, in which nothing else had a turn.
@@ -78,16 +81,70 @@ pub fn first_pages(file: &str) -> Outcome<String> {
     Ok(figure("random first", first, RANDOM as usize))
 }
 
+/// Writes pages at random into a file; then has them stored.
+pub fn writes(file: &str) -> Outcome<String> {
+    let path = Path::new(file);
+    let file = OpenOptions::new().write(true).open(path).map_err(failed("open", path))?;
+    let length = file.metadata().map_err(failed("look at", path))?.len();
+    let page = [b'w'; PAGE];
+    let began = Instant::now();
+    for at in places(length) {
+        file.write_all_at(&page, at).map_err(failed("write", path))?;
+    }
+    file.sync_all().map_err(failed("flush", path))?;
+    Ok(figure("random writes", began.elapsed().as_nanos(), RANDOM as usize))
+}
+
+/// Reads and writes pages at random past the kernel's cache: of a file, or of a disk.
+pub fn direct(file: &str) -> Outcome<String> {
+    let path = Path::new(file);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_DIRECT);
+    let mut file = options.open(path).map_err(failed("open", path))?;
+    // A disk has no length of its own.
+    let length = file.seek(SeekFrom::End(0)).map_err(failed("look at", path))?;
+    let page = Mapping::anonymous(PAGE).map_err(|error| format!("cannot take a page: {error}"))?;
+    page.store(0, 1_u8);
+    let mut each = |what: &str, access: fn(&Mapping, &File, usize) -> io::Result<usize>| -> Outcome<u128> {
+        let began = Instant::now();
+        for at in places(length) {
+            file.seek(SeekFrom::Start(at)).map_err(failed(what, path))?;
+            let count = access(&page, &file, 0).map_err(failed(what, path))?;
+            expect(what, count, PAGE)?;
+        }
+        Ok(began.elapsed().as_nanos())
+    };
+    let (reads, writes) = (each("read", Mapping::fill_from)?, each("write", Mapping::write_to)?);
+    Ok([figure("direct reads", reads, RANDOM as usize), figure("direct writes", writes, RANDOM as usize)]
+        .join("\n"))
+}
+
+/// Runs a program, with its output thrown away.
+pub fn program(name: &str, program: &str, arguments: &[&str]) -> Outcome<String> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdout(Stdio::null());
+    let began = Instant::now();
+    let status = command.status().map_err(|error| format!("cannot run {program}: {error}"))?;
+    let took = began.elapsed().as_nanos();
+    if status.success() { Ok(figure(name, took, 1)) } else { Err(format!("{program}: {status}")) }
+}
+
 fn random(file: &File, path: &Path, length: u64) -> Outcome<u128> {
     let mut page = [0; PAGE];
-    let mut state = 1_u64;
     let began = Instant::now();
-    for _ in 0..RANDOM {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let at = (state >> 33) % (length / PAGE as u64) * PAGE as u64;
+    for at in places(length) {
         file.read_exact_at(&mut page, at).map_err(failed("read", path))?;
     }
     Ok(began.elapsed().as_nanos())
+}
+
+/// Where pages of a file lie: at random, and the same each time.
+fn places(length: u64) -> impl Iterator<Item = u64> {
+    let mut state = 1_u64;
+    (0..RANDOM).map(move |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 33) % (length / PAGE as u64) * PAGE as u64
+    })
 }
 
 fn open(file: &str) -> Outcome<(File, &Path)> {
