@@ -10,8 +10,8 @@
 //! - `torture`: a back-end that misbehaves on demand;
 //! - `sandbox`: what their threads may ask of the host.
 //!
-//! Exit status: 0 after SIGINT, SIGTERM, SIGHUP or the end of `--once`, 2 for a command line or a file that cannot be
-//! served, 1 for everything else.
+//! Exit status: 0 after SIGINT, SIGTERM, SIGHUP or the end of `--once`, 2 for a command line or a file that
+//! cannot be served, 1 for everything else.
 
 #![deny(unsafe_code)]
 
