@@ -7,6 +7,7 @@
 use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Register};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
+use super::paging::EFER_LMA;
 use crate::memory::{Access, PAGE_SIZE};
 
 /// The most bytes of an instruction.
@@ -57,7 +58,6 @@ pub fn of(regs: &kvm_regs, sregs: &kvm_sregs, code: &[u8]) -> Vec<Operand> {
 
 /// The size of the code segment: 16, 32 or 64 bits.
 fn bits(sregs: &kvm_sregs) -> u32 {
-    const EFER_LMA: u64 = 1 << 10;
     match (sregs.efer & EFER_LMA != 0 && sregs.cs.l != 0, sregs.cs.db != 0) {
         (true, _) => 64,
         (false, true) => 32,

@@ -9,7 +9,8 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PSE: u64 = 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_LA57: u64 = 1 << 12;
-const EFER_LMA: u64 = 1 << 10;
+/// EFER: the processor runs in long mode.
+pub const EFER_LMA: u64 = 1 << 10;
 
 /// Bits of an entry: it is in use; it is a large page, not a table.
 const PRESENT: u64 = 1 << 0;
