@@ -289,7 +289,8 @@ pub fn discard(socket: &UnixStream) {
     while receive_some(socket, &mut [0; 4096], false).is_ok_and(|(count, ..)| count > 0) {}
 }
 
-/// As [`discard`], but stops at the first message without descriptors: another thread may wait for that answer.
+/// As [`discard`], but stops at the first message without descriptors: another thread may wait for that
+/// answer.
 pub fn discard_descriptors(socket: &UnixStream) {
     let mut bytes = [0; 4096];
     while look(socket, &mut bytes).is_ok_and(|(_, has_some)| has_some) {
