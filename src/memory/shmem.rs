@@ -371,26 +371,31 @@ impl SharedMemory {
             }
             Err(error) => error,
         };
+        // EINVAL: it was unmapped meanwhile. EAGAIN: something else is in the way, for a moment.
+        if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EAGAIN)) {
+            return Some(Page::Present);
+        }
         let (number, file_offset, file) = {
             let state = self.lock();
             let mapping = state.ledger.mappings.get(&key)?;
             (mapping.number, mapping.file_offset, Arc::clone(&mapping.kept.file))
         };
-        // EINVAL: it was unmapped meanwhile. EAGAIN: something else is in the way, for a moment.
-        if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EAGAIN)) {
-            return Some(Page::Present);
-        }
-        let is_beyond = file.end().is_ok_and(|end| file_offset + offset >= end);
+        // Where the file ends in the mapping, if that is ahead of the page.
+        let end = file.end().ok().map(|end| end.saturating_sub(file_offset)).filter(|&end| end <= offset);
         let reason = match error.raw_os_error() {
             Some(libc::EHWPOISON) => "a memory error of the host",
             Some(libc::ENOMEM) => "the host has no memory for it",
-            _ if is_beyond => "the host has no memory for zeroes",
+            _ if end.is_some() => "the host has no memory for zeroes",
             _ => file.likely_reason(),
         };
         let State { ledger, filled, .. } = &mut *self.lock();
         // Another mapping may be there meanwhile: the guest's next access shows whether it lacks a page, too.
         let mapping = ledger.mappings.get_mut(&key).filter(|mapping| mapping.number == number)?;
-        if is_beyond && let Some(zeroed) = self.fill(key, mapping, &file, filled) {
+        if offset >= mapping.span_len() - mapping.kept.filled {
+            // Another vCPU was faster.
+            return Some(Page::Present);
+        }
+        if let Some(zeroed) = end.and_then(|end| self.fill(key, mapping, end, filled)) {
             return Some(zeroed);
         }
         let is_first = mapping.kept.unavailable.is_none();
@@ -399,16 +404,8 @@ impl SharedMemory {
         Some(Page::Unavailable(Unavailable { is_first, shmid: key.0, guest, reason }))
     }
 
-    /// Puts zeroes behind the end of the file under a mapping. `None` where that fails, or the file has
-    /// grown.
-    fn fill(
-        &self,
-        key: Key,
-        mapping: &mut Mapping,
-        file: &BackingFile,
-        total: &mut FilledTotal,
-    ) -> Option<Page> {
-        let from = file.end().ok()?.saturating_sub(mapping.file_offset);
+    /// Puts zeroes into a mapping, from the offset on where its file ends. `None` where that fails.
+    fn fill(&self, key: Key, mapping: &mut Mapping, from: u64, total: &mut FilledTotal) -> Option<Page> {
         let len = (mapping.span_len() - mapping.kept.filled).checked_sub(from)?;
         let zeroes = self.span((key.0, key.1 + from), len)?;
         zeroes.fill(Some(mapping.access)).ok()?;
