@@ -26,9 +26,9 @@ pub struct Args {
     pub read_only: bool,
 
     /// Let others that are started with --shared or --read-only use the file at the same time. Without it, a
-    /// second back-end on a file that one may write is refused. A guest does not learn what another writes: a
-    /// file system that two guests mount at a time, one of them for writing, is destroyed, unless it is made
-    /// for that
+    /// second back-end is refused where one of the two may write. A guest's cache misses the writes of other
+    /// guests: when two guests mount a file system and one of them writes, an ordinary one (ext4) is
+    /// destroyed
     #[arg(long)]
     pub shared: bool,
 
