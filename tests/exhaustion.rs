@@ -309,9 +309,8 @@ fn a_process_without_descriptors_refuses_one_mapping_and_takes_all_with_two() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         name.parse::<u64>().unwrap()
     });
-    // The highest may be that of the listing itself, which is closed again: one at least is free below the
-    // limit.
-    let limit = Lowered::to(libc::RLIMIT_NOFILE, highest.max().unwrap() + 1);
+    // Two more than the highest, so that two at least are free below the limit, wherever the others are.
+    let limit = Lowered::to(libc::RLIMIT_NOFILE, highest.max().unwrap() + 3);
     // Those are taken, so that none is left.
     let mut taken: Vec<_> = std::iter::from_fn(|| file.try_clone().ok()).collect();
     assert_eq!(channel.map(page_at(1), &file), EMFILE);
