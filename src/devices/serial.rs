@@ -25,7 +25,9 @@ use crate::bus::BusDevice;
 use crate::exit::Exit;
 
 /// The registers that we look at ourselves, by their offsets.
+const DATA: u8 = 0;
 const INTERRUPT_ENABLE: u8 = 1;
+/// Read: the reason of an interrupt. Written: the control of the FIFOs.
 const INTERRUPT_IDENTIFICATION: u8 = 2;
 const LINE_CONTROL: u8 = 3;
 const MODEM_CONTROL: u8 = 4;
@@ -60,19 +62,79 @@ struct State {
     uart: Serial<InterruptLine, WantsInput, Vec<u8>>,
     line_control: u8,
     modem_control: u8,
-    /// The guest has enabled interrupts for input once. Input before that would be lost: a driver empties the
-    /// port when it starts.
-    listening: bool,
+    /// A guest that polls was told of input by the line status.
+    was_told: bool,
+    /// A guest that polls has read the first byte of the input, which is still in the port.
+    has_read: bool,
+    /// The input that waited when the port began to receive its own output.
+    set_aside: Vec<u8>,
     /// When the guest wrote the last byte that was kept back.
     last_output: Instant,
 }
 
 impl State {
+    /// Whether the guest has enabled interrupts for input.
+    fn is_interrupted(&mut self) -> bool {
+        self.line_control & DIVISOR_LATCH == 0 && self.uart.read(INTERRUPT_ENABLE) & RECEIVED_DATA != 0
+    }
+
     /// Whether the guest has enabled interrupts for input, and there is some.
     fn must_signal_input(&mut self) -> bool {
-        self.line_control & DIVISOR_LATCH == 0
-            && self.uart.read(INTERRUPT_ENABLE) & RECEIVED_DATA != 0
-            && self.uart.read(LINE_STATUS) & DATA_READY != 0
+        self.is_interrupted() && self.uart.read(LINE_STATUS) & DATA_READY != 0
+    }
+
+    fn read(&mut self, register: u8) -> u8 {
+        let took = std::mem::take(&mut self.has_read) && register != INTERRUPT_IDENTIFICATION;
+        if took {
+            self.uart.read(DATA);
+        }
+        let takes_input =
+            register == DATA && (self.line_control & DIVISOR_LATCH | self.modem_control & LOOPBACK) == 0;
+        if takes_input && !self.is_interrupted() {
+            self.has_read = std::mem::take(&mut self.was_told);
+            let first = self.uart.state().in_buffer.first().copied();
+            return first.filter(|_| self.has_read).unwrap_or_default();
+        }
+        let value = self.uart.read(register);
+        self.was_told |= register == LINE_STATUS && value & DATA_READY != 0;
+        value
+    }
+
+    fn write(&mut self, register: u8, value: u8) {
+        if std::mem::take(&mut self.has_read) {
+            self.uart.read(DATA);
+        }
+        // A driver that sets the port up does not take input.
+        self.was_told &= register == DATA;
+        let begins_or_ends_loopback =
+            register == MODEM_CONTROL && (self.modem_control ^ value) & LOOPBACK != 0;
+        let aside = if begins_or_ends_loopback { self.exchange_input() } else { Vec::new() };
+        match register {
+            LINE_CONTROL => self.line_control = value,
+            MODEM_CONTROL => self.modem_control = value,
+            _ => {}
+        }
+        let written = self.uart.write(register, value).and_then(|()| self.uart.enqueue_raw_bytes(&aside));
+        if let Err(error) = written {
+            log::debug!("serial port: register {register}: {error:?}");
+        }
+    }
+
+    /// The port begins to receive its own output: its input is set aside. Or it ends that: what is left of its
+    /// output goes, and what was set aside is the result.
+    fn exchange_input(&mut self) -> Vec<u8> {
+        let aside = std::mem::take(&mut self.set_aside);
+        // With the divisor in place of the data it stays where it is.
+        if self.line_control & DIVISOR_LATCH == 0 {
+            let input = self.uart.state().in_buffer;
+            for _ in &input {
+                self.uart.read(DATA);
+            }
+            if self.modem_control & LOOPBACK == 0 {
+                self.set_aside = input;
+            }
+        }
+        aside
     }
 
     /// The output that was kept back.
@@ -89,7 +151,9 @@ impl SerialPort {
                 uart: Serial::with_events(InterruptLine(interrupt), WantsInput(wants_input), Vec::new()),
                 line_control: 0,
                 modem_control: 0,
-                listening: false,
+                was_told: false,
+                has_read: false,
+                set_aside: Vec::new(),
                 last_output: Instant::now(),
             }),
             output,
@@ -99,7 +163,7 @@ impl SerialPort {
     /// How many bytes of input the guest can take now.
     pub fn room(&self) -> usize {
         let state = self.state();
-        if state.listening && state.modem_control & LOOPBACK == 0 { state.uart.fifo_capacity() } else { 0 }
+        if state.modem_control & LOOPBACK == 0 { state.uart.fifo_capacity() } else { 0 }
     }
 
     /// Gives input to the guest; the number of bytes that it had room for is the result.
@@ -120,7 +184,7 @@ impl SerialPort {
     /// Reads one register; the second result is output to pass on.
     fn read_register(&self, register: u8) -> (u8, Vec<u8>) {
         let mut state = self.state();
-        let mut value = state.uart.read(register);
+        let mut value = state.read(register);
         // vm-superio clears the reason when the first byte is read. A driver that reads a limited number of
         // bytes at a time (Linux: 256) and then asks whether there are more would leave the rest in the port,
         // without ever getting another interrupt.
@@ -138,17 +202,7 @@ impl SerialPort {
     /// Writes one register; the result is output to pass on.
     fn write_register(&self, register: u8, value: u8) -> Vec<u8> {
         let mut state = self.state();
-        match register {
-            INTERRUPT_ENABLE if state.line_control & DIVISOR_LATCH == 0 => {
-                state.listening |= value & RECEIVED_DATA != 0;
-            }
-            LINE_CONTROL => state.line_control = value,
-            MODEM_CONTROL => state.modem_control = value,
-            _ => {}
-        }
-        if let Err(error) = state.uart.write(register, value) {
-            log::debug!("serial port: register {register}: {error:?}");
-        }
+        state.write(register, value);
         if matches!(register, INTERRUPT_ENABLE | MODEM_CONTROL) {
             state.uart.events().in_buffer_empty();
             return state.take_output();
@@ -357,17 +411,17 @@ mod tests {
         thread.join().unwrap();
     }
 
+    fn read(bench: &Bench, register: u8) -> u8 {
+        let mut byte = [0];
+        bench.port.read(register.into(), &mut byte);
+        byte[0]
+    }
+
     #[test]
-    fn input_waits_for_the_driver_and_for_room() {
+    fn a_driver_with_interrupts_gets_input_as_far_as_there_is_room() {
         let bench = bench(None);
-        assert_eq!(bench.port.room(), 0);
-        // The speed has the same offset, and does not count.
-        bench.port.write(3, &[DIVISOR_LATCH]);
-        bench.port.write(1, &[1]);
-        bench.port.write(3, &[3]);
-        assert_eq!(bench.port.room(), 0);
         bench.port.write(1, &[RECEIVED_DATA]);
-        assert!(bench.wants_input.read().is_ok());
+        let _seen = bench.wants_input.read();
         let room = bench.port.room();
         assert_eq!(room, 64);
 
@@ -375,11 +429,69 @@ mod tests {
         assert_eq!(bench.port.room(), 0);
         assert!(bench.interrupt.read().is_ok());
         for left in (0..room).rev() {
-            let mut byte = [0];
-            bench.port.read(0, &mut byte);
-            assert_eq!(byte, *b"x");
+            assert_eq!(read(&bench, 0), b'x');
             assert_eq!(bench.wants_input.read().is_ok(), left == 0, "{left}");
         }
+    }
+
+    #[test]
+    fn a_guest_that_polls_gets_every_byte() {
+        let bench = bench(None);
+        assert_eq!(bench.port.enqueue(b"abc"), 3);
+        for expected in *b"abc" {
+            assert_eq!(read(&bench, LINE_STATUS) & DATA_READY, DATA_READY);
+            // It may write, and look again, before it reads.
+            bench.port.write(0, b".");
+            assert_eq!(read(&bench, LINE_STATUS) & DATA_READY, DATA_READY);
+            assert_eq!(read(&bench, 0), expected);
+        }
+        assert_eq!(read(&bench, LINE_STATUS) & DATA_READY, 0);
+        assert!(bench.wants_input.read().is_ok());
+    }
+
+    #[test]
+    fn a_driver_that_starts_loses_no_input() {
+        // What Linux does: the probe writes to INTERRUPT_ENABLE, empties the port and reads the data; the
+        // start reads all registers, twice, and the end empties the port.
+        let bench = bench(None);
+        assert_eq!(bench.port.enqueue(b"ab"), 2);
+        for enabled in [0, 0xf, 0] {
+            bench.port.write(1, &[enabled]);
+        }
+        read(&bench, LINE_STATUS);
+        bench.port.write(INTERRUPT_IDENTIFICATION.into(), &[0x7]);
+        assert_eq!(read(&bench, 0), 0);
+        for _ in 0..2 {
+            for register in [LINE_STATUS, DATA, INTERRUPT_IDENTIFICATION, 6] {
+                read(&bench, register);
+            }
+        }
+        let _spurious = bench.interrupt.read();
+        bench.port.write(1, &[RECEIVED_DATA]);
+        assert!(bench.interrupt.read().is_ok());
+        assert_eq!(read(&bench, INTERRUPT_IDENTIFICATION) & REASON, INPUT_IS_THERE);
+        assert_eq!(read(&bench, 0), b'a');
+        bench.port.write(1, &[0]);
+        bench.port.write(INTERRUPT_IDENTIFICATION.into(), &[0x7]);
+        assert_eq!(read(&bench, 0), 0);
+        bench.port.write(1, &[RECEIVED_DATA]);
+        assert_eq!(read(&bench, 0), b'b');
+    }
+
+    #[test]
+    fn a_test_of_the_port_by_its_own_output_sees_no_input() {
+        let bench = bench(None);
+        assert_eq!(bench.port.enqueue(b"ab"), 2);
+        bench.port.write(MODEM_CONTROL.into(), &[LOOPBACK]);
+        bench.port.write(0, &[0xae]);
+        assert_eq!(read(&bench, 0), 0xae);
+        bench.port.write(0, &[0xaf]);
+        bench.port.write(MODEM_CONTROL.into(), &[0]);
+        for expected in *b"ab" {
+            assert_eq!(read(&bench, LINE_STATUS) & DATA_READY, DATA_READY);
+            assert_eq!(read(&bench, 0), expected);
+        }
+        assert_eq!(read(&bench, LINE_STATUS) & DATA_READY, 0);
     }
 
     #[test]

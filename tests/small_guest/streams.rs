@@ -14,7 +14,11 @@ use hotslot_test_support::{guest, kvm};
 const DEBUG_EXIT: u64 = 0xf4;
 
 fn request(operation: Operation, address: u64, value: u64) -> Vec<u8> {
-    let mut bytes = vec![operation as u8, 1];
+    wide_request(operation, 1, address, value)
+}
+
+fn wide_request(operation: Operation, width: u8, address: u64, value: u64) -> Vec<u8> {
+    let mut bytes = vec![operation as u8, width];
     bytes.extend(address.to_le_bytes());
     bytes.extend(value.to_le_bytes());
     bytes
@@ -68,6 +72,35 @@ fn input_is_a_pipe_that_ends_before_the_guest() {
     let mut stdin = hotslot.stdin.take().unwrap();
     stdin.write_all(&script()).unwrap();
     drop(stdin);
+    assert_eq!(wait(&mut hotslot).code(), Some(42));
+}
+
+#[test]
+fn a_guest_that_polls_gets_all_of_64_kib() {
+    if !kvm::is_here() {
+        return;
+    }
+    const PLACE: u64 = 0x18_0000;
+    const COUNT: u64 = (64 << 10) / 36;
+    let kernel = guest::kernel();
+    let mut hotslot =
+        guest::command(kernel.path()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdin = hotslot.stdin.take().unwrap();
+    // Beside the reading: neither pipe has room for all.
+    let writer = std::thread::spawn(move || {
+        for number in 0..COUNT {
+            stdin.write_all(&wide_request(Operation::Write, 8, PLACE, !number)).unwrap();
+            stdin.write_all(&wide_request(Operation::Read, 8, PLACE, 0)).unwrap();
+        }
+        stdin.write_all(&request(Operation::Out, DEBUG_EXIT, 42)).unwrap();
+    });
+    let mut output = Vec::new();
+    hotslot.stdout.take().unwrap().read_to_end(&mut output).unwrap();
+    writer.join().unwrap();
+    let answers: Vec<u64> =
+        output.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
+    let expected: Vec<u64> = (0..COUNT).flat_map(|number| [0, !number]).collect();
+    assert_eq!(answers, expected);
     assert_eq!(wait(&mut hotslot).code(), Some(42));
 }
 

@@ -19,7 +19,6 @@ const TABLES: u64 = 0x20_0000;
 const MAPPED_GIB: u64 = 64;
 
 const COM1: u32 = 0x3f8;
-const INTERRUPT_ENABLE: u32 = COM1 + 1;
 const LINE_STATUS: u32 = COM1 + 5;
 
 /// What the monitor can do; the numbers are its wire format.
@@ -67,12 +66,6 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.mov(rax, TABLES)?;
     a.mov(cr3, rax)?;
     a.mov(rsp, LOAD)?; // grows down, into RAM that is not used any more
-
-    // "Interrupt me when there is input": only then hotslot gives the port any. Interrupts stay off in the
-    // processor.
-    a.mov(edx, INTERRUPT_ENABLE)?;
-    a.mov(eax, 1)?;
-    a.out(dx, al)?;
 
     // r8 operation, r9 width, r10 address, r11 value
     a.set_label(&mut next)?;
