@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::{ArgAction, Parser};
 
 use crate::config::device::{self, DeviceSpec};
-use crate::config::{Config, DEFAULT_CMDLINE, SerialLine, UnavailablePage, parse_duration};
+use crate::config::{
+    Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, SerialLine, UnavailablePage, parse_duration,
+};
 use crate::sandbox::Mode;
 use crate::size;
 
@@ -25,7 +27,8 @@ pub struct Cli {
     #[arg(short, long, value_name = "FILE")]
     pub initramfs: Option<PathBuf>,
 
-    /// Kernel command line, appended to the default "console=ttyS0 8250.nr_uarts=1 panic=-1"
+    /// Kernel command line, appended to the default "console=ttyS0 8250.nr_uarts=1 panic=-1
+    /// reboot=panic_warm" (and "hotslot.debug_exit=0xf4" with --debug-exit)
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
 
@@ -86,8 +89,8 @@ pub struct Cli {
 
 const STATUSES: &str = "Exit status:
   0 the guest switched itself off       32 it reset itself
-  1 an error of hotslot                 33 it crashed (triple fault, KVM internal error)
-  2 wrong usage or configuration        34 its kernel panicked (pvpanic)
+  1 an error of hotslot                 33 it crashed (triple fault, such as by reboot=t; KVM internal error)
+  2 wrong usage or configuration        34 its kernel panicked (reboot=panic_warm, or pvpanic)
   35 with --unavailable-page exit: the host cannot provide a page of a mapping
   128+n signal n                         n the byte that it wrote to the port of --debug-exit";
 
@@ -95,7 +98,8 @@ impl Cli {
     /// The configuration; `None` without a kernel, which only `--print-layout` allows.
     pub fn into_config(self) -> Option<Config> {
         let default = (!self.no_default_cmdline).then(|| DEFAULT_CMDLINE.to_owned());
-        let cmdline: Vec<String> = default.into_iter().chain(self.cmdline).collect();
+        let debug_exit = (default.is_some() && self.debug_exit).then(|| DEBUG_EXIT_CMDLINE.to_owned());
+        let cmdline: Vec<String> = default.into_iter().chain(debug_exit).chain(self.cmdline).collect();
         Some(Config {
             kernel: self.kernel?,
             initramfs: self.initramfs,
@@ -134,6 +138,8 @@ mod tests {
     fn the_kernel_command_line_is_the_default_and_then_the_users() {
         assert_eq!(config(&["-k", "k"]).cmdline, DEFAULT_CMDLINE);
         assert_eq!(config(&["-k", "k", "-c", "quiet"]).cmdline, format!("{DEFAULT_CMDLINE} quiet"));
+        let debug_exit = config(&["-k", "k", "--debug-exit", "-c", "quiet"]).cmdline;
+        assert_eq!(debug_exit, format!("{DEFAULT_CMDLINE} {DEBUG_EXIT_CMDLINE} quiet"));
         assert_eq!(config(&["-k", "k", "-c", "--", "--no-default-cmdline"]).cmdline, "--");
         assert_eq!(config(&["-k", "k", "--no-default-cmdline"]).cmdline, "");
     }

@@ -25,6 +25,7 @@ mod stuck;
 
 use std::sync::Arc;
 
+use crate::arch::x86_64::reset::Resets;
 use crate::kvm::vcpu::{Machine, VcpuState};
 use crate::kvm::vm::Processor;
 
@@ -43,5 +44,6 @@ pub struct Vmm {
     machine: Arc<Machine>,
     console: Console,
     memory_map: MemoryMap,
+    resets: Resets,
     exit: Arc<ExitOnce>,
 }

@@ -13,6 +13,7 @@ use super::exit_once::ExitOnce;
 use super::memory_map::MemoryMap;
 use crate::arch::x86_64::boot::Boot;
 use crate::arch::x86_64::cpuid::{self, Topology};
+use crate::arch::x86_64::reset::Resets;
 use crate::arch::x86_64::{acpi, layout, msr, regs};
 use crate::bus::{Bus, BusDevice};
 use crate::config::{Config, SerialLine, UnavailablePage};
@@ -72,7 +73,8 @@ impl Vmm {
         let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
 
         let ram = ram.regions.iter().map(|region| region.guest).collect();
-        Ok(Vmm { vcpus, machine, console, memory_map: MemoryMap { ram, devices }, exit })
+        let resets = Resets::new(&config.cmdline, &machine.ram);
+        Ok(Vmm { vcpus, machine, console, memory_map: MemoryMap { ram, devices }, resets, exit })
     }
 }
 

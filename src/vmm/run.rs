@@ -15,6 +15,7 @@ use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
 use super::stuck::StuckWatch;
 use super::{signals, stuck};
+use crate::arch::x86_64::reset::Resets;
 use crate::exit::Exit;
 use crate::kvm::vcpu::{Machine, UnclaimedCounts, Vcpu, VcpuState};
 use crate::kvm::vm::{KvmError, Processor};
@@ -31,13 +32,13 @@ impl Vmm {
     /// Runs the machine until it ends. That is the end of the process, too: nothing is unmapped, closed or
     /// joined first, since each of these can wait for a back-end's file.
     pub fn run(self) -> ! {
-        let Vmm { vcpus, machine, console, memory_map, exit } = self;
+        let Vmm { vcpus, machine, console, memory_map, resets, exit } = self;
         let serial_port = Arc::clone(&console.port);
         let (events, raw_while_it_runs) = match set_up(console, memory_map, &exit) {
             Ok(ready) => ready,
             Err(error) => end(&Ending::from(&error as &dyn Failure)),
         };
-        let processors = start(vcpus, &machine, &exit);
+        let processors = start(vcpus, &machine, &Arc::new(resets), &exit);
         Kind::MainLoop.confine();
         let ending = serve(events, &exit);
 
@@ -87,14 +88,19 @@ fn serve(mut events: MainLoop, exit: &ExitOnce) -> Ending {
 
 /// Starts the processors' threads, and the one that looks for stuck processors. If one cannot be started, the
 /// machine ends.
-fn start(vcpus: Vec<(Processor, VcpuState)>, machine: &Arc<Machine>, exit: &Arc<ExitOnce>) -> Arc<Vec<Vcpu>> {
+fn start(
+    vcpus: Vec<(Processor, VcpuState)>,
+    machine: &Arc<Machine>,
+    resets: &Arc<Resets>,
+    exit: &Arc<ExitOnce>,
+) -> Arc<Vec<Vcpu>> {
     let mut processors = Vec::new();
     let failed = |what, error| exit.set((&failed_to(what)(error) as &dyn Failure).into());
     for (processor, state) in vcpus {
-        let ended = Arc::clone(exit);
+        let (ended, resets) = (Arc::clone(exit), Arc::clone(resets));
         let ended = move |result: Result<Option<Exit>, KvmError>| match result {
             Ok(None) => {}
-            Ok(Some(exit)) => ended.set((&exit).into()),
+            Ok(Some(exit)) => ended.set((&resets.look_at(exit)).into()),
             Err(error) => ended.set((&error as &dyn Failure).into()),
         };
         match Vcpu::spawn(processor, state, Arc::clone(machine), ended) {

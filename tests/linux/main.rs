@@ -173,6 +173,11 @@ fn a_vmlinux_boots_with_four_cpus_and_panics() {
 }
 
 #[test]
+fn a_panic_without_a_driver_for_it_is_a_panic() {
+    MACHINES.guest("panic-early").ended(34, "the guest's kernel panicked");
+}
+
+#[test]
 fn a_bzimage_boots_with_four_cpus_and_crashes() {
     let guest = MACHINES.guest("crash");
     guest.ended(33, "the guest crashed: triple fault");

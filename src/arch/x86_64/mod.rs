@@ -2,7 +2,8 @@
 //! place.
 //!
 //! [`layout`] has every address. [`boot`] places and loads the kernel, whose formats [`kernel`] knows;
-//! [`regs`], [`msr`] and [`cpuid`] make the processors' first state as data; [`acpi`] describes the devices.
+//! [`regs`], [`msr`] and [`cpuid`] make the processors' first state as data; [`acpi`] describes the devices; [`reset`] tells a panic
+//! from a reset.
 
 pub mod acpi;
 pub mod boot;
@@ -11,3 +12,4 @@ pub mod kernel;
 pub mod layout;
 pub mod msr;
 pub mod regs;
+pub mod reset;
