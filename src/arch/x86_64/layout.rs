@@ -69,6 +69,8 @@ pub const COM1_GSI: u32 = 4;
 pub const I8042: Range<u16> = 0x60..0x65;
 /// The debug-exit port: where QEMU's isa-debug-exit usually is, so that test kernels need no change.
 pub const DEBUG_EXIT: Range<u16> = 0xf4..0xf5;
+/// PCI's configuration address and data: behind them is a host bridge, and no bus.
+pub const PCI_CONFIGURATION: Range<u16> = 0xcf8..0xd00;
 /// The pvpanic port: where QEMU has it.
 pub const PVPANIC: Range<u16> = 0x505..0x506;
 /// ACPI's sleep control register, then its sleep status register, then the reset register.
@@ -137,13 +139,14 @@ const MEMORY: [(&str, u64, u64); 13] = [
     ("then, from the next GiB on: windows of shared memory regions", GAP_END, 0),
 ];
 
-const PORTS: [(&str, Range<u16>); 6] = [
+const PORTS: [(&str, Range<u16>); 7] = [
     ("keyboard controller, reset only", I8042),
     ("debug exit, with --debug-exit", DEBUG_EXIT),
     ("serial port COM1", COM1),
     ("pvpanic", PVPANIC),
     ("ACPI sleep control and status", ACPI_POWER.start..ACPI_RESET),
     ("ACPI reset", ACPI_RESET..ACPI_POWER.end),
+    ("PCI configuration, of a host bridge alone", PCI_CONFIGURATION),
 ];
 
 #[cfg(test)]
