@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Parser};
 
+use crate::arch::x86_64::layout::MAX_VCPUS;
 use crate::config::device::{self, DeviceSpec};
 use crate::config::{
     Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, SerialLine, UnavailablePage, parse_duration,
@@ -23,9 +24,9 @@ pub struct Cli {
     #[arg(short, long, value_name = "FILE", required_unless_present = "print_layout")]
     pub kernel: Option<PathBuf>,
 
-    /// The initial RAM file system
+    /// The initial RAM file system; given again, the kernel unpacks one after the other
     #[arg(short, long, value_name = "FILE")]
-    pub initramfs: Option<PathBuf>,
+    pub initramfs: Vec<PathBuf>,
 
     /// Kernel command line, appended to the default "console=ttyS0 8250.nr_uarts=1 panic=-1
     /// reboot=panic_warm" (and "hotslot.debug_exit=0xf4" with --debug-exit)
@@ -41,7 +42,7 @@ pub struct Cli {
     pub memory: u64,
 
     /// Number of virtual processors
-    #[arg(long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true, value_parser = cpus)]
     pub cpus: u32,
 
     /// Add a virtio device whose back-end listens on a Unix socket
@@ -85,6 +86,12 @@ pub struct Cli {
     /// Print the machine's fixed addresses, ports and interrupts, and its default kernel command line
     #[arg(long)]
     pub print_layout: bool,
+}
+
+/// A number of processors; how many there can be is KVM's to say.
+fn cpus(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|&number| (1..=MAX_VCPUS).contains(&number));
+    number.ok_or_else(|| format!("it is a number from 1 to {MAX_VCPUS}"))
 }
 
 const STATUSES: &str = "Exit status:
@@ -159,7 +166,8 @@ mod tests {
         for (arguments, parts) in [
             (&["-m", "lots"][..], ["--memory", "\"lots\" is not a size"]),
             (&["-m", "16777216T"], ["--memory", "more than 2^64 - 1 bytes"]),
-            (&["--cpus", "0"], ["--cpus", "0 is not in 1.."]),
+            (&["--cpus", "0"], ["--cpus", "a number from 1 to 254"]),
+            (&["--cpus", "255"], ["--cpus", "a number from 1 to 254"]),
             (&["--cpus", "-1"], ["--cpus", "-1"]),
             (&["--cpus", "many"], ["--cpus", "many"]),
             (&["--vhost-user", "a,type=fs,x=1"], ["--vhost-user", "unknown key `x`"]),

@@ -28,7 +28,8 @@ pub const DEBUG_EXIT_CMDLINE: &str = "hotslot.debug_exit=0xf4";
 #[allow(missing_docs)]
 pub struct Config {
     pub kernel: PathBuf,
-    pub initramfs: Option<PathBuf>,
+    /// One after the other.
+    pub initramfs: Vec<PathBuf>,
     /// The whole kernel command line.
     pub cmdline: String,
     /// Bytes of RAM.

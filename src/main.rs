@@ -64,29 +64,38 @@ impl Failure for NoThread {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("cannot open the log file {0}")]
-struct LogFileError(PathBuf, #[source] io::Error);
+enum LogError {
+    #[error("cannot open the log file {0}")]
+    File(PathBuf, #[source] io::Error),
+    #[error("`{0}` does not say what to log: it is LEVEL or MODULE=LEVEL, where LEVEL is {LEVELS}")]
+    Spec(String),
+}
 
-impl Failure for LogFileError {
+/// The levels of `--log`.
+const LEVELS: &str = "off, error, warn, info, debug or trace";
+
+impl Failure for LogError {
     fn status(&self) -> u8 {
         STATUS_USAGE
     }
 }
 
-fn start_log(cli: &Cli) -> Result<(), LogFileError> {
+fn start_log(cli: &Cli) -> Result<(), LogError> {
     let mut builder = env_logger::Builder::new();
-    builder.parse_filters(match (&cli.log, cli.verbose) {
-        (Some(spec), _) => spec,
-        (None, 0) => "warn",
-        (None, 1) => "info",
-        (None, _) => "debug",
-    });
+    let default = ["warn", "info", "debug"][usize::from(cli.verbose).min(2)];
+    let spec = cli.log.as_deref().unwrap_or(default);
+    // The parser of env_logger leaves out what it does not understand.
+    let level = |part: &&str| part.rsplit('=').next().unwrap_or_default().parse::<log::LevelFilter>();
+    if let Some(part) = spec.split(',').find(|part| level(part).is_err()) {
+        return Err(LogError::Spec(part.to_owned()));
+    }
+    builder.parse_filters(spec);
     builder.format(|out, record| {
         let level = record.level().as_str().to_lowercase();
         writeln!(out, "hotslot: {level}: {}", record.args())
     });
     if let Some(path) = &cli.log_file {
-        let file = std::fs::File::create(path).map_err(|error| LogFileError(path.clone(), error))?;
+        let file = std::fs::File::create(path).map_err(|error| LogError::File(path.clone(), error))?;
         builder
             .format_timestamp_micros()
             .target(env_logger::Target::Pipe(Box::new(lines::Log::to_file(file))));

@@ -45,5 +45,7 @@ pub struct Vmm {
     console: Console,
     memory_map: MemoryMap,
     resets: Resets,
+    /// What to say when the guest crashes.
+    crash_hint: Option<&'static str>,
     exit: Arc<ExitOnce>,
 }

@@ -199,6 +199,8 @@ fn wrong_usage() {
     refused(&["-k", "good", "--serial", "pty"], here, &["`pty`", "file=PATH"], None);
     refused(&["-k", "good", "--connect-timeout", "1h"], here, &["`1h`"], None);
     refused(&["-k", "good", "-v", "--log", "debug"], here, &["--log"], None);
+    refused(&["-k", "good", "--log", "foo=bar"], here, &["`foo=bar`", "LEVEL is off, error"], None);
+    refused(&["-k", "good", "--log", "info,loud"], here, &["`loud`"], None);
     refused(&["-k", "good", "--log-file", "no/where"], here, &["no/where", "No such file"], None);
 }
 

@@ -3,6 +3,7 @@
 //! Called by `vmm::build`. Documentation/virt/kvm/api.rst in the Linux sources is the reference.
 
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -49,17 +50,38 @@ impl Failure for KvmError {
     fn hint(&self) -> Option<String> {
         let text = match self {
             KvmError::Missing => {
-                "load the module (`modprobe kvm_intel` or `kvm_amd`), switch virtualisation on in the firmware, or pass \
-                 --device /dev/kvm to the container"
+                return Some(format!(
+                    "load the module (`modprobe kvm_intel` or `kvm_amd`), switch virtualisation on in the firmware, or \
+                     pass --device /dev/kvm to the container; {EMULATED_HOST}"
+                ));
+            }
+            KvmError::NoPermission if group_may_use_it() => {
+                "add yourself to the group that owns it: `sudo usermod -aG kvm $USER`, then log in again"
             }
             KvmError::NoPermission => {
-                "add yourself to the group that owns it: `sudo usermod -aG kvm $USER`, then log in again"
+                "only its owner may open it: `sudo chmod 660 /dev/kvm`, or be that user"
             }
             KvmError::Capability(..) => "Linux 4.11 or later on an x86-64 processor has all that is needed",
             _ => return None,
         };
         Some(text.into())
     }
+}
+
+/// What a host without a KVM that boots Linux can do instead.
+pub const EMULATED_HOST: &str =
+    "where there is no such KVM, scripts/lab.sh runs a command on an emulated host that has one";
+
+fn group_may_use_it() -> bool {
+    std::fs::metadata("/dev/kvm").is_ok_and(|file| file.permissions().mode() & 0o060 == 0o060)
+}
+
+/// Whether the processor has what KVM uses to run a guest. Without it KVM is software: a few small guests run
+/// there, slowly, and Linux does not boot.
+pub fn has_hardware() -> bool {
+    let Ok(text) = std::fs::read_to_string("/proc/cpuinfo") else { return true };
+    let flags = text.lines().find(|line| line.starts_with("flags"));
+    flags.is_none_or(|flags| flags.split(' ').any(|flag| ["vmx", "svm"].contains(&flag)))
 }
 
 /// For `map_err`: an ioctl that was to do `what`.

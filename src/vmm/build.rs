@@ -13,17 +13,19 @@ use super::exit_once::ExitOnce;
 use super::memory_map::MemoryMap;
 use crate::arch::x86_64::boot::Boot;
 use crate::arch::x86_64::cpuid::{self, Topology};
+use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::reset::Resets;
 use crate::arch::x86_64::{acpi, layout, msr, regs};
 use crate::bus::{Bus, BusDevice};
 use crate::config::{Config, SerialLine, UnavailablePage};
 use crate::devices::debug_exit::DebugExit;
 use crate::devices::i8042::I8042;
+use crate::devices::pci_ports::PciPorts;
 use crate::devices::power::PowerControl;
 use crate::devices::pvpanic::Pvpanic;
 use crate::kvm::slots::Slots;
 use crate::kvm::vcpu::{BootRegisters, Machine, VcpuState};
-use crate::kvm::vm::{Kvm, KvmError, Processor, Vm};
+use crate::kvm::vm::{EMULATED_HOST, Kvm, KvmError, Processor, Vm, has_hardware};
 use crate::memory::Access;
 use crate::memory::alloc::WindowAllocator;
 use crate::memory::missing::MissingPages;
@@ -40,10 +42,16 @@ impl Vmm {
         // The user's configuration: can such a machine exist?
         check_numbers(config)?;
         let ram = Ram::new(config.memory, layout::GAP, layout::GAP_END)?;
-        let boot = Boot::plan(&config.kernel, config.initramfs.as_deref(), &config.cmdline, &ram)?;
+        let boot = Boot::plan(&config.kernel, &config.initramfs, &config.cmdline, &ram)?;
 
         // The machine, with its memory.
         let kvm = Kvm::open()?;
+        let is_hopeless = boot.is_linux() && !has_hardware();
+        if is_hopeless {
+            log::warn!(
+                "KVM has no hardware virtualization here, and Linux does not boot so: {EMULATED_HOST}"
+            );
+        }
         kvm.check_vcpus(config.cpus)?;
         let supported = kvm.supported_cpuid()?;
         check_address_width(&ram, &supported)?;
@@ -64,6 +72,7 @@ impl Vmm {
         let exit = Arc::new(ExitOnce::new()?);
         let console = attach_serial_port(&machine, &vm, &config.serial, &exit)?;
         attach_power(&machine.ports, config.debug_exit);
+        insert(&machine.ports, layout::PCI_CONFIGURATION, Arc::new(PciPorts::default()));
         let devices = backends::attach(backends, &machine, &vm, &ram)?;
 
         // What the kernel finds in memory, and the processors that run it.
@@ -73,8 +82,9 @@ impl Vmm {
         let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
 
         let ram = ram.regions.iter().map(|region| region.guest).collect();
+        let crash_hint = is_hopeless.then_some(EMULATED_HOST);
         let resets = Resets::new(&config.cmdline, &machine.ram);
-        Ok(Vmm { vcpus, machine, console, memory_map: MemoryMap { ram, devices }, resets, exit })
+        Ok(Vmm { vcpus, machine, console, memory_map: MemoryMap { ram, devices }, resets, crash_hint, exit })
     }
 }
 
@@ -147,14 +157,14 @@ fn create_vcpus(
     vm: &Vm,
     supported: &CpuId,
     topology: Topology,
-    entry: u64,
+    entry: Entry,
 ) -> Result<Vec<(Processor, VcpuState)>, KvmError> {
     let create = |id| {
         let processor = vm.create_vcpu(id)?;
         let boot = match id {
             0 => Some(BootRegisters {
                 regs: regs::general(entry),
-                sregs: regs::system(processor.system_registers()?),
+                sregs: regs::system(entry, processor.system_registers()?),
                 fpu: regs::floating_point(),
             }),
             _ => None,

@@ -19,7 +19,7 @@ use crate::arch::x86_64::reset::Resets;
 use crate::exit::Exit;
 use crate::kvm::vcpu::{Machine, UnclaimedCounts, Vcpu, VcpuState};
 use crate::kvm::vm::{KvmError, Processor};
-use crate::report::{Failure, lines};
+use crate::report::{Failure, lines, say};
 use crate::sandbox::vmm::Kind;
 use crate::terminal::RawTerminal;
 
@@ -32,7 +32,7 @@ impl Vmm {
     /// Runs the machine until it ends. That is the end of the process, too: nothing is unmapped, closed or
     /// joined first, since each of these can wait for a back-end's file.
     pub fn run(self) -> ! {
-        let Vmm { vcpus, machine, console, memory_map, resets, exit } = self;
+        let Vmm { vcpus, machine, console, memory_map, resets, crash_hint, exit } = self;
         let serial_port = Arc::clone(&console.port);
         let (events, raw_while_it_runs) = match set_up(console, memory_map, &exit) {
             Ok(ready) => ready,
@@ -41,6 +41,9 @@ impl Vmm {
         let processors = start(vcpus, &machine, &Arc::new(resets), &exit);
         Kind::MainLoop.confine();
         let ending = serve(events, &exit);
+        if let Some(hint) = crash_hint.filter(|_| ending.status == u8::from(&Exit::Crash(String::new()))) {
+            say(format_args!("hint: {hint}"));
+        }
 
         stop(&processors, &machine);
         serial_port.flush();

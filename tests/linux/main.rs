@@ -120,11 +120,7 @@ fn has_memory(guest: &Guest, mib: u64) {
 }
 
 /// Errors and warnings of the kernel that are none of the machine's.
-const ALLOWED: [&str; 14] = [
-    // There is no PCI. With CONFIG_PCI no hint of ACPI's and no option (pci=off neither) keeps Linux from
-    // saying so.
-    "PCI: Fatal: No config space access function found",
-    "PCI: System does not support PCI",
+const ALLOWED: [&str; 12] = [
     // Nor any control of the processor's frequency.
     "amd_pstate: the _CPC object is not present",
     // So Linux says of each virtio pmem device: it cannot tell that its flushes go to the back-end.

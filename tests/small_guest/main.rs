@@ -12,6 +12,7 @@ mod footprint;
 mod lifecycle;
 mod machine;
 mod mappings;
+mod pvh;
 mod registers;
 mod sandbox;
 mod streams;

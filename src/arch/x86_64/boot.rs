@@ -3,16 +3,16 @@
 //! Documentation/arch/x86/boot.rst in the Linux sources, "64-bit Boot Protocol". [`Boot::plan`] refuses what
 //! can be refused without a machine; [`Boot::load`] fills guest memory.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use thiserror::Error;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-use super::kernel::{HDRS, ImageFile, Kernel, KernelError};
-use super::{acpi, layout, regs};
-use crate::memory::PAGE_SIZE;
+use super::initramfs::{Initramfs, InitramfsError};
+use super::kernel::{HDRS, Kernel, KernelError};
+use super::regs::Entry;
+use super::{acpi, layout, pvh, regs};
 use crate::memory::ram::Ram;
 use crate::report::{Failure, STATUS_USAGE};
 
@@ -26,11 +26,8 @@ pub enum BootError {
         "the kernel {path} needs the guest addresses up to {end:#x}, and RAM below 4 GiB ends at {ram:#x}"
     )]
     KernelTooLarge { path: PathBuf, end: u64, ram: u64 },
-    #[error(
-        "the initramfs {path} has {size} bytes, and only {room} bytes of RAM are left between the kernel's end at \
-         {kernel_end:#x} and {limit:#x}"
-    )]
-    InitramfsTooLarge { path: PathBuf, size: u64, room: u64, kernel_end: u64, limit: u64 },
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
     /// The kernel would cut the command line off.
     #[error("the kernel command line has {len} bytes, and this kernel takes at most {most}")]
     CmdlineTooLong { len: usize, most: u64 },
@@ -51,7 +48,10 @@ impl Failure for BootError {
                 [0x28, 0xb5, 0x2f, 0xfd, ..] => "it looks zstd-compressed: unpack it first",
                 _ => "a distribution's kernel is /boot/vmlinuz-*, which is a bzImage",
             },
-            BootError::KernelTooLarge { .. } | BootError::InitramfsTooLarge { .. } => {
+            BootError::Initramfs(InitramfsError::TooLarge { is_ram_end: false, .. }) => {
+                "more memory does not help: a smaller or a compressed initramfs does"
+            }
+            BootError::KernelTooLarge { .. } | BootError::Initramfs(InitramfsError::TooLarge { .. }) => {
                 "give the guest more memory with --memory"
             }
             BootError::CmdlineTooLong { .. } => "--no-default-cmdline leaves the default out",
@@ -71,21 +71,10 @@ pub struct Boot {
     cmdline: String,
 }
 
-struct Initramfs {
-    image: ImageFile,
-    start: u64,
-}
-
 impl Boot {
     /// Opens kernel and initramfs, and finds out whether both and the command line fit into RAM.
-    pub fn plan(
-        kernel: &Path,
-        initramfs: Option<&Path>,
-        cmdline: &str,
-        ram: &Ram,
-    ) -> Result<Boot, BootError> {
+    pub fn plan(kernel: &Path, initramfs: &[PathBuf], cmdline: &str, ram: &Ram) -> Result<Boot, BootError> {
         let kernel = Kernel::open(kernel)?;
-        let initramfs = initramfs.map(|path| ImageFile::open("initramfs", path)).transpose()?;
         let (len, most) = (cmdline.len(), kernel.cmdline_most);
         if len as u64 > most {
             return Err(BootError::CmdlineTooLong { len, most });
@@ -94,50 +83,42 @@ impl Boot {
         if kernel.end > low_end {
             return Err(BootError::KernelTooLarge { path: kernel.image.path, end: kernel.end, ram: low_end });
         }
-        let limit = low_end.min(kernel.initrd_max.saturating_add(1));
-        let initramfs = initramfs.map(|image| Initramfs::place(image, kernel.end, limit)).transpose()?;
+        let kernel_limit = kernel.initrd_max.saturating_add(1);
+        let limit = low_end.min(kernel_limit);
+        let initramfs = Initramfs::plan(initramfs, kernel.end, limit, limit < layout::GAP.min(kernel_limit))?;
         Ok(Boot { kernel, initramfs, cmdline: cmdline.into() })
+    }
+
+    /// Whether the kernel is Linux.
+    pub fn is_linux(&self) -> bool {
+        self.kernel.is_linux
     }
 
     /// Writes kernel, initramfs, command line, boot parameters, segment descriptors, page tables and reset
     /// vector to RAM, and the ACPI tables of a machine with these processors and devices. Gives the kernel's
     /// entry point.
-    pub fn load(mut self, ram: &Ram, vcpus: u32, devices: usize) -> Result<u64, BootError> {
+    pub fn load(mut self, ram: &Ram, vcpus: u32, devices: usize) -> Result<Entry, BootError> {
         let memory = ram.memory();
         let (entry, header) = self.kernel.load(memory)?;
-        if let Some(Initramfs { image, start }) = &mut self.initramfs {
-            memory
-                .read_exact_volatile_from(GuestAddress(*start), &mut image.file, image.len as usize)
-                .map_err(|error| image.read_error(io::Error::other(error)))?;
+        if let Some(initramfs) = &mut self.initramfs {
+            initramfs.load(memory)?;
         }
         let write = |what: &'static str, bytes: &[u8], address| {
             memory.write_slice(bytes, GuestAddress(address)).map_err(|error| BootError::Write(what, error))
         };
         write("command line", &[self.cmdline.as_bytes(), &[0]].concat(), layout::CMDLINE)?;
         write("ACPI tables", &acpi::tables(layout::ACPI, vcpus, devices), layout::ACPI)?;
-        let params = boot_parameters(header, ram, self.initramfs.as_ref());
-        write("boot parameters", params.as_slice(), layout::BOOT_PARAMS)?;
+        let initramfs = self.initramfs.map(|Initramfs { start, len, .. }| (start, len));
+        let params = match entry {
+            Entry::Linux(_) => boot_parameters(header, ram, initramfs).as_slice().to_vec(),
+            Entry::Pvh(_) => pvh::information(&memory_map(ram), initramfs),
+        };
+        write("boot parameters", &params, layout::BOOT_PARAMS)?;
         write("page tables", &le_bytes(&regs::page_tables()), layout::PAGE_TABLES)?;
         write("global descriptor table", &le_bytes(&regs::gdt()), layout::GDT)?;
         let reset = regs::reset_vector(layout::ACPI_RESET, acpi::RESET_VALUE);
         write("reset vector", &reset, layout::RESET_VECTOR)?;
         Ok(entry)
-    }
-}
-
-impl Initramfs {
-    /// As high as possible: below `limit`, on a page boundary, not in the kernel.
-    fn place(image: ImageFile, kernel_end: u64, limit: u64) -> Result<Initramfs, BootError> {
-        match limit.checked_sub(image.len).map(|start| start & !(PAGE_SIZE - 1)) {
-            Some(start) if start >= kernel_end => Ok(Initramfs { image, start }),
-            _ => Err(BootError::InitramfsTooLarge {
-                path: image.path,
-                size: image.len,
-                room: limit.saturating_sub(kernel_end),
-                kernel_end,
-                limit,
-            }),
-        }
     }
 }
 
@@ -147,16 +128,16 @@ fn le_bytes(entries: &[u64]) -> Vec<u8> {
 
 /// The "zero page": the kernel's own header with the fields that a boot loader fills in, the memory map, the
 /// ACPI root pointer.
-fn boot_parameters(header: setup_header, ram: &Ram, initramfs: Option<&Initramfs>) -> boot_params {
+fn boot_parameters(header: setup_header, ram: &Ram, initramfs: Option<(u64, u64)>) -> boot_params {
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: layout::ACPI, ..Default::default() };
     // An ELF kernel has no header of its own: only these fields.
     params.hdr.header = HDRS;
     params.hdr.boot_flag = 0xaa55;
     params.hdr.type_of_loader = LOADER_OTHER;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
-    if let Some(Initramfs { image, start }) = initramfs {
+    if let Some((start, len)) = initramfs {
         // Below 4 GiB, so in 32 bits.
-        (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = (*start as u32, image.len as u32);
+        (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = (start as u32, len as u32);
     }
     let map = memory_map(ram);
     params.e820_table[..map.len()].copy_from_slice(&map);
@@ -241,9 +222,17 @@ mod tests {
     }
 
     fn boot(kernel: &[u8], initramfs: Option<&[u8]>, cmdline: &str, ram: &Ram) -> Result<u64, BootError> {
-        let (kernel, initramfs) = (file(kernel), initramfs.map(file));
-        let initramfs = initramfs.as_ref().map(|file| file.path());
-        Boot::plan(kernel.path(), initramfs, cmdline, ram)?.load(ram, 1, 0)
+        let initramfs: Vec<_> = initramfs.into_iter().collect();
+        let Entry::Linux(entry) = boot_with(kernel, &initramfs, cmdline, ram)? else {
+            panic!("entered by PVH")
+        };
+        Ok(entry)
+    }
+
+    fn boot_with(kernel: &[u8], initramfs: &[&[u8]], cmdline: &str, ram: &Ram) -> Result<Entry, BootError> {
+        let (kernel, files) = (file(kernel), initramfs.iter().map(|bytes| file(bytes)).collect::<Vec<_>>());
+        let paths: Vec<_> = files.iter().map(|file| file.path().to_owned()).collect();
+        Boot::plan(kernel.path(), &paths, cmdline, ram)?.load(ram, 1, 0)
     }
 
     fn bytes_at(ram: &Ram, address: u64, len: usize) -> Vec<u8> {
@@ -292,6 +281,26 @@ mod tests {
             assert_eq!((header.ramdisk_image as u64, header.ramdisk_size as u64), (start, 5000));
             assert_eq!(bytes_at(&ram, start, 5000), contents);
         }
+    }
+
+    #[test]
+    fn several_files_are_one_initramfs() {
+        let ram = ram(8 * MIB);
+        boot_with(&elf(2 * MIB, MIB), &[&[1; 5], &[2; 4096], &[3]], "", &ram).unwrap();
+        let header = params(&ram).hdr;
+        assert_eq!((header.ramdisk_image as u64, header.ramdisk_size as u64), (8 * MIB - 8192, 8 + 4096 + 1));
+        let expected = [&[1; 5][..], &[0; 3], &[2; 4096], &[3, 0, 0, 0]].concat();
+        assert_eq!(bytes_at(&ram, 8 * MIB - 8192, 4108), expected);
+    }
+
+    #[test]
+    fn more_memory_is_advised_only_where_it_helps() {
+        let hint = |kernel: &[u8], ram: &Ram| {
+            boot(kernel, Some(&vec![0; 6 * MIB as usize]), "", ram).unwrap_err().hint().unwrap()
+        };
+        assert!(hint(&elf(2 * MIB, MIB), &ram(8 * MIB)).contains("--memory"));
+        // This kernel takes none above 6 MiB.
+        assert!(hint(&bzimage(0), &ram(16 * MIB)).contains("more memory does not help"));
     }
 
     #[test]

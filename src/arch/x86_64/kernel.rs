@@ -1,7 +1,8 @@
 //! Kernel files: an ELF `vmlinux` or a `bzImage`, told apart by their content; checking and loading them.
 //!
 //! Documentation/arch/x86/boot.rst in the Linux sources, "64-bit Boot Protocol": an ELF file is entered at
-//! `e_entry`, a bzImage 512 bytes after its start. Both are read straight into guest memory: there is never a
+//! `e_entry`, a bzImage 512 bytes after its start. An ELF file with a PVH note and no note of Linux' is another
+//! kernel, entered at the address in that note ([`super::pvh`]). All are read straight into guest memory: there is never a
 //! copy of them in this process. [`super::boot`] calls this, and opens the initramfs by `ImageFile`, too.
 
 use std::fs::File;
@@ -12,12 +13,13 @@ use std::path::{Path, PathBuf};
 use libc::EM_X86_64;
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::bzimage::BzImage;
-use linux_loader::loader::elf::Elf;
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{self, KernelLoader};
 use thiserror::Error;
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
 
 use super::layout;
+use super::regs::Entry;
 
 /// Why a file cannot be booted.
 #[derive(Debug, Error)]
@@ -117,6 +119,9 @@ pub(super) struct Kernel {
     pub image: ImageFile,
     /// The setup header of a bzImage; `None` for an ELF file.
     header: Option<setup_header>,
+    pub is_linux: bool,
+    /// Whether it is entered by PVH.
+    is_pvh: bool,
     /// The first address after the memory that the kernel uses before it reads the memory map.
     pub end: u64,
     /// The longest command line that it takes, in bytes.
@@ -132,8 +137,9 @@ impl Kernel {
         let mut start = vec![0; image.len.min(8) as usize];
         image.read(&mut start, 0)?;
         if start.starts_with(b"\x7fELF") {
-            let (end, cmdline_most, initrd_max) = (check_elf(&image)?, CMDLINE_MOST, INITRD_MAX);
-            return Ok(Kernel { image, header: None, end, cmdline_most, initrd_max });
+            let Checked { end, is_linux, is_pvh } = check_elf(&image)?;
+            let (cmdline_most, initrd_max) = (CMDLINE_MOST, INITRD_MAX);
+            return Ok(Kernel { image, header: None, is_linux, is_pvh, end, cmdline_most, initrd_max });
         }
         let Some(header) = read_setup_header(&image)? else {
             return Err(KernelError::UnknownFormat { path: image.path, start });
@@ -142,6 +148,8 @@ impl Kernel {
         Ok(Kernel {
             image,
             header: Some(header),
+            is_linux: true,
+            is_pvh: false,
             end: header.pref_address.saturating_add(loaded.max(header.init_size.into())),
             cmdline_most: u64::from(header.cmdline_size).min(layout::CMDLINE_SPACE - 1),
             initrd_max: header.initrd_addr_max.into(),
@@ -149,18 +157,22 @@ impl Kernel {
     }
 
     /// Reads the kernel into guest memory. Gives its entry point and its setup header.
-    pub fn load(&mut self, memory: &GuestMemoryMmap) -> Result<(u64, setup_header), KernelError> {
+    pub fn load(&mut self, memory: &GuestMemoryMmap) -> Result<(Entry, setup_header), KernelError> {
         let lowest = Some(GuestAddress(layout::HIGH_RAM));
         let (file, failed) =
             (&mut self.image.file, |error| KernelError::Load(self.image.path.clone(), error));
         let Some(header) = self.header else {
             let loaded = Elf::load(memory, None, file, lowest).map_err(failed)?;
-            return Ok((loaded.kernel_load.0, setup_header::default()));
+            let entry = match loaded.pvh_boot_cap {
+                PvhBootCapability::PvhEntryPresent(address) if self.is_pvh => Entry::Pvh(address.0),
+                _ => Entry::Linux(loaded.kernel_load.0),
+            };
+            return Ok((entry, setup_header::default()));
         };
         // To where it would move itself if it were loaded lower.
         let start = GuestAddress(header.pref_address);
         BzImage::load(memory, Some(start), file, lowest).map_err(failed)?;
-        Ok((start.0 + ENTRY_64, header))
+        Ok((Entry::Linux(start.0 + ENTRY_64), header))
     }
 }
 
@@ -192,9 +204,18 @@ fn check_bzimage(image: &ImageFile, header: &setup_header) -> Result<u64, Kernel
     Ok(image.len - setup)
 }
 
-/// Checks what the ELF loader does not: machine, completeness, addresses. Gives the first address after the
-/// segments. The names of fields are those of the ELF-64 file header and program header.
-fn check_elf(image: &ImageFile) -> Result<u64, KernelError> {
+/// An ELF file that was checked.
+struct Checked {
+    /// The first address after its segments.
+    end: u64,
+    is_linux: bool,
+    /// Whether it is entered by PVH.
+    is_pvh: bool,
+}
+
+/// Checks what the ELF loader does not: machine, completeness, addresses. The names of fields are those of the
+/// ELF-64 file header and program header.
+fn check_elf(image: &ImageFile) -> Result<Checked, KernelError> {
     const EHDR_LEN: usize = size_of::<libc::Elf64_Ehdr>();
     const PHDR_LEN: usize = size_of::<libc::Elf64_Phdr>();
 
@@ -213,15 +234,23 @@ fn check_elf(image: &ImageFile) -> Result<u64, KernelError> {
         return Err(image.bad("its program headers have an unknown size".into()));
     }
     image.check_len(e_phoff.saturating_add(e_phnum * e_phentsize))?;
-    let (mut entry_found, mut kernel_end) = (false, 0);
+    let (mut entry_found, mut entry_is_virtual, mut kernel_end) = (false, false, 0);
+    let mut notes = Notes::default();
     for number in 0..e_phnum {
         let mut segment = [0; PHDR_LEN];
         image.read(&mut segment, e_phoff + number * e_phentsize)?;
-        if le(&segment, 0, 4) != u64::from(libc::PT_LOAD) {
+        let (p_type, p_offset) = (le(&segment, 0, 4), le(&segment, 8, 8));
+        let (p_vaddr, p_paddr) = (le(&segment, 16, 8), le(&segment, 24, 8));
+        let (p_filesz, p_memsz) = (le(&segment, 32, 8), le(&segment, 40, 8));
+        if p_type == u64::from(libc::PT_NOTE) {
+            image.check_len(p_offset.saturating_add(p_filesz))?;
+            let mut bytes = vec![0; p_filesz.min(NOTES_MOST) as usize];
+            image.read(&mut bytes, p_offset)?;
+            notes.read(&bytes);
+        }
+        if p_type != u64::from(libc::PT_LOAD) {
             continue;
         }
-        let (p_offset, p_paddr) = (le(&segment, 8, 8), le(&segment, 24, 8));
-        let (p_filesz, p_memsz) = (le(&segment, 32, 8), le(&segment, 40, 8));
         image.check_len(p_offset.saturating_add(p_filesz))?;
         let least = layout::HIGH_RAM;
         if p_paddr < least {
@@ -231,12 +260,50 @@ fn check_elf(image: &ImageFile) -> Result<u64, KernelError> {
         }
         let end = p_paddr.saturating_add(p_memsz.max(p_filesz));
         entry_found |= (p_paddr..end).contains(&e_entry);
+        entry_is_virtual |= (p_vaddr..p_vaddr.saturating_add(p_memsz)).contains(&e_entry);
         kernel_end = kernel_end.max(end);
     }
-    if !entry_found {
-        return Err(image.bad(format!("its entry point {e_entry:#x} is in none of its segments")));
+    let Notes { is_linux, is_pvh } = notes;
+    let is_pvh = is_pvh && !is_linux;
+    if is_pvh || entry_found {
+        return Ok(Checked { end: kernel_end, is_linux, is_pvh });
     }
-    Ok(kernel_end)
+    Err(image.bad(match entry_is_virtual {
+        true => format!(
+            "its entry point {e_entry:#x} is a virtual address, and it has no PVH note: an ELF kernel is entered in \
+             64-bit mode at a physical address, or as its PVH note says"
+        ),
+        false => format!("its entry point {e_entry:#x} is in none of its segments"),
+    }))
+}
+
+/// More notes than this are not read.
+const NOTES_MOST: u64 = 64 << 10;
+/// The type of the note with the PVH entry point (XEN_ELFNOTE_PHYS32_ENTRY).
+const PVH_ENTRY: u64 = 18;
+
+/// What the notes of an ELF file say.
+#[derive(Default)]
+struct Notes {
+    /// Each Linux kernel has some of this name.
+    is_linux: bool,
+    /// There is a PVH entry point.
+    is_pvh: bool,
+}
+
+impl Notes {
+    /// One after the other: sizes of name and description, type, name, description, each padded to 4 bytes.
+    fn read(&mut self, mut bytes: &[u8]) {
+        const HEADER: usize = 12;
+        while bytes.len() >= HEADER {
+            let padded = |at| (le(bytes, at, 4) as usize).next_multiple_of(4);
+            let (name_len, len) = (padded(0), padded(0) + padded(4));
+            let name = bytes.get(HEADER..HEADER + name_len).unwrap_or_default();
+            self.is_linux |= name.starts_with(b"Linux\0");
+            self.is_pvh |= name == b"Xen\0" && le(bytes, 8, 4) == PVH_ENTRY;
+            bytes = bytes.get(HEADER + len..).unwrap_or_default();
+        }
+    }
 }
 
 /// The little-endian number of `len` bytes at `at`; both are constants within the header.

@@ -33,14 +33,27 @@ const PTE_WRITABLE: u64 = 1 << 1;
 /// In a page directory: a page of 2 MiB instead of a table.
 const PTE_HUGE: u64 = 1 << 7;
 
-/// General registers: at `entry`, with RSI at the boot parameters.
-pub fn general(entry: u64) -> kvm_regs {
-    kvm_regs { rip: entry, rsi: BOOT_PARAMS, rflags: RFLAGS_RESERVED, ..Default::default() }
+/// Where a kernel starts, and by which protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Linux' 64-bit boot protocol.
+    Linux(u64),
+    /// PVH ([`super::pvh`]): 32-bit protected mode.
+    Pvh(u64),
 }
 
-/// Long mode with the tables of [`page_tables`] and [`gdt`]; all else stays as in `reset`, the processor's
-/// state at reset.
-pub fn system(reset: kvm_sregs) -> kvm_sregs {
+/// General registers: at the entry, with RSI, or EBX for PVH, at the boot parameters.
+pub fn general(entry: Entry) -> kvm_regs {
+    let (rip, rsi, rbx) = match entry {
+        Entry::Linux(address) => (address, BOOT_PARAMS, 0),
+        Entry::Pvh(address) => (address, 0, BOOT_PARAMS),
+    };
+    kvm_regs { rip, rsi, rbx, rflags: RFLAGS_RESERVED, ..Default::default() }
+}
+
+/// Long mode with the tables of [`page_tables`] and [`gdt`], or 32-bit protected mode without paging; all
+/// else stays as in `reset`, the processor's state at reset.
+pub fn system(entry: Entry, reset: kvm_sregs) -> kvm_sregs {
     let mut sregs = reset;
     sregs.cs = segment(CODE, TYPE_CODE);
     let data = segment(DATA, TYPE_DATA);
@@ -49,6 +62,11 @@ pub fn system(reset: kvm_sregs) -> kvm_sregs {
     sregs.gdt.limit = (size_of_val(&gdt()) - 1) as u16;
     // The kernel makes its own table before it enables interrupts.
     (sregs.idt.base, sregs.idt.limit) = (0, 0);
+    if let Entry::Pvh(_) = entry {
+        (sregs.cs.l, sregs.cs.db) = (0, 1);
+        (sregs.cr0, sregs.cr4, sregs.efer) = (CR0_PE | CR0_ET, 0, 0);
+        return sregs;
+    }
     sregs.cr3 = PAGE_TABLES;
     sregs.cr4 = CR4_PAE;
     sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
@@ -159,9 +177,12 @@ mod tests {
     #[test]
     fn long_mode_keeps_what_it_does_not_concern() {
         let reset = kvm_sregs { apic_base: 0xfee0_0900, ..Default::default() };
-        let sregs = system(reset);
+        let sregs = system(Entry::Linux(0), reset);
         assert_eq!(sregs.apic_base, 0xfee0_0900);
         assert_eq!((sregs.cs.l, sregs.cs.db, sregs.ds.db), (1, 0, 1));
         assert_eq!((sregs.efer, sregs.cr3), (0x500, PAGE_TABLES));
+        let sregs = system(Entry::Pvh(0), reset);
+        assert_eq!((sregs.cs.l, sregs.cs.db, sregs.ds.db), (0, 1, 1));
+        assert_eq!((sregs.cr0, sregs.cr4, sregs.efer), (0x11, 0, 0));
     }
 }

@@ -22,6 +22,24 @@ impl<'a> Segment<'a> {
 
 /// An ELF file that starts at `entry`.
 pub fn elf(entry: u64, segments: &[Segment]) -> Vec<u8> {
+    elf_with_notes(entry, segments, &[])
+}
+
+/// A note of an ELF file.
+pub fn note(name: &[u8], kind: u32, description: &[u8]) -> Vec<u8> {
+    let mut note = Vec::new();
+    for number in [name.len() as u32, description.len() as u32, kind] {
+        note.extend(number.to_le_bytes());
+    }
+    for part in [name, description] {
+        note.extend(part);
+        note.resize(note.len().next_multiple_of(4), 0);
+    }
+    note
+}
+
+/// The same, with a segment of notes.
+pub fn elf_with_notes(entry: u64, segments: &[Segment], notes: &[u8]) -> Vec<u8> {
     let mut file = Vec::new();
     file.extend([0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     for half in [2u16, 62] {
@@ -32,10 +50,11 @@ pub fn elf(entry: u64, segments: &[Segment]) -> Vec<u8> {
         file.extend(word.to_le_bytes()); // entry, program headers, no sections
     }
     file.extend(0u32.to_le_bytes());
-    for half in [64, 56, segments.len() as u16, 0, 0, 0] {
+    for half in [64, 56, segments.len() as u16 + 1, 0, 0, 0] {
         file.extend(half.to_le_bytes());
     }
-    let mut offset = (64 + 56 * segments.len() as u64).next_multiple_of(PAGE);
+    let notes_at = 64 + 56 * (segments.len() as u64 + 1);
+    let mut offset = (notes_at + notes.len() as u64).next_multiple_of(PAGE);
     let first = offset;
     let mut contents = Vec::new();
     for segment in segments {
@@ -50,6 +69,13 @@ pub fn elf(entry: u64, segments: &[Segment]) -> Vec<u8> {
         contents.resize(contents.len().next_multiple_of(PAGE as usize), 0);
         offset = first + contents.len() as u64;
     }
+    file.extend(4u32.to_le_bytes()); // PT_NOTE
+    file.extend(4u32.to_le_bytes()); // read
+    let len = notes.len() as u64;
+    for word in [notes_at, 0, 0, len, len, 4] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(notes);
     file.resize(first as usize, 0);
     file.extend(contents);
     file
