@@ -3,90 +3,117 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser};
+use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
+use clap_complete::Shell;
 
-use crate::arch::x86_64::layout::MAX_VCPUS;
+use crate::arch::x86_64::layout::{Layout, MAX_VCPUS};
 use crate::config::device::{self, DeviceSpec};
 use crate::config::{
     Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, SerialLine, UnavailablePage, parse_duration,
 };
 use crate::sandbox::Mode;
-use crate::size;
+use crate::{size, terminal};
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
 ///
 /// The guest's output goes to stdout. Messages of hotslot go to stderr; the last one says how the machine
 /// ended. On a terminal, Ctrl-a x quits and Ctrl-a h lists the other keys.
 #[derive(Debug, Parser)]
-#[command(version, name = "hotslot", max_term_width = 110, after_help = STATUSES)]
+#[command(
+    name = "hotslot",
+    override_usage = "hotslot --kernel <FILE> [OPTIONS]",
+    version,
+    disable_version_flag = true,
+    max_term_width = 110,
+    after_help = AFTER
+)]
 pub struct Cli {
-    /// The kernel: an ELF vmlinux or a bzImage
-    #[arg(short, long, value_name = "FILE", required_unless_present = "print_layout")]
+    /// The kernel: a bzImage, an ELF vmlinux, or an ELF file with a PVH note
+    #[arg(short, long, value_name = "FILE", help_heading = KERNEL, required_unless_present = "print")]
     pub kernel: Option<PathBuf>,
 
     /// The initial RAM file system; given again, the kernel unpacks one after the other
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(help_heading = KERNEL, short, long, value_name = "FILE")]
     pub initramfs: Vec<PathBuf>,
 
     /// Kernel command line, appended to the default "console=ttyS0 8250.nr_uarts=1 panic=-1
     /// reboot=panic_warm" (and "hotslot.debug_exit=0xf4" with --debug-exit)
-    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(help_heading = KERNEL, short, long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
 
     /// Do not use the default kernel command line
-    #[arg(long)]
+    #[arg(help_heading = KERNEL, long)]
     pub no_default_cmdline: bool,
 
     /// Guest memory: bytes, or a number with the unit K, M, G or T
-    #[arg(short, long, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = size::parse)]
+    #[arg(help_heading = MACHINE, short, long, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = size::parse)]
     pub memory: u64,
 
     /// Number of virtual processors
-    #[arg(long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true, value_parser = cpus)]
+    #[arg(help_heading = MACHINE, long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true, value_parser = cpus)]
     pub cpus: u32,
 
     /// Add a virtio device whose back-end listens on a Unix socket
-    #[arg(long, value_name = "PATH,type=TYPE[,KEY=VALUE]...", long_help = device::help())]
+    #[arg(help_heading = DEVICES, long, value_name = "PATH,type=TYPE[,KEY=VALUE]...", long_help = device::help())]
     pub vhost_user: Vec<DeviceSpec>,
 
     /// What the guest's serial port is connected to: stdio, off or file=PATH
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    #[arg(help_heading = MACHINE, long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialLine,
 
     /// How long to wait until a back-end accepts a connection, as in 5s or 500ms
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    #[arg(help_heading = DEVICES, long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
     pub connect_timeout: Duration,
 
     /// Add a debug-exit port: the byte that the guest writes to I/O port 0xf4 is the exit status
-    #[arg(long)]
+    #[arg(help_heading = MACHINE, long)]
     pub debug_exit: bool,
 
     /// What to do when the guest needs a page of a mapping that the host cannot provide (a full disk, an I/O
     /// error)
-    #[arg(long, value_name = "WHAT", default_value = "wait")]
+    #[arg(help_heading = DEVICES, long, value_name = "WHAT", default_value = "wait")]
     pub unavailable_page: UnavailablePage,
 
     /// Whether each thread is confined to the system calls that it needs, and none opens a file once the
     /// guest runs
-    #[arg(long, value_name = "MODE", default_value = "on")]
+    #[arg(help_heading = HOST, long, value_name = "MODE", default_value = "on")]
     pub sandbox: Mode,
 
     /// Log more; twice for debug messages
-    #[arg(short, long, action = ArgAction::Count, conflicts_with = "log")]
+    #[arg(help_heading = HOST, short, long, action = ArgAction::Count, conflicts_with = "log")]
     pub verbose: u8,
 
     /// Choose what to log: LEVEL or MODULE=LEVEL, comma-separated
-    #[arg(long, value_name = "SPEC")]
+    #[arg(help_heading = HOST, long, value_name = "SPEC")]
     pub log: Option<String>,
 
     /// Log to this file instead of stderr
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = HOST, long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
 
     /// Print the machine's fixed addresses, ports and interrupts, and its default kernel command line
-    #[arg(long)]
+    #[arg(long, help_heading = ABOUT, group = "print")]
     pub print_layout: bool,
+
+    /// Print a completion script for this shell
+    #[arg(long, help_heading = ABOUT, group = "print", value_name = "SHELL")]
+    pub print_completions: Option<Shell>,
+
+    /// Print the manual page
+    #[arg(long, help_heading = ABOUT, group = "print")]
+    pub print_man: bool,
+
+    /// Print the version, and what this host's KVM can do
+    #[arg(short = 'V', long, help_heading = ABOUT, group = "print")]
+    pub version: bool,
 }
+
+// The groups of options in the help.
+const KERNEL: &str = "Kernel";
+const MACHINE: &str = "Machine";
+const DEVICES: &str = "Devices";
+const HOST: &str = "Messages and confinement";
+const ABOUT: &str = "About hotslot";
 
 /// A number of processors; how many there can be is KVM's to say.
 fn cpus(text: &str) -> Result<u32, String> {
@@ -94,14 +121,51 @@ fn cpus(text: &str) -> Result<u32, String> {
     number.ok_or_else(|| format!("it is a number from 1 to {MAX_VCPUS}"))
 }
 
-const STATUSES: &str = "Exit status:
-  0 the guest switched itself off       32 it reset itself
-  1 an error of hotslot                 33 it crashed (triple fault, such as by reboot=t; KVM internal error)
-  2 wrong usage or configuration        34 its kernel panicked (reboot=panic_warm, or pvpanic)
-  35 with --unavailable-page exit: the host cannot provide a page of a mapping
-  128+n signal n                         n the byte that it wrote to the port of --debug-exit";
+const AFTER: &str = "Examples:
+  hotslot -k bzImage -i initramfs.cpio
+  hotslot -k bzImage -i initramfs.cpio --cpus 2 -m 1G --debug-exit -c quiet
+  hotslot -k vmlinux -i initramfs.cpio --vhost-user /run/share.sock,type=fs --vhost-user /run/disk.sock,type=blk
+
+Signals:
+  SIGTERM, SIGINT, SIGHUP, SIGQUIT end the machine at once; the guest is not asked
+  SIGUSR1 prints the memory map with all live mappings
+
+Exit status:
+  0      the guest switched itself off
+  1      an error of hotslot
+  2      wrong usage or configuration
+  32     the guest reset itself
+  33     it crashed: triple fault (also by reboot=t), KVM internal error
+  34     its kernel panicked (reboot=panic_warm, or pvpanic)
+  35     with --unavailable-page exit: the host cannot provide a page of a mapping
+  128+n  signal n; 130 also Ctrl-a x
+  n      the byte that the guest wrote to the port of --debug-exit";
 
 impl Cli {
+    /// Parses the program's arguments. Where the terminal is narrow, the help has its texts below the options.
+    pub fn from_arguments() -> Cli {
+        let command = Cli::command().next_line_help(terminal::columns().is_some_and(|columns| columns < 80));
+        Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    }
+
+    /// What one of the options asks for that only print something.
+    pub fn text_to_print(&self) -> Option<Vec<u8>> {
+        let mut text = Vec::new();
+        if self.print_layout {
+            text.extend(
+                format!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}\n").into_bytes(),
+            );
+        } else if let Some(shell) = self.print_completions {
+            clap_complete::generate(shell, &mut Cli::command(), "hotslot", &mut text);
+        } else if self.print_man {
+            // It only fails where a write to `text` does.
+            let _never = clap_mangen::Man::new(Cli::command()).render(&mut text);
+        } else if self.version {
+            text.extend(Cli::command().render_version().into_bytes());
+        }
+        (!text.is_empty()).then_some(text)
+    }
+
     /// The configuration; `None` without a kernel, which only `--print-layout` allows.
     pub fn into_config(self) -> Option<Config> {
         let default = (!self.no_default_cmdline).then(|| DEFAULT_CMDLINE.to_owned());
@@ -124,8 +188,6 @@ impl Cli {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     fn parse(arguments: &[&str]) -> Result<Cli, clap::Error> {

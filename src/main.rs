@@ -3,16 +3,14 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use clap::Parser;
-use hotslot::arch::x86_64::layout::Layout;
 use hotslot::cli::Cli;
-use hotslot::config::DEFAULT_CMDLINE;
+use hotslot::kvm;
 use hotslot::report::{Failure, STATUS_ERROR, STATUS_USAGE, failure_text, lines};
 use hotslot::sandbox::{self, SandboxError};
 use hotslot::vmm::Vmm;
 
 fn main() {
-    match run(Cli::parse()) {
+    match run(Cli::from_arguments()) {
         Ok(()) => lines::end("", 0),
         Err(failure) => lines::end(&failure_text(&*failure), failure.status()),
     }
@@ -23,9 +21,12 @@ fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     sandbox::prepare(cli.sandbox).map_err(NoSandbox)?;
     lines::start().map_err(NoThread)?;
     start_log(&cli)?;
-    if cli.print_layout {
-        // Unlike `println!`, this does not panic when stdout is closed.
-        let _closed = writeln!(io::stdout(), "{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}");
+    if let Some(mut text) = cli.text_to_print() {
+        if cli.version {
+            text.extend(kvm::vm::describe().into_bytes());
+        }
+        // Unlike `print!`, this does not panic when stdout is closed.
+        let _closed = io::stdout().write_all(&text);
         return Ok(());
     }
     let config = cli.into_config().expect("invariant: the parser demands a kernel");

@@ -4,8 +4,8 @@ use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::stdio::stdin;
-use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
+use rustix::stdio::{stdin, stdout};
+use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
 use crate::sandbox::refusal;
 
@@ -15,6 +15,12 @@ static IS_RAW: AtomicBool = AtomicBool::new(false);
 
 /// Signals that end the process without running destructors; only a bug of ours raises them.
 const FATAL: [libc::c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
+
+/// How wide the terminal on stdout is; `None` where there is none.
+pub fn columns() -> Option<u16> {
+    let told = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+    told.or_else(|| tcgetwinsize(stdout()).ok().map(|size| size.ws_col)).filter(|&columns| columns > 0)
+}
 
 /// While it lives, the terminal on stdin is raw: each key goes to the guest at once, Ctrl-C too.
 #[derive(Debug)]

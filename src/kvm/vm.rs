@@ -7,7 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap, kvm_sregs,
+    CpuId, KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_TSC_DEADLINE_TIMER,
+    KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap, kvm_sregs,
 };
 use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use thiserror::Error;
@@ -15,7 +16,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::slots::Slots;
-use crate::report::{Failure, STATUS_ERROR, STATUS_USAGE};
+use crate::report::{Failure, STATUS_ERROR, STATUS_USAGE, with_causes};
 
 /// Why KVM cannot be used.
 #[derive(Debug, Error)]
@@ -101,6 +102,29 @@ const NEEDED: [(Cap, &str, &str); 9] = [
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "without which KVM's own pages have no place"),
     (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "without which KVM's own pages have no place"),
 ];
+
+/// What is of use where KVM has it.
+const OPTIONAL: [(u32, &str); 3] = [
+    (KVM_CAP_TSC_DEADLINE_TIMER, "timers by the time stamp counter"),
+    (KVM_CAP_DISABLE_QUIRKS2, "slots whose deletion keeps the other page tables"),
+    (KVM_CAP_BINARY_STATS_FD, "statistics, by which a vCPU is found that waits in KVM"),
+];
+
+/// What this host's KVM can do, in lines for a user.
+pub fn describe() -> String {
+    let kvm = match Kvm::open() {
+        Ok(Kvm { kvm }) => kvm,
+        Err(error) => return format!("KVM: {}\n", with_causes(&error)),
+    };
+    let hardware = if has_hardware() { "in hardware" } else { "in software: Linux does not boot" };
+    let (vcpus, slots) = (kvm.get_max_vcpus(), kvm.get_nr_memslots());
+    let mut text = format!("KVM: {hardware}; at most {vcpus} vCPUs and {slots} memory slots in a machine\n");
+    for (capability, what) in OPTIONAL {
+        let has = if kvm.check_extension_raw(capability.into()) > 0 { "has" } else { "lacks" };
+        text += &format!("KVM {has} {what}\n");
+    }
+    text
+}
 
 /// An open `/dev/kvm` with all needed capabilities.
 pub struct Kvm {
