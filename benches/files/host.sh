@@ -10,7 +10,7 @@ case_of() {
     shift 2
     "$BACKEND" fs --socket "/tmp/$name.sock" --dir "$share" --tag share --once "$@" &
     "$HOTSLOT" -k "$KERNEL" -i "$IMAGE" -m 512M --debug-exit \
-        -c "quiet hotslot.debug_exit=0xf4 OPTIONS=$options -- sh /bench/guest.sh" \
+        -c "quiet OPTIONS=$options -- sh /bench/guest.sh" \
         --vhost-user "/tmp/$name.sock,type=fs,name=fs" </dev/null >"/tmp/$name.out" || {
         cat "/tmp/$name.out" >&2
         exit 1

@@ -30,7 +30,7 @@ case_of() {
         sleep 0.1
     done
     "$HOTSLOT" -k "$KERNEL" -i "$IMAGE" -m 768M --debug-exit \
-        -c "quiet hotslot.debug_exit=0xf4 MEMORY=200 $variables -- sh /bench/work.sh" \
+        -c "quiet MEMORY=200 $variables -- sh /bench/work.sh" \
         --vhost-user "/tmp/$name.sock,type=$type,name=$type" </dev/null >"/tmp/$name.out" 2>&1 || {
         cat "/tmp/$name.backend" "/tmp/$name.out" >&2
         exit 1

@@ -16,7 +16,7 @@ else
     device=type=pmem,name=pmem0
 fi
 backend_pid=$!
-set -- "$HOTSLOT" -k "$KERNEL" -i "$GUEST" --debug-exit -c 'quiet hotslot.debug_exit=0xf4' \
+set -- "$HOTSLOT" -k "$KERNEL" -i "$GUEST" --debug-exit -c quiet \
     --vhost-user "$dir/socket,$device" "$@"
 if [ "$JOB" != demo ]; then
     "$@"

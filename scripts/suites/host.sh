@@ -32,7 +32,7 @@ esac
 $as "$BACKEND" fs $nodes --socket "$work/sockets/fs" --dir "$share" --tag share --window "$window" --once &
 backend=$!
 timeout -s KILL "$LIMIT" "$HOTSLOT" -k "$KERNEL" -i "$IMAGE" -m 1G --debug-exit --connect-timeout 30s \
-    -c "quiet hotslot.debug_exit=0xf4 OPTIONS=$options SUITE=$SUITE SECONDS_ALL=$SECONDS_ALL ROLE=$ROLE -- sh /suites/guest.sh" \
+    -c "quiet OPTIONS=$options SUITE=$SUITE SECONDS_ALL=$SECONDS_ALL ROLE=$ROLE -- sh /suites/guest.sh" \
     --vhost-user "$work/sockets/fs,type=fs,name=fs" </dev/null
 echo "hotslot: status $?"
 # With --once the back-end ends with its front-end.

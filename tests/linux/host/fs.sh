@@ -13,7 +13,7 @@ probe fill "$share/kept" 4
 
 # share NAME SCRIPT: a guest that runs SCRIPT, and gets what is written to descriptor 3.
 share() {
-    guest "$1" -k "$VMLINUX" -m 256M --debug-exit -c "$DEBUG_EXIT -- sh /test/$2.sh" \
+    guest "$1" -k "$VMLINUX" -m 256M --debug-exit -c "quiet -- sh /test/$2.sh" \
         --vhost-user "$OUT/fs.sock,type=fs,name=fs" <"$KEYS" &
     exec 3>"$KEYS"
 }

@@ -21,7 +21,7 @@ for way in shared alone; do
     backend "$way.other" fs --dir "$other" --tag other --window 2M
     backend "$way.blk" blk --file "$OUT/$way.img"
     # shellcheck disable=SC2086 # options
-    guest "$way" -k "$VMLINUX" -m 256M --debug-exit -c "$DEBUG_EXIT -- sh /test/fs_direct.sh" \
+    guest "$way" -k "$VMLINUX" -m 256M --debug-exit -c "quiet -- sh /test/fs_direct.sh" \
         --vhost-user "$OUT/$way.fs.sock,type=fs,name=fs$option" \
         --vhost-user "$OUT/$way.other.sock,type=fs,name=other" \
         --vhost-user "$OUT/$way.blk.sock,type=blk,name=disk" $second </dev/null

@@ -11,7 +11,7 @@ probe with-lock "$share/host" 'sleep 600' &
 holder=$!
 for name in first second; do
     backend $name fs --dir "$share" --tag share --window 64M --locks host
-    guest "$name" -k "$VMLINUX" -m 256M --debug-exit -c "$DEBUG_EXIT -- sh /test/fs_locks.sh $name" \
+    guest "$name" -k "$VMLINUX" -m 256M --debug-exit -c "quiet -- sh /test/fs_locks.sh $name" \
         --vhost-user "$OUT/$name.sock,type=fs,name=share" </dev/null &
     machines="${machines-} $!"
 done

@@ -18,7 +18,7 @@ chown -R 100000:100000 "$mapped"
 backend share fs --dir "$share" --tag share --window 64M
 backend mapped fs --dir "$mapped" --tag mapped --window 64M --xattr mapped --device-nodes --announce-submounts \
     --uid-map 0:100000:65536 --gid-map 0:100000:65536
-guest rights -k "$VMLINUX" -m 256M --debug-exit -c "$DEBUG_EXIT -- sh /test/fs_rights.sh" \
+guest rights -k "$VMLINUX" -m 256M --debug-exit -c "quiet -- sh /test/fs_rights.sh" \
     --vhost-user "$OUT/share.sock,type=fs,name=share" \
     --vhost-user "$OUT/mapped.sock,type=fs,name=mapped" </dev/null
 end_backends

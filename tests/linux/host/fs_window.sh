@@ -18,7 +18,7 @@ cp $(cat "$share/fio/list") "$FIO" $loader "$share/fio/"
 
 LIMIT=$((120 + mib * 2))
 backend window fs --dir "$share" --tag share --window $((mib / 12))M
-guest window -k "$VMLINUX" -m 256M --debug-exit -c "$DEBUG_EXIT SIZE=$((mib / 3))M WRITES=$((256 + mib / 4)) -- sh /test/fs_window.sh" \
+guest window -k "$VMLINUX" -m 256M --debug-exit -c "quiet SIZE=$((mib / 3))M WRITES=$((256 + mib / 4)) -- sh /test/fs_window.sh" \
     --vhost-user "$OUT/window.sock,type=fs,name=fs" </dev/null
 end_backends
 for engine in mmap psync; do
@@ -34,7 +34,7 @@ probe fill "$share/common" 48
 for each in one two; do
     backend "$each" fs --dir "$share" --tag share --window 64M
     mkfifo "$OUT/$each.keys"
-    guest "$each" -k "$VMLINUX" -m 256M --debug-exit -c "$DEBUG_EXIT -- sh /test/fs_shared.sh" \
+    guest "$each" -k "$VMLINUX" -m 256M --debug-exit -c "quiet -- sh /test/fs_shared.sh" \
         --vhost-user "$OUT/$each.sock,type=fs,name=fs" <"$OUT/$each.keys" &
 done
 exec 4>"$OUT/one.keys" 5>"$OUT/two.keys"

@@ -13,7 +13,7 @@ truncate -s 32M "$full/disk.img"
 truncate -s 2M "$full/share/written"
 backend disk pmem --file "$full/disk.img"
 backend share fs --dir "$full/share" --tag share --window 64M
-LIMIT=240 guest full -k "$VMLINUX" -m 256M --cpus 2 --debug-exit -c "$DEBUG_EXIT -- sh /test/full.sh" \
+LIMIT=240 guest full -k "$VMLINUX" -m 256M --cpus 2 --debug-exit -c "quiet -- sh /test/full.sh" \
     --vhost-user "$OUT/disk.sock,type=pmem,name=disk" --vhost-user "$OUT/share.sock,type=fs,name=share" </dev/null &
 
 # make_room DEVICE SIZE: when the guest waits for a page of this device, and has done other things for a while.

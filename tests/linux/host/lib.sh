@@ -5,9 +5,6 @@
 # OUT (a directory for what the test will look at), INPUT (a file in it, where a test made one). Of each guest:
 # OUT/NAME.out, .err and .status.
 
-# The debug-exit port brings the guest's own status; `panic=-1` of the default command line resets after a panic.
-# shellcheck disable=SC2034 # used by the sessions that source this
-DEBUG_EXIT='quiet hotslot.debug_exit=0xf4'
 
 # guest NAME OPTION...: runs one to its end. A guest that hangs must not take the others with it.
 guest() {

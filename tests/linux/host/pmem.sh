@@ -11,7 +11,7 @@ truncate -s $((2054 * 1048576 - 5000)) "$large/img"
 printf 'The last bytes.' | dd of="$large/img" bs=1 seek=$((2054 * 1048576 - 5015)) conv=notrunc 2>/dev/null
 backend disk2 pmem --file "$large/img"
 open_keyboard
-guest pmem -k "$VMLINUX" -m 256M --debug-exit -c "$DEBUG_EXIT -- sh /test/pmem.sh" \
+guest pmem -k "$VMLINUX" -m 256M --debug-exit -c "quiet -- sh /test/pmem.sh" \
     --vhost-user "$OUT/disk0.sock,type=pmem,name=disk0" --vhost-user "$OUT/disk1.sock,type=pmem,name=disk1" \
     --vhost-user "$OUT/disk2.sock,type=pmem,name=disk2" \
     <"$KEYS" &

@@ -11,7 +11,7 @@ daemon=$!
 for option in on off; do
     cp "$OUT/disk.img" "$OUT/$option.img"
     backend "$option" pmem --file "$OUT/$option.img"
-    guest $option -k "$VMLINUX" --debug-exit -c "$DEBUG_EXIT -- sh /test/sharing.sh" \
+    guest $option -k "$VMLINUX" --debug-exit -c "quiet -- sh /test/sharing.sh" \
         --vhost-user "$OUT/$option.sock,type=pmem,name=pmem,share-shmem=$option" \
         --vhost-user "$OUT/blk.sock,type=blk,name=disk" </dev/null
 done
