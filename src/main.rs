@@ -3,14 +3,17 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
+use hotslot::arch::x86_64::layout::Layout;
 use hotslot::cli::Cli;
+use hotslot::config::DEFAULT_CMDLINE;
 use hotslot::kvm;
 use hotslot::report::{Failure, STATUS_ERROR, STATUS_USAGE, failure_text, lines};
 use hotslot::sandbox::{self, SandboxError};
+use hotslot::terminal;
 use hotslot::vmm::Vmm;
 
 fn main() {
-    match run(Cli::from_arguments()) {
+    match run(Cli::from_arguments(terminal::columns().is_some_and(|columns| columns < 80))) {
         Ok(()) => lines::end("", 0),
         Err(failure) => lines::end(&failure_text(&*failure), failure.status()),
     }
@@ -21,10 +24,14 @@ fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     sandbox::prepare(cli.sandbox).map_err(NoSandbox)?;
     lines::start().map_err(NoThread)?;
     start_log(&cli)?;
-    if let Some(mut text) = cli.text_to_print() {
-        if cli.version {
-            text.extend(kvm::vm::describe().into_bytes());
-        }
+    let mut text = cli.text_to_print();
+    if cli.version {
+        text.extend(kvm::vm::describe().into_bytes());
+    }
+    if cli.print_layout {
+        text.extend(format!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}\n").into_bytes());
+    }
+    if !text.is_empty() {
         // Unlike `print!`, this does not panic when stdout is closed.
         let _closed = io::stdout().write_all(&text);
         return Ok(());

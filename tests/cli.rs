@@ -165,7 +165,7 @@ fn impossible_memory() {
 fn impossible_processors() {
     let files = files();
     let here = files.path();
-    refused(&["-k", "good", "--cpus", "0"], here, &["--cpus", "0 is not in 1.."], None);
+    refused(&["-k", "good", "--cpus", "0"], here, &["--cpus", "a number, at least 1"], None);
     refused(&["-k", "good", "--cpus", "many"], here, &["--cpus", "many"], None);
     refused(&["-k", "good", "--cpus", "255"], here, &["255 vCPUs", "254"], None);
 }

@@ -120,8 +120,8 @@ impl State {
         }
     }
 
-    /// The port begins to receive its own output: its input is set aside. Or it ends that: what is left of its
-    /// output goes, and what was set aside is the result.
+    /// The port begins to receive its own output: its input is set aside. Or it ends that: what is left of
+    /// its output goes, and what was set aside is the result.
     fn exchange_input(&mut self) -> Vec<u8> {
         let aside = std::mem::take(&mut self.set_aside);
         // With the divisor in place of the data it stays where it is.

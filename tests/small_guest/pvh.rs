@@ -20,7 +20,8 @@ fn code() -> Vec<u8> {
     let mut initramfs = a.create_label();
     let mut more = a.create_label();
     let mut wrong = a.create_label();
-    // hvm_start_info: magic at 0, modules at 12, module list at 16, command line at 24, entries of the map at 48.
+    // hvm_start_info: magic at 0, modules at 12, module list at 16, command line at 24, entries of the map at
+    // 48.
     a.cmp(dword_ptr(ebx), 0x336e_c578).unwrap();
     a.jne(wrong).unwrap();
     a.mov(esi, dword_ptr(ebx + 24)).unwrap();

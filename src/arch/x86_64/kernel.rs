@@ -1,9 +1,10 @@
 //! Kernel files: an ELF `vmlinux` or a `bzImage`, told apart by their content; checking and loading them.
 //!
 //! Documentation/arch/x86/boot.rst in the Linux sources, "64-bit Boot Protocol": an ELF file is entered at
-//! `e_entry`, a bzImage 512 bytes after its start. An ELF file with a PVH note and no note of Linux' is another
-//! kernel, entered at the address in that note ([`super::pvh`]). All are read straight into guest memory: there is never a
-//! copy of them in this process. [`super::boot`] calls this, and opens the initramfs by `ImageFile`, too.
+//! `e_entry`, a bzImage 512 bytes after its start. An ELF file with a PVH note and no note of Linux' is
+//! another kernel, entered at the address in that note (`pvh.rs`). All are read straight into guest memory:
+//! there is never a copy of them in this process. [`super::boot`] calls this, and opens the initramfs by
+//! `ImageFile`, too.
 
 use std::fs::File;
 use std::io;
@@ -213,8 +214,8 @@ struct Checked {
     is_pvh: bool,
 }
 
-/// Checks what the ELF loader does not: machine, completeness, addresses. The names of fields are those of the
-/// ELF-64 file header and program header.
+/// Checks what the ELF loader does not: machine, completeness, addresses. The names of fields are those of
+/// the ELF-64 file header and program header.
 fn check_elf(image: &ImageFile) -> Result<Checked, KernelError> {
     const EHDR_LEN: usize = size_of::<libc::Elf64_Ehdr>();
     const PHDR_LEN: usize = size_of::<libc::Elf64_Phdr>();

@@ -38,7 +38,7 @@ const PTE_HUGE: u64 = 1 << 7;
 pub enum Entry {
     /// Linux' 64-bit boot protocol.
     Linux(u64),
-    /// PVH ([`super::pvh`]): 32-bit protected mode.
+    /// PVH (`pvh.rs`): 32-bit protected mode.
     Pvh(u64),
 }
 
