@@ -204,7 +204,7 @@ impl Device {
         let machine = Arc::<Machine>::default();
         let sizes = REGIONS.map(|(shmid, pages)| (shmid, pages * PAGE));
         let mut windows = WindowAllocator::new(1 << 32, 1 << 40);
-        let shmem = SharedMemory::new(sizes, &mut windows, Arc::clone(&machine) as _, limits).unwrap();
+        let shmem = SharedMemory::new("fuzz", sizes, &mut windows, Arc::clone(&machine) as _, limits).unwrap();
         let shmem = Arc::new(shmem);
         machine.0.lock().unwrap().windows = shmem.regions().into_iter().map(|(_, range)| range).collect();
         let (ours, peer) = UnixStream::pair().unwrap();

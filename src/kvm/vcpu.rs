@@ -82,9 +82,6 @@ pub struct Machine {
     pub ram: GuestMemoryMmap,
     /// Asked about every EFAULT, and every access that no device claims.
     pub missing_pages: Arc<MissingPages>,
-    /// Whether a page of a mapping that the host cannot provide ends the machine, instead of making a vCPU
-    /// wait.
-    pub ends_at_unavailable_page: bool,
     /// Accesses without a device.
     pub unclaimed: UnclaimedCounts,
     /// Set before the processors are interrupted for the last time; then none goes back to the guest.
@@ -157,7 +154,7 @@ impl Machine {
     fn carry_out(&self, address: u64, access: Access, mut action: impl FnMut() -> Met) -> Met {
         loop {
             let mut met = action();
-            if !matches!(met, Met::Unavailable(_)) || self.ends_at_unavailable_page {
+            if !matches!(met, Met::Unavailable(_)) || self.missing_pages.end_the_machine {
                 return met;
             }
             while let Met::Unavailable(_) = met {
@@ -173,7 +170,7 @@ impl Machine {
     /// How the machine ends because of what an access met.
     fn end_at(&self, met: Met) -> Option<Exit> {
         match met {
-            Met::Unavailable(why) if self.ends_at_unavailable_page => Some(Exit::PageUnavailable(why)),
+            Met::Unavailable(why) if self.missing_pages.end_the_machine => Some(Exit::PageUnavailable(why)),
             _ => None,
         }
     }

@@ -18,6 +18,8 @@ const ATTEMPTS: usize = 8;
 #[derive(Default)]
 pub struct MissingPages {
     devices: Vec<Device>,
+    /// Whether a page that the host cannot provide ends the machine, instead of making a vCPU wait.
+    pub end_the_machine: bool,
 }
 
 struct Device {
@@ -41,9 +43,12 @@ pub enum Met {
 
 impl MissingPages {
     /// For these devices: their names, and their shared memory.
-    pub fn new(devices: impl IntoIterator<Item = (String, Arc<SharedMemory>)>) -> Self {
+    pub fn new(
+        devices: impl IntoIterator<Item = (String, Arc<SharedMemory>)>,
+        end_the_machine: bool,
+    ) -> Self {
         let device = |(name, shmem): (String, _)| Device { log: MisuseLog::new(&name), name, shmem };
-        MissingPages { devices: devices.into_iter().map(device).collect() }
+        MissingPages { devices: devices.into_iter().map(device).collect(), end_the_machine }
     }
 
     /// Whether any of the devices may ever have a mapping.
@@ -72,8 +77,8 @@ impl MissingPages {
                 // Once for a mapping, however often its file becomes shorter.
                 if is_first {
                     log.warn(format_args!(
-                        "the file under the mapping {guest} of region {shmid} became shorter: its last {len:#x} bytes, or \
-                         more of them later, read as zeroes from now on"
+                        "the file under the mapping {guest} of region {shmid} ends before the mapping: the last {len:#x} \
+                         bytes, or more of them later, read as zeroes from now on"
                     ));
                 }
                 return Met::Zeroes;
@@ -82,7 +87,7 @@ impl MissingPages {
                 let what = format!(
                     "the host cannot provide the page at {address:#x}, in the mapping {guest} of region {shmid} ({reason})"
                 );
-                if is_first {
+                if is_first && !self.end_the_machine {
                     log.warn(format_args!("{what}: the vCPU that needs it waits"));
                 }
                 return Met::Unavailable(format!("{name}: {what}"));

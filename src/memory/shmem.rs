@@ -95,7 +95,7 @@ impl fmt::Display for FilledTotal {
         let FilledTotal { mappings, bytes } = self;
         write!(
             f,
-            "zeroes took the place of {bytes:#x} bytes of {mappings} mappings so far (files that became shorter)"
+            "zeroes took the place of {bytes:#x} bytes of {mappings} mappings so far (the files end before them)"
         )
     }
 }
@@ -153,8 +153,9 @@ struct Placed {
 
 impl SharedMemory {
     /// Places a window for each `(shmid, size in bytes)`, a size of 0 meaning no region. The gate is open
-    /// (SHM-68).
+    /// (SHM-68). `name` is the device's, for messages.
     pub fn new(
+        name: &str,
         sizes: impl IntoIterator<Item = (u8, u64)>,
         allocator: &mut WindowAllocator,
         mapper: Arc<dyn GuestMapper>,
@@ -179,7 +180,7 @@ impl SharedMemory {
             reserve_vma: ReserveVma::take(),
         });
         let by_guest_address = RwLock::default();
-        let (origins, log) = (Origins::new(limits.foreign_files), MisuseLog::new("shared memory"));
+        let (origins, log) = (Origins::new(limits.foreign_files), MisuseLog::new(name));
         Ok(SharedMemory { mapper, windows, state, by_guest_address, origins, log })
     }
 

@@ -121,7 +121,7 @@ pub fn connect(
         let sizes = (0..=u8::MAX).zip(handshake.region_sizes.iter().copied());
         let &DeviceSpec { shmem_limit: bytes, foreign_files, .. } = spec;
         let limits = Limits { mappings: quota, bytes, foreign_files };
-        let shmem = SharedMemory::new(sizes, &mut windows, slots.clone(), limits)
+        let shmem = SharedMemory::new(&spec.name, sizes, &mut windows, slots.clone(), limits)
             .map_err(|error| BackendError::new(spec, error.into()))?;
         for (shmid, range) in shmem.regions() {
             log::info!("{}: shared memory region {shmid} is {range}", spec.name);

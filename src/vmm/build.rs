@@ -60,11 +60,12 @@ impl Vmm {
 
         // The back-ends: connect to each, negotiate, and place its windows.
         let backends = backends::connect(config, windows(&ram, &supported), &vm.slots)?;
-        let missing_pages = MissingPages::new(backends.iter().map(Backend::shared_memory));
+        let end_at_unavailable = config.unavailable_page == UnavailablePage::Exit;
+        let missing_pages =
+            MissingPages::new(backends.iter().map(Backend::shared_memory), end_at_unavailable);
         let machine = Arc::new(Machine {
             ram: ram.memory().clone(),
             missing_pages: Arc::new(missing_pages),
-            ends_at_unavailable_page: config.unavailable_page == UnavailablePage::Exit,
             ..Machine::default()
         });
 

@@ -86,7 +86,7 @@ fn files_are_cut_while_all_processors_use_them(interrupts: bool) {
     // Logged once a mapping at most, and counted.
     bench.guest.wait_for_map("window: zeroes took the place of ");
     let log = bench.end();
-    let warnings = log.matches("became shorter: ").count();
+    let warnings = log.matches("ends before the mapping: ").count();
     assert!((1..=PLACES).contains(&warnings), "{log}");
     assert!(log.contains("info: window: zeroes took the place of "), "{log}");
     say(&format!("{warnings} warnings for {PLACES} mappings, each cut often"));

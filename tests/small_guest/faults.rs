@@ -36,7 +36,7 @@ fn cut_short(interrupts: bool) {
     for index in 3..8 {
         assert_eq!(guest.read64(base + index * PAGE), 0, "{index}: {}", guest.log());
     }
-    guest.wait_for_log("became shorter: its last 0x5000 bytes");
+    guest.wait_for_log("ends before the mapping: the last 0x5000 bytes");
     assert_eq!(guest.read64(base + PAGE), content(1, PAGE));
     // They are memory like any other, though not the file's: it has not grown again.
     guest.write64(base + 5 * PAGE, 77);
@@ -55,7 +55,7 @@ fn cut_short(interrupts: bool) {
     guest.wait_for_map("the last 0x7000 bytes are zeroes");
     guest.wait_for_map("short: zeroes took the place of 0x7000 bytes of 1 mappings");
     // Once a mapping.
-    assert_eq!(guest.log().matches("became shorter: ").count(), 1, "{}", guest.log());
+    assert_eq!(guest.log().matches("ends before the mapping: ").count(), 1, "{}", guest.log());
 
     growing.write_all_at(&4_u64.to_le_bytes(), 2 * PAGE).unwrap();
     assert_eq!(guest.read64(seventh), content(3, 0));
@@ -131,7 +131,7 @@ fn a_file_of_huge_pages_cut_short_reads_as_zeroes() {
     assert_eq!(guest.read64(base + HUGE + 8), 77);
     file.set_len(HUGE).unwrap();
     assert_eq!(guest.read64(base + HUGE + 8), 0, "{}", guest.log());
-    guest.wait_for_log("became shorter: its last 0x200000 bytes");
+    guest.wait_for_log("ends before the mapping: the last 0x200000 bytes");
     guest.write64(base + HUGE + PAGE, 78);
     assert_eq!((guest.read64(base + HUGE + PAGE), guest.read64(base)), (78, 0));
     assert_eq!(backend.unmap(whole), 0);

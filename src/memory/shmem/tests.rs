@@ -25,6 +25,7 @@ pub(in crate::memory) fn bench() -> Bench {
     let mut windows = WindowAllocator::new(1 << 32, 1 << 39);
     let sizes = [(0, 16 * PAGE), (3, 0), (7, 16 * PAGE)];
     let shmem = SharedMemory::new(
+        "device",
         sizes,
         &mut windows,
         mapper,

@@ -162,7 +162,7 @@ impl Unbuilt {
         let (bytes, foreign_files) = (spec.shmem_limit, spec.foreign_files);
         let limits = Limits { mappings: quota, bytes, foreign_files };
         let mapper: Arc<dyn GuestMapper> = guest.clone();
-        let shmem = Arc::new(SharedMemory::new(sizes, &mut windows, mapper, limits)?);
+        let shmem = Arc::new(SharedMemory::new(&spec.name, sizes, &mut windows, mapper, limits)?);
         let page = RegisterPage::new()?;
         let interrupt = Interrupt::new(Arc::clone(&page))?;
         let ram = MemoryRegion { guest_addr: 0, size: 16 << 20, user_addr: 0x7000_0000_0000, mmap_offset: 0 };
