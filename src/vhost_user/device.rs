@@ -107,7 +107,8 @@ impl VhostUserDevice {
         let channel_socket = channel.as_ref().map(|channel: &BackendChannel| Arc::clone(channel.socket()));
         let main_socket = Arc::clone(frontend.socket());
         let link = Link::new(&spec.name, interrupt, main_socket, channel_socket);
-        let watch = Watch::start(Arc::clone(&link), channel, Arc::clone(&shmem), spec.shmem_rate)?;
+        let watch =
+            Watch::start(Arc::clone(&link), channel, Arc::clone(&shmem), sharing.clone(), spec.shmem_rate)?;
         if let Some(theirs) = theirs {
             frontend.set_backend_channel(theirs.as_fd())?;
         }
@@ -266,6 +267,7 @@ impl VirtioDevice for VhostUserDevice {
         }
         if let Some(sharing) = &self.sharing {
             sharing.withdraw_all();
+            self.watch.close_files();
         }
     }
 

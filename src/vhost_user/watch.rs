@@ -4,8 +4,7 @@
 //! It is the only thread that receives, maps, unmaps and refuses what the back-end sent. Any system call on
 //! these descriptors and mappings can wait for another process, without limit. So every wait for this thread
 //! has a deadline; past it the device is given up and the thread is left behind. Other threads touch only
-//! files that were accepted (SHM-83): a vCPU that needs a page, and with `share-shmem=on` the threads that
-//! drop a shared file.
+//! files that were accepted (SHM-83): a vCPU that needs a page.
 //!
 //! It takes no lock that is held while another thread waits for an answer of this back-end (deadlock rule of
 //! the protocol: a back-end that maps while we wait for its answer on the main socket is served here).
@@ -22,6 +21,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use super::link::Link;
+use super::sharing::Participant;
 use super::shmem_handler::BackendChannel;
 use super::wire::channel::ChannelError;
 use super::wire::connection::{ConnectionError, Deadline};
@@ -83,6 +83,7 @@ impl Watch {
         link: Arc<Link>,
         channel: Option<BackendChannel>,
         shmem: Arc<SharedMemory>,
+        shares: Option<Participant>,
         rate: Option<NonZeroU32>,
     ) -> io::Result<Watch> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -90,8 +91,16 @@ impl Watch {
         let name = format!("vhost-{}", link.name);
         let interval = rate.map(|rate| Duration::from_secs(1) / rate.get());
         let is_over = false;
-        let watched =
-            Watched { orders: Arc::clone(&orders), channel, interval, next: None, is_over, link, shmem };
+        let watched = Watched {
+            orders: Arc::clone(&orders),
+            channel,
+            interval,
+            next: None,
+            is_over,
+            link,
+            shmem,
+            shares,
+        };
         let thread = thread::spawn(name, Kind::Channel, move || watched.run())?;
         Ok(Watch { orders, thread })
     }
@@ -117,6 +126,11 @@ impl Watch {
         let cleared = state.cleared.take();
         (state.clear, state.is_left) = (None, cleared.is_none());
         cleared.ok_or(Stuck)
+    }
+
+    /// Has the thread close the files that are shared no longer, soon: waits for nothing.
+    pub fn close_files(&self) {
+        self.orders.wake();
     }
 }
 
@@ -144,6 +158,8 @@ struct Watched {
     is_over: bool,
     link: Arc<Link>,
     shmem: Arc<SharedMemory>,
+    /// Where its mappings are shown to other devices: it closes their files.
+    shares: Option<Participant>,
 }
 
 impl Watched {
@@ -204,6 +220,9 @@ impl Watched {
     fn carry_out_orders(&mut self) {
         // The only error is that there is nothing to read.
         let _ = rustix::io::read(&self.orders.wake, &mut [0; 8]);
+        if let Some(shares) = &self.shares {
+            shares.close_files();
+        }
         let Some(deadline) = self.orders.lock().clear else { return };
         if let Some(Err(error)) = self.channel.as_ref().map(|channel| channel.drain(deadline)) {
             self.channel_ended(&error);

@@ -84,10 +84,7 @@ impl Owner {
     /// All of the owner's mappings are gone: others have let go of them when this returns. Called on a vCPU's
     /// thread at a reset, which holds no main socket then.
     pub fn withdraw_all(&self) {
-        let withdrawn = self.0.sharing.lock().state.withdraw_all(self.0.id);
-        let addresses: Vec<u64> = withdrawn.iter().map(|shared| shared.region.guest_addr).collect();
-        // Closed by the update threads that are told last, or here.
-        drop(withdrawn);
+        let addresses = self.0.sharing.lock().state.withdraw_all(self.0.id);
         if !addresses.is_empty() {
             self.0.wait_until_let_go(&addresses, false);
         }
@@ -97,12 +94,11 @@ impl Owner {
 impl Drop for Owner {
     fn drop(&mut self) {
         let Participant { sharing, id } = &self.0;
-        let withdrawn = {
+        {
             let state = &mut sharing.lock().state;
             state.devices[*id].has_left = true;
-            state.withdraw_all(*id)
-        };
-        drop(withdrawn);
+            state.withdraw_all(*id);
+        }
         sharing.changed.notify_all();
     }
 }
@@ -132,15 +128,16 @@ impl Participant {
             return Ok(());
         }
         let Ok(stat) = rustix::fs::fstat(&file) else { return Ok(()) };
-        let inode = (stat.st_dev, stat.st_ino);
+        let (inode, file) = ((stat.st_dev, stat.st_ino), Arc::new(file));
         let region = MemoryRegion {
             guest_addr: address,
             size: mapping.guest.len(),
             user_addr: host,
             mmap_offset: mapping.file_offset,
         };
+        self.close_files();
         let max_files = self.sharing.max_files;
-        if !self.sharing.lock().state.share(self.id, region, inode, file, max_files) {
+        if !self.sharing.lock().state.share(self.id, region, inode, &file, max_files) {
             return Err(TooManyFiles(max_files));
         }
         self.sharing.changed.notify_all();
@@ -158,11 +155,18 @@ impl Participant {
     ///
     /// Called as [`Self::share`] is, after the guest lost the mapping and before that is answered.
     pub fn withdraw(&self, address: u64) {
-        let withdrawn = self.sharing.lock().state.withdraw(self.id, address);
-        if withdrawn.is_some() {
-            drop(withdrawn);
+        let was_shared = self.sharing.lock().state.withdraw(self.id, address);
+        if was_shared {
             self.wait_until_let_go(&[address], true);
+            self.close_files();
         }
+    }
+
+    /// Closes the owner's files that are no longer shared. That can wait: called by the owner's device's
+    /// thread alone, with no lock held that others need.
+    pub fn close_files(&self) {
+        let files = self.sharing.lock().state.take_files_to_close(self.id);
+        drop(files);
     }
 
     /// Whether others are to see the mapping at this guest address.
@@ -245,8 +249,8 @@ impl Participant {
         let mut table = self.sharing.lock();
         let (change, link) = (table.state.next_change(self.id), table.links[self.id].clone());
         drop(table);
-        if let (Some(change), Some(link)) = (&change, link) {
-            let told = match change {
+        if let (Some(change), Some(link)) = (change, link) {
+            let told = match &change {
                 Change::Add(shared) => to.change_memory(&shared.region, Some(shared.file.as_fd())),
                 Change::Remove(region) => to.change_memory(region, None),
                 Change::LeaveOut { address, told } => {
@@ -257,7 +261,7 @@ impl Participant {
                     Ok(())
                 }
             };
-            let is_refused = match (&told, change) {
+            let is_refused = match (&told, &change) {
                 (Ok(()), _) => false,
                 // It is not told of this mapping again before its next start.
                 (Err(error @ FrontendError::Refused { .. }), Change::Add(shared)) => {
@@ -270,11 +274,14 @@ impl Participant {
                 (Err(error), _) => {
                     // First cut off, then no longer waited for.
                     link.give_up(error);
+                    self.sharing.lock().state.discard(change);
                     self.forget();
                     return told;
                 }
             };
-            self.sharing.lock().state.record(self.id, change, is_refused);
+            let state = &mut self.sharing.lock().state;
+            state.record(self.id, &change, is_refused);
+            state.discard(change);
         }
         // Also where nothing had to be told: what was due may have become nothing.
         self.sharing.changed.notify_all();

@@ -31,6 +31,8 @@ pub(super) struct Device {
     /// The files of its mappings, by device and inode: one open descriptor for each file, however many
     /// mappings it has.
     files: HashMap<(u64, u64), Weak<OwnedFd>>,
+    /// Files that it no longer shares, for its own thread to close: that can wait.
+    to_close: Vec<OwnedFd>,
     /// It is gone: it shares nothing any more.
     pub(super) has_left: bool,
     /// While a request of its back-end waits until a recipient was told: that recipient.
@@ -92,13 +94,13 @@ impl State {
     }
 
     /// An owner shares a mapping of `file`, which has this device and inode number. False where it has
-    /// `max_files` others open here already.
+    /// `max_files` others open here already. The caller has the file, too, so that it is not closed here.
     pub(super) fn share(
         &mut self,
         owner: usize,
         region: MemoryRegion,
         inode: (u64, u64),
-        file: OwnedFd,
+        file: &Arc<OwnedFd>,
         max_files: usize,
     ) -> bool {
         let device = &mut self.devices[owner];
@@ -106,7 +108,7 @@ impl State {
             return true;
         }
         let kept = device.files.get(&inode).and_then(Weak::upgrade);
-        let file = kept.unwrap_or_else(|| Arc::new(file));
+        let file = kept.unwrap_or_else(|| Arc::clone(file));
         device.files.retain(|_, kept| kept.strong_count() > 0);
         if !device.files.contains_key(&inode) {
             if device.files.len() >= max_files {
@@ -120,12 +122,23 @@ impl State {
         true
     }
 
-    /// An owner's mapping is gone. `None` where it was not shared; else to be dropped without a lock, which
-    /// may close the file.
-    pub(super) fn withdraw(&mut self, owner: usize, address: u64) -> Option<Shared> {
-        let shared = self.live.remove(&address)?;
+    /// An owner's mapping is gone. False where it was not shared.
+    pub(super) fn withdraw(&mut self, owner: usize, address: u64) -> bool {
+        let Some(shared) = self.live.remove(&address) else { return false };
+        self.put_away(shared);
         self.make_due(owner, &[address]);
-        Some(shared)
+        true
+    }
+
+    /// A mapping that is no longer shared, or a copy that a recipient was told of. The last to use a file does
+    /// not close it here.
+    fn put_away(&mut self, shared: Shared) {
+        self.devices[shared.owner].to_close.extend(Arc::into_inner(shared.file));
+    }
+
+    /// What was put away of an owner: to be dropped by its own thread, without a lock.
+    pub(super) fn take_files_to_close(&mut self, owner: usize) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.devices[owner].to_close)
     }
 
     /// A recipient is started, and was told of nothing: all that others share is due. Returns how much.
@@ -140,12 +153,12 @@ impl State {
         count
     }
 
-    /// Takes all mappings of an owner away. Returns them, to be dropped as above.
-    pub(super) fn withdraw_all(&mut self, owner: usize) -> Vec<Shared> {
+    /// Takes all mappings of an owner away. Returns their guest addresses.
+    pub(super) fn withdraw_all(&mut self, owner: usize) -> Vec<u64> {
         let owned = self.live.iter().filter(|(_, shared)| shared.owner == owner);
         let addresses: Vec<u64> = owned.map(|(&address, _)| address).collect();
-        self.make_due(owner, &addresses);
-        addresses.iter().filter_map(|address| self.live.remove(address)).collect()
+        addresses.iter().for_each(|&address| _ = self.withdraw(owner, address));
+        addresses
     }
 
     pub(super) fn is_being_told(&self, id: usize, addresses: &[u64]) -> bool {
@@ -204,5 +217,52 @@ impl State {
                 recipient.due.extend(self.live.contains_key(guest_addr).then_some(*guest_addr));
             }
         }
+    }
+
+    /// Puts away what a recipient was told, whatever came of it.
+    pub(super) fn discard(&mut self, change: Change) {
+        if let Change::Add(shared) = change {
+            self.put_away(shared);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_left_for_its_owner_to_close() {
+        // An owner and a recipient, which is started.
+        let mut state = State { devices: vec![Device::default(), Device::default()], ..State::default() };
+        state.devices[1].sees = Some(Recipient::new(8));
+        state.restart(1);
+        let file: Arc<OwnedFd> = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        let region = MemoryRegion { guest_addr: 0x1000, size: 0x1000, user_addr: 0, mmap_offset: 0 };
+        assert!(state.share(0, region, (0, 0), &file, 1));
+        drop(file);
+
+        // While the recipient is told of the mapping, its owner takes it back.
+        let change = state.next_change(1).unwrap();
+        assert!(state.withdraw(0, 0x1000) && !state.withdraw(0, 0x1000));
+        assert!(state.take_files_to_close(0).is_empty());
+        state.record(1, &change, false);
+        state.discard(change);
+        assert_eq!(state.take_files_to_close(0).len(), 1);
+        assert!(matches!(state.next_change(1), Some(Change::Remove(told)) if told.guest_addr == 0x1000));
+
+        // A recipient that is started again and again leaves nothing behind.
+        let file: Arc<OwnedFd> = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        assert!(state.share(0, region, (0, 0), &file, 1));
+        drop(file);
+        for _ in 0..3 {
+            state.restart(1);
+            let change = state.next_change(1).unwrap();
+            state.record(1, &change, false);
+            state.discard(change);
+        }
+        assert!(state.take_files_to_close(0).is_empty());
+        assert_eq!(state.withdraw_all(0), [0x1000]);
+        assert_eq!(state.take_files_to_close(0).len(), 1);
     }
 }
