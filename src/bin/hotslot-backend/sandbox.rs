@@ -1,12 +1,12 @@
 //! The system calls that a back-end's threads may make once it listens: the tables, and which thread gets
 //! which. How it works is in `hotslot::sandbox`.
 //!
-//! `server` confines the main thread, and the thread `front-ends` of `pmem` and `blk`, which all threads of
-//! the `vhost-user-backend` crate come from. `fs` confines that thread itself, after it has Landlock's rule
-//! for its directory. `torture`, which is for tests only, does not confine it.
+//! `server` confines the main thread, and the thread `front-ends`, which all others come from: those of the
+//! `vhost-user-backend` crate, and `torture`'s. `fs` confines that thread itself, after it has Landlock's
+//! rule for its directory.
 
 use hotslot::sandbox::every_thread::{EVERY_THREAD, STARTS_THREADS};
-use hotslot::sandbox::rule::{Argument, Rule, call, call_if, fcntl, ioctl};
+use hotslot::sandbox::rule::{Argument, Rule, call, call_if, fcntl, ioctl, on_self};
 use hotslot::sandbox::{confine, confine_calls};
 use syscalls::Sysno;
 
@@ -15,7 +15,7 @@ pub fn main_thread() {
     confine_calls(&[EVERY_THREAD, MAIN]);
 }
 
-/// For `fs` and `torture`: does nothing.
+/// For `fs`: does nothing.
 pub fn not_yet() {}
 
 /// Confines the thread that serves `pmem`.
@@ -31,6 +31,11 @@ pub fn blk() {
 /// Confines the thread that serves `fs`, which has given up all files but those of its directory.
 pub fn fs() {
     confine_calls(&[EVERY_THREAD, STARTS_THREADS, SERVES, DISK, DIRECTORY]);
+}
+
+/// Confines the thread that serves `torture`. It opens a few files: those that it sends, and random bytes.
+pub fn torture() {
+    confine_calls(&[EVERY_THREAD, STARTS_THREADS, TORTURE]);
 }
 
 const MAIN: &[Rule] = &[call(Sysno::statx, "is the socket still ours"), call(Sysno::unlink, "removes it")];
@@ -122,4 +127,25 @@ const DIRECTORY: &[Rule] = &[
     call(Sysno::umask, "the umask of the guest's process"),
     call(Sysno::capget, "its capabilities"),
     call(Sysno::capset, "the same"),
+];
+
+/// What misbehaviour takes.
+const TORTURE: &[Rule] = &[
+    call(Sysno::accept4, "a front-end connects"),
+    call(Sysno::recvmsg, "its messages"),
+    call(Sysno::recvfrom, "the same"),
+    call(Sysno::sendmsg, "answers, requests, and what must not be sent"),
+    call_if(
+        Sysno::setsockopt,
+        Argument::Is(2, libc::SO_SNDTIMEO as u32),
+        "an answer that the front-end does not take",
+    ),
+    call(Sysno::shutdown, "the end of a session"),
+    call(Sysno::memfd_create, "a file to map"),
+    call(Sysno::ftruncate, "it is cut while it is mapped"),
+    call(Sysno::openat, "random bytes; a file again, to read only; a device to send"),
+    call(Sysno::open, "a directory to send: rustix"),
+    call(Sysno::socketpair, "a socket to send"),
+    call(Sysno::pipe2, "a pipe to send"),
+    on_self(Sysno::kill, "its own death"),
 ];

@@ -130,8 +130,8 @@ impl State {
         true
     }
 
-    /// A mapping that is no longer shared, or a copy that a recipient was told of. The last to use a file does
-    /// not close it here.
+    /// A mapping that is no longer shared, or a copy that a recipient was told of. The last to use a file
+    /// does not close it here.
     fn put_away(&mut self, shared: Shared) {
         self.devices[shared.owner].to_close.extend(Arc::into_inner(shared.file));
     }

@@ -175,7 +175,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let listening = server::listen(&args.server)?;
     report.line(format_args!("{listening}"));
     let report_of_sessions = Arc::clone(&report);
-    server::serve_with(NAME, listening, sandbox::not_yet, move |listener| {
+    server::serve_with(NAME, listening, sandbox::torture, move |listener| {
         session(listener, &device, &steps, &report_of_sessions)
     })?;
     report.line(&report);
