@@ -34,8 +34,7 @@ main() {
         case $1 in
         -h | --help) usage && return ;;
         --seconds)
-            [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "--seconds needs a whole number"
-            seconds=$2
+            seconds=$(whole_number "$@")
             shift
             ;;
         -*) die "$1: unknown option (--help lists them)" ;;

@@ -18,6 +18,12 @@ die() {
     exit "${DIE_STATUS:-1}"
 }
 
+# whole_number OPTION VALUE...: the value of an option, of the arguments that are left.
+whole_number() {
+    [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "$1 needs a whole number (--help describes it)"
+    echo "$2"
+}
+
 # The header comment of the script that calls it, as its help.
 usage() { sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; }
 

@@ -52,8 +52,7 @@ main() {
         case $1 in
         -h | --help) usage && return ;;
         --seconds)
-            [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "--seconds needs a whole number"
-            seconds=$2
+            seconds=$(whole_number "$@")
             shift
             ;;
         --config)
@@ -61,8 +60,9 @@ main() {
             configs+=("$2")
             shift
             ;;
+        -*) die "$1: unknown option (--help lists them)" ;;
         pjdfstest | fsx | stress-ng) suites+=("$1") ;;
-        *) die "$1: not understood (--help lists what is)" ;;
+        *) die "$1: there is no such suite (--help lists them)" ;;
         esac
         shift
     done
