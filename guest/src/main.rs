@@ -13,6 +13,7 @@ mod console;
 mod files;
 mod finish;
 mod hammer;
+mod keep;
 mod lab;
 mod map;
 mod modules;

@@ -13,13 +13,13 @@ use crate::map::{self, Mapping, PAGE};
 use crate::outcome::{Outcome, failed};
 use crate::parameters::number;
 use crate::sys::run_on;
-use crate::{files, hammer, rights, speed};
+use crate::{files, hammer, keep, rights, speed};
 
 const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | mem-read ADDRESS LENGTH | \
                      mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | panic | files DIR | fill FILE MIB | \
                      sum FILE read|map | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
                      xattr FILE NAME | rights DIR | locked FILE | with-lock FILE SHELL-LINE | speed memory MIB | speed mapped|read|pages|writes|direct FILE | \
-                     speed program NAME PROGRAM ARG...";
+                     speed program NAME PROGRAM ARG... | keep NAME FILE | kept FILE NUMBER | cut DIR";
 
 /// Runs one probe.
 pub fn main(arguments: &[OsString]) -> ExitCode {
@@ -50,6 +50,9 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["speed", "writes", file] => speed::writes(file),
         ["speed", "direct", file] => speed::direct(file),
         ["speed", "program", name, program, arguments @ ..] => speed::program(name, program, arguments),
+        ["keep", name, file] => keep::keep(name, file),
+        ["kept", file, synced] => keep::kept(file, synced),
+        ["cut", directory] => keep::cut(directory),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
