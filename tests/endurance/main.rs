@@ -14,6 +14,7 @@ mod churn;
 mod eyes;
 mod hammer;
 mod page;
+mod starts;
 mod truncation;
 mod watch;
 

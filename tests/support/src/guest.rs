@@ -174,6 +174,19 @@ impl Guest {
         self.stdin.write_all(&request).unwrap_or_else(|error| self.fail(&error.to_string()));
     }
 
+    /// Leaves a list of 32-bit writes at `list`, in RAM.
+    pub fn write_list(&mut self, list: u64, writes: impl IntoIterator<Item = (u64, u32)>) {
+        let words = writes.into_iter().flat_map(|(address, value)| [address, value.into()]);
+        for (at, word) in (list..).step_by(8).zip(words.chain([0])) {
+            self.write64(at, word);
+        }
+    }
+
+    /// Goes through such a list so often.
+    pub fn repeat(&mut self, list: u64, times: u64) {
+        self.ask(Operation::Repeat, 0, list, times);
+    }
+
     /// Sends an operation whose answer never comes because the machine ends, and waits for that.
     pub fn end_with(
         mut self,

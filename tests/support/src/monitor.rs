@@ -33,6 +33,9 @@ pub enum Operation {
     /// the new index of the available ring, and above its 16 bits the address of QueueNotify. The answer is
     /// how long the device took to use it, in ticks of the time-stamp counter.
     Request = 5,
+    /// Goes through a list of 32-bit writes, as often as the value says. The list is at the address: of each
+    /// write the address (8 bytes) and the value (8 bytes), then an address of 0.
+    Repeat = 6,
 }
 
 /// Where the available ring of a queue is, whose descriptor table is at `rings`.
@@ -105,7 +108,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
                 (Operation::In, 1) => a.in_(al, dx)?,
                 (Operation::In, 2) => a.in_(ax, dx)?,
                 (Operation::In, _) => a.in_(eax, dx)?,
-                (Operation::Interrupts | Operation::Request, _) => {}
+                (Operation::Interrupts | Operation::Request | Operation::Repeat, _) => {}
             }
             if matches!(operation, Operation::In) {
                 a.mov(rbx, rax)?;
@@ -139,6 +142,27 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.mov(rbx, rax)?;
     a.jmp(answer)?;
     a.set_label(&mut no_request)?;
+    let mut no_repeat = a.create_label();
+    let mut again = a.create_label();
+    let mut each = a.create_label();
+    let mut end_of_list = a.create_label();
+    a.cmp(r8, Operation::Repeat as i32)?;
+    a.jne(no_repeat)?;
+    a.set_label(&mut again)?;
+    a.mov(rsi, r10)?;
+    a.set_label(&mut each)?;
+    a.mov(rdx, qword_ptr(rsi))?;
+    a.test(rdx, rdx)?;
+    a.je(end_of_list)?;
+    a.mov(eax, dword_ptr(rsi + 8))?;
+    a.mov(dword_ptr(rdx), eax)?;
+    a.add(rsi, 16)?;
+    a.jmp(each)?;
+    a.set_label(&mut end_of_list)?;
+    a.dec(r11)?;
+    a.jne(again)?;
+    a.jmp(answer)?;
+    a.set_label(&mut no_repeat)?;
     let mut disable = a.create_label();
     a.test(r11, r11)?;
     a.je(disable)?;
