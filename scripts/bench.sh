@@ -1,5 +1,5 @@
 #!/bin/bash
-# usage: bench.sh [neighbour|files|programs]
+# usage: bench.sh [neighbour|files|programs|mapping [HOTSLOT]...]
 #
 # Measures, and gives ratios of what it measured in one run; neighbour and files where none is named.
 #
@@ -13,6 +13,8 @@
 #   programs           how long programs take that work with such files (tar, ls, git, gcc, pages at random), by the same
 #                      clock: on the emulated host itself, and in a guest with our back-ends and with virtiofsd (which
 #                      cargo installs) and qemu-storage-daemon
+#   mapping            how long a MAP and an UNMAP take that are well, by the same clock: with this hotslot, in its sandbox and
+#                      without one, and with others that are named (of an earlier version)
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -21,6 +23,7 @@ main() {
     case ${1-} in
     -h | --help) usage && return ;;
     neighbour | files | programs) "$1" ;;
+    mapping) "$@" ;;
     '') neighbour && files ;;
     *) die "$1: not understood (--help lists what is)" ;;
     esac
@@ -38,6 +41,18 @@ files() {
         --file "$PROJECT/benches/files/guest.sh:/bench/guest.sh"
     measure "$PROJECT/benches/files/host.sh" --memory 2G --timeout 240
     table "$work/figures"
+}
+
+mapping() {
+    local program built programs=("$TARGET/release/hotslot" "$TARGET/release/hotslot --sandbox off") lab=()
+    cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bin hotslot
+    # A debug build of the client, as the tests have it: its own time is in all figures.
+    built=$(cargo test --locked --manifest-path "$PROJECT/Cargo.toml" --bench mapping --no-run 2>&1 |
+        sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
+    cd "$PROJECT"
+    for program in "$TARGET/release/hotslot" "$@"; do lab+=(--exec "$(realpath "$program")"); done
+    for program in "$@"; do programs+=("$(realpath "$program")"); done
+    scripts/lab.sh --icount --timeout 600 "${lab[@]}" -- "$(realpath "$built")" "${programs[@]}"
 }
 
 programs() {
