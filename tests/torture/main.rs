@@ -7,6 +7,19 @@
 
 mod deaths;
 mod foreign;
-
 mod misbehaviour;
 mod requests;
+
+use hotslot_test_support::process::{Confinement, confinements};
+use hotslot_test_support::torture::Torture;
+use hotslot_test_support::wait::eventually;
+
+#[test]
+fn its_threads_are_confined_once_it_listens() {
+    let torture = Torture::start(&[]);
+    let confined = Confinement { filter: true, no_new_privs: true };
+    eventually("each thread is confined", || {
+        let threads = confinements(torture.pid());
+        threads.contains_key("front-ends") && threads.values().flatten().all(|thread| *thread == confined)
+    });
+}
