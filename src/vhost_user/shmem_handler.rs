@@ -22,6 +22,7 @@ pub type BackendChannel = Channel<ShmemHandler>;
 
 /// Maps and unmaps in one device's shared memory.
 pub struct ShmemHandler {
+    name: String,
     log: MisuseLog,
     shmem: Arc<SharedMemory>,
     sharing: Option<Participant>,
@@ -30,7 +31,7 @@ pub struct ShmemHandler {
 impl ShmemHandler {
     /// For the device `name`; `sharing` is what it is to those that see its mappings (SHM-80).
     pub fn new(name: &str, shmem: Arc<SharedMemory>, sharing: Option<Participant>) -> Self {
-        ShmemHandler { log: MisuseLog::new(name), shmem, sharing }
+        ShmemHandler { name: name.to_string(), log: MisuseLog::new(name), shmem, sharing }
     }
 }
 
@@ -45,6 +46,12 @@ impl Handler for ShmemHandler {
         };
         let request = MapRequest { shmid, shm_offset, len, file: file.as_fd(), file_offset, access };
         let (mapping, host) = self.shmem.map(&request)?;
+        // Not at a limited rate: a user who asks for debug messages wants each.
+        log::debug!(
+            "{}: mapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}, {}, from {file_offset:#x} on of a file",
+            self.name,
+            if access == Access::ReadOnly { "read-only" } else { "read-write" },
+        );
         // After the guest's mapping, and before the answer: the guest hands no page to a device that does not
         // know it.
         if let Some(sharing) = &self.sharing
@@ -58,6 +65,7 @@ impl Handler for ShmemHandler {
     fn unmap(&self, request: &MMap) -> Result<(), ShmemError> {
         let &MMap { shmid, shm_offset, len, .. } = request;
         self.shmem.unmap(shmid, shm_offset, len)?;
+        log::debug!("{}: unmapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}", self.name);
         if let (Some(sharing), Some(region)) = (&self.sharing, self.shmem.region(shmid)) {
             sharing.withdraw(region.start() + shm_offset);
         }
