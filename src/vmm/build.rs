@@ -1,5 +1,6 @@
 //! Building a machine: [`Vmm::build`], and its steps in the order in which it takes them.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::reset::Resets;
 use crate::arch::x86_64::{acpi, layout, msr, regs};
 use crate::bus::{Bus, BusDevice};
+use crate::config::device::DeviceSpec;
 use crate::config::{Config, SerialLine, UnavailablePage};
 use crate::devices::debug_exit::DebugExit;
 use crate::devices::i8042::I8042;
@@ -95,6 +97,21 @@ fn check_numbers(config: &Config) -> Result<(), VmmError> {
     }
     if config.devices.len() > layout::MAX_DEVICES {
         return Err(VmmError::TooManyDevices(config.devices.len()));
+    }
+    check_sockets(&config.devices)
+}
+
+/// A back-end serves one device. Most back-ends accept one connection at a time: the second device would wait
+/// for the first one's end.
+fn check_sockets(devices: &[DeviceSpec]) -> Result<(), VmmError> {
+    // The socket may not be there yet.
+    let path = |spec: &DeviceSpec| spec.socket.canonicalize().unwrap_or_else(|_| spec.socket.clone());
+    let mut seen = BTreeMap::new();
+    for spec in devices {
+        if let Some(first) = seen.insert(path(spec), spec) {
+            let [first, second] = [first, spec].map(|spec| spec.name.clone());
+            return Err(VmmError::SameSocket { first, second, socket: spec.socket.clone() });
+        }
     }
     Ok(())
 }

@@ -21,6 +21,8 @@ pub(super) enum VmmError {
         most = layout::MAX_DEVICES, first = layout::FIRST_DEVICE_GSI, last = layout::IOAPIC_INPUTS - 1
     )]
     TooManyDevices(usize),
+    #[error("devices {first} and {second} have the same socket, {socket}: each needs a back-end of its own", socket = .socket.display())]
+    SameSocket { first: String, second: String, socket: PathBuf },
     /// `end` is the first address after RAM.
     #[error("guest memory up to {end:#x} is beyond this processor's {bits} bits of physical address")]
     AddressWidth { end: u64, bits: u32 },
