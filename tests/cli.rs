@@ -181,6 +181,7 @@ fn impossible_devices() {
         ("a.sock,type=disk", "`disk`"),
         ("a.sock,type=fs,colour=red", "unknown key `colour`"),
         ("a.sock,type=fs,queues=none", "`none`"),
+        ("a.sock,pmem", "`pmem` is a device type: say type=pmem"),
         ("a.sock,type=fs,reconnect=3", "unknown key `reconnect`"),
     ] {
         refused(&["-k", "good", "--vhost-user", device], here, &["--vhost-user", part], None);
@@ -188,6 +189,9 @@ fn impossible_devices() {
     let mut crowd = vec!["-k", "good"];
     crowd.extend(["--vhost-user", "a.sock,type=fs"].repeat(20));
     refused(&crowd, here, &["20 devices are more than the 19", "interrupt"], None);
+    let twice =
+        ["-k", "good", "--vhost-user", "a.sock,type=fs,name=one", "--vhost-user", "a.sock,type=blk,name=two"];
+    refused(&twice, here, &["devices one and two have the same socket, a.sock"], None);
 }
 
 #[test]

@@ -226,6 +226,8 @@ fn device_strings() -> Vec<Seed> {
     vec![
         ("device", text(0, "/run/fs.sock,type=fs")),
         ("device_in_full", text(0, "a=b,queues=3,type=26,queue-size=128,shmem-bit=20,name=share")),
+        ("device_keys", text(0, "a,type=fs,tag=x,config=00ff,config-size=300,shmem=0:1M")),
+        ("device_mac", text(0, "a,type=net,mac=52:54:00:12:34:56")),
         ("device_not_yet", text(0, "a,type=pmem,reconnect=5")),
         ("device_that_shares", text(0, "a,type=pmem,share-shmem=on")),
         ("memory", text(1, "16777215T")),

@@ -46,15 +46,24 @@ fn check_device(device: &DeviceSpec) {
     assert!(!name.is_empty() && !socket.as_os_str().is_empty());
     assert!((1..=255).contains(&kind.id()));
     assert!(queues.is_none_or(|queues| (1..=256).contains(&queues)));
-    assert!(queue_size.is_power_of_two() && *queue_size <= 32768);
+    assert!(queue_size.is_none_or(|size| size.is_power_of_two() && size <= 32768));
+    let DeviceSpec { config_size, config, mac, tag, shmem, .. } = device;
+    assert!(config_size.is_none_or(|size| size <= 3840));
     assert!((20..=22).contains(shmem_bit));
     let queues = queues.map_or(String::new(), |queues| format!(",queues={queues}"));
+    let size = queue_size.map_or(String::new(), |size| format!(",queue-size={size}"));
+    let config_size = config_size.map_or(String::new(), |size| format!(",config-size={size}"));
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>();
+    let config = config.as_ref().map_or(String::new(), |bytes| format!(",config={}", hex(bytes).concat()));
+    let mac = mac.map_or(String::new(), |mac| format!(",mac={}", hex(&mac).join(":")));
+    let tag = tag.as_ref().map_or(String::new(), |tag| format!(",tag={tag}"));
+    let shmem = shmem.map_or(String::new(), |(id, size)| format!(",shmem={id}:{size}"));
     let rate = shmem_rate.map_or(String::new(), |rate| format!(",shmem-rate={rate}"));
     assert!(*shmem_limit >= 4096);
     let [share, foreign] = [share_shmem, foreign_files].map(|is_on| if *is_on { "on" } else { "off" });
     let more = format!("shmem-limit={shmem_limit},foreign-files={foreign}");
     let full = format!(
-        "{},share-shmem={share},shmem-bit={shmem_bit},queue-size={queue_size},name={name},type={}{queues}{rate},{more}",
+        "{},share-shmem={share},shmem-bit={shmem_bit},name={name},type={}{queues}{size}{config_size}{config}{mac}{tag}{shmem}{rate},{more}",
         socket.display(),
         kind.id(),
     );

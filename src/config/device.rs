@@ -9,11 +9,13 @@ use std::str::FromStr;
 use thiserror::Error;
 
 use crate::size;
-use crate::virtio::kind::{self, DeviceKind, UnknownKind};
+use crate::virtio::kind::{self, DeviceKind, MAX_QUEUES, UnknownKind};
 
-/// The largest queue that a driver may choose where the user does not say otherwise: what most of QEMU's
-/// devices have.
-const QUEUE_SIZE: u16 = 256;
+/// The configuration space that a register page has room for (VIRTIO section 4.2.2: it begins at 0x100).
+const MAX_CONFIG: usize = 0xf00;
+
+/// VIRTIO section 5.11.4: a tag's bytes.
+const MAX_TAG: usize = 36;
 
 /// SHMEM's protocol feature bit in the merged specification; drafts had 20 and 21 (SHM-1).
 const SHMEM_BIT: u32 = 22;
@@ -31,10 +33,21 @@ pub struct DeviceSpec {
     /// The socket that its back-end listens on.
     pub socket: PathBuf,
     pub kind: DeviceKind,
-    /// `None` for what is usual for the type.
+    /// `None` for what the type means and the back-end says.
     pub queues: Option<u16>,
-    /// The largest queue size that the driver may choose: a power of two up to 32768.
-    pub queue_size: u16,
+    /// The largest queue size that the driver may choose: a power of two up to 32768. `None` for what is
+    /// usual for the type.
+    pub queue_size: Option<u16>,
+    /// How many bytes of configuration space the back-end has; `None` for what the type means.
+    pub config_size: Option<u16>,
+    /// The configuration space, where the back-end is not to be asked for it.
+    pub config: Option<Vec<u8>>,
+    /// A network device's address.
+    pub mac: Option<[u8; 6]>,
+    /// A file system's name: 1 to 36 bytes.
+    pub tag: Option<String>,
+    /// Id and size of the only shared memory region, where the back-end does not say.
+    pub shmem: Option<(u8, u64)>,
     /// The protocol feature bit that means SHMEM: 22, or 20 or 21 for a back-end built from a draft (SHM-1).
     pub shmem_bit: u32,
     /// Whether other devices' back-ends see what this one's maps (SHM-80).
@@ -45,6 +58,13 @@ pub struct DeviceSpec {
     pub shmem_limit: u64,
     /// Whether its back-end may map files that need another process or the network (SHM-83).
     pub foreign_files: bool,
+}
+
+impl DeviceSpec {
+    /// The largest queue size to ask the back-end for.
+    pub fn wanted_queue_size(&self) -> u16 {
+        self.queue_size.unwrap_or(self.kind.queue_size())
+    }
 }
 
 /// A key of a device string.
@@ -78,17 +98,63 @@ const KEYS: &[Key] = &[
         name: "queues",
         value: "N",
         wanted: "a number from 1 to 256",
-        help: "how many queues it has, if not as many as is usual for the type",
-        set: |spec, text| number(text, 1..=256).map(|count| spec.queues = Some(count)),
+        help: "how many queues it has, if not as many as the back-end says and the type means",
+        set: |spec, text| number(text, 1..=MAX_QUEUES).map(|count| spec.queues = Some(count)),
     },
     Key {
         name: "queue-size",
         value: "N",
         wanted: "a power of two up to 32768",
-        help: "the largest queue that the driver may choose, if not 256",
+        help: "the largest queue that the driver may choose, if not what is usual for the type, or less where the \
+               back-end takes less",
         set: |spec, text| {
             let size = number(text, 1..=32768).filter(|size: &u16| size.is_power_of_two());
-            size.map(|size| spec.queue_size = size)
+            size.map(|size| spec.queue_size = Some(size))
+        },
+    },
+    Key {
+        name: "config-size",
+        value: "N",
+        wanted: "a number of bytes from 0 to 3840",
+        help: "how many bytes of configuration space the back-end has, if not as many as the type means; it is asked \
+               for these, and for none with 0",
+        set: |spec, text| number(text, 0..=MAX_CONFIG as u16).map(|size| spec.config_size = Some(size)),
+    },
+    Key {
+        name: "config",
+        value: "HEX",
+        wanted: "an even number of hexadecimal digits, for up to 3840 bytes",
+        help: "the bytes of the configuration space, instead of asking the back-end",
+        set: |spec, text| hex(text, text.len() / 2).map(|bytes| spec.config = Some(bytes)),
+    },
+    Key {
+        name: "mac",
+        value: "MAC",
+        wanted: "six bytes as in 52:54:00:12:34:56, the first of them even",
+        help: "a network device's address, instead of one that the back-end or the driver chooses",
+        set: |spec, text| {
+            let bytes: Vec<u8> = text.split(':').map(|part| Some(hex(part, 1)?[0])).collect::<Option<_>>()?;
+            // An odd first byte is an address of a group.
+            let mac = <[u8; 6]>::try_from(bytes).ok().filter(|mac| mac[0] % 2 == 0);
+            mac.map(|mac| spec.mac = Some(mac))
+        },
+    },
+    Key {
+        name: "tag",
+        value: "NAME",
+        wanted: "a name of 1 to 36 bytes",
+        help: "the name by which the guest mounts a file system, instead of the one that the back-end says",
+        set: |spec, text| (1..=MAX_TAG).contains(&text.len()).then(|| spec.tag = Some(text.to_string())),
+    },
+    Key {
+        name: "shmem",
+        value: "SHMID:SIZE",
+        wanted: "an id up to 255 and a size of whole pages, as in 1:256M",
+        help: "the shared memory region of a back-end that leaves its size to the front-end",
+        set: |spec, text| {
+            let (shmid, size) = text.split_once(':')?;
+            let size = size::parse(size).ok().filter(|size| *size > 0 && size % 4096 == 0)?;
+            number(shmid, 0..=255).map(|shmid| spec.shmem = Some((shmid, size)))
         },
     },
     Key {
@@ -145,6 +211,14 @@ fn number<T: FromStr + PartialOrd>(text: &str, range: std::ops::RangeInclusive<T
     text.parse().ok().filter(|number| range.contains(number))
 }
 
+/// `len` bytes out of pairs of hexadecimal digits.
+fn hex(text: &str, len: usize) -> Option<Vec<u8>> {
+    let is_hex = text.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let fits = (1..=MAX_CONFIG).contains(&len) && text.len() == 2 * len;
+    let bytes = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).ok();
+    if is_hex && fits { (0..text.len()).step_by(2).map(bytes).collect() } else { None }
+}
+
 /// The help text of the option that takes a device string.
 pub fn help() -> String {
     let mut text = format!(
@@ -184,6 +258,10 @@ pub enum DeviceStringError {
     NoType(PathBuf),
     #[error("`{0}` is not of the form KEY=VALUE")]
     NotAPair(String),
+    #[error("`{0}` is a device type: say type={0}")]
+    BareType(String),
+    #[error("`{key}` is for a device with type={kind}, and this one has type={given}")]
+    OtherType { key: &'static str, kind: &'static str, given: DeviceKind },
     #[error("unknown key `{0}`: known are {known}", known = names())]
     UnknownKey(String),
     #[error("`{0}` is given twice")]
@@ -212,8 +290,10 @@ impl FromStr for DeviceSpec {
         }
         let mut given: Vec<(&Key, &str)> = Vec::new();
         for part in parts {
-            let (name, value) =
-                part.split_once('=').ok_or_else(|| DeviceStringError::NotAPair(part.into()))?;
+            let (name, value) = part.split_once('=').ok_or_else(|| match part.parse::<DeviceKind>() {
+                Ok(_) => DeviceStringError::BareType(part.into()),
+                Err(_) => DeviceStringError::NotAPair(part.into()),
+            })?;
             let key = find(name).ok_or_else(|| DeviceStringError::UnknownKey(name.into()))?;
             if given.iter().any(|(other, _)| other.name == key.name) {
                 return Err(DeviceStringError::Twice(key.name));
@@ -229,7 +309,12 @@ impl FromStr for DeviceSpec {
             socket,
             kind: kind.parse()?,
             queues: None,
-            queue_size: QUEUE_SIZE,
+            queue_size: None,
+            config_size: None,
+            config: None,
+            mac: None,
+            tag: None,
+            shmem: None,
             shmem_bit: SHMEM_BIT,
             share_shmem: false,
             shmem_rate: None,
@@ -238,6 +323,11 @@ impl FromStr for DeviceSpec {
         };
         for (&Key { name, wanted, set, .. }, value) in given {
             set(&mut spec, value).ok_or_else(|| BadValue::new(name, value, wanted))?;
+        }
+        for (is_given, key, kind) in [(spec.mac.is_some(), "mac", "net"), (spec.tag.is_some(), "tag", "fs")] {
+            if is_given && kind.parse() != Ok(spec.kind) {
+                return Err(DeviceStringError::OtherType { key, kind, given: spec.kind });
+            }
         }
         Ok(spec)
     }
@@ -257,7 +347,12 @@ mod tests {
                 kind: "pmem".parse().unwrap(),
                 name: "pmem.sock".into(),
                 queues: None,
-                queue_size: QUEUE_SIZE,
+                queue_size: None,
+                config_size: None,
+                config: None,
+                mac: None,
+                tag: None,
+                shmem: None,
                 shmem_bit: 22,
                 share_shmem: false,
                 shmem_rate: None,
@@ -277,7 +372,12 @@ mod tests {
         assert_eq!((device_of_network.foreign_files, device_of_network.shmem_limit), (true, 128 << 30));
         assert_eq!(device.socket, PathBuf::from("a=b.sock"));
         assert_eq!((device.kind.id(), device.name.as_str()), (26, "share"));
-        assert_eq!((device.queues, device.queue_size, device.shmem_bit), (Some(3), 128, 20));
+        assert_eq!((device.queues, device.queue_size, device.shmem_bit), (Some(3), Some(128), 20));
+        let net: DeviceSpec = "a,type=net,mac=52:54:00:aB:00:ff,config-size=3840".parse().unwrap();
+        assert_eq!((net.mac, net.config_size), (Some([0x52, 0x54, 0, 0xab, 0, 0xff]), Some(3840)));
+        let share: DeviceSpec = "a,type=fs,tag=my share,config=00fFA0,shmem=1:256M".parse().unwrap();
+        assert_eq!((share.tag.as_deref(), share.shmem), (Some("my share"), Some((1, 256 << 20))));
+        assert_eq!(share.config, Some(vec![0, 0xff, 0xa0]));
     }
 
     #[test]
@@ -291,6 +391,24 @@ mod tests {
             ("a.sock,type=0", "`0` is no device type"),
             ("a.sock,type=fs,colour=red", "unknown key `colour`"),
             ("a.sock,type=fs,queues", "`queues` is not of the form"),
+            ("a.sock,pmem", "`pmem` is a device type: say type=pmem"),
+            ("a.sock,26", "`26` is a device type: say type=26"),
+            ("a.sock,type=fs,config-size=3841", "`3841` is not a good config-size"),
+            ("a.sock,type=fs,config=", "`` is not a good config"),
+            ("a.sock,type=fs,config=0", "`0` is not a good config"),
+            ("a.sock,type=fs,config=0g", "`0g` is not a good config"),
+            ("a.sock,type=fs,config=\u{e9}\u{e9}", "is not a good config"),
+            ("a.sock,type=fs,tag=", "`` is not a good tag"),
+            ("a.sock,type=fs,tag=0123456789012345678901234567890123456", "is not a good tag"),
+            ("a.sock,type=blk,tag=a", "`tag` is for a device with type=fs, and this one has type=blk"),
+            ("a.sock,type=blk,mac=52:54:00:12:34:56", "`mac` is for a device with type=net"),
+            ("a.sock,type=net,mac=52:54:00:12:34", "is not a good mac"),
+            ("a.sock,type=net,mac=53:54:00:12:34:56", "is not a good mac"),
+            ("a.sock,type=net,mac=5:54:00:12:34:56", "is not a good mac"),
+            ("a.sock,type=gpu,shmem=1", "`1` is not a good shmem"),
+            ("a.sock,type=gpu,shmem=256:1M", "`256:1M` is not a good shmem"),
+            ("a.sock,type=gpu,shmem=1:0", "`1:0` is not a good shmem"),
+            ("a.sock,type=gpu,shmem=1:100", "`1:100` is not a good shmem"),
             ("a.sock,type=fs,queues=0", "`0` is not a good queues"),
             ("a.sock,type=fs,queues=257", "`257` is not a good queues"),
             ("a.sock,type=fs,queue-size=100", "`100` is not a good queue-size"),
@@ -317,7 +435,9 @@ mod tests {
     #[test]
     fn the_help_has_every_key_and_every_named_type() {
         let help = help();
-        for part in ["shmem-bit=N", "22, or a draft's 20 or 21", "share-shmem=on", "blk, console", "pmem"] {
+        for part in
+            ["shmem-bit=N", "22, or a draft's 20 or 21", "share-shmem=on", "net, blk, console", "pmem"]
+        {
             assert!(help.contains(part), "{help}");
         }
     }

@@ -1,4 +1,4 @@
-//! Finds a device's back-end and learns what it is: waits for its socket, then makes the handshake.
+//! Finds a device's back-end: waits for its socket, makes the handshake, and tries the size of its queues.
 //!
 //! `vmm::backends` calls [`connect`] for each device before the guest exists.
 
@@ -12,11 +12,17 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use thiserror::Error;
 
-use super::wire::frontend::{Frontend, FrontendError, Handshake};
+use super::handshake::{Handshake, HandshakeError, handshake};
+use super::wire::frontend::{FrontendError, QueueSize};
 use super::wire::message::protocol_features as protocol;
-use super::wire::negotiate::Needs;
 use crate::config::device::DeviceSpec;
 use crate::report;
+
+/// How long a back-end that hung up at a queue size may take until it listens again.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
+
+/// Between two attempts to connect.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// Why a back-end cannot be used.
 #[derive(Debug, Error)]
@@ -34,30 +40,118 @@ pub enum ConnectError {
     #[error("cannot connect")]
     Connect(#[source] io::Error),
     #[error(transparent)]
-    Frontend(#[from] FrontendError),
+    Handshake(#[from] HandshakeError),
+    /// SHM-90. The user said `asked`.
+    #[error("the back-end refuses SET_VRING_NUM of {asked} entries for queue {index} and takes {takes}")]
+    QueueSize { index: u16, asked: u16, takes: u16 },
+    /// SHM-90. It refuses every size.
+    #[error(
+        "the back-end refuses SET_VRING_NUM of {asked} entries for queue {index}, and any smaller number"
+    )]
+    NoQueueSize { index: u16, asked: u16 },
+    /// SHM-90. Without MQ it does not say how many queues it has.
+    #[error(
+        "the back-end refuses SET_VRING_NUM of {size} entries for queue {index} and takes it for queue 0"
+    )]
+    FewerQueues { index: u16, size: u16 },
+    /// SHM-90.
+    #[error("the back-end hung up at SET_VRING_NUM of {size} entries for queue {index}, and listens no more")]
+    Died { index: u16, size: u16, source: Box<ConnectError> },
+}
+
+impl ConnectError {
+    /// What the user can do.
+    pub fn hint(&self, spec: &DeviceSpec) -> Option<String> {
+        Some(match self {
+            ConnectError::NobodyListens { .. } => format!(
+                "start the back-end on {}, or wait longer with --connect-timeout",
+                spec.socket.display()
+            ),
+            ConnectError::PathTooLong(_) => {
+                "a path relative to the working directory may be shorter".to_string()
+            }
+            ConnectError::Handshake(error) => return error.hint(spec),
+            ConnectError::QueueSize { takes, .. } => format!("say queue-size={takes}"),
+            ConnectError::FewerQueues { .. } => "say how many it has with queues=N".to_string(),
+            ConnectError::Died { size, .. } => {
+                format!("start the back-end again, and say queue-size={} or less", size / 2)
+            }
+            ConnectError::NoQueueSize { .. } | ConnectError::NotASocket | ConnectError::Connect(_) => {
+                return None;
+            }
+        })
+    }
+
+    fn is_hang_up(&self) -> bool {
+        matches!(self, ConnectError::Handshake(error) if error.is_hang_up())
+    }
+}
+
+impl From<FrontendError> for ConnectError {
+    fn from(error: FrontendError) -> Self {
+        ConnectError::Handshake(error.into())
+    }
 }
 
 /// Connects to a back-end, waiting up to `timeout` until it listens, and finds out what it is. `sees_others`:
 /// there is another device whose mappings it is to see (SHM-80).
 pub fn connect(spec: &DeviceSpec, timeout: Duration, sees_others: bool) -> Result<Handshake, ConnectError> {
-    let socket = connect_socket(&spec.name, &spec.socket, timeout)?;
-    let facts = spec.kind.facts();
-    let needs = Needs {
-        device_type: spec.kind.to_string(),
-        features: facts.features,
-        config: facts.needs_config,
-        config_len: facts.config_len,
-        shmem: facts.needs_shmem,
-        shmem_bit: spec.shmem_bit,
-        memory_slots: sees_others,
-        queues: spec.queues.unwrap_or(facts.queues),
+    let attempt = |timeout| {
+        let socket = connect_socket(&spec.name, &spec.socket, timeout)?;
+        Ok(handshake(socket, spec, sees_others)?)
     };
-    let handshake = Frontend::handshake(socket, &needs)?;
-    let has_config = handshake.frontend.agreement.has(protocol::CONFIG);
-    if has_config && needs.config_len.is_none() && handshake.config.is_empty() {
-        log::warn!("{}: the back-end gives no configuration space: it stays empty", spec.name);
+    let mut backend = attempt(timeout)?;
+    let asked = backend.queue_size;
+    let takes = queue_size(&mut backend, asked, |index, size| {
+        again(attempt).map_err(|error| ConnectError::Died { index, size, source: Box::new(error) })
+    })?;
+    if takes < asked && spec.queue_size.is_some() {
+        return Err(ConnectError::QueueSize { index: backend.queues - 1, asked, takes });
     }
-    Ok(handshake)
+    backend.queue_size = takes;
+    backend.report(spec);
+    Ok(backend)
+}
+
+/// The largest size up to `asked` that the back-end takes for its queues (SHM-90). The last queue stands for
+/// all: where the back-end has fewer than it is to have, that shows, too. `again` connects to a back-end that
+/// hung up at a size.
+fn queue_size(
+    backend: &mut Handshake,
+    asked: u16,
+    again: impl Fn(u16, u16) -> Result<Handshake, ConnectError>,
+) -> Result<u16, ConnectError> {
+    let (index, says_how_many) = (backend.queues - 1, backend.frontend.agreement.has(protocol::MQ));
+    let mut takes = |index, size| {
+        let tried = backend.frontend.set_up().try_queue_size(index, size)?;
+        if tried == QueueSize::HungUp {
+            *backend = again(index, size)?;
+        }
+        Ok::<_, ConnectError>(tried == QueueSize::Taken)
+    };
+    let mut size = asked;
+    while !takes(index, size)? {
+        if size == asked && index > 0 && !says_how_many && takes(0, size)? {
+            return Err(ConnectError::FewerQueues { index, size });
+        }
+        if size == 1 {
+            return Err(ConnectError::NoQueueSize { index, asked });
+        }
+        size /= 2;
+    }
+    Ok(size)
+}
+
+/// Connects to a back-end that hung up: it may listen again, at once or soon, or not any more.
+fn again(attempt: impl Fn(Duration) -> Result<Handshake, ConnectError>) -> Result<Handshake, ConnectError> {
+    let start = Instant::now();
+    loop {
+        match attempt(LISTEN_AGAIN.saturating_sub(start.elapsed())) {
+            // It accepted, and then ended.
+            Err(error) if error.is_hang_up() && start.elapsed() < LISTEN_AGAIN => thread::sleep(RETRY),
+            result => return result,
+        }
+    }
 }
 
 /// unix(7): sun_path has 108 bytes, of which the last is a zero.
@@ -65,7 +159,6 @@ const MAX_PATH: usize = 107;
 
 /// Connects, trying again while nobody listens; says so each second.
 fn connect_socket(name: &str, path: &Path, timeout: Duration) -> Result<UnixStream, ConnectError> {
-    const RETRY: Duration = Duration::from_millis(20);
     let len = path.as_os_str().len();
     if len > MAX_PATH {
         return Err(ConnectError::PathTooLong(len));

@@ -15,6 +15,7 @@ use std::time::Duration;
 use log::Level;
 use thiserror::Error;
 
+use super::handshake::Handshake;
 use super::link::Link;
 use super::memory_table::MemoryTable;
 use super::own_regions::OwnRegions;
@@ -22,7 +23,7 @@ use super::sharing::{Owner, Participant, UpdateThread};
 use super::shmem_handler::{BackendChannel, ShmemHandler};
 use super::watch::Watch;
 use super::wire::connection::Deadline;
-use super::wire::frontend::{Conversation, Frontend, FrontendError, Handshake, Ring};
+use super::wire::frontend::{Conversation, Frontend, FrontendError, Ring};
 use super::wire::message::protocol_features as protocol;
 use super::wire::negotiate::Agreement;
 use crate::config::device::DeviceSpec;
@@ -91,7 +92,7 @@ impl VhostUserDevice {
         interrupt: Arc<Interrupt>,
         participant: Option<Participant>,
     ) -> Result<VhostUserDevice, DeviceError> {
-        let Handshake { mut frontend, queues, config, memory_slots, .. } = handshake;
+        let Handshake { mut frontend, queues, queue_size, config, memory_slots, .. } = handshake;
         let agreement = frontend.agreement;
         let own_regions = match agreement.has(protocol::SHMEM_ADDRESSES) {
             true => OwnRegions::new(&shmem)?,
@@ -120,7 +121,7 @@ impl VhostUserDevice {
         let updates = updates.transpose()?;
         Ok(VhostUserDevice {
             device_type: spec.kind.id(),
-            queue_sizes: vec![spec.queue_size; queues.into()],
+            queue_sizes: vec![queue_size; queues.into()],
             config,
             memory,
             shmem,

@@ -1,13 +1,15 @@
 //! The front-end side of vhost-user: devices whose back-ends are other processes, and the shared memory that
 //! those map into the guest (protocol feature SHMEM).
 //!
-//! Reading order: [`wire`] (the protocol), [`connect`] (finding a back-end), [`link`] (its two sockets),
-//! `memory_table` (RAM as it is told of it), `own_regions` (what it is told of its own regions),
-//! [`shmem_handler`] (carries out its requests), [`watch`] (the thread that serves it), [`device`] (the
-//! virtio device that all this makes), [`sharing`] (a device's mappings, shown to other back-ends).
+//! Reading order: [`wire`] (the protocol), [`connect`] (finding a back-end), [`handshake`] (learning what it
+//! is), [`link`] (its two sockets), `memory_table` (RAM as it is told of it), `own_regions` (what it is told
+//! of its own regions), [`shmem_handler`] (carries out its requests), [`watch`] (the thread that serves it),
+//! [`device`] (the virtio device that all this makes), [`sharing`] (a device's mappings, shown to other
+//! back-ends).
 
 pub mod connect;
 pub mod device;
+pub mod handshake;
 pub mod link;
 pub mod memory_table;
 mod own_regions;

@@ -61,7 +61,7 @@ const RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
 ///   the back-end.
 /// - NOTIF_CONFIG_DATA, SR_IOV and ADMIN_VQ are for PCI.
 /// - RING_PACKED: only split virtqueues are checked here, and started by `vhost_user::device`.
-const NOT_CARRIED: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM
+pub const NOT_CARRIED: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM
     | 1 << VIRTIO_F_NOTIFICATION_DATA
     | 1 << VIRTIO_F_NOTIF_CONFIG_DATA
     | 1 << VIRTIO_F_SR_IOV

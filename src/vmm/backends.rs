@@ -21,9 +21,9 @@ use crate::memory::{Access, GuestRange, PAGE_SIZE};
 use crate::report::{Failure, STATUS_USAGE};
 use crate::vhost_user::connect::{self, ConnectError};
 use crate::vhost_user::device::VhostUserDevice;
+use crate::vhost_user::handshake::Handshake;
 use crate::vhost_user::memory_table::MemoryTable;
 use crate::vhost_user::sharing::Sharing;
-use crate::vhost_user::wire::frontend::{FrontendError, Handshake};
 use crate::vhost_user::wire::message::MemoryRegion;
 use crate::virtio::device::DeviceError;
 use crate::virtio::interrupt::Interrupt;
@@ -64,21 +64,7 @@ impl Failure for BackendError {
 
     fn hint(&self) -> Option<String> {
         match &*self.source {
-            Cause::Connect(ConnectError::NobodyListens { .. }) => Some(format!(
-                "start the back-end on {}, or wait longer with --connect-timeout",
-                self.spec.socket.display()
-            )),
-            Cause::Connect(ConnectError::PathTooLong(_)) => {
-                Some("a path relative to the working directory may be shorter".to_string())
-            }
-            Cause::Connect(ConnectError::Frontend(FrontendError::Negotiation(error))) => {
-                error.draft_bit().map(|bit| {
-                    format!("a back-end built from a draft may mean SHMEM by bit {bit}: try shmem-bit={bit}")
-                })
-            }
-            Cause::Connect(ConnectError::Frontend(FrontendError::Queues { .. })) => {
-                Some("say how many with queues=N".to_string())
-            }
+            Cause::Connect(error) => error.hint(&self.spec),
             _ => None,
         }
     }

@@ -468,7 +468,9 @@ fn a_malformed_message_during_a_reset_fails_the_device() {
 fn the_configuration_space_is_the_back_ends() {
     let mut setup = Setup::default();
     setup.kind = "vsock";
+    setup.keys = String::new();
     setup.offer.protocol |= PROTOCOL_F_CONFIG;
+    setup.offer.queues = 3;
     let bench = setup.start();
     assert_eq!(bench.device().config(), [0; 8]);
     let asked = bench.asked(|| bench.device().write_config(4, &[1, 2]).unwrap());

@@ -9,6 +9,7 @@ mod addresses;
 mod framing;
 mod handshake;
 mod interop;
+mod kinds;
 mod lifecycle;
 mod replies;
 mod requests;

@@ -64,6 +64,18 @@ pub enum ConnectionError {
     Io(#[source] io::Error),
 }
 
+impl ConnectionError {
+    /// Whether the peer closed the socket, at whatever moment.
+    pub fn is_hang_up(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset};
+        match self {
+            ConnectionError::HungUp | ConnectionError::HungUpInside(_) => true,
+            ConnectionError::Io(error) => matches!(error.kind(), BrokenPipe | ConnectionReset),
+            _ => false,
+        }
+    }
+}
+
 /// A moment until which to wait, and the time limit that it came from.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline {

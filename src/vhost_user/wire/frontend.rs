@@ -1,8 +1,8 @@
 //! Our requests on the main socket (vhost-user "Front-end message types"): the handshake, then starting and
 //! stopping rings. Every wait has a deadline.
 //!
-//! [`Frontend::handshake`] finds out what the back-end is. From then on each [`Conversation`] is a few
-//! requests with one deadline, made by one thread at a time.
+//! [`Frontend::agree`] negotiates, and `connect` then asks what the back-end is. Each [`Conversation`] is a
+//! few requests with one deadline, made by one thread at a time.
 
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::connection::{Connection, ConnectionError, Deadline, Descriptors};
+use super::connection::{Connection, ConnectionError, Deadline, Descriptors, Message};
 use super::message::{
     self, ConfigHeader, F_PROTOCOL_FEATURES, FrontendRequest, Header, Layout, MemoryRegion, ShmemConfig,
     SingleRegion, VringAddr, VringState, protocol_features as protocol,
@@ -20,9 +20,6 @@ use super::negotiate::{Agreement, Needs, NegotiationError, negotiate};
 
 /// How long a back-end may take to answer a request of the set-up.
 const SETUP_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// VHOST_USER_MAX_CONFIG_SIZE: the most that GET_CONFIG can ask for, in bytes.
-const MAX_CONFIG: usize = 256;
 
 /// Why a request did not succeed.
 #[derive(Debug, Error)]
@@ -38,14 +35,22 @@ pub enum FrontendError {
     Refused { request: FrontendRequest, value: u64 },
     #[error(transparent)]
     Negotiation(#[from] NegotiationError),
-    #[error("the back-end has {available} queues, and the device is to have {wanted}")]
-    Queues { available: u64, wanted: u16 },
     /// SHM-14.
     #[error("the back-end announces {announced} shared memory regions, but {counted} have a size")]
     RegionCount { announced: u32, counted: usize },
 }
 
 impl FrontendError {
+    /// The request that did not succeed, where there was one.
+    pub fn request(&self) -> Option<FrontendRequest> {
+        match *self {
+            FrontendError::Connection { request, .. }
+            | FrontendError::WrongReply { request, .. }
+            | FrontendError::Refused { request, .. } => Some(request),
+            FrontendError::Negotiation(_) | FrontendError::RegionCount { .. } => None,
+        }
+    }
+
     /// Whether the connection is of no use any more: the stream is broken, out of step, or the back-end is
     /// silent.
     pub fn is_fatal(&self) -> bool {
@@ -61,21 +66,15 @@ pub struct Frontend {
     pub agreement: Agreement,
 }
 
-/// What the handshake learns from a back-end.
-#[derive(Debug)]
-pub struct Handshake {
-    /// The connection.
-    pub frontend: Frontend,
-    /// The number of queues.
-    pub queues: u16,
-    /// The configuration space: zeroes where the back-end has none, empty where it has none and the device
-    /// type is unknown.
-    pub config: Vec<u8>,
-    /// Size in bytes of each shared memory region; the index is its id, 0 means none. Empty without SHMEM.
-    pub region_sizes: Vec<u64>,
-    /// How many ranges of memory the back-end can be told of in all, RAM among them; `None` where it cannot
-    /// be told of single ones (CONFIGURE_MEM_SLOTS), or need not be.
-    pub memory_slots: Option<u64>,
+/// What a back-end does with a queue size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueSize {
+    /// It takes it, as far as it says.
+    Taken,
+    /// It refused.
+    Refused,
+    /// It refused, and hung up.
+    HungUp,
 }
 
 /// One ring as the driver set it up. Addresses are in the space of [`MemoryRegion::user_addr`].
@@ -94,17 +93,12 @@ pub struct Ring<'a> {
 }
 
 impl Frontend {
-    /// Finds out what the back-end behind a connected socket is, and agrees with it.
-    pub fn handshake(socket: UnixStream, needs: &Needs) -> Result<Handshake, FrontendError> {
+    /// Agrees on features with the back-end behind a connected socket.
+    pub fn agree(socket: UnixStream, needs: &Needs) -> Result<Frontend, FrontendError> {
         let connection = Connection::new(socket, u64::LEN, Descriptors::None);
         let mut frontend = Frontend { connection, agreement: Agreement::default() };
         frontend.agreement = frontend.set_up().negotiate(needs)?;
-        frontend.set_up().check_queues(needs.queues)?;
-        let region_sizes = frontend.set_up().region_sizes()?;
-        let config = frontend.set_up().config(needs.config_len)?;
-        let has_slots = needs.memory_slots && frontend.agreement.has(protocol::CONFIGURE_MEM_SLOTS);
-        let memory_slots = has_slots.then(|| frontend.set_up().memory_slots()).transpose()?;
-        Ok(Handshake { frontend, queues: needs.queues, config, region_sizes, memory_slots })
+        Ok(frontend)
     }
 
     /// The main socket, to wait on and to shut down.
@@ -117,7 +111,8 @@ impl Frontend {
         Conversation { connection: &mut self.connection, agreement: &self.agreement, deadline }
     }
 
-    fn set_up(&mut self) -> Conversation<'_> {
+    /// Begins a part of the set-up, which takes a few seconds at most.
+    pub fn set_up(&mut self) -> Conversation<'_> {
         self.converse(Deadline::after(SETUP_REPLY_TIMEOUT))
     }
 
@@ -152,21 +147,43 @@ impl Conversation<'_> {
         Ok(agreement)
     }
 
-    fn check_queues(&mut self, wanted: u16) -> Result<(), FrontendError> {
-        if self.agreement.has(protocol::MQ) {
-            let available = self.ask(FrontendRequest::GetQueueNum, &[])?;
-            if available < u64::from(wanted) {
-                return Err(FrontendError::Queues { available, wanted });
+    /// What the back-end says of the number of its queues; `None` where it must not be asked.
+    pub fn queue_count(&mut self) -> Result<Option<u64>, FrontendError> {
+        let has_count = self.agreement.has(protocol::MQ);
+        has_count.then(|| self.ask(FrontendRequest::GetQueueNum, &[])).transpose()
+    }
+
+    /// Tries the size of a queue before the guest runs (SHM-90).
+    ///
+    /// GET_FEATURES goes behind SET_VRING_NUM, and its answer shows that the back-end has handled both. So a
+    /// back-end that hangs up is noticed at once, and one that leaves NEED_REPLY unanswered before
+    /// SET_FEATURES, as old versions of the `vhost` crate do, is not waited for.
+    pub fn try_queue_size(&mut self, index: u16, size: u16) -> Result<QueueSize, FrontendError> {
+        let (request, fence) = (FrontendRequest::SetVringNum, FrontendRequest::GetFeatures);
+        let ring = VringState { index: index.into(), value: size.into() }.encode();
+        let mut tried = QueueSize::Taken;
+        let mut attempt = || {
+            self.send(request, &ring, &[], self.agreement.has(protocol::REPLY_ACK))?;
+            self.send(fence, &[], &[], false)?;
+            let mut answer = self.receive(request)?;
+            if answer.header.request != fence as u32 {
+                if decode::<u64>(request, &reply_to(request, answer)?)? != 0 {
+                    tried = QueueSize::Refused;
+                }
+                answer = self.receive(fence)?;
             }
+            let _features: u64 = decode(fence, &reply_to(fence, answer)?)?;
+            Ok(())
+        };
+        match attempt() {
+            Ok(()) => Ok(tried),
+            Err(FrontendError::Connection { source, .. }) if source.is_hang_up() => Ok(QueueSize::HungUp),
+            Err(error) => Err(error),
         }
-        Ok(())
     }
 
     /// SHM-10 to SHM-14.
-    fn region_sizes(&mut self) -> Result<Vec<u64>, FrontendError> {
-        if !self.agreement.shmem {
-            return Ok(Vec::new());
-        }
+    pub fn region_sizes(&mut self) -> Result<Vec<u64>, FrontendError> {
         let ShmemConfig { nregions, sizes, .. } = self.ask(FrontendRequest::GetShmemConfig, &[])?;
         let counted = sizes.iter().filter(|&&size| size > 0).count();
         if counted as u64 != u64::from(nregions) {
@@ -175,22 +192,24 @@ impl Conversation<'_> {
         Ok(sizes.to_vec())
     }
 
-    fn config(&mut self, known_len: Option<usize>) -> Result<Vec<u8>, FrontendError> {
-        let len = known_len.unwrap_or(MAX_CONFIG);
-        if len == 0 || !self.agreement.has(protocol::CONFIG) {
-            return Ok(vec![0; known_len.unwrap_or(0)]);
-        }
+    /// The first `len` bytes of the configuration space; fewer where the back-end answers with fewer, none
+    /// where it refuses.
+    pub fn config(&mut self, len: usize) -> Result<Vec<u8>, FrontendError> {
         let request = FrontendRequest::GetConfig;
-        let reply = self.exchange(request, &message::config(0, &vec![0; len]))?;
-        match reply.get(ConfigHeader::LEN..) {
-            Some(config) if config.len() == len => Ok(config.to_vec()),
-            // A back-end answers so where its configuration space is smaller.
-            _ if known_len.is_none() => Ok(Vec::new()),
-            _ => Err(wrong_size(request, reply.len(), ConfigHeader::LEN + len)),
+        let mut reply = &self.exchange(request, &message::config(0, &vec![0; len]))?[..];
+        if reply.is_empty() {
+            // libvhost-user's refusal.
+            return Ok(Vec::new());
         }
+        let size = reply.len();
+        let Some(ConfigHeader { size: given, .. }) = ConfigHeader::take(&mut reply) else {
+            return Err(wrong_size(request, size, ConfigHeader::LEN + len));
+        };
+        Ok(reply[..reply.len().min(given as usize).min(len)].to_vec())
     }
 
-    fn memory_slots(&mut self) -> Result<u64, FrontendError> {
+    /// How many ranges of memory the back-end can be told of in all, RAM among them.
+    pub fn memory_slots(&mut self) -> Result<u64, FrontendError> {
         self.ask(FrontendRequest::GetMaxMemSlots, &[])
     }
 
@@ -320,18 +339,26 @@ impl Conversation<'_> {
 
     /// Waits for a reply; its size is the caller's to check (SHM-12).
     fn reply(&mut self, request: FrontendRequest) -> Result<Vec<u8>, FrontendError> {
-        let received = self.connection.receive(self.deadline);
-        let message = received.map_err(|source| FrontendError::Connection { request, source })?;
-        let wrong = |got, expected| Err(FrontendError::WrongReply { request, got, expected });
-        let id = message.header.request;
-        if id != request as u32 {
-            return wrong(format!("a message with id {id}"), format!("id {}", request as u32));
-        }
-        if !message.header.is_reply() {
-            return wrong("a request".to_string(), "a reply".to_string());
-        }
-        Ok(message.payload)
+        reply_to(request, self.receive(request)?)
     }
+
+    fn receive(&mut self, request: FrontendRequest) -> Result<Message, FrontendError> {
+        let received = self.connection.receive(self.deadline);
+        received.map_err(|source| FrontendError::Connection { request, source })
+    }
+}
+
+/// The payload of the reply to a request.
+fn reply_to(request: FrontendRequest, message: Message) -> Result<Vec<u8>, FrontendError> {
+    let wrong = |got, expected| Err(FrontendError::WrongReply { request, got, expected });
+    let id = message.header.request;
+    if id != request as u32 {
+        return wrong(format!("a message with id {id}"), format!("id {}", request as u32));
+    }
+    if !message.header.is_reply() {
+        return wrong("a request".to_string(), "a reply".to_string());
+    }
+    Ok(message.payload)
 }
 
 fn decode<T: Layout>(request: FrontendRequest, reply: &[u8]) -> Result<T, FrontendError> {

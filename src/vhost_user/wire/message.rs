@@ -247,6 +247,44 @@ pub mod protocol_features {
     pub const STATUS: u64 = 1 << 16;
     /// hotslot's own: the back-end is told where its shared memory regions are (SHM-82).
     pub const SHMEM_ADDRESSES: u64 = 1 << 58;
+
+    /// The names of bits 0 to 22 in the merged specification.
+    const NAMES: [&str; 23] = [
+        "MQ",
+        "LOG_SHMFD",
+        "RARP",
+        "REPLY_ACK",
+        "MTU",
+        "BACKEND_REQ",
+        "CROSS_ENDIAN",
+        "CRYPTO_SESSION",
+        "PAGEFAULT",
+        "CONFIG",
+        "BACKEND_SEND_FD",
+        "HOST_NOTIFIER",
+        "INFLIGHT_SHMFD",
+        "RESET_DEVICE",
+        "INBAND_NOTIFICATIONS",
+        "CONFIGURE_MEM_SLOTS",
+        "STATUS",
+        "XEN_MMAP",
+        "SHARED_OBJECT",
+        "DEVICE_STATE",
+        "GET_VRING_BASE_INFLIGHT",
+        "GPA_ADDRESSES",
+        "SHMEM",
+    ];
+
+    /// The names of these bits, ascending; `shmem_bit` is the one that means SHMEM (SHM-1).
+    pub fn names(bits: u64, shmem_bit: u32) -> String {
+        let name = |bit: u32| match (bit, NAMES.get(bit as usize)) {
+            (58, _) => "SHMEM_ADDRESSES".to_string(),
+            (_, Some(_)) if bit == shmem_bit => "SHMEM".to_string(),
+            (_, Some(name)) if *name != "SHMEM" => (*name).to_string(),
+            _ => format!("bit {bit}"),
+        };
+        (0..64).filter(|bit| bits & 1 << bit != 0).map(name).collect::<Vec<_>>().join(" ")
+    }
 }
 
 /// VHOST_USER_F_PROTOCOL_FEATURES, one of the virtio feature bits: the back-end has protocol features.

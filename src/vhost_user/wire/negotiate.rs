@@ -13,19 +13,15 @@ pub struct Needs {
     /// The device type, as messages call it.
     pub device_type: String,
     /// Feature bits without which the device is of no use: name and mask.
-    pub features: &'static [(&'static str, u64)],
-    /// Whether the device is of no use without its configuration space.
+    pub features: Vec<(String, u64)>,
+    /// Whether the device is of no use unless the back-end gives its configuration space.
     pub config: bool,
-    /// The size of the configuration space in bytes; `None` where the type's is not known.
-    pub config_len: Option<usize>,
     /// Whether the device is of no use without shared memory.
     pub shmem: bool,
     /// The protocol feature bit that means SHMEM to this back-end (SHM-1).
     pub shmem_bit: u32,
     /// Whether the back-end is to be told of single ranges of memory (SHM-80).
     pub memory_slots: bool,
-    /// The number of queues.
-    pub queues: u16,
 }
 
 /// What was agreed. The default is nothing: that is how a connection starts.
@@ -35,6 +31,8 @@ pub struct Agreement {
     pub guest_features: u64,
     /// Feature bits that the back-end may be told: its own offer.
     pub backend_features: u64,
+    /// The protocol features that the back-end offers.
+    pub offered: u64,
     /// What SET_PROTOCOL_FEATURES says; `None` where it must not be sent (SHM-2).
     pub protocol_features: Option<u64>,
     /// Whether SHMEM was agreed on, under whatever bit it has for this device.
@@ -57,29 +55,50 @@ impl Agreement {
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum NegotiationError {
-    #[error("the back-end does not offer VIRTIO_F_VERSION_1 (its features are {0:#x})")]
+    #[error("the back-end does not offer feature VIRTIO_F_VERSION_1 (its features are {0:#x})")]
     NoVersion1(u64),
-    /// The device type cannot do without a feature; `offered` has the features, or protocol features, that
-    /// the back-end does offer.
+    /// The device type cannot do without a feature.
     #[error(
-        "the back-end does not offer {feature}, which a {device_type} device needs (it offers {offered:#x})"
+        "the back-end does not offer feature {feature}, which a device of type {device_type} needs (its features are {features:#x})"
     )]
-    Missing { feature: &'static str, device_type: String, offered: u64 },
+    NoFeature { feature: String, device_type: String, features: u64 },
+    /// The device cannot do without a protocol feature, and the back-end has none at all.
+    #[error(
+        "the back-end does not offer VHOST_USER_F_PROTOCOL_FEATURES, and so not protocol feature {feature}, which a device of type {device_type} needs"
+    )]
+    NoProtocolFeatures { feature: &'static str, device_type: String },
+    #[error("the back-end does not offer protocol feature {feature}, which a device of type {device_type} needs (it offers {names})",
+        names = if *.offered == 0 { "none".to_string() } else { protocol::names(*.offered, *.shmem_bit) })]
+    NoProtocolFeature { feature: &'static str, device_type: String, offered: u64, shmem_bit: u32 },
 }
 
 impl NegotiationError {
-    /// Where SHMEM is missing: the draft's bit for it that the back-end offers instead (SHM-1).
-    pub fn draft_bit(&self) -> Option<u32> {
+    /// The protocol feature that is missing.
+    pub fn protocol_feature(&self) -> Option<&'static str> {
         match *self {
-            NegotiationError::Missing { feature: SHMEM_FEATURE, offered, .. } => {
-                [21, 20].into_iter().find(|bit| offered & 1 << bit != 0)
+            NegotiationError::NoProtocolFeatures { feature, .. }
+            | NegotiationError::NoProtocolFeature { feature, .. } => Some(feature),
+            _ => None,
+        }
+    }
+
+    /// Where SHMEM is missing: another bit that the back-end offers, by which it may mean SHMEM (SHM-1).
+    pub fn other_shmem_bit(&self) -> Option<u32> {
+        match *self {
+            NegotiationError::NoProtocolFeature { feature: SHMEM, offered, shmem_bit, .. } => {
+                other_shmem_bit(offered, shmem_bit)
             }
             _ => None,
         }
     }
 }
 
-const SHMEM_FEATURE: &str = "protocol feature SHMEM";
+/// A bit that means SHMEM to some back-ends and is not the one asked for (SHM-1).
+pub fn other_shmem_bit(offered: u64, shmem_bit: u32) -> Option<u32> {
+    [22, 21, 20].into_iter().find(|&bit| bit != shmem_bit && offered & 1 << bit != 0)
+}
+
+const SHMEM: &str = "SHMEM";
 
 /// Feature bits of the transport that the front-end provides by itself, whatever the back-end offers.
 const OURS: u64 = 1 << VIRTIO_F_RING_RESET;
@@ -94,13 +113,19 @@ pub fn negotiate(features: u64, offered: u64, needs: &Needs) -> Result<Agreement
     if features & 1 << VIRTIO_F_VERSION_1 == 0 {
         return Err(NegotiationError::NoVersion1(features));
     }
-    let missing = |feature, offered| {
-        Err(NegotiationError::Missing { feature, device_type: needs.device_type.clone(), offered })
-    };
+    let device_type = || needs.device_type.clone();
     if let Some((feature, _)) = needs.features.iter().find(|(_, mask)| features & mask == 0) {
-        return missing(feature, features);
+        let feature = feature.clone();
+        return Err(NegotiationError::NoFeature { feature, device_type: device_type(), features });
     }
     let has_protocol = features & F_PROTOCOL_FEATURES != 0;
+    let missing = |feature| {
+        let (device_type, shmem_bit) = (device_type(), needs.shmem_bit);
+        Err(match has_protocol {
+            true => NegotiationError::NoProtocolFeature { feature, device_type, offered, shmem_bit },
+            false => NegotiationError::NoProtocolFeatures { feature, device_type },
+        })
+    };
     // SHMEM's requests come on the backend channel: no SHMEM without BACKEND_REQ (SHM-4).
     let shmem_mask = 1u64 << needs.shmem_bit;
     let shmem = has_protocol && offered & shmem_mask != 0 && offered & protocol::BACKEND_REQ != 0;
@@ -120,16 +145,17 @@ pub fn negotiate(features: u64, offered: u64, needs: &Needs) -> Result<Agreement
     let acked = if has_protocol { offered & wanted } else { 0 };
     if needs.shmem && !shmem {
         return match offered & shmem_mask {
-            0 => missing(SHMEM_FEATURE, offered),
-            _ => missing("protocol feature BACKEND_REQ", offered),
+            0 => missing(SHMEM),
+            _ => missing("BACKEND_REQ"),
         };
     }
     if needs.config && acked & protocol::CONFIG == 0 {
-        return missing("protocol feature CONFIG", offered);
+        return missing("CONFIG");
     }
     Ok(Agreement {
         guest_features: features & !NOT_FOR_THE_DRIVER | OURS,
         backend_features: features,
+        offered,
         protocol_features: has_protocol.then_some(acked),
         shmem,
     })
@@ -141,19 +167,15 @@ mod tests {
 
     const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 
-    const FEATURE: (&str, u64) = ("VIRTIO_PMEM_F_SHMEM_REGION", 1 << 0);
-
     /// A device that needs nothing.
     fn needs() -> Needs {
         Needs {
             device_type: "rng".to_string(),
-            features: &[],
+            features: Vec::new(),
             config: false,
-            config_len: Some(0),
             shmem: false,
             shmem_bit: 22,
             memory_slots: false,
-            queues: 1,
         }
     }
 
@@ -225,13 +247,15 @@ mod tests {
     fn a_back_end_without_what_the_device_needs_is_refused_by_its_name() {
         let (both, shmem) = (VERSION_1 | F_PROTOCOL_FEATURES, 1 << 5 | 1 << 22);
         let (rng, blk) = (needs(), Needs { config: true, ..needs() });
-        let pmem = Needs { features: &[FEATURE], shmem: true, ..needs() };
+        let feature = ("VIRTIO_PMEM_F_SHMEM_REGION".to_string(), 1 << 0);
+        let pmem = Needs { features: vec![feature], shmem: true, ..needs() };
         for (features, offered, needs, what) in [
             (F_PROTOCOL_FEATURES, shmem, &rng, "VIRTIO_F_VERSION_1"),
             (both, shmem, &pmem, "VIRTIO_PMEM_F_SHMEM_REGION"),
             (both | 1, 1 << 5, &pmem, "SHMEM"),
             (both | 1, 1 << 22, &pmem, "BACKEND_REQ"),
-            (VERSION_1 | 1, 0, &pmem, "SHMEM"),
+            (VERSION_1 | 1, 0, &pmem, "VHOST_USER_F_PROTOCOL_FEATURES"),
+            (both | 1, 1 << 3 | 1 << 5, &pmem, "it offers REPLY_ACK BACKEND_REQ"),
             (both, shmem, &blk, "CONFIG"),
         ] {
             let error = negotiate(features, offered, needs).unwrap_err().to_string();

@@ -12,9 +12,9 @@ use hotslot::memory::shmem::{Limits, SharedMemory};
 use hotslot::memory::{Access, GuestMapper};
 use hotslot::vhost_user::connect::{self, ConnectError};
 use hotslot::vhost_user::device::VhostUserDevice;
+use hotslot::vhost_user::handshake::Handshake;
 use hotslot::vhost_user::memory_table::MemoryTable;
 use hotslot::vhost_user::sharing::Participant;
-use hotslot::vhost_user::wire::frontend::Handshake;
 use hotslot::vhost_user::wire::message::MemoryRegion;
 use hotslot::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use hotslot::virtio::interrupt::Interrupt;
@@ -34,6 +34,8 @@ pub use crate::wire::{page_at, writable};
 pub struct Setup {
     pub offer: Offer,
     pub kind: &'static str,
+    /// Other keys of the device string, each after a comma.
+    pub keys: String,
     pub shmem_bit: u32,
     pub quota: usize,
     /// How many bytes its back-end may map at a time.
@@ -57,6 +59,7 @@ impl Default for Setup {
         Setup {
             offer: Offer::default(),
             kind: "rng",
+            keys: ",queues=2,queue-size=64".to_string(),
             shmem_bit: 22,
             quota: 4096,
             bytes: 64 << 30,
@@ -119,18 +122,17 @@ impl Setup {
     }
 
     fn unbuilt(self, backend: Backend) -> Unbuilt {
-        let spec = DeviceSpec {
-            name: "device".to_string(),
-            socket: backend.socket().to_owned(),
-            kind: self.kind.parse().unwrap(),
-            queues: Some(2),
-            queue_size: 64,
-            shmem_bit: self.shmem_bit,
-            share_shmem: self.shares,
-            shmem_rate: self.rate.map(|rate| rate.try_into().unwrap()),
-            shmem_limit: self.bytes,
-            foreign_files: self.foreign_files,
-        };
+        let text = format!(
+            "{},type={},name=device,shmem-bit={}{}",
+            backend.socket().display(),
+            self.kind,
+            self.shmem_bit,
+            self.keys
+        );
+        let mut spec: DeviceSpec = text.parse().unwrap();
+        spec.share_shmem = self.shares;
+        spec.shmem_rate = self.rate.map(|rate| rate.try_into().unwrap());
+        (spec.shmem_limit, spec.foreign_files) = (self.bytes, self.foreign_files);
         Unbuilt { spec, setup: self, backend }
     }
 }
