@@ -145,12 +145,14 @@ fn queue_size(
 /// Connects to a back-end that hung up: it may listen again, at once or soon, or not any more.
 fn again(attempt: impl Fn(Duration) -> Result<Handshake, ConnectError>) -> Result<Handshake, ConnectError> {
     let start = Instant::now();
+    let mut left = LISTEN_AGAIN;
     loop {
-        match attempt(LISTEN_AGAIN.saturating_sub(start.elapsed())) {
+        match attempt(left) {
             // It accepted, and then ended.
             Err(error) if error.is_hang_up() && start.elapsed() < LISTEN_AGAIN => thread::sleep(RETRY),
             result => return result,
         }
+        left = LISTEN_AGAIN.saturating_sub(start.elapsed());
     }
 }
 

@@ -9,8 +9,8 @@ use thiserror::Error;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
 
 use super::wire::frontend::{Frontend, FrontendError};
-use super::wire::message::FrontendRequest;
 use super::wire::message::protocol_features::{self as protocol, names};
+use super::wire::message::{F_PROTOCOL_FEATURES, FrontendRequest};
 use super::wire::negotiate::{Needs, NegotiationError, other_shmem_bit};
 use crate::config::device::DeviceSpec;
 use crate::virtio::kind::{DeviceKind, MAX_QUEUES};
@@ -299,16 +299,14 @@ impl Handshake {
         }
         let acked = agreement.protocol_features.unwrap_or(0);
         let features = agreement.guest_features & !NOT_CARRIED;
-        let unused = agreement.backend_features & !features;
+        // The handshake itself uses it.
+        let unused = agreement.backend_features & !features & !F_PROTOCOL_FEATURES;
         let list = |names: String| if names.is_empty() { "none".to_string() } else { names };
+        let (id, queues, size, config) = (kind.id(), self.queues, self.queue_size, self.config.len());
         log::info!(
-            "{name}: device type {kind} ({}), {} queues of up to {}, {} bytes of configuration; features: {}; not used: \
-             {}; protocol features: {}; not used: {}",
-            kind.id(),
-            self.queues,
-            self.queue_size,
-            self.config.len(),
-            kind.feature_names(features),
+            "{name}: {kind} (device type {id}); queues: {queues} of up to {size}; configuration: {config} bytes; features: \
+             {}; offered and not used: {}; protocol features: {}; offered and not used: {}",
+            list(kind.feature_names(features)),
             list(kind.feature_names(unused)),
             list(names(acked, bit)),
             list(names(offered & !acked, bit)),

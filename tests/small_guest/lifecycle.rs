@@ -6,9 +6,12 @@ use hotslot_test_support::backend::{Backend, Offer};
 use hotslot_test_support::files::{content, numbered_file};
 use hotslot_test_support::guest::Guest;
 use hotslot_test_support::kvm;
-use hotslot_test_support::names::PROTOCOL_F_CONFIGURE_MEM_SLOTS;
 use hotslot_test_support::names::request::{ADD_MEM_REG, GET_VRING_BASE, REM_MEM_REG};
-use hotslot_test_support::wire::page_at;
+use hotslot_test_support::names::{
+    PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_CONFIGURE_MEM_SLOTS, PROTOCOL_F_MQ, PROTOCOL_F_REPLY_ACK,
+    PROTOCOL_F_SHMEM,
+};
+use hotslot_test_support::wire::{page_at, writable};
 
 const HOLE: u64 = u64::MAX;
 
@@ -90,4 +93,45 @@ fn a_device_shows_its_mappings_to_those_that_can_see_them() {
     assert!(log.contains(&format!("blind: the back-end {cannot}")), "{log}");
     assert_eq!(log.matches(cannot).count(), 1, "{log}");
     assert!(!log.contains("needs a reset"), "{log}");
+}
+
+#[test]
+fn what_is_agreed_and_done_is_said() {
+    if !kvm::is_here() {
+        return;
+    }
+    let mapping = Backend::start();
+    let mut offer = Offer::default();
+    offer.features |= 1 << 1 | 1 << 29 | 1 << 34;
+    offer.protocol = PROTOCOL_F_MQ | PROTOCOL_F_REPLY_ACK | PROTOCOL_F_SHMEM | 1 << 12;
+    let cannot_map = Backend::offering(offer.clone());
+    offer.protocol = PROTOCOL_F_BACKEND_REQ | 1 << 20;
+    let draft = Backend::offering(offer);
+    let devices = [mapping.device("mapping"), cannot_map.device("cannot"), draft.device("draft")];
+    let quiet = Guest::boot(devices.iter().flat_map(|device| ["--vhost-user", device])).exit();
+    for warning in [
+        "warn: mapping: the back-end has 2 queues, and 1 are used",
+        "warn: cannot: the back-end offers SHMEM, but not BACKEND_REQ",
+        "warn: draft: the back-end does not offer SHMEM as protocol feature bit 22, but bit 20",
+    ] {
+        assert_eq!(quiet.matches(warning).count(), 1, "{warning}\n{quiet}");
+    }
+    assert_eq!(quiet.matches("warn").count(), 4, "{quiet}");
+
+    let mapping = Backend::start();
+    let mut guest = Guest::boot(["-vv", "--vhost-user", &mapping.device("mapping")]);
+    guest.start_device();
+    assert_eq!(mapping.map(writable(page_at(3)), &numbered_file(1, 1)), 0);
+    assert_eq!(mapping.map(page_at(3), &numbered_file(1, 1)), -i64::from(libc::EEXIST));
+    assert_eq!(mapping.unmap(page_at(3)), 0);
+    let loud = guest.exit();
+    for line in [
+        "info: mapping: rng (device type 4); queues: 1 of up to 128; configuration: 0 bytes; features: VERSION_1 \
+         RING_RESET; offered and not used: none; protocol features: MQ REPLY_ACK BACKEND_REQ BACKEND_SEND_FD \
+         RESET_DEVICE STATUS SHMEM; offered and not used: none",
+        "debug: mapping: mapped 0x1000 bytes from 0x3000 on of region 0, read-write, from 0x0 on of a file",
+        "debug: mapping: unmapped 0x1000 bytes from 0x3000 on of region 0",
+    ] {
+        assert_eq!(loud.matches(line).count(), 1, "{line}\n{loud}");
+    }
 }
