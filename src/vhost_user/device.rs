@@ -33,6 +33,7 @@ use crate::report::with_causes;
 use crate::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::kick::borrow;
+use crate::virtio::kind::DeviceKind;
 
 /// How long a vCPU that starts a device waits for its back-end, in all.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -56,7 +57,7 @@ enum NotAsked {
 
 /// A virtio device behind vhost-user.
 pub struct VhostUserDevice {
-    device_type: u32,
+    kind: DeviceKind,
     queue_sizes: Vec<u16>,
     config: Vec<u8>,
     memory: MemoryTable,
@@ -120,7 +121,7 @@ impl VhostUserDevice {
         });
         let updates = updates.transpose()?;
         Ok(VhostUserDevice {
-            device_type: spec.kind.id(),
+            kind: spec.kind,
             queue_sizes: vec![queue_size; queues.into()],
             config,
             memory,
@@ -180,7 +181,7 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn device_type(&self) -> u32 {
-        self.device_type
+        self.kind.id()
     }
 
     fn features(&self) -> u64 {
@@ -199,6 +200,9 @@ impl VirtioDevice for VhostUserDevice {
         let start = offset as usize;
         let end = start.saturating_add(data.len());
         if self.config.get(start..end).is_none() || !self.agreement.has(protocol::CONFIG) {
+            return Ok(());
+        }
+        if self.kind.has_settings() && &self.config[start..end] == data {
             return Ok(());
         }
         self.talk(Deadline::after(CONTROL_TIMEOUT), |to| to.set_config(start as u32, data))?;

@@ -39,6 +39,11 @@ impl DeviceKind {
         self.facts().needs_shmem
     }
 
+    /// Whether a driver that writes what is in the configuration space already says nothing by it.
+    pub fn has_settings(self) -> bool {
+        self.facts().has_settings
+    }
+
     /// The feature bits without which the device is of no use: name and mask.
     pub fn needed_features(self) -> Vec<(String, u64)> {
         let facts = self.facts();

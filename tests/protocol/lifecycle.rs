@@ -482,3 +482,18 @@ fn the_configuration_space_is_the_back_ends() {
         assert!(asked.is_empty(), "beyond its end");
     }
 }
+
+#[test]
+fn a_scsi_drivers_settings_are_told_only_where_they_change_something() {
+    // Linux writes sense_size and cdb_size at each start; vhost-device-scsi 0.1.0 ends at SET_CONFIG.
+    let mut setup = Setup::default();
+    setup.kind = "scsi";
+    setup.keys = String::new();
+    setup.offer.protocol |= PROTOCOL_F_CONFIG;
+    setup.offer.queues = 3;
+    let bench = setup.start();
+    let ids = |data: &[u8]| ids(&bench.asked(|| bench.device().write_config(20, data).unwrap()));
+    assert!(ids(&[0, 0, 0, 0]).is_empty());
+    assert_eq!(ids(&[96, 0, 0, 0]), [SET_CONFIG]);
+    assert!(ids(&[96, 0, 0, 0]).is_empty());
+}

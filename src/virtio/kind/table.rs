@@ -20,6 +20,9 @@ pub struct Facts {
     pub queue_size: u16,
     /// Whether the device is of no use without shared memory.
     pub needs_shmem: bool,
+    /// Whether what a driver writes to the configuration space are settings: the same value again says
+    /// nothing. QEMU has the settings of a SCSI host itself, and vhost-device-scsi ends at SET_CONFIG.
+    pub has_settings: bool,
     /// The feature bits of the type.
     pub features: &'static [Feature],
 }
@@ -93,6 +96,7 @@ pub const UNKNOWN: Facts = Facts {
     queues: queues(1),
     queue_size: 128,
     needs_shmem: false,
+    has_settings: false,
     features: &[],
 };
 
@@ -201,6 +205,7 @@ pub const KINDS: &[Facts] = &[
     Facts { features: &[bit(0, "NS")], ..kind(7, "rpmsg", 0, queues(2)) },
     // Section 5.6: controlq, eventq, request queues.
     Facts {
+        has_settings: true,
         features: &[bit(0, "INOUT"), bit(1, "HOTPLUG"), bit(2, "CHANGE"), bit(3, "T10_PI")],
         ..kind(8, "scsi", 36, Queues { fixed: 2, each: 1, count: count(0, 4, 0) })
     },
