@@ -7,7 +7,7 @@ use hotslot::arch::x86_64::layout::Layout;
 use hotslot::cli::Cli;
 use hotslot::config::DEFAULT_CMDLINE;
 use hotslot::kvm;
-use hotslot::report::{Failure, STATUS_ERROR, STATUS_USAGE, failure_text, lines};
+use hotslot::report::{self, Failure, STATUS_ERROR, STATUS_USAGE, failure_text, lines};
 use hotslot::sandbox::{self, SandboxError};
 use hotslot::terminal;
 use hotslot::vmm::Vmm;
@@ -103,7 +103,7 @@ fn start_log(cli: &Cli) -> Result<(), LogError> {
         writeln!(out, "hotslot: {level}: {}", record.args())
     });
     if let Some(path) = &cli.log_file {
-        let file = std::fs::File::create(path).map_err(|error| LogError::File(path.clone(), error))?;
+        let file = report::create(path).map_err(|error| LogError::File(path.clone(), error))?;
         builder
             .format_timestamp_micros()
             .target(env_logger::Target::Pipe(Box::new(lines::Log::to_file(file))));

@@ -5,16 +5,33 @@ pub mod lines;
 
 use std::error::Error;
 use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{Level, log, log_enabled};
+use rustix::fs::{OFlags, fcntl_setfl};
 
 /// Prints a line to stderr. Unlike `eprintln!` it does not panic when stderr is closed, and once
 /// [`lines::start`] was called it does not wait.
 pub fn say(line: impl fmt::Display) {
     lines::write(format!("{line}\n").into_bytes());
+}
+
+/// Creates or empties a file for output that the user names. Opening a pipe does not wait for its reader.
+pub fn create(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENXIO) => io::Error::new(error.kind(), "no process reads this pipe"),
+        _ => error,
+    })?;
+    fcntl_setfl(&file, OFlags::empty())?;
+    Ok(file)
 }
 
 /// The exit status of an error of the VMM itself.

@@ -205,6 +205,8 @@ fn wrong_usage() {
     refused(&["-k", "good", "-v", "--log", "debug"], here, &["--log"], None);
     refused(&["-k", "good", "--log", "foo=bar"], here, &["`foo=bar`", "LEVEL is off, error"], None);
     refused(&["-k", "good", "--log", "info,loud"], here, &["`loud`"], None);
+    rustix::fs::mkfifoat(rustix::fs::CWD, here.join("pipe"), 0o600.into()).unwrap();
+    refused(&["-k", "good", "--log-file", "pipe"], here, &["pipe", "no process reads this pipe"], None);
     refused(&["-k", "good", "--log-file", "no/where"], here, &["no/where", "No such file"], None);
 }
 

@@ -348,7 +348,7 @@ fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
     let (echoing, busy) = (guest(echo), guest(hang));
     let typed = |keys: &'static [u8]| move |mut ours: &File, _: &mut Child| ours.write_all(keys).unwrap();
     type Act<'a> = &'a dyn Fn(&File, &mut Child);
-    let cases: [(&NamedTempFile, Act, i32); 6] = [
+    let cases: [(&NamedTempFile, Act, i32); 7] = [
         // Ctrl-C is the guest's; so is Ctrl-a Ctrl-a, as one.
         (&echoing, &typed(b"\x03\x01\x01abcq"), 5),
         (&echoing, &typed(b"\x01h\x01x"), 130),
@@ -360,6 +360,7 @@ fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
         ),
         (&busy, &|_, child| signal_child(child, libc::SIGTERM), 143),
         (&busy, &|_, child| signal_child(child, libc::SIGQUIT), 131),
+        (&busy, &|_, child| signal_child(child, libc::SIGUSR2), 140),
         // Not ours to handle: the process dies of it, the terminal does not.
         (&busy, &|_, child| signal_child(child, libc::SIGABRT), -libc::SIGABRT),
     ];

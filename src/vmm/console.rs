@@ -16,7 +16,7 @@ use super::exit_once::ExitOnce;
 use crate::config::SerialLine;
 use crate::devices::serial::{Output, SerialPort};
 use crate::exit::Exit;
-use crate::report::say;
+use crate::report::{create, say};
 use crate::terminal::{self, Command, EscapeFilter, RawTerminal};
 
 /// How many typed bytes are kept for a guest that does not read; more are dropped, as a terminal drops them,
@@ -52,7 +52,7 @@ impl Console {
         let (input, output) = match line {
             SerialLine::Off => (None, None),
             SerialLine::File(path) => {
-                let file = File::create(path).map_err(|error| VmmError::SerialFile(path.clone(), error))?;
+                let file = create(path).map_err(|error| VmmError::SerialFile(path.clone(), error))?;
                 (None, Some(file))
             }
             SerialLine::Stdio => {

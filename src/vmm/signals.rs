@@ -21,9 +21,22 @@ use crate::report::{lines, say};
 use crate::sandbox::vmm::Kind;
 use crate::{terminal, thread};
 
-/// The signals that end the machine, and the one that prints the memory map.
-const SIGNALS: [libc::c_int; 5] =
-    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, PRINT_MEMORY_MAP];
+/// The signals that end the machine, and the one that prints the memory map. Those of the second line would
+/// end the process, too, and leave the terminal raw.
+const SIGNALS: [libc::c_int; 12] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    PRINT_MEMORY_MAP,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
+    libc::SIGSTKFLT,
+];
 const PRINT_MEMORY_MAP: libc::c_int = libc::SIGUSR1;
 
 /// How long the main loop has to stop the machine, once its end is set. With [`lines::end`]'s second the
