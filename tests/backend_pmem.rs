@@ -706,8 +706,7 @@ fn each_thread_of_a_back_end_is_confined_once_it_listens() {
         let backend = Backend::spawn(command, &dir);
         eventually("each thread is confined", || {
             let threads = confinements(backend.pid() as i32);
-            threads.contains_key("vring_worker")
-                && threads.values().flatten().all(|thread| *thread == confined)
+            threads.contains_key("queue") && threads.values().flatten().all(|thread| *thread == confined)
         });
         assert!(confinements(backend.pid() as i32).contains_key("front-ends"));
     }

@@ -2,12 +2,10 @@
 //!
 //! A thread executes one request at a time, and a disk that is asked for one page at a time is idle most of
 //! the time. More queues would do the same, but a guest uses no more of them than it has processors. Called
-//! by `device`.
+//! by `queues`.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
-
-use vhost_user_backend::VringMutex;
 
 use crate::lock::lock;
 
@@ -24,13 +22,12 @@ pub struct Helpers {
 #[derive(Default)]
 struct State {
     calls: usize,
-    vring: Option<VringMutex>,
     ended: bool,
 }
 
 impl Helpers {
     /// Has one more helper look for requests, if one is idle.
-    pub fn call(&self, vring: &VringMutex) {
+    pub fn call(&self) {
         if self.idle.load(Ordering::Relaxed) == 0 {
             return;
         }
@@ -38,13 +35,12 @@ impl Helpers {
         if self.idle.load(Ordering::Relaxed) > 0 {
             self.idle.fetch_sub(1, Ordering::Relaxed);
             state.calls += 1;
-            state.vring.get_or_insert_with(|| vring.clone());
             self.called.notify_one();
         }
     }
 
-    /// On a helper's thread: waits until it is called. None at the end of the session.
-    pub fn wait(&self) -> Option<VringMutex> {
+    /// On a helper's thread: waits until it is called. False at the end of the session.
+    pub fn wait(&self) -> bool {
         let state = lock(&self.state);
         self.idle.fetch_add(1, Ordering::Relaxed);
         let state = &mut *self
@@ -52,10 +48,10 @@ impl Helpers {
             .wait_while(state, |state| state.calls == 0 && !state.ended)
             .unwrap_or_else(PoisonError::into_inner);
         if state.ended {
-            return None;
+            return false;
         }
         state.calls -= 1;
-        state.vring.clone()
+        true
     }
 
     /// The session has ended.

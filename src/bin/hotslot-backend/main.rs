@@ -3,8 +3,10 @@
 //! Reading order:
 //!
 //! - `pmem`: a device; `backing`: its memory; `image`: its file, opened and locked;
-//! - `device`: the adapter that devices share, and their queues; `helpers`: more threads for a queue;
-//! - `server`: the socket, one front-end after another; `channel`: requests to the front-end;
+//! - `device`: what a device is; `server`: the socket, one front-end after another; `session`: the requests
+//!   of one; `channel`: requests to the front-end;
+//! - `queues`: the threads that answer the driver's requests; `helpers`: more of them; `ring`: a virtqueue;
+//!   `inflight`: what is left when this process is killed;
 //! - `fs`: a directory, whose files are mapped as the guest asks;
 //! - `blk`: a disk, which maps nothing, but reads and writes the mappings of others;
 //! - `torture`: a back-end that misbehaves on demand;
@@ -24,10 +26,14 @@ mod error;
 mod fs;
 mod helpers;
 mod image;
+mod inflight;
 mod lock;
 mod pmem;
+mod queues;
+mod ring;
 mod sandbox;
 mod server;
+mod session;
 mod torture;
 
 use std::process::ExitCode;

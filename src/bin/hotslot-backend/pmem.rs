@@ -25,8 +25,9 @@ use hotslot::report::say;
 use crate::backing::{self, Backing};
 use crate::channel::Channel;
 use crate::complaints::Complaints;
-use crate::device::{self, Device, Memory, Request, Taken};
+use crate::device::{self, Device, Request};
 use crate::error::Error;
+use crate::ring::{Memory, Taken};
 use crate::{sandbox, server};
 
 const NAME: &str = "pmem";

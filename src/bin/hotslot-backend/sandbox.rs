@@ -2,8 +2,7 @@
 //! which. How it works is in `hotslot::sandbox`.
 //!
 //! `server` confines the main thread, and the thread `front-ends`, which all others come from: those of the
-//! `vhost-user-backend` crate, and `torture`'s. `fs` confines that thread itself, after it has Landlock's
-//! rule for its directory.
+//! queues, and `torture`'s. `fs` confines that thread itself, after it has Landlock's rule for its directory.
 
 use hotslot::sandbox::every_thread::{EVERY_THREAD, STARTS_THREADS};
 use hotslot::sandbox::rule::{Argument, Rule, call, call_if, fcntl, ioctl, on_self};
@@ -40,7 +39,7 @@ pub fn torture() {
 
 const MAIN: &[Rule] = &[call(Sysno::statx, "is the socket still ours"), call(Sysno::unlink, "removes it")];
 
-/// One front-end after another, by the `vhost-user-backend` crate.
+/// One front-end after another.
 const SERVES: &[Rule] = &[
     call(Sysno::accept4, "a front-end connects"),
     call(Sysno::recvmsg, "its messages"),
@@ -48,10 +47,14 @@ const SERVES: &[Rule] = &[
     call(Sysno::shutdown, "the end of a session"),
     call(Sysno::getsockopt, "is the descriptor of the backend channel a socket"),
     call(Sysno::sendmsg, "answers, and requests on the backend channel"),
-    call(Sysno::epoll_create1, "a queue's thread waits for kicks"),
+    call(Sysno::epoll_create1, "a queue's thread waits for notifications"),
     call(Sysno::epoll_ctl, "the same"),
-    call(Sysno::epoll_wait, "the same"),
-    call(Sysno::eventfd2, "the end of a session"),
+    call(Sysno::epoll_pwait, "the same"),
+    call(Sysno::eventfd2, "wakes the thread of a queue"),
+    call(Sysno::memfd_create, "GET_INFLIGHT_FD; the rings of requests that are taken again"),
+    call(Sysno::ftruncate, "makes that memory as long as it is needed"),
+    call(Sysno::statx, "is the memory of SET_INFLIGHT_FD long enough"),
+    call(Sysno::fstat, "the same"),
     fcntl(libc::F_DUPFD_CLOEXEC, "a descriptor of a front-end's that is kept"),
 ];
 

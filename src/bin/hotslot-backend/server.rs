@@ -3,34 +3,33 @@
 //! vhost-user, "Communication": the back-end listens, a front-end connects, and the end of the connection is
 //! the end of the session. Called by each device's `run`.
 //!
-//! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts connections and waits
-//! for the end of each session; the `vhost-user-backend` crate adds, for each session, one that reads the
-//! socket and one for each queue; `device` adds more for the queues of `blk`.
+//! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts connections and serves
+//! the requests on the socket; `queues` adds, for each session, one for each queue, and more for `blk`.
 
 use std::fmt::Display;
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
-use vhost::vhost_user::{Error as ProtocolError, Listener};
-use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::register_signal_handler;
 
 use hotslot::report::say;
 
 use crate::complaints::Complaints;
-use crate::device::{Adapter, Device, Memory};
+use crate::device::Device;
 use crate::error::Error;
 use crate::lock::lock;
+use crate::queues::Queues;
+use crate::ring::Memory;
 use crate::sandbox;
+use crate::session::Session;
 
 /// `sun_path` of `sockaddr_un` has 108 bytes, one of which is the terminating zero.
 const SOCKET_PATH_MAX: usize = 107;
@@ -168,9 +167,7 @@ where
     D: Device,
     F: FnMut(Memory, Arc<Complaints>) -> Result<D, Error> + Send + 'static,
 {
-    let listener = listening.listener.try_clone().map_err(Error::set_up("the listening socket"))?;
-    let mut listener = Listener::from(listener);
-    serve_with(name, listening, confine, move |_| session(name, &mut listener, &mut make))
+    serve_with(name, listening, confine, move |listener| session(name, listener, &mut make))
 }
 
 /// Until such a signal, calls `session` again and again, which accepts and serves one front-end, on a
@@ -235,44 +232,41 @@ pub enum Ended {
 }
 
 /// Accepts one front-end and serves it until it disconnects.
-///
-/// With a daemon of its own: the crate's would refuse the second SET_OWNER.
 fn session<D: Device>(
     name: &'static str,
-    listener: &mut Listener,
+    listener: &UnixListener,
     make: &mut impl FnMut(Memory, Arc<Complaints>) -> Result<D, Error>,
 ) -> Result<Ended, Error> {
     let memory = Memory::new(GuestMemoryMmap::new());
     let complaints = Arc::new(Complaints::of(name));
     let device = make(memory.clone(), Arc::clone(&complaints))?;
-    let device = Arc::new(Adapter::new(device, memory.clone(), complaints));
-    let end_worker =
-        EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(Error::set_up("an eventfd"))?;
-    let mut daemon = VhostUserDaemon::new(name.to_owned(), Arc::clone(&device), memory)
-        .map_err(|e| Error::Session(format!("cannot set up a session: {e}")))?;
+    let queues =
+        Queues::start(device, memory, complaints).map_err(Error::set_up("the threads of the queues"))?;
+    let served = accept(listener).map(|socket| {
+        let session = Arc::new(Mutex::new(Session::of(Arc::clone(&queues))));
+        let mut requests = BackendReqHandler::from_stream(socket, Arc::clone(&session));
+        let ended = loop {
+            if let Err(e) = requests.handle_request() {
+                break e;
+            }
+        };
+        (ended, lock(&session).was_asked)
+    });
+    queues.end();
+    Ok(match served.map_err(Error::set_up("a connection"))? {
+        (ProtocolError::Disconnected | ProtocolError::SocketBroken(_), true) => Ended::HungUp,
+        (ProtocolError::Disconnected | ProtocolError::SocketBroken(_), false) => Ended::NothingAsked,
+        (e, _) => Ended::Broken(format!("a request of the front-end cannot be served: {e}")),
+    })
+}
 
-    // The crate's own way to end its threads (`exit_event`) leaks a descriptor each time.
-    for worker in daemon.get_epoll_handlers() {
-        if let Err(source) =
-            worker.register_listener(end_worker.as_raw_fd(), EventSet::IN, device.end_event())
-        {
-            // Its drop would wait for a thread that cannot be ended.
-            std::mem::forget(daemon);
-            return Err(Error::set_up("the end of a session")(source));
+fn accept(listener: &UnixListener) -> io::Result<UnixStream> {
+    loop {
+        match listener.accept() {
+            Ok((socket, _)) => return Ok(socket),
+            // A front-end that gave up meanwhile.
+            Err(e) if [io::ErrorKind::ConnectionAborted, io::ErrorKind::Interrupted].contains(&e.kind()) => {}
+            Err(e) => return Err(e),
         }
-    }
-
-    let result = device.start().map(|()| daemon.start(listener).and_then(|()| daemon.wait()));
-    // The daemon's drop, at the end of this function, waits for its threads.
-    let _ = end_worker.write(1);
-    device.end();
-    match result.map_err(Error::set_up("the threads of the queues"))? {
-        Ok(()) | Err(DaemonError::HandleRequest(ProtocolError::Disconnected)) => {
-            Ok(if device.was_asked() { Ended::HungUp } else { Ended::NothingAsked })
-        }
-        Err(DaemonError::HandleRequest(e)) => {
-            Ok(Ended::Broken(format!("a request of the front-end cannot be served: {e}")))
-        }
-        Err(e) => Err(Error::Session(e.to_string())),
     }
 }

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -35,6 +35,7 @@ pub const TABLE: u16 = 4;
 pub struct Driver {
     pub front_end: Frontend,
     pub features: u64,
+    protocol_features: u64,
     pub ram_file: File,
     pub ram: GuestMemoryMmap,
     pub kick: EventFd,
@@ -50,22 +51,14 @@ pub struct Driver {
 impl Driver {
     /// Negotiates as a front-end does before there is a driver.
     pub fn connect(backend: &Backend, features: u64, protocol_features: u64) -> Self {
-        let mut front_end = Frontend::from_stream(backend.connect(), MAX_QUEUES);
-        front_end.set_owner().unwrap();
-        front_end.get_features().unwrap();
-        front_end.get_protocol_features().unwrap();
-        front_end
-            .set_protocol_features(VhostUserProtocolFeatures::from_bits(protocol_features).unwrap())
-            .unwrap();
-        if protocol_features & PROTOCOL_F_REPLY_ACK != 0 {
-            front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        }
+        let front_end = negotiate(backend, protocol_features);
         let ram_file = tempfile::tempfile().unwrap();
         ram_file.set_len(RAM).unwrap();
         let range = (GuestAddress(0), RAM as usize, Some(FileOffset::new(ram_file.try_clone().unwrap(), 0)));
         Driver {
             front_end,
             features: features | VHOST_USER_F_PROTOCOL_FEATURES,
+            protocol_features,
             ram_file,
             ram: GuestMemoryMmap::from_ranges_with_files([range]).unwrap(),
             kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
@@ -90,6 +83,27 @@ impl Driver {
             base,
             ..*self
         }
+    }
+
+    /// The back-end has died, and this one has taken its place: makes a connection to it, and tells it of the
+    /// driver's features and memory. The queue is not started.
+    pub fn reconnect(&mut self, backend: &Backend) {
+        self.front_end = negotiate(backend, self.protocol_features);
+        self.front_end.set_features(self.features).unwrap();
+        self.front_end.set_mem_table(&[self.ram_region()]).unwrap();
+    }
+
+    /// GET_INFLIGHT_FD, for so many queues.
+    pub fn inflight(&mut self, num_queues: u16) -> (VhostUserInflight, File) {
+        let wanted = VhostUserInflight { num_queues, queue_size: QUEUE_SIZE, ..Default::default() };
+        self.front_end.get_inflight_fd(&wanted).unwrap()
+    }
+
+    /// Starts the queue, from which so many requests were taken.
+    pub fn start_queue_from(&mut self, base: u16) {
+        let avail = std::mem::replace(&mut self.avail, base);
+        self.start_queue();
+        self.avail = avail;
     }
 
     /// What the memory table says of the guest's memory.
@@ -186,4 +200,18 @@ impl Driver {
         assert_eq!(id, u32::from(head));
         written
     }
+}
+
+fn negotiate(backend: &Backend, protocol_features: u64) -> Frontend {
+    let mut front_end = Frontend::from_stream(backend.connect(), MAX_QUEUES);
+    front_end.set_owner().unwrap();
+    front_end.get_features().unwrap();
+    front_end.get_protocol_features().unwrap();
+    front_end
+        .set_protocol_features(VhostUserProtocolFeatures::from_bits(protocol_features).unwrap())
+        .unwrap();
+    if protocol_features & PROTOCOL_F_REPLY_ACK != 0 {
+        front_end.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+    front_end
 }

@@ -50,6 +50,7 @@ pub const PROTOCOL_F_REPLY_ACK: u64 = 1 << 3;
 pub const PROTOCOL_F_BACKEND_REQ: u64 = 1 << 5;
 pub const PROTOCOL_F_CONFIG: u64 = 1 << 9;
 pub const PROTOCOL_F_BACKEND_SEND_FD: u64 = 1 << 10;
+pub const PROTOCOL_F_INFLIGHT_SHMFD: u64 = 1 << 12;
 pub const PROTOCOL_F_RESET_DEVICE: u64 = 1 << 13;
 pub const PROTOCOL_F_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 pub const PROTOCOL_F_STATUS: u64 = 1 << 16;

@@ -22,8 +22,8 @@ mod sockets;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::mem::offset_of;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -51,12 +51,18 @@ use limits::{MAX_RANGE, MAX_RANGES, NAME, SECTOR, SEG_MAX, THREADS};
 use resize::Told;
 
 use crate::complaints::Complaints;
-use crate::device::{self, Device, Memory, Request, Taken};
+use crate::device::{self, Device, Request};
 use crate::error::Error;
+use crate::inflight::Kept;
+use crate::lock::lock;
+use crate::ring::{Memory, Taken};
 use crate::{sandbox, server};
 
 /// The field `writeback`, as the standard calls it.
 const WRITEBACK: usize = offset_of!(virtio_blk_config, wce);
+/// Its values, as they are kept; 0 is the default.
+const KEPT_WRITETHROUGH: u8 = 1;
+const KEPT_WRITEBACK: u8 = 2;
 
 /// `struct virtio_blk_req`: type, reserved, sector; then data, then the status byte. Section 5.2.6.
 const HEADER: usize = 16;
@@ -91,6 +97,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
             complaints,
             features: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
+            kept: Mutex::default(),
             told: Arc::default(),
         })
     })
@@ -106,12 +113,21 @@ struct Blk {
     /// The field `writeback`. A reset leaves it as it is: a front-end may show the next driver what the last
     /// one wrote, and a driver that reads 0 sends no flushes.
     writeback: AtomicBool,
+    /// Where that field outlives this process. Innermost lock.
+    kept: Mutex<Option<Kept>>,
     told: Arc<Told>,
 }
 
 impl Blk {
     fn has(&self, feature: u32) -> bool {
         self.features.load(Ordering::Relaxed) & (1 << feature) != 0
+    }
+
+    fn set_writeback(&self, writeback: bool) {
+        self.writeback.store(writeback, Ordering::Relaxed);
+        if let Some(kept) = &*lock(&self.kept) {
+            kept.set(if writeback { KEPT_WRITEBACK } else { KEPT_WRITETHROUGH });
+        }
     }
 
     /// Returns how many bytes of `writable` were written.
@@ -309,7 +325,7 @@ impl Device for Blk {
     fn acked_features(&self, features: u64) {
         self.features.store(features, Ordering::Relaxed);
         if self.has(VIRTIO_BLK_F_CONFIG_WCE) && !self.has(VIRTIO_BLK_F_FLUSH) {
-            self.writeback.store(false, Ordering::Relaxed);
+            self.set_writeback(false);
         }
     }
 
@@ -341,7 +357,7 @@ impl Device for Blk {
     fn write_config(&self, offset: u32, bytes: &[u8]) {
         match bytes {
             [value @ (0 | 1)] if offset as usize == WRITEBACK && self.has(VIRTIO_BLK_F_CONFIG_WCE) => {
-                self.writeback.store(*value == 1, Ordering::Relaxed);
+                self.set_writeback(*value == 1);
             }
             _ => self.complaints.say(format_args!(
                 "the driver writes {} bytes at {offset:#x} of the configuration space; only 0 or 1 in the field \
@@ -349,6 +365,15 @@ impl Device for Blk {
                 bytes.len()
             )),
         }
+    }
+
+    fn keep(&self, kept: Kept) {
+        match kept.get() {
+            KEPT_WRITETHROUGH => self.writeback.store(false, Ordering::Relaxed),
+            KEPT_WRITEBACK => self.writeback.store(true, Ordering::Relaxed),
+            _ => {}
+        }
+        *lock(&self.kept) = Some(kept);
     }
 
     fn take(&self, queue: &mut Queue) -> Taken<Request> {

@@ -66,9 +66,10 @@ use self::requests::Requester;
 use crate::backing::LINUX_UNIT;
 use crate::channel::SHMEM_ADDRESSES;
 use crate::complaints::Complaints;
-use crate::device::{Device, Later, Memory, Taken};
+use crate::device::{Device, Later};
 use crate::error::Error;
 use crate::lock::lock;
+use crate::ring::{Memory, Taken};
 use crate::{sandbox, server};
 
 const NAME: &str = "fs";
