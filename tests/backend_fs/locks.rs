@@ -11,16 +11,16 @@ use vhost::VhostBackend;
 use crate::fuse::{self, ROOT, quads, u32_at, u64_at, words};
 use crate::machine::{ANSWER, ANSWER_LEN, Machine, NEXT, Place, REQUEST, WRITE, start_with};
 
-const READ: i32 = libc::F_RDLCK;
-const EXCLUSIVE: i32 = libc::F_WRLCK;
-const NONE: i32 = libc::F_UNLCK;
+pub const READ: i32 = libc::F_RDLCK;
+pub const EXCLUSIVE: i32 = libc::F_WRLCK;
+pub const NONE: i32 = libc::F_UNLCK;
 /// The last byte that a file can have.
-const END: u64 = i64::MAX as u64;
+pub const END: u64 = i64::MAX as u64;
 /// FUSE_LK_FLOCK.
-const FLOCK: u32 = 1;
+pub const FLOCK: u32 = 1;
 
 /// `struct fuse_lk_in`.
-fn lock(handle: u64, owner: u64, (first, last): (u64, u64), kind: i32, flags: u32) -> Vec<u8> {
+pub fn lock(handle: u64, owner: u64, (first, last): (u64, u64), kind: i32, flags: u32) -> Vec<u8> {
     [quads([handle, owner, first, last]), words([kind as u32, 0, flags, 0])].concat()
 }
 
@@ -30,7 +30,7 @@ fn flush(handle: u64, owner: u64) -> Vec<u8> {
 }
 
 /// An OFD lock of a process of the host, or the release of one.
-fn host_lock(file: &File, first: i64, len: i64, kind: i32) -> io::Result<()> {
+pub fn host_lock(file: &File, first: i64, len: i64, kind: i32) -> io::Result<()> {
     let lock = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -45,7 +45,7 @@ fn host_lock(file: &File, first: i64, len: i64, kind: i32) -> io::Result<()> {
     }
 }
 
-fn is_locked(result: io::Result<()>) -> bool {
+pub fn is_locked(result: io::Result<()>) -> bool {
     result.is_err_and(|e| e.raw_os_error() == Some(libc::EAGAIN))
 }
 

@@ -136,6 +136,10 @@ pub struct Machine {
     window: Option<(u64, u64)>,
     /// The guest's user.
     pub user: (u32, u32),
+    /// The number of the request.
+    pub unique: u64,
+    /// The rings stand where the used index says, not where the driver does.
+    pub goes_on: bool,
 }
 
 fn region((address, len): (u64, u64), file: &File, offset: u64) -> VhostUserMemoryRegionInfo {
@@ -169,7 +173,26 @@ impl Machine {
         machine
     }
 
-    pub fn connect(backend: &Backend, queues: usize) -> Self {
+    /// The back-end has died, and this one has taken its place: connects to it and goes on, without a
+    /// FUSE_INIT. Its questions on the channel are not served yet.
+    pub fn reconnect(&mut self, backend: &Backend) {
+        // The back-end serves one connection at a time.
+        self.front_end = Frontend::from_stream(UnixStream::pair().unwrap().0, 1);
+        (self.front_end, self.channel) = Self::negotiate(backend, self.rings.len());
+        self.goes_on = true;
+        self.start();
+        self.goes_on = false;
+    }
+
+    /// As if the last request of a queue were not answered.
+    pub fn take_answer_back(&mut self, queue: usize) {
+        let used = self.used_index(queue).wrapping_sub(1);
+        self.put(self.address(queue, USED + 2), &used.to_le_bytes());
+        self.rings[queue].used = used;
+        self.put(self.address(queue, ANSWER), &[0xee; 256]);
+    }
+
+    fn negotiate(backend: &Backend, queues: usize) -> (Frontend, Wire) {
         let mut front_end = Frontend::from_stream(backend.connect(), queues as u64);
         front_end.set_owner().unwrap();
         front_end.get_features().unwrap();
@@ -189,7 +212,11 @@ impl Machine {
         if agreed.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
             front_end.set_backend_request_fd(&theirs).unwrap();
         }
+        (front_end, Wire::new(ours))
+    }
 
+    pub fn connect(backend: &Backend, queues: usize) -> Self {
+        let (front_end, channel) = Self::negotiate(backend, queues);
         let ram_file = tempfile::tempfile().unwrap();
         ram_file.set_len(RAM).unwrap();
         let range = (GuestAddress(0), RAM as usize, Some(FileOffset::new(ram_file.try_clone().unwrap(), 0)));
@@ -202,12 +229,14 @@ impl Machine {
         };
         Machine {
             front_end,
-            channel: Wire::new(ours),
+            channel,
             ram_file,
             ram,
             rings: (0..queues).map(ring).collect(),
             window: None,
             user: (0, 0),
+            unique: fuse::UNIQUE,
+            goes_on: false,
         }
     }
 
@@ -241,7 +270,8 @@ impl Machine {
             };
             self.front_end.set_vring_num(index, QUEUE_SIZE).unwrap();
             self.front_end.set_vring_addr(index, &config).unwrap();
-            self.front_end.set_vring_base(index, ring.avail).unwrap();
+            let stands = if self.goes_on { self.used_index(index) } else { ring.avail };
+            self.front_end.set_vring_base(index, stands).unwrap();
             self.front_end.set_vring_call(index, &ring.call).unwrap();
             self.front_end.set_vring_kick(index, &ring.kick).unwrap();
             self.front_end.set_vring_enable(index, true).unwrap();
@@ -350,7 +380,7 @@ impl Machine {
         self.ram.read_slice(&mut bytes, at).unwrap();
         assert!(bytes.len() >= 16, "{written} bytes are no answer");
         assert_eq!(fuse::u32_at(&bytes, 0), written, "the length in the header");
-        assert_eq!(fuse::u64_at(&bytes, 8), fuse::UNIQUE);
+        assert_eq!(fuse::u64_at(&bytes, 8), self.unique);
         (-(fuse::u32_at(&bytes, 4) as i32), bytes[16..].to_vec())
     }
 
@@ -366,7 +396,8 @@ impl Machine {
 
     /// Sends a request as Linux does: one readable descriptor, one writable one.
     pub fn send(&mut self, queue: usize, opcode: u32, node: u64, body: &[u8]) {
-        let request = fuse::request(opcode, node, self.user, body);
+        let mut request = fuse::request(opcode, node, self.user, body);
+        request[8..16].copy_from_slice(&self.unique.to_le_bytes());
         self.fill(queue, &request);
         self.send_filled(queue, request.len() as u32);
     }

@@ -12,6 +12,7 @@ mod fuse;
 mod hostile;
 mod locks;
 mod machine;
+mod restart;
 mod semantics;
 mod window;
 
@@ -184,11 +185,13 @@ fn the_next_front_end_finds_nothing_of_the_last() {
     let place = Place::new();
     place.write("f", "data");
     let backend = start(&place, "");
-    let session = || {
+    let mut last = 2;
+    let mut session = || {
         let mut machine = Machine::mounted(&backend);
-        assert_eq!(machine.error(fuse::GETATTR, 2, &quads([0, 0])), libc::ESTALE);
+        assert_eq!(machine.error(fuse::GETATTR, last, &quads([0, 0])), libc::ESTALE);
         let node = machine.lookup("f");
-        assert_eq!(node, 2);
+        assert_ne!(node, last);
+        last = node;
         machine.open(node, libc::O_RDWR);
         let body = fuse::setupmapping(0, 2 * MIB, 0, 0);
         machine.asking(fuse::SETUPMAPPING, node, &body, &[(machine::SHMEM_MAP, 0, 2 * MIB, 0, 1)]);

@@ -50,6 +50,8 @@ pub enum Error {
     NeedsRoot(&'static str),
     #[error("files of {path:?} cannot be opened by handles, as --inode-file-handles mandatory demands")]
     NoHandles { path: PathBuf, source: io::Error },
+    #[error("the state cannot be in {path:?}")]
+    State { path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("there can be no sandbox")]
     NoSandbox(#[source] SandboxError),
     #[error("region {0} is given twice")]
@@ -87,6 +89,9 @@ impl Failure for Error {
             ),
             Error::Empty { read_only: false, .. } => Some("--size SIZE extends it"),
             Error::TooShort { .. } => Some(MAKE_DISK),
+            Error::State { .. } => {
+                Some("a guest that starts anew needs no state: remove the file, or name another")
+            }
             Error::NotAsSpecified(_) => Some("each is a line with NOT in it, on stdout"),
             _ => None,
         };

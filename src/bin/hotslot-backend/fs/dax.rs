@@ -17,28 +17,13 @@ use std::sync::{Arc, Mutex};
 use rustix::io::Errno;
 use vhost::vhost_user::Backend;
 
+use super::change::{Change, Mapping};
+use super::journal::Keeper;
 use crate::channel::Channel;
 use crate::complaints::Complaints;
 use crate::lock::lock;
 
 pub const PAGE: u64 = 4096;
-
-/// A part of a file.
-#[derive(Clone, Copy)]
-pub struct Mapping {
-    /// The file. The guest unmaps it before it forgets it.
-    pub node: u64,
-    pub file_offset: u64,
-    pub len: u64,
-    pub writable: bool,
-}
-
-impl Mapping {
-    fn is(&self, other: &Mapping) -> bool {
-        let key = |mapping: &Mapping| (mapping.node, mapping.file_offset, mapping.len, mapping.writable);
-        key(self) == key(other)
-    }
-}
 
 /// The window of one front-end.
 pub struct Window {
@@ -48,13 +33,36 @@ pub struct Window {
     /// so that no two requests of the guest mix; the main socket's thread takes it only when no request is
     /// being answered. Lock order: before `channel`'s.
     mappings: Mutex<BTreeMap<u64, Mapping>>,
+    keeper: Keeper,
     complaints: Arc<Complaints>,
 }
 
 impl Window {
     /// An empty window of `size` bytes.
-    pub fn new(size: u64, complaints: Arc<Complaints>) -> Self {
-        Window { size, channel: Channel::default(), mappings: Mutex::default(), complaints }
+    pub fn new(size: u64, keeper: Keeper, complaints: Arc<Complaints>) -> Self {
+        Window { size, channel: Channel::default(), mappings: Mutex::default(), keeper, complaints }
+    }
+
+    /// What the guest of the last session has mapped is mapped again. `begun` is called once no other request
+    /// can come between; `open` opens a file for that. A front-end that refuses has it mapped still.
+    pub fn restore(
+        &self,
+        kept: &BTreeMap<u64, Mapping>,
+        begun: impl FnOnce(),
+        open: impl Fn(&Mapping) -> io::Result<File>,
+    ) {
+        let mut mappings = lock(&self.mappings);
+        begun();
+        for (&offset, mapping) in kept {
+            let Mapping { file_offset, len, writable, .. } = *mapping;
+            let mapped = open(mapping)
+                .map_err(|e| format!("the file at {offset:#x} of the window is not found again: {e}"))
+                .and_then(|file| self.channel.map(offset, len, (&file, file_offset), writable));
+            if let Err(e) = mapped {
+                self.complaints.say(e);
+            }
+            mappings.insert(offset, *mapping);
+        }
     }
 
     pub fn size(&self) -> u64 {
@@ -93,7 +101,7 @@ impl Window {
             return Err(Errno::INVAL.into());
         }
         let mut mappings = lock(&self.mappings);
-        if mappings.get(&offset).is_some_and(|old| old.is(&mapping)) {
+        if mappings.get(&offset) == Some(&mapping) {
             return Ok(());
         }
         self.remove_from(&mut mappings, offset, offset + len)?;
@@ -102,6 +110,7 @@ impl Window {
             self.complaints.say(e);
             io::Error::from(Errno::IO)
         })?;
+        self.keeper.note(|| Change::Mapped { offset, mapping });
         mappings.insert(offset, mapping);
         Ok(())
     }
@@ -149,6 +158,7 @@ impl Window {
 
     /// If the front-end refuses, it has no such mapping: the range is unmapped all the same.
     fn unmap(&self, offset: u64, len: u64) {
+        self.keeper.note(|| Change::Unmapped(offset));
         if let Err(e) = self.channel.unmap(offset, len) {
             self.complaints.say(e);
         }

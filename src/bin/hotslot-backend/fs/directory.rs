@@ -18,11 +18,15 @@ use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
+use super::change::{Before, Change, Mapping};
 use super::confine::Root;
 use super::credentials::{ActingAs, InGroup, set_umask};
 use super::dax::Window;
-use super::inodes::{Inode, Inodes, ROOT, open_name};
-use super::locks::Locks;
+use super::identity::{ROOT, one_name};
+use super::inodes::{Inode, Inodes, open_name};
+use super::journal::Keeper;
+use super::kept::Kept;
+use super::locks::{self, Locks};
 use super::opens::{Open, Opens};
 use super::policy::{Cache, Policy};
 use crate::complaints::Complaints;
@@ -51,6 +55,7 @@ pub struct Directory {
     pub(super) opens: Arc<Opens>,
     pub(super) locks: Locks,
     pub(super) window: Option<Arc<Window>>,
+    pub(super) keeper: Keeper,
     /// The directory, opened for FUSE_SYNCFS.
     pub(super) synced: File,
 }
@@ -66,13 +71,55 @@ impl Directory {
         root: Arc<Root>,
         policy: Arc<Policy>,
         window: Option<Arc<Window>>,
+        keeper: Keeper,
         complaints: Arc<Complaints>,
     ) -> io::Result<Self> {
-        let opens = Arc::new(Opens::new(root.descriptors.open));
-        let inodes = Inodes::new(Arc::clone(&root), Arc::clone(&opens), complaints)?;
+        let opens = Arc::new(Opens::new(root.descriptors.open, keeper.clone()));
+        let inodes = Inodes::new(Arc::clone(&root), Arc::clone(&opens), keeper.clone(), complaints)?;
         let synced = open_file(&root, &root.dir, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let locks = Locks::new(root.descriptors.locks);
-        Ok(Directory { inodes, root, policy, opens, locks, window, synced })
+        let locks = Locks::new(root.descriptors.locks, keeper.clone());
+        Ok(Directory { inodes, root, policy, opens, locks, window, keeper, synced })
+    }
+
+    /// The guest is that of the last session: what it knows, has open and has locked. Returns how much of
+    /// that is lost.
+    pub fn restore(&self, kept: &Kept) -> usize {
+        self.inodes.restore(kept);
+        let mut lost = 0;
+        for (&(node, handle), &flags) in &kept.opens {
+            let flags = OFlags::from_bits_retain(flags) & (OPEN_FLAGS & !OFlags::TRUNC);
+            let may = !self.policy.read_only || flags & OFlags::RWMODE == OFlags::RDONLY;
+            let inode = self.inodes.get(node).ok().filter(|_| may);
+            let file = inode.and_then(|inode| self.open_inode(&inode, flags).ok());
+            lost += usize::from(file.is_none());
+            self.opens.restore(node, handle, file);
+        }
+        for (owner, locked) in &kept.locks {
+            for &(first, last, kind) in &locked.ranges {
+                let wanted = locks::wanted(owner, locked.handle, (first, last), kind);
+                if self.set_lock(owner.node, &wanted).is_err() {
+                    self.keeper.note(|| Change::Unlocked(*owner));
+                    lost += 1;
+                }
+            }
+        }
+        self.keeper.commit(|| None);
+        lost
+    }
+
+    /// Opens a file that was mapped, to map it again.
+    pub fn open_mapped(&self, mapping: &Mapping) -> io::Result<File> {
+        let inode = self.inodes.get(mapping.node)?;
+        match mapping.writable && !self.policy.read_only {
+            true => self.open_for_writing(&inode),
+            false => self.open_for_reading(&inode),
+        }
+    }
+
+    /// For a request that makes a name: whether the last process may have made it.
+    pub fn makes_again(&self, parent: &Inode, name: &CStr) -> bool {
+        let is_absent = || matches!(open_name(parent, name), Err(Errno::NOENT));
+        self.keeper.attempt(|| is_absent().then_some(Before::default())).is_some()
     }
 
     /// A session of the guest begins or ends: closes, forgets and unmaps all.
@@ -83,6 +130,7 @@ impl Directory {
         if let Some(window) = &self.window {
             window.empty();
         }
+        self.keeper.note(|| Change::Clear);
     }
 
     pub fn check_writable(&self) -> io::Result<()> {
@@ -262,9 +310,13 @@ impl Directory {
         self.check_writable()?;
         let parent = self.inodes.get(parent)?;
         let name = one_name(name)?;
+        let again = self.makes_again(&parent, name);
         {
             let _acting = self.act_as(context, umask)?;
-            make(&parent.path, name)?;
+            match make(&parent.path, name) {
+                Err(Errno::EXIST) if again => {}
+                result => result?,
+            }
         }
         self.find(&parent, name)
     }
@@ -323,15 +375,6 @@ pub fn attributes(metadata: &Metadata) -> stat64 {
 /// The name of a descriptor in `/proc/self/fd`.
 pub fn number(file: &File) -> String {
     file.as_raw_fd().to_string()
-}
-
-/// A name that refers to an entry of a directory, and to nothing elsewhere.
-pub fn one_name(name: &CStr) -> io::Result<&CStr> {
-    match name.to_bytes() {
-        b"" | b"." | b".." => Err(Errno::INVAL.into()),
-        bytes if bytes.contains(&b'/') => Err(Errno::INVAL.into()),
-        _ => Ok(name),
-    }
 }
 
 fn is_denied<T>(result: &io::Result<T>) -> bool {

@@ -18,13 +18,15 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::change::{Before, Change};
 use super::confine::Root;
+use super::identity::{Identity, Name};
+use super::journal::Keeper;
+use super::kept::Kept;
 use super::opens::Opens;
-use super::records::{Closed, Identity, Name, Records};
+use super::records::{Closed, Records};
 use crate::complaints::Complaints;
 use crate::lock::lock;
-
-pub use super::records::ROOT;
 
 /// A file that the guest knows, held for the time of a request.
 pub struct Inode {
@@ -44,6 +46,7 @@ pub struct Inodes {
     /// Read-locked while the guest renames or removes a name, until that is recorded. Write-locked to find
     /// out whether a file is still where it was. Lock order: before `records`.
     moves: RwLock<()>,
+    keeper: Keeper,
     complaints: Arc<Complaints>,
     has_complained: AtomicBool,
 }
@@ -61,10 +64,16 @@ impl Inodes {
     /// # Errors
     ///
     /// Its attributes cannot be read.
-    pub fn new(root: Arc<Root>, opens: Arc<Opens>, complaints: Arc<Complaints>) -> io::Result<Self> {
+    pub fn new(
+        root: Arc<Root>,
+        opens: Arc<Opens>,
+        keeper: Keeper,
+        complaints: Arc<Complaints>,
+    ) -> io::Result<Self> {
         let path = root.dir.try_clone()?;
         let inodes = Inodes {
-            records: Mutex::new(Records::new(root.descriptors)),
+            records: Mutex::new(Records::new(root.descriptors, keeper.clone())),
+            keeper,
             root,
             opens,
             moves: RwLock::default(),
@@ -73,6 +82,11 @@ impl Inodes {
         };
         inodes.insert(None, path)?;
         Ok(inodes)
+    }
+
+    /// The guest is that of the last session.
+    pub fn restore(&self, kept: &Kept) {
+        lock(&self.records).restore(kept);
     }
 
     /// # Errors
@@ -231,6 +245,12 @@ impl Inodes {
         remove: impl FnOnce() -> rustix::io::Result<()>,
     ) -> io::Result<()> {
         let file = self.named(parent, name)?;
+        let id = id_of(&file);
+        if let Some(before) = self.keeper.attempt(|| id)
+            && id != Some(before)
+        {
+            return Ok(());
+        }
         let _closed = {
             let _moving = self.moves.read().unwrap_or_else(PoisonError::into_inner);
             remove()?;
@@ -249,11 +269,24 @@ impl Inodes {
     ) -> io::Result<()> {
         let moved = self.named(old_parent, old_name)?;
         let replaced = self.named(new_parent, new_name)?;
+        let names = || {
+            let to = |file, parent: &Inode, name: &CStr| {
+                let node = self.node_of(file)?;
+                Some(Change::AddName { node, name: (parent.node, name.to_owned()) })
+            };
+            let back = replaced.as_ref().filter(|_| is_exchange);
+            let moved = moved.as_ref().and_then(|file| to(file, new_parent, new_name));
+            moved.into_iter().chain(back.and_then(|file| to(file, old_parent, old_name))).collect()
+        };
+        if let Some(before) = self.keeper.attempt_with(|| id_of(&moved), names)
+            && id_of(&replaced) == Some(before)
+        {
+            return Ok(());
+        }
         let moving = self.moves.read().unwrap_or_else(PoisonError::into_inner);
         rename()?;
         // Two names of one file: nothing has changed.
-        let id = |file: &Option<(File, Metadata)>| file.as_ref().map(|(_, it)| (it.dev(), it.ino()));
-        if id(&moved) == id(&replaced) {
+        if id_of(&moved) == id_of(&replaced) {
             return Ok(());
         }
         // A name comes before another goes, so that the file has one.
@@ -277,6 +310,11 @@ impl Inodes {
             Err(Errno::NOENT) => Ok(None),
             Err(e) => Err(e.into()),
         }
+    }
+
+    fn node_of(&self, (file, metadata): &(File, Metadata)) -> Option<u64> {
+        let identity = self.identity(file, metadata);
+        lock(&self.records).find(&identity, &|node| self.is_open(node))
     }
 
     fn add_name(&self, parent: &Inode, name: &CStr, file: &Option<(File, Metadata)>) {
@@ -307,6 +345,11 @@ impl Inodes {
     }
 }
 
+/// Device and inode number.
+fn id_of(file: &Option<(File, Metadata)>) -> Option<Before> {
+    file.as_ref().map(|(_, it)| [it.dev(), it.ino()])
+}
+
 /// Opens a file by its name, with O_PATH; of a link, the link itself.
 pub fn open_name(parent: &Inode, name: &CStr) -> rustix::io::Result<File> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -328,6 +371,7 @@ mod tests {
     use super::*;
     use crate::fs::credentials::Credentials;
     use crate::fs::descriptors::Descriptors;
+    use crate::fs::identity::ROOT;
 
     /// Another thread looks for a file without a descriptor when its name has changed, and that is not yet
     /// recorded.
@@ -343,7 +387,8 @@ mod tests {
             note: None,
         };
         let complaints = Arc::new(Complaints::of("test"));
-        let inodes = Inodes::new(Arc::new(root), Arc::new(Opens::new(0)), complaints).unwrap();
+        let (keeper, opens) = (Keeper::default(), Arc::new(Opens::new(0, Keeper::default())));
+        let inodes = Inodes::new(Arc::new(root), opens, keeper, complaints).unwrap();
         let top = inodes.get(ROOT).unwrap();
         let [renamed, removed] = [c"renamed", c"removed"].map(|name| {
             fs::write(dir.path().join(name.to_str().unwrap()), "").unwrap();

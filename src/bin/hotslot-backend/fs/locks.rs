@@ -20,6 +20,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
+use super::change::{Change, Owner};
+use super::journal::Keeper;
 use super::waiters::Waiters;
 use crate::lock::lock;
 
@@ -28,14 +30,6 @@ pub const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A flag of FUSE_SETLK: flock(2), not fcntl(2).
 const FUSE_LK_FLOCK: u32 = 1 << 0;
-
-/// The owner of locks of a file, as FUSE names it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Owner {
-    node: u64,
-    number: u64,
-    is_flock: bool,
-}
 
 /// A file that an owner has locked.
 struct Holder {
@@ -52,11 +46,12 @@ pub struct Locks {
     holders: Mutex<HashMap<Owner, Arc<Holder>>>,
     /// For locks.
     pub waiters: Waiters,
+    keeper: Keeper,
 }
 
 impl Locks {
-    pub fn new(max_owners: usize) -> Self {
-        Locks { max_owners, holders: Mutex::default(), waiters: Waiters::default() }
+    pub fn new(max_owners: usize, keeper: Keeper) -> Self {
+        Locks { max_owners, holders: Mutex::default(), waiters: Waiters::default(), keeper }
     }
 
     /// FUSE_SETLK, and an attempt at FUSE_SETLKW. `open` opens the file for an owner of flock(2), or of
@@ -92,9 +87,18 @@ impl Locks {
                 libc::F_RDLCK => FlockOperation::NonBlockingLockShared,
                 _ => FlockOperation::NonBlockingLockExclusive,
             };
-            return Ok(rustix::fs::flock(&holder.file, operation)?);
+            rustix::fs::flock(&holder.file, operation)?;
+        } else {
+            on_record(&holder.file, FcntlArg::F_OFD_SETLK(&range))?;
         }
-        on_record(&holder.file, FcntlArg::F_OFD_SETLK(&range))?;
+        let FileLock { start: first, end: last, .. } = wanted.lk;
+        self.keeper.note(|| Change::Locked {
+            owner,
+            handle: holder.handle,
+            first,
+            last,
+            kind: wanted.lk.type_,
+        });
         if kind == libc::F_UNLCK {
             self.waiters.wake();
         }
@@ -134,7 +138,13 @@ impl Locks {
     fn release(&self, is_released: impl Fn(&Owner, &Holder) -> bool) {
         let mut holders = lock(&self.holders);
         let before = holders.len();
-        holders.retain(|owner, holder| !is_released(owner, holder));
+        holders.retain(|owner, holder| {
+            let goes = is_released(owner, holder);
+            if goes {
+                self.keeper.note(|| Change::Unlocked(*owner));
+            }
+            !goes
+        });
         if holders.len() < before {
             drop(holders);
             self.waiters.wake();
@@ -149,6 +159,13 @@ impl Locks {
         }
         Ok(Arc::clone(holders.entry(owner).or_insert(Arc::new(holder))))
     }
+}
+
+/// A lock in the terms of FUSE.
+pub fn wanted(owner: &Owner, handle: u64, (start, end): (u64, u64), kind: u32) -> LkIn {
+    let lk = FileLock { start, end, type_: kind, pid: 0 };
+    let lk_flags = if owner.is_flock { FUSE_LK_FLOCK } else { 0 };
+    LkIn { fh: handle, owner: owner.number, lk, lk_flags, padding: 0 }
 }
 
 /// A lock in the terms of fcntl(2).

@@ -7,15 +7,17 @@
 //! Reading order: `policy` (the options), `requests` (bytes to bytes), `init` (what the guest may ask for),
 //! `passthrough`, `xattr`, `ioctl`, `statx` and `locks` (what each request does), `waiters` (requests that
 //! wait for a lock), `ids` (users and groups), `directory` (how a file is found and opened), `inodes` (the
-//! files that the guest knows, found again when they are no longer held), `records` (what is recorded of
-//! them), `handles` (the host's names for them), `opens` (those that the guest has open), `lent` (one of
-//! these for a read or write), `dax` (the window), `credentials` (as which user), `confine` (the threads'
-//! rights), `descriptors` (how many files may be held), `queue` (where the bytes are), `guest` (which of the
-//! guest's memory is RAM), `copies` (what is not).
+//! files that the guest knows, found again when they are no longer held), `records` and `identity` (what is
+//! recorded of them), `handles` (the host's names for them), `opens` (those that the guest has open), `lent`
+//! (one of these for a read or write), `dax` (the window), `credentials` (as which user), `confine` (the
+//! threads' rights), `descriptors` (how many files may be held), `queue` (where the bytes are), `guest`
+//! (which of the guest's memory is RAM), `copies` (what is not); and `journal`, `change` and `kept`: what is
+//! known of the guest in a file, so that it outlives this process (`--state`).
 //!
 //! Each queue has a thread of its own: while one waits for a disk, or for the front-end's answer to
 //! SHMEM_MAP, the others go on.
 
+mod change;
 mod confine;
 mod copies;
 mod credentials;
@@ -24,10 +26,13 @@ mod descriptors;
 mod directory;
 mod guest;
 mod handles;
+mod identity;
 mod ids;
 mod init;
 mod inodes;
 mod ioctl;
+mod journal;
+mod kept;
 mod lent;
 mod locks;
 mod opens;
@@ -41,10 +46,12 @@ mod statx;
 mod waiters;
 mod xattr;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
 
 use rustix::thread::CapabilitySet;
 use vhost::vhost_user::{Backend, VhostUserProtocolFeatures};
@@ -54,6 +61,7 @@ use vm_memory::GuestAddressSpace;
 use hotslot::report::say;
 use hotslot::size;
 
+use self::change::Mapping;
 use self::confine::{Rights, Root};
 use self::dax::Window;
 use self::descriptors::Descriptors;
@@ -61,6 +69,8 @@ use self::directory::Directory;
 use self::guest::{Guest, Known};
 use self::handles::Handles;
 use self::ids::{Ids, Map, Range};
+use self::journal::{Journal, Keeper};
+use self::kept::Kept;
 use self::policy::{Cache, LocksOf, Policy, Xattrs};
 use self::requests::Requester;
 use crate::backing::LINUX_UNIT;
@@ -149,6 +159,12 @@ pub struct Args {
     #[arg(long, value_name = "WHEN", default_value = "never")]
     inode_file_handles: handles::Use,
 
+    /// Keep what the guest knows in this file: its files, those that are open, mapped and locked. When this
+    /// program is killed and started again with the same command line, a guest whose front-end connects again
+    /// goes on. The file is made if it does not exist; no guest may reach it
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
+
     /// Request queues, each served by a thread of its own; the front-end must offer the guest one queue more
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_REQUEST_QUEUES))]
     queues: u16,
@@ -187,6 +203,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         confine::open(&args.dir).map_err(|source| Error::Directory { path: args.dir.clone(), source })?;
     let descriptors = Descriptors::raise_limit();
     let mut handles = handles(args, &dir)?;
+    let keeper = keeper(args, &dir)?;
     let listening = server::listen(&args.server)?;
     let access = if args.read_only { "read-only" } else { "read-write" };
     let window = match args.window {
@@ -201,6 +218,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         tag: args.tag.clone(),
         window: args.window,
         queues: args.queues,
+        keeper,
         policy: Arc::new(Policy {
             read_only: args.read_only,
             cache: args.cache,
@@ -219,6 +237,18 @@ pub fn run(args: &Args) -> Result<(), Error> {
         };
         Fs::new(&settings, root, complaints).map_err(Error::set_up("the directory"))
     })
+}
+
+/// What keeps the state, if the command line asks for that.
+fn keeper(args: &Args, dir: &File) -> Result<Keeper, Error> {
+    let Some(path) = &args.state else {
+        return Ok(Keeper::default());
+    };
+    let metadata = dir.metadata().map_err(Error::set_up("the directory"))?;
+    match Journal::open(path, &metadata) {
+        Ok(journal) => Ok(Keeper(Some(Arc::new(journal)))),
+        Err(source) => Err(Error::State { path: path.clone(), source: Box::new(source) }),
+    }
 }
 
 /// What opens file handles, if the command line asks for that and it can be done.
@@ -278,6 +308,7 @@ struct Settings {
     tag: Tag,
     window: u64,
     queues: u16,
+    keeper: Keeper,
     policy: Arc<Policy>,
 }
 
@@ -287,7 +318,10 @@ struct Fs {
     queues: u16,
     tag: Tag,
     requester: Requester,
+    directory: Arc<Directory>,
     window: Option<Arc<Window>>,
+    /// What the guest of the last session has mapped, until the front-end can map it again.
+    mapped: Mutex<BTreeMap<u64, Mapping>>,
     /// The guest's memory for fuse-backend-rs, from the first SET_MEM_TABLE on. Lock order: innermost; held
     /// to copy the handle, and by the session's thread while it maps memory.
     memory: Mutex<Known>,
@@ -295,17 +329,54 @@ struct Fs {
 
 impl Fs {
     fn new(settings: &Settings, root: Arc<Root>, complaints: Arc<Complaints>) -> io::Result<Self> {
-        let window =
-            (settings.window != 0).then(|| Arc::new(Window::new(settings.window, Arc::clone(&complaints))));
+        let keeper = settings.keeper.clone();
+        let window = (settings.window != 0)
+            .then(|| Arc::new(Window::new(settings.window, keeper.clone(), Arc::clone(&complaints))));
         let policy = Arc::clone(&settings.policy);
-        let directory = Directory::new(root, policy, window.clone(), Arc::clone(&complaints))?;
+        let directory =
+            Directory::new(root, policy, window.clone(), keeper.clone(), Arc::clone(&complaints))?;
+        let directory = Arc::new(directory);
+        let requester = Requester::new(Arc::clone(&directory), window.clone(), complaints);
+        let kept = keeper.0.map(|journal| journal.begin()).unwrap_or_default();
+        let Kept { nodes, opens, .. } = &kept;
+        if !nodes.is_empty() || !opens.is_empty() {
+            let lost = directory.restore(&kept);
+            say(format_args!(
+                "{NAME}: a guest that goes on knows {} files and has {} open; {lost} of these and of its locks are lost",
+                nodes.len(),
+                opens.len()
+            ));
+        }
+        requester.restore(kept.agreed);
         Ok(Fs {
             queues: settings.queues,
             tag: settings.tag.clone(),
-            requester: Requester::new(directory, window.clone(), complaints),
+            requester,
+            directory,
             window,
+            mapped: Mutex::new(kept.mappings),
             memory: Mutex::default(),
         })
+    }
+
+    /// At the start of a session: has the front-end map what the guest has mapped. Requests for the window
+    /// wait for that, the front-end does not.
+    fn map_again(&self) -> io::Result<()> {
+        let mapped = std::mem::take(&mut *lock(&self.mapped));
+        let Some(window) = self.window.clone().filter(|_| !mapped.is_empty()) else {
+            return Ok(());
+        };
+        let directory = Arc::clone(&self.directory);
+        let (begins, begun) = mpsc::channel();
+        thread::Builder::new().name("map-again".to_owned()).spawn(move || {
+            let begun = || {
+                let _waits = begins.send(());
+            };
+            window.restore(&mapped, begun, |mapping| directory.open_mapped(mapping));
+        })?;
+        // An error: the thread has panicked.
+        let _ = begun.recv();
+        Ok(())
     }
 }
 
@@ -341,10 +412,12 @@ impl Device for Fs {
     }
 
     fn memory_changed(&self, memory: &Memory) -> io::Result<()> {
-        lock(&self.memory).change(&memory.memory(), self.shared_memory())
+        lock(&self.memory).change(&memory.memory(), self.shared_memory())?;
+        self.map_again()
     }
 
     fn reset(&self) {
+        lock(&self.mapped).clear();
         self.requester.reset();
     }
 
@@ -357,12 +430,12 @@ impl Device for Fs {
         Ok(chain.map(|chain| (chain.head_index(), (chain, guest))))
     }
 
-    fn answer(&self, _: usize, (chain, guest): Self::Request) -> u32 {
-        self.requester.answer(chain, &guest)
+    fn answer(&self, thread: usize, (chain, guest): Self::Request) -> u32 {
+        self.requester.answer(thread, chain, &guest)
     }
 
-    fn answer_or_wait(&self, _: usize, (chain, guest): Self::Request, later: Later) -> Option<u32> {
-        self.requester.answer_or_wait(chain, &guest, later)
+    fn answer_or_wait(&self, thread: usize, (chain, guest): Self::Request, later: Later) -> Option<u32> {
+        self.requester.answer_or_wait(thread, chain, &guest, later)
     }
 
     fn stop_waiting(&self) {

@@ -9,7 +9,7 @@
 
 use std::ffi::CStr;
 use std::io::{self, IoSlice};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{
@@ -27,10 +27,11 @@ use rustix::fs::{
 use rustix::io::{Errno, ReadWriteFlags};
 use rustix::process::{Gid, Uid};
 
-use super::dax::Mapping;
-use super::directory::{Directory, Opened, attributes, number, one_name};
+use super::change::Mapping;
+use super::directory::{Directory, Opened, attributes, number};
+use super::identity::{ROOT, one_name};
 use super::ids::Map;
-use super::inodes::{Inode, ROOT};
+use super::inodes::Inode;
 use super::lent::Lent;
 use super::policy::{Cache, LocksOf};
 use crate::lock::lock;
@@ -293,14 +294,13 @@ impl FileSystem for Directory {
         self.check_writable()?;
         let (inode, parent) = (self.inodes.get(inode)?, self.inodes.get(parent)?);
         let name = one_name(name)?;
+        let again = self.makes_again(&parent, name);
         // AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH before Linux 6.10.
-        rustix::fs::linkat(
-            &self.root.proc,
-            number(&inode.path),
-            &parent.path,
-            name,
-            AtFlags::SYMLINK_FOLLOW,
-        )?;
+        let (proc, number) = (&self.root.proc, number(&inode.path));
+        match rustix::fs::linkat(proc, number, &parent.path, name, AtFlags::SYMLINK_FOLLOW) {
+            Err(Errno::EXIST) if again => {}
+            result => result?,
+        }
         self.find(&parent, name)
     }
 
@@ -326,6 +326,7 @@ impl FileSystem for Directory {
         let parent = self.inodes.get(parent)?;
         let name = one_name(name)?;
         let flags = self.open_flags(args.flags)?;
+        let again = self.makes_again(&parent, name);
         let created = {
             let _acting = self.act_as(context, args.umask)?;
             // An existing file is opened below, and not by its name.
@@ -334,7 +335,7 @@ impl FileSystem for Directory {
         };
         let exclusive = OFlags::from_bits_retain(args.flags).contains(OFlags::EXCL);
         match created {
-            Err(Errno::EXIST) if !exclusive => {
+            Err(Errno::EXIST) if !exclusive || again => {
                 let entry = self.find(&parent, name)?;
                 let opened = self.inodes.get(entry.inode).and_then(|inode| {
                     let _dropped =
@@ -389,6 +390,14 @@ impl FileSystem for Directory {
         // The guest's kernel took the offset from a size that may be old: the host knows where the end is.
         let mut data = vec![0; size];
         source.read_exact(&mut data)?;
+        let end = open.file.metadata()?.len();
+        if let Some([end, _]) = self.keeper.attempt(|| Some([end, 0])) {
+            let mut there = vec![0; size];
+            let file = self.reopen(&open.file, OFlags::RDONLY)?;
+            if file.read_exact_at(&mut there, end).is_ok() && there == data {
+                return Ok(size);
+            }
+        }
         let end = ReadWriteFlags::APPEND;
         Ok(rustix::io::pwritev2(&open.file, &[IoSlice::new(&data)], offset, end)?)
     }

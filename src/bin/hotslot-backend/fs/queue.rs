@@ -69,6 +69,18 @@ pub fn read_start(chain: Chain, memory: &Memory, bytes: &mut [u8]) -> usize {
     done
 }
 
+/// Reads the first bytes of an answer; `None` where they are not in the guest's memory.
+pub fn read_answer(chain: Chain, memory: &Memory, len: usize) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    let mut done = 0;
+    for buffer in chain.writable() {
+        let here = (len - done).min(buffer.len() as usize);
+        memory.read_slice(&mut bytes[done..done + here], buffer.addr()).ok()?;
+        done += here;
+    }
+    (done == len).then_some(bytes)
+}
+
 /// Writes the first bytes of an answer, all or none: whether there is room for them, in the guest's memory.
 pub fn write_start(chain: Chain, memory: &Memory, bytes: &[u8]) -> bool {
     let mut parts = Vec::new();

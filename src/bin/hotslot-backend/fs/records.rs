@@ -5,51 +5,22 @@
 //! wanted are handed back, to be closed once the lock is free: the host may have much to do then.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{CStr, CString};
-use std::fs::{File, Metadata};
-use std::os::unix::fs::MetadataExt;
+use std::ffi::CStr;
+use std::fs::File;
 use std::sync::Arc;
-use std::time::SystemTime;
 
+use nix::time::{ClockId, clock_gettime};
 use rustix::fs::FileType;
 
+use super::change::Change;
 use super::descriptors::Descriptors;
 use super::handles::Handle;
-
-/// FUSE_ROOT_ID.
-pub const ROOT: u64 = 1;
+use super::identity::{Identity, Name, ROOT};
+use super::journal::Keeper;
+use super::kept::Kept;
 
 /// The most names that are kept for a file with several (hard links).
 const MAX_NAMES: usize = 8;
-
-/// Which file it is.
-pub struct Identity {
-    /// Device and inode number, which the host gives to another file once this one is gone and no descriptor
-    /// holds it. The rest tells these apart, as far as the host's file system has it.
-    id: (u64, u64),
-    kind: FileType,
-    born: Option<SystemTime>,
-    handle: Option<Handle>,
-}
-
-impl Identity {
-    pub fn new(metadata: &Metadata, handle: Option<Handle>) -> Self {
-        Identity {
-            id: (metadata.dev(), metadata.ino()),
-            kind: FileType::from_raw_mode(metadata.mode()),
-            born: metadata.created().ok(),
-            handle,
-        }
-    }
-
-    fn is(&self, other: &Identity) -> bool {
-        let other_handle = self.handle.is_some() && other.handle.is_some() && self.handle != other.handle;
-        (self.id, self.kind, self.born) == (other.id, other.kind, other.born) && !other_handle
-    }
-}
-
-/// A name by which a file was found: the node of a directory, and the name in it.
-pub type Name = (u64, CString);
 
 /// A file that the guest knows.
 struct Record {
@@ -74,7 +45,8 @@ pub type Closed = Vec<Arc<File>>;
 pub struct Records {
     by_node: HashMap<u64, Box<Record>>,
     by_id: HashMap<(u64, u64), u64>,
-    /// Never used twice, so that a generation is not needed.
+    /// Never used twice, so that a generation is not needed; not even by a process that was started again,
+    /// whose guest would find another file. So it begins with a clock that is never set back.
     next: u64,
     /// The nodes whose descriptors are cached, by when they were needed last.
     cached: BTreeMap<u64, u64>,
@@ -82,18 +54,31 @@ pub struct Records {
     now: u64,
     pinned: usize,
     limits: Descriptors,
+    keeper: Keeper,
 }
 
 impl Records {
-    pub fn new(limits: Descriptors) -> Self {
+    pub fn new(limits: Descriptors, keeper: Keeper) -> Self {
         Records {
+            keeper,
             by_node: HashMap::new(),
             by_id: HashMap::new(),
-            next: ROOT,
+            next: first_number(),
             cached: BTreeMap::new(),
             now: 0,
             pinned: 0,
             limits,
+        }
+    }
+
+    /// The files that the guest of the last session knows.
+    pub fn restore(&mut self, kept: &Kept) {
+        for (&node, known) in &kept.nodes {
+            self.by_id.insert(known.identity.id, node);
+            let names = known.names.iter().cloned().collect();
+            let identity = known.identity.clone();
+            let record = Record { identity, lookups: known.lookups, names, held: Held::No };
+            self.by_node.insert(node, Box::new(record));
         }
     }
 
@@ -138,7 +123,7 @@ impl Records {
 
     /// The node of a file that was just opened. While a descriptor holds a file, no other has its inode
     /// number.
-    fn find(&self, identity: &Identity, is_open: &dyn Fn(u64) -> bool) -> Option<u64> {
+    pub fn find(&self, identity: &Identity, is_open: &dyn Fn(u64) -> bool) -> Option<u64> {
         let node = *self.by_id.get(&identity.id)?;
         let record = self.by_node.get(&node)?;
         let is_held = !matches!(record.held, Held::No) || is_open(node);
@@ -158,10 +143,12 @@ impl Records {
         let node = self.find(&identity, is_open).unwrap_or_else(|| {
             // Another file had this inode number.
             if let Some(&gone) = self.by_id.get(&identity.id) {
+                self.keeper.note(|| Change::Gone(gone));
                 closed.extend(self.remove(gone));
             }
-            let node = self.next;
-            self.next += 1;
+            let is_first = self.by_node.is_empty();
+            let node = if is_first { ROOT } else { self.next };
+            self.next += u64::from(!is_first);
             self.by_id.insert(identity.id, node);
             node
         });
@@ -169,6 +156,14 @@ impl Records {
             let identity = Identity { id: identity.id, kind: identity.kind, born: None, handle: None };
             Box::new(Record { identity, lookups: 0, names: Vec::new(), held: Held::No })
         });
+        if node != ROOT {
+            self.keeper.note(|| Change::Lookup {
+                node,
+                identity: identity.clone(),
+                name: name.map(|(parent, name)| (parent, name.to_owned())),
+                count: 1,
+            });
+        }
         // It may have changed: overlayfs gives a file that is written first another time of birth.
         record.identity = identity;
         record.lookups += 1;
@@ -200,6 +195,7 @@ impl Records {
         if pin {
             self.pinned += 1;
             if self.pinned > self.limits.pinned && node != ROOT {
+                self.keeper.note(|| Change::Gone(node));
                 closed.extend(self.remove(node));
             }
             return closed;
@@ -220,8 +216,11 @@ impl Records {
         is_open: &dyn Fn(u64) -> bool,
     ) {
         let node = self.find(identity, is_open);
-        if let Some(record) = node.and_then(|node| self.by_node.get_mut(&node)) {
+        if let Some(node) = node
+            && let Some(record) = self.by_node.get_mut(&node)
+        {
             record.add_name(parent, name);
+            self.keeper.note(|| Change::AddName { node, name: (parent, name.to_owned()) });
         }
     }
 
@@ -249,6 +248,7 @@ impl Records {
     /// A file is not found by a name any more.
     pub fn drop_name(&mut self, node: u64, (parent, name): (u64, &CStr)) {
         if let Some(record) = self.by_node.get_mut(&node) {
+            self.keeper.note(|| Change::DropName { node, name: (parent, name.to_owned()) });
             record.names.retain(|known| (known.0, known.1.as_c_str()) != (parent, name));
         }
     }
@@ -256,6 +256,7 @@ impl Records {
     /// Takes lookups back. The root stays.
     pub fn forget(&mut self, node: u64, count: u64) -> Option<Arc<File>> {
         let record = self.by_node.get_mut(&node)?;
+        self.keeper.note(|| Change::Forget { node, count });
         record.lookups = record.lookups.saturating_sub(count);
         if record.lookups == 0 && node != ROOT { self.remove(node) } else { None }
     }
@@ -305,4 +306,10 @@ impl Held {
             Held::Cached(file, _) | Held::Pinned(file) => Some(file),
         }
     }
+}
+
+/// Greater than the numbers of the processes before this one, since none finds a file each nanosecond.
+fn first_number() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("invariant: each Linux has it");
+    (now.tv_sec() as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec() as u64)
 }

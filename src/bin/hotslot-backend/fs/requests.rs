@@ -26,11 +26,13 @@ use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writ
 use fuse_vm_memory::ByteValued;
 use rustix::io::Errno;
 
+use super::change::{Change, Key};
 use super::copies::Copies;
 use super::dax::Window;
 use super::directory::Directory;
 use super::guest::Guest;
 use super::init::{self, FUSE_SETXATTR_EXT};
+use super::journal::Keeper;
 use super::locks::LOCK_TIMEOUT;
 use super::policy::LocksOf;
 use super::queue::{self, Chain, Memory};
@@ -51,6 +53,10 @@ const FUSE_EXT_GROUPS: u32 = 32;
 const STATX_IN: usize = 24;
 /// The most that an ioctl is given or gives; those that are known take 4 or 8 bytes.
 const MAX_IOCTL: usize = 64;
+/// The longest answer that is written down: that of FUSE_CREATE has 160 bytes. A FUSE_READDIRPLUS that is
+/// executed twice counts its lookups twice, and the guest forgets them once: those files stay known until it
+/// unmounts.
+const MAX_KEPT: u32 = 256;
 
 /// Answers the requests of one front-end.
 pub struct Requester {
@@ -59,13 +65,14 @@ pub struct Requester {
     window: Option<Arc<Window>>,
     /// Whether the guest's FUSE_SETXATTR is the longer one (FUSE_SETXATTR_EXT).
     long_setxattr: AtomicBool,
+    keeper: Keeper,
     complaints: Arc<Complaints>,
 }
 
 impl Requester {
-    pub fn new(directory: Directory, window: Option<Arc<Window>>, complaints: Arc<Complaints>) -> Self {
-        let directory = Arc::new(directory);
+    pub fn new(directory: Arc<Directory>, window: Option<Arc<Window>>, complaints: Arc<Complaints>) -> Self {
         Requester {
+            keeper: directory.keeper.clone(),
             server: Server::new(Arc::clone(&directory)),
             directory,
             window,
@@ -74,12 +81,18 @@ impl Requester {
         }
     }
 
+    /// The guest is that of the last session.
+    pub fn restore(&self, agreed: u64) {
+        self.long_setxattr.store(agreed & FUSE_SETXATTR_EXT != 0, Ordering::Relaxed);
+    }
+
     /// The front-end has reset the device and removed all mappings: closes and forgets all.
     pub fn reset(&self) {
         if let Some(window) = &self.window {
             window.forget();
         }
         self.directory.clear();
+        self.keeper.commit(|| None);
     }
 
     /// Answers all requests that wait.
@@ -88,7 +101,13 @@ impl Requester {
     }
 
     /// Executes a request, or lets it wait for a lock (FUSE_SETLKW).
-    pub fn answer_or_wait(&self, chain: Chain, guest: &Arc<Guest>, later: Later) -> Option<u32> {
+    pub fn answer_or_wait(
+        &self,
+        thread: usize,
+        chain: Chain,
+        guest: &Arc<Guest>,
+        later: Later,
+    ) -> Option<u32> {
         if self.directory.policy.locks == LocksOf::Host
             && let Some((header, wanted)) = wanted_lock(&chain, &guest.ram)
             && self.directory.set_lock(header.nodeid, &wanted).is_err_and(|e| is_again(&e))
@@ -101,6 +120,7 @@ impl Requester {
                     Err(e) if is_again(&e) => Err(Errno::NOLCK.into()),
                     result => result,
                 };
+                directory.keeper.commit(|| None);
                 let answer = VirtioFsWriter::new(&*guest.ram, chain_later.clone()).ok();
                 let answer =
                     answer.and_then(|mut to| reply(&mut to, &header, result.map(|()| Vec::new())).ok());
@@ -112,11 +132,29 @@ impl Requester {
                 return None;
             }
         }
-        Some(self.answer(chain, guest))
+        Some(self.answer(thread, chain, guest))
     }
 
-    /// Executes a request. Returns how many bytes of its buffers were written.
-    pub fn answer(&self, chain: Chain, guest: &Guest) -> u32 {
+    /// Executes a request, on the thread of that number. Returns how many bytes of its buffers were written.
+    pub fn answer(&self, thread: usize, chain: Chain, guest: &Guest) -> u32 {
+        if self.keeper.0.is_none() {
+            return self.execute(chain, guest);
+        }
+        let mut header = InHeader::default();
+        queue::read_start(chain.clone(), &guest.ram, header.as_mut_slice());
+        let key = Key { unique: header.unique, opcode: header.opcode.into(), node: header.nodeid };
+        if let Some(answer) = self.keeper.begin(thread as u64, key)
+            && queue::write_start(chain.clone(), &guest.ram, &answer)
+        {
+            return answer.len() as u32;
+        }
+        let written = self.execute(chain.clone(), guest);
+        let is_short = written <= MAX_KEPT;
+        self.keeper.commit(|| queue::read_answer(chain, &guest.ram, written as usize).filter(|_| is_short));
+        written
+    }
+
+    fn execute(&self, chain: Chain, guest: &Guest) -> u32 {
         let copies = match Copies::of(&chain, guest, self.window.as_deref(), &self.directory) {
             Ok(None) => return self.answer_in(chain, &guest.ram),
             Ok(Some(copies)) => copies,
@@ -247,6 +285,7 @@ impl Requester {
         self.directory.clear();
         let (answer, agreed) = init::agree(request, &self.directory.policy, self.window.is_some())?;
         self.long_setxattr.store(agreed & FUSE_SETXATTR_EXT != 0, Ordering::Relaxed);
+        self.keeper.note(|| Change::Agreed(agreed));
         Ok(answer.as_slice().to_vec())
     }
 

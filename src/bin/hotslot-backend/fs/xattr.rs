@@ -13,6 +13,7 @@ use fuse_backend_rs::api::filesystem::{GetxattrReply, ListxattrReply};
 use rustix::fs::{AtFlags, Mode, XattrFlags};
 use rustix::io::Errno;
 
+use super::change::Before;
 use super::directory::{Directory, number};
 use super::ids::Side;
 use super::inodes::Inode;
@@ -39,8 +40,15 @@ impl Directory {
     ) -> io::Result<()> {
         self.check_writable()?;
         let inode = self.inodes.get(node)?;
-        let flags = XattrFlags::from_bits_retain(flags);
+        let mut flags = XattrFlags::from_bits_retain(flags);
         let host_name = self.host_name(name, Errno::PERM)?;
+        if flags.contains(XattrFlags::CREATE) {
+            let is_absent =
+                || rustix::fs::getxattr_query(number(&inode.path), &*host_name) == Err(Errno::NODATA);
+            if self.keeper.attempt(|| is_absent().then_some(Before::default())).is_some() {
+                flags.remove(XattrFlags::CREATE);
+            }
+        }
         if !is_acl(name) {
             return Ok(rustix::fs::setxattr(number(&inode.path), &*host_name, value, flags)?);
         }
@@ -103,7 +111,12 @@ impl Directory {
         self.check_writable()?;
         let inode = self.inodes.get(node)?;
         let host_name = self.host_name(name, Errno::PERM)?;
-        Ok(rustix::fs::removexattr(number(&inode.path), &*host_name)?)
+        let is_there = || rustix::fs::getxattr_query(number(&inode.path), &*host_name).is_ok();
+        let again = self.keeper.attempt(|| is_there().then_some(Before::default())).is_some();
+        match rustix::fs::removexattr(number(&inode.path), &*host_name) {
+            Err(Errno::NODATA) if again => Ok(()),
+            result => Ok(result?),
+        }
     }
 
     /// Clears bits of the mode of a file, if they are set.
