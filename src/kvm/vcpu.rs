@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_regs, kvm_sregs};
+use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_fpu, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
@@ -149,13 +149,20 @@ impl Vcpu {
 }
 
 impl Machine {
-    /// Carries out an access that KVM passed on; again while the host cannot provide its page. The guest is
-    /// not entered meanwhile: KVM needs the result first.
+    /// Carries out an access that KVM passed on; again while the host cannot provide its page, or while a
+    /// back-end that died may come back and map one. The guest is not entered meanwhile: KVM needs the result
+    /// first.
     fn carry_out(&self, address: u64, access: Access, mut action: impl FnMut() -> Met) -> Met {
         loop {
             let mut met = action();
-            if !matches!(met, Met::Unavailable(_)) || self.missing_pages.end_the_machine {
-                return met;
+            match met {
+                // SHM-77: as soon as nothing is expected any more, it meets something else.
+                Met::Expected if !self.stopping.load(Ordering::SeqCst) => {
+                    std::thread::sleep(RETRY);
+                    continue;
+                }
+                Met::Unavailable(_) if !self.missing_pages.end_the_machine => {}
+                met => return met,
             }
             while let Met::Unavailable(_) = met {
                 if self.stopping.load(Ordering::SeqCst) {
@@ -292,6 +299,12 @@ impl Runner {
             Ok(VcpuExit::InternalError) => {
                 // SAFETY: with KVM_EXIT_INTERNAL_ERROR this is the union's field; it consists of numbers.
                 let suberror = unsafe { self.processor.fd.get_kvm_run().__bindgen_anon_1.internal }.suberror;
+                if suberror == KVM_INTERNAL_ERROR_EMULATION && machine.missing_pages.are_expected() {
+                    // SHM-77: an access to a hole, by an instruction that KVM's emulator lacks. It needs none
+                    // once there is a mapping.
+                    std::thread::sleep(RETRY);
+                    return Ok(None);
+                }
                 Ok(Some(self.crash(format!("KVM internal error {suberror} on vCPU {vcpu}"))))
             }
             Ok(other) => {
@@ -366,7 +379,7 @@ impl Runner {
         let mut is_explained = false;
         for (address, access) in known.into_iter().chain(self.accesses()) {
             match self.machine.missing_pages.provide(address, access) {
-                Met::Nothing | Met::Page => {}
+                Met::Nothing | Met::Page | Met::Expected => {}
                 Met::Zeroes => is_explained = true,
                 met @ Met::Unavailable(_) => {
                     self.await_page(Some((address, access)));

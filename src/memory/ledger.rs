@@ -36,6 +36,8 @@ pub(super) struct Mapping<T> {
     pub access: Access,
     /// No other mapping ever made has it.
     pub number: u64,
+    /// Its back-end is gone, and another one is taking its place (SHM-77).
+    pub is_old: bool,
     pub kept: T,
 }
 
@@ -78,24 +80,44 @@ impl<T> Ledger<T> {
         if file_offset.checked_add(span_len).is_none_or(|end| i64::try_from(end).is_err()) {
             return Err(ShmemError::FileRange { file_offset, len });
         }
-        if let Some((&(_, other), before)) = self.mappings.range((shmid, 0)..(shmid, end)).next_back()
-            && other + before.span_len() > shm_offset
-        {
-            return Err(ShmemError::Overlap { shmid, shm_offset, len, other });
+        let (mut count, mut mapped, limit) = (self.mappings.len(), self.mapped, self.limit);
+        for (&(_, other), mapping) in self.overlapping(key, end) {
+            if !mapping.is_old {
+                return Err(ShmemError::Overlap { shmid, shm_offset, len, other });
+            }
+            // It makes way.
+            (count, mapped) = (count - 1, mapped - mapping.span_len());
         }
-        if self.mappings.len() >= self.quota {
+        if count >= self.quota {
             return Err(ShmemError::Quota(self.quota));
         }
-        let &Ledger { mapped, limit, .. } = self;
         if span_len > limit.saturating_sub(mapped) {
             return Err(ShmemError::Bytes { len: span_len, mapped, limit });
         }
         Ok(span_len)
     }
 
+    /// The mappings that overlap a region's bytes from `key` on, up to the offset `end`.
+    fn overlapping(&self, (shmid, start): Key, end: u64) -> impl Iterator<Item = (&Key, &Mapping<T>)> {
+        let before = self.mappings.range((shmid, 0)..(shmid, end)).rev();
+        before.take_while(move |((_, at), mapping)| at + mapping.span_len() > start)
+    }
+
+    /// The mappings that make way for one that [`Self::admit`] has allowed.
+    pub fn in_the_way(&self, key: Key, span_len: u64) -> Vec<Key> {
+        self.overlapping(key, key.1 + span_len).map(|(&key, _)| key).collect()
+    }
+
+    /// Whether the mapping at `key` has this place in the guest, and is of a back-end that is gone: one that
+    /// is made anew takes over its slot, and the guest sees no hole.
+    pub fn is_replaced(&self, key: Key, span_len: u64, access: Access) -> bool {
+        let mapping = self.mappings.get(&key);
+        mapping.is_some_and(|old| old.is_old && old.span_len() == span_len && old.access == access)
+    }
+
     /// Records a mapping that [`Self::admit`] has allowed.
     pub fn insert(&mut self, key: Key, len: u64, file_offset: u64, access: Access, kept: T) {
-        let mapping = Mapping { len, file_offset, access, number: self.made, kept };
+        let mapping = Mapping { len, file_offset, access, number: self.made, is_old: false, kept };
         self.mapped += mapping.span_len();
         self.mappings.insert(key, mapping);
         self.made += 1;

@@ -37,6 +37,8 @@ pub enum Met {
     Page,
     /// A page that was missing until now: zeroes took its place.
     Zeroes,
+    /// No mapping, but the device's back-end may come back and make one (SHM-77).
+    Expected,
     /// A page that the host cannot provide, for this reason, which names device and mapping.
     Unavailable(String),
 }
@@ -59,6 +61,11 @@ impl MissingPages {
     /// Whether any of the devices has a mapping now.
     pub fn are_to_watch(&self) -> bool {
         self.devices.iter().any(|device| device.shmem.has_mappings())
+    }
+
+    /// Whether a back-end that died may come back and make mappings in holes (SHM-77).
+    pub fn are_expected(&self) -> bool {
+        self.devices.iter().any(|device| device.shmem.is_expecting())
     }
 
     /// The guest could not access the page at `address` so: provides it.
@@ -118,7 +125,8 @@ impl MissingPages {
             allowed.is_some_and(|allowed| allowed == Access::ReadWrite || access == Access::ReadOnly)
         };
         let Some(device) = self.devices.iter().find(is_here) else {
-            return Met::Nothing;
+            let is_expected = self.devices.iter().any(|device| device.shmem.expects_mapping(address));
+            return if is_expected { Met::Expected } else { Met::Nothing };
         };
         for _ in 0..ATTEMPTS {
             if action(&device.shmem) {

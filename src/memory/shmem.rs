@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
+use std::time::Instant;
 
 use super::alloc::WindowAllocator;
 use super::backing::{BackingFile, BackingFiles, FileInfo};
@@ -127,6 +128,10 @@ pub struct SharedMemory {
     ///
     /// Lock order: after `state`, innermost; held for a lookup.
     by_guest_address: RwLock<BTreeMap<u64, (u64, Access)>>,
+    /// While a back-end that died may come back: until when.
+    ///
+    /// Lock order: innermost, held for a look.
+    expected_until: Mutex<Option<Instant>>,
     origins: Origins,
     log: MisuseLog,
 }
@@ -179,9 +184,9 @@ impl SharedMemory {
             files: BackingFiles::default(),
             reserve_vma: ReserveVma::take(),
         });
-        let by_guest_address = RwLock::default();
+        let (by_guest_address, expected_until) = (RwLock::default(), Mutex::default());
         let (origins, log) = (Origins::new(limits.foreign_files), MisuseLog::new(name));
-        Ok(SharedMemory { mapper, windows, state, by_guest_address, origins, log })
+        Ok(SharedMemory { mapper, windows, state, by_guest_address, expected_until, origins, log })
     }
 
     /// Where a region is; `None` for an id that has none.
@@ -221,13 +226,36 @@ impl SharedMemory {
         let span_len = self.lock().ledger.admit(key, len, file_offset)?;
         let span = self.span(key, span_len).ok_or(ShmemError::NoRegion(shmid))?;
         let info = FileInfo::of(file, self.origins.of(file)?).map_err(ShmemError::Place)?;
+        let replaces = self.make_way(key, span_len, access)?;
         span.place(file, info, file_offset, access).map_err(ShmemError::Place)?;
         let kept = self.lock().files.keep(file, info).map_err(ShmemError::Place);
         let shown = kept.and_then(|kept| self.show(request, span, kept));
-        if shown.is_err() {
+        // What was to be replaced still has its slot: its pages must not become a reservation.
+        if shown.is_err() && !replaces {
             self.reserve_again(Some(span));
         }
         Ok((shown?, span.host() as u64))
+    }
+
+    /// Takes away what a back-end that is gone has left in the place of a mapping to be (SHM-77). Whether
+    /// that one replaces an old one as it stands.
+    fn make_way(&self, key: Key, span_len: u64, access: Access) -> Result<bool, ShmemError> {
+        let mut removed = Vec::new();
+        {
+            let ledger = &mut self.lock().ledger;
+            if ledger.is_replaced(key, span_len, access) {
+                return Ok(true);
+            }
+            for old in ledger.in_the_way(key, span_len) {
+                let mapping = ledger.mappings.get(&old).filter(|mapping| mapping.is_old);
+                mapping.map_or(Ok(()), |mapping| self.hide(old, mapping))?;
+                removed.extend(ledger.remove(old).map(|mapping| (old, mapping)));
+            }
+        }
+        for (old, mapping) in removed {
+            self.reserve_again(self.span(old, mapping.span_len()));
+        }
+        Ok(false)
     }
 
     /// Lets the guest see a file that was placed.
@@ -239,16 +267,23 @@ impl SharedMemory {
     ) -> Result<MappingInfo, ShmemError> {
         let &MapRequest { shmid, shm_offset, len, file_offset, access, .. } = request;
         let (key, guest) = ((shmid, shm_offset), span.guest());
-        let ledger = &mut self.lock().ledger;
+        let mut state = self.lock();
+        let ledger = &mut state.ledger;
         // Again: a reset may have closed the gate meanwhile, and may not have waited for this thread.
         ledger.admit(key, len, file_offset)?;
+        let replaces = ledger.is_replaced(key, guest.len(), access);
+        let replaced = if replaces { ledger.remove(key) } else { None };
         // SAFETY: the span stays the window's, mapped or reserved, for as long as the slot exists: zeroes
         // replace pages of it in one call (`fill`), and `unmap` and `unmap_all` take the slot away first. No
         // Rust reference goes into it; only system calls access it.
-        let slot = unsafe { self.mapper.map(guest, span.host(), access) }.map_err(ShmemError::Guest)?;
+        let map = || unsafe { self.mapper.map(guest, span.host(), access) }.map_err(ShmemError::Guest);
+        let slot = replaced.as_ref().map_or_else(map, |old| Ok(old.kept.slot))?;
         let placed = Placed { slot, file, filled: 0, unavailable: None };
         ledger.insert(key, len, file_offset, access, placed);
         self.index().insert(guest.start(), (guest.last(), access));
+        drop(state);
+        // Closing the old file can wait.
+        drop(replaced);
         Ok(MappingInfo { shmid, guest, file_offset, access, filled: 0, unavailable: None })
     }
 
@@ -276,11 +311,30 @@ impl SharedMemory {
         self.lock().ledger.gate_open = true;
     }
 
+    /// Another back-end takes the place of the one that made the mappings (SHM-77): from now on they make way
+    /// for those of the new one.
+    pub fn make_old(&self) {
+        self.lock().ledger.mappings.values_mut().for_each(|mapping| mapping.is_old = true);
+    }
+
+    /// Takes away what the new back-end has not replaced. Otherwise as [`Self::unmap_all`].
+    pub fn unmap_old(&self, progress: impl FnMut()) -> Result<usize, ShmemError> {
+        self.unmap_each(|mapping| mapping.is_old, progress)
+    }
+
     /// Takes all mappings away (SHM-69), and gives their number. Where [`GuestMapper::unmap`] fails the
     /// mapping stays; the first such error is returned, after the others have gone. Calls `progress` at each
     /// step, since a step can take long.
-    pub fn unmap_all(&self, mut progress: impl FnMut()) -> Result<usize, ShmemError> {
-        let (hidden, error) = self.take_all(&mut progress);
+    pub fn unmap_all(&self, progress: impl FnMut()) -> Result<usize, ShmemError> {
+        self.unmap_each(|_| true, progress)
+    }
+
+    fn unmap_each(
+        &self,
+        which: impl Fn(&Mapping) -> bool,
+        mut progress: impl FnMut(),
+    ) -> Result<usize, ShmemError> {
+        let (hidden, error) = self.take(which, &mut progress);
         let holes: BTreeSet<_> = {
             let ledger = &self.lock().ledger;
             let keys = hidden.iter().map(|(key, _)| *key);
@@ -298,17 +352,22 @@ impl SharedMemory {
     /// Takes all mappings away from the guest, and leaves the files where they are in this process: the
     /// thread that should unmap them is stuck.
     pub fn hide_all(&self) -> Result<(), ShmemError> {
-        let (hidden, error) = self.take_all(&mut || {});
+        let (hidden, error) = self.take(|_| true, &mut || {});
         // Dropping it would close files.
         std::mem::forget(hidden);
         error.map_or(Ok(()), Err)
     }
 
-    /// Takes all mappings away from the guest.
-    fn take_all(&self, progress: &mut impl FnMut()) -> (Vec<(Key, Mapping)>, Option<ShmemError>) {
+    /// Takes mappings away from the guest.
+    fn take(
+        &self,
+        which: impl Fn(&Mapping) -> bool,
+        progress: &mut impl FnMut(),
+    ) -> (Vec<(Key, Mapping)>, Option<ShmemError>) {
         let ledger = &mut self.lock().ledger;
         let (mut hidden, mut first_error) = (Vec::new(), None);
-        let keys: Vec<Key> = ledger.mappings.keys().copied().collect();
+        let chosen = ledger.mappings.iter().filter(|(_, mapping)| which(mapping));
+        let keys: Vec<Key> = chosen.map(|(&key, _)| key).collect();
         for key in keys {
             progress();
             let result = ledger.mappings.get(&key).map_or(Ok(()), |mapping| self.hide(key, mapping));
@@ -332,6 +391,31 @@ impl SharedMemory {
         let index = self.by_guest_address.read().unwrap_or_else(PoisonError::into_inner);
         let (&start, &(last, access)) = index.range(..=at).next_back()?;
         (at <= last).then_some((start, access))
+    }
+
+    /// The back-end is gone, and may be back and started by `until`: until then an access to a hole waits
+    /// (SHM-77).
+    pub fn expect_mappings(&self, until: Instant) {
+        *self.expected() = Some(until);
+    }
+
+    /// The back-end is back, or lost: accesses to holes no longer wait. The caller may take them up again.
+    pub fn expect_nothing(&self) {
+        *self.expected() = None;
+    }
+
+    /// Whether what is a hole at `at` may soon be a mapping.
+    pub fn expects_mapping(&self, at: u64) -> bool {
+        self.is_expecting() && self.locate(at).is_some() && self.access_at(at).is_none()
+    }
+
+    /// Whether mappings may come back.
+    pub fn is_expecting(&self) -> bool {
+        self.expected().is_some_and(|until| Instant::now() < until)
+    }
+
+    fn expected(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.expected_until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether anything is mapped. Waits for no request of the back-end.
