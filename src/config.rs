@@ -42,6 +42,7 @@ pub struct Config {
     pub connect_timeout: Duration,
     pub debug_exit: bool,
     pub unavailable_page: UnavailablePage,
+    pub backend_loss: BackendLoss,
 }
 
 /// What happens when the guest needs a page of a mapping that the host cannot provide (SHM-87).
@@ -51,6 +52,16 @@ pub enum UnavailablePage {
     #[default]
     Wait,
     /// The machine ends with status 35
+    Exit,
+}
+
+/// What happens when a device loses its back-end for good (SHM-76).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum BackendLoss {
+    /// The device needs a reset, and the machine goes on
+    #[default]
+    Keep,
+    /// The machine ends with status 40
     Exit,
 }
 

@@ -15,6 +15,8 @@ pub enum Exit {
     Panicked,
     /// The host cannot provide a page of a mapping, and the user asked for an end then; the reason.
     PageUnavailable(String),
+    /// A device has lost its back-end for good, and the user asked for an end then: the device, and why.
+    BackendLost(String),
     /// The guest wrote this to the debug-exit port.
     DebugExit(u8),
     /// The user typed Ctrl-a x.
@@ -31,6 +33,7 @@ impl From<&Exit> for u8 {
             Exit::Crash(_) => 33,
             Exit::Panicked => 34,
             Exit::PageUnavailable(_) => 35,
+            Exit::BackendLost(_) => 40,
             Exit::DebugExit(status) => *status,
             // As Ctrl-C ends other programs; on a raw terminal that key goes to the guest.
             Exit::Quit => 128 + libc::SIGINT as u8,
@@ -49,6 +52,7 @@ impl fmt::Display for Exit {
             Exit::Crash(why) => write!(f, "the guest crashed: {why}"),
             Exit::Panicked => write!(f, "the guest's kernel panicked"),
             Exit::PageUnavailable(why) => write!(f, "{why}"),
+            Exit::BackendLost(why) => write!(f, "a device lost its back-end: {why}"),
             Exit::DebugExit(status) => write!(f, "the guest ended with status {status} (debug exit)"),
             Exit::Quit => write!(f, "ended by Ctrl-a x"),
             Exit::Signal(libc::SIGHUP) => write!(f, "ended by SIGHUP"),
@@ -73,6 +77,7 @@ mod tests {
             (crash, 33),
             (Exit::Panicked, 34),
             (Exit::PageUnavailable("a page".into()), 35),
+            (Exit::BackendLost("disk".into()), 40),
             (Exit::DebugExit(77), 77),
             (Exit::Signal(libc::SIGTERM), 143),
             (Exit::Signal(libc::SIGINT), 130),

@@ -182,7 +182,7 @@ fn impossible_devices() {
         ("a.sock,type=fs,colour=red", "unknown key `colour`"),
         ("a.sock,type=fs,queues=none", "`none`"),
         ("a.sock,pmem", "`pmem` is a device type: say type=pmem"),
-        ("a.sock,type=fs,reconnect=3", "unknown key `reconnect`"),
+        ("a.sock,type=fs,reconnect=0", "`0` is not a good reconnect"),
     ] {
         refused(&["-k", "good", "--vhost-user", device], here, &["--vhost-user", part], None);
     }

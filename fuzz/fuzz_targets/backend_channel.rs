@@ -30,10 +30,13 @@ use std::time::Duration;
 use hotslot::memory::alloc::WindowAllocator;
 use hotslot::memory::shmem::{Limits, SharedMemory};
 use hotslot::memory::{Access, GuestMapper, GuestRange, SlotId};
+use hotslot::vhost_user::link::{Link, Session};
 use hotslot::vhost_user::shmem_handler::{BackendChannel, ShmemHandler};
 use hotslot::vhost_user::wire::connection::Deadline;
 use hotslot::vhost_user::wire::negotiate::Agreement;
 use hotslot_fuzz::{Input, descriptors, log_to_nobody};
+use hotslot::virtio::interrupt::Interrupt;
+use hotslot::virtio::register_page::RegisterPage;
 use hotslot_test_support::bench::{self, PAGE};
 use hotslot_test_support::names::*;
 use hotslot_test_support::wire::{
@@ -209,11 +212,15 @@ impl Device {
         machine.0.lock().unwrap().windows = shmem.regions().into_iter().map(|(_, range)| range).collect();
         let (ours, peer) = UnixStream::pair().unwrap();
         peer.set_nonblocking(true).unwrap();
+        let (main, _) = UnixStream::pair().unwrap();
+        let interrupt = Interrupt::new(RegisterPage::new().unwrap()).unwrap();
+        let session = Session::new(Arc::new(main), None);
+        let link = Link::new("fuzz", interrupt, Arc::clone(&shmem), session, None, None);
         Device {
             channel: BackendChannel::new(
                 &agreement(agreed),
                 ours,
-                ShmemHandler::new("fuzz", Arc::clone(&shmem), None),
+                ShmemHandler::new(link, Arc::clone(&shmem), None),
             ),
             machine,
             shmem,

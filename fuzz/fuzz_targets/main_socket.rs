@@ -165,7 +165,7 @@ impl Driver {
 }
 
 /// A queue some way from where it is well placed, maybe outside RAM. The transport has checked the alignment.
-fn displaced(queue: QueueSetup<'_>, by: u64) -> QueueSetup<'_> {
+fn displaced(queue: QueueSetup, by: u64) -> QueueSetup {
     let by = by & !0xf;
     QueueSetup {
         descriptors: queue.descriptors.wrapping_add(by),

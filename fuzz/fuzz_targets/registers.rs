@@ -118,7 +118,7 @@ impl Device {
         Ok(())
     }
 
-    fn start_one(shared: &mut Shared, queue: &QueueSetup<'_>) {
+    fn start_one(shared: &mut Shared, queue: &QueueSetup) {
         let registers = QueueRegisters {
             size: queue.size.into(),
             descriptors: queue.descriptors,
@@ -191,7 +191,7 @@ impl VirtioDevice for Device {
         Device::answer(&mut shared)
     }
 
-    fn start_queue(&mut self, queue: QueueSetup<'_>) -> Result<(), DeviceError> {
+    fn start_queue(&mut self, queue: QueueSetup) -> Result<(), DeviceError> {
         let mut shared = self.shared.lock().unwrap();
         assert_ne!(shared.accepted & RING_RESET, 0);
         Device::start_one(&mut shared, &queue);

@@ -5,6 +5,7 @@
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -58,6 +59,8 @@ pub struct DeviceSpec {
     pub shmem_limit: u64,
     /// Whether its back-end may map files that need another process or the network (SHM-83).
     pub foreign_files: bool,
+    /// How long its back-end may be away when it dies; `None` where it is lost at once (SHM-94).
+    pub reconnect: Option<Duration>,
 }
 
 impl DeviceSpec {
@@ -204,6 +207,16 @@ const KEYS: &[Key] = &[
             ["on", "off"].contains(&text).then_some(())
         },
     },
+    Key {
+        name: "reconnect",
+        value: "SECONDS",
+        wanted: "a number of seconds from 1 to 86400",
+        help: "when this device's back-end dies or does not answer, waits so long for it to come back on its socket, and \
+               goes on with it where the device was; the guest notices a pause",
+        set: |spec, text| {
+            number(text, 1..=86400).map(|seconds| spec.reconnect = Some(Duration::from_secs(seconds)))
+        },
+    },
 ];
 
 /// A number in a range.
@@ -320,6 +333,7 @@ impl FromStr for DeviceSpec {
             shmem_rate: None,
             shmem_limit: SHMEM_LIMIT,
             foreign_files: false,
+            reconnect: None,
         };
         for (&Key { name, wanted, set, .. }, value) in given {
             set(&mut spec, value).ok_or_else(|| BadValue::new(name, value, wanted))?;
@@ -358,14 +372,16 @@ mod tests {
                 shmem_rate: None,
                 shmem_limit: 64 << 30,
                 foreign_files: false,
+                reconnect: None,
             }
         );
         let device: DeviceSpec =
-            "a=b.sock,queues=3,type=26,share-shmem=on,queue-size=128,shmem-bit=20,shmem-rate=100,name=share"
+            "a=b.sock,queues=3,type=26,share-shmem=on,queue-size=128,shmem-bit=20,shmem-rate=100,name=share,reconnect=60"
                 .parse()
                 .unwrap();
         assert!(device.share_shmem);
         assert_eq!(device.shmem_rate, NonZeroU32::new(100));
+        assert_eq!(device.reconnect, Some(Duration::from_secs(60)));
         let device_off: DeviceSpec = "a,type=fs,share-shmem=off".parse().unwrap();
         assert!(!device_off.share_shmem);
         let device_of_network: DeviceSpec = "a,type=fs,foreign-files=on,shmem-limit=128G".parse().unwrap();
@@ -415,10 +431,9 @@ mod tests {
             ("a.sock,type=fs,shmem-bit=19", "`19` is not a good shmem-bit"),
             ("a.sock,type=fs,name=", "`` is not a good name"),
             ("a.sock,type=fs,type=fs", "`type` is given twice"),
-            (
-                "a.sock,type=fs,reconnect=5",
-                "unknown key `reconnect`: known are type, name, queues, queue-size",
-            ),
+            ("a.sock,type=fs,retry=5", "unknown key `retry`: known are type, name, queues, queue-size"),
+            ("a.sock,type=fs,reconnect=0", "`0` is not a good reconnect: it is a number of seconds from 1"),
+            ("a.sock,type=fs,reconnect=on", "`on` is not a good reconnect"),
             ("a.sock,type=fs,share-shmem=yes", "`yes` is not a good share-shmem: it is on or off"),
             ("a.sock,type=fs,shmem-rate=0", "`0` is not a good shmem-rate"),
             ("a.sock,type=fs,shmem-rate=-1", "`-1` is not a good shmem-rate"),

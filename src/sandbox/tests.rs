@@ -9,7 +9,7 @@ use super::*;
 use crate::thread;
 
 const KINDS: [(Kind, &str); 4] =
-    [(Kind::Vcpu, "vcpu0"), (Kind::Channel, "vhost-a"), (Kind::Update, "share-a"), (Kind::Helper, "helper")];
+    [(Kind::Vcpu, "vcpu0"), (Kind::Channel, "vhost-a"), (Kind::Keeper, "keep-a"), (Kind::Helper, "helper")];
 
 /// A system call by its name, and code that makes it and gives its result.
 type Attempt = (&'static str, fn() -> libc::c_long);

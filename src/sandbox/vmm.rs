@@ -8,7 +8,7 @@ use syscalls::Sysno;
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 use super::every_thread::{EVERY_THREAD, STARTS_THREADS};
-use super::rule::{Rule, call, fcntl, ioctl, on_self};
+use super::rule::{Argument, Rule, call, call_if, fcntl, ioctl, on_self};
 
 /// A kind of thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,8 +19,10 @@ pub enum Kind {
     Vcpu,
     /// `vhost-NAME`: a device's thread, which serves the backend channel.
     Channel,
-    /// `share-NAME`: tells a back-end of other devices' mappings.
-    Update,
+    /// `keep-NAME`: asks a device's back-end, and tells it, what no vCPU waits for.
+    Keeper,
+    /// The same, of a device with `reconnect=`: connects again to a back-end that died.
+    Reconnector,
     /// Any other: waits, looks, and tells.
     Helper,
 }
@@ -50,7 +52,8 @@ impl Kind {
             Kind::MainLoop => &[EVERY_THREAD, MAIN_LOOP],
             Kind::Vcpu => &[VCPU, EVERY_THREAD, SOCKETS, FILES],
             Kind::Channel => &[EVERY_THREAD, CHANNEL, SOCKETS, FILES],
-            Kind::Update => &[EVERY_THREAD, SOCKETS],
+            Kind::Keeper => &[EVERY_THREAD, SOCKETS],
+            Kind::Reconnector => &[EVERY_THREAD, SOCKETS, RECONNECT],
             Kind::Helper => &[EVERY_THREAD, STARTS_THREADS, HELPER],
         }
     }
@@ -88,6 +91,8 @@ const VCPU: &[Rule] = &[
     ioctl(KVM_GET_SREGS, "the same"),
     ioctl(KVM_SET_USER_MEMORY_REGION, "a reset takes the slots of a device whose thread is stuck"),
     call(Sysno::preadv2, "forgets a kick at a reset"),
+    call(Sysno::memfd_create, "a record for requests in flight, at a start with `reconnect=`"),
+    call(Sysno::ftruncate, "the same"),
     on_self(Sysno::process_vm_readv, "reads a page of a mapping for the guest, if it is there"),
     on_self(Sysno::process_vm_writev, "writes to one"),
 ];
@@ -98,6 +103,14 @@ const CHANNEL: &[Rule] = &[
     call(Sysno::lseek, "the table of mounts, from its beginning"),
     call(Sysno::fstat, "which file is it, for other devices' back-ends"),
     fcntl(libc::F_DUPFD_CLOEXEC, "a descriptor of our own for a mapped file"),
+];
+
+/// To a socket of any name, which no filter can see: only for a device whose user asked for it.
+const RECONNECT: &[Rule] = &[
+    call_if(Sysno::socket, Argument::Is(0, libc::AF_UNIX as u32), "a new main socket"),
+    call(Sysno::connect, "the same"),
+    call_if(Sysno::socketpair, Argument::Is(0, libc::AF_UNIX as u32), "a new backend channel"),
+    call(Sysno::pread64, "where a ring stands: the used index in RAM"),
 ];
 
 const HELPER: &[Rule] = &[call(Sysno::pread64, "a vCPU's statistics")];

@@ -15,6 +15,7 @@ use thiserror::Error;
 use super::handshake::{Handshake, HandshakeError, handshake};
 use super::wire::frontend::{FrontendError, QueueSize};
 use super::wire::message::protocol_features as protocol;
+use super::wire::negotiate::Agreement;
 use crate::config::device::DeviceSpec;
 use crate::report;
 
@@ -98,7 +99,7 @@ impl From<FrontendError> for ConnectError {
 pub fn connect(spec: &DeviceSpec, timeout: Duration, sees_others: bool) -> Result<Handshake, ConnectError> {
     let attempt = |timeout| {
         let socket = connect_socket(&spec.name, &spec.socket, timeout)?;
-        Ok(handshake(socket, spec, sees_others)?)
+        Ok(handshake(socket, spec, sees_others, u64::MAX)?)
     };
     let mut backend = attempt(timeout)?;
     let asked = backend.queue_size;
@@ -109,7 +110,22 @@ pub fn connect(spec: &DeviceSpec, timeout: Duration, sees_others: bool) -> Resul
         return Err(ConnectError::QueueSize { index: backend.queues - 1, asked, takes });
     }
     backend.queue_size = takes;
+    backend.ask_inflight_size()?;
     backend.report(spec);
+    Ok(backend)
+}
+
+/// Connects to a back-end that comes back; does not wait until it listens. No protocol feature is agreed on
+/// but those of `agreed`, which its predecessor had.
+pub fn reconnect(
+    spec: &DeviceSpec,
+    sees_others: bool,
+    agreed: &Agreement,
+) -> Result<Handshake, ConnectError> {
+    let socket = try_connect(&spec.socket).map_err(ConnectError::Connect)?;
+    let acceptable = agreed.protocol_features.unwrap_or(0);
+    let mut backend = handshake(socket, spec, sees_others, acceptable)?;
+    backend.ask_inflight_size()?;
     Ok(backend)
 }
 

@@ -40,6 +40,16 @@ pub enum HandshakeError {
 }
 
 impl HandshakeError {
+    /// Whether the connection is of no use any more; another one may be.
+    pub fn is_fatal(&self) -> bool {
+        match self {
+            HandshakeError::Frontend(error) | HandshakeError::ConfigEnd { source: error, .. } => {
+                error.is_fatal()
+            }
+            _ => false,
+        }
+    }
+
     /// What the user can do.
     pub fn hint(&self, spec: &DeviceSpec) -> Option<String> {
         let config_size = |size| format!("say how many bytes it has with config-size={size}");
@@ -104,14 +114,18 @@ pub struct Handshake {
     /// How many ranges of memory the back-end can be told of in all, RAM among them; `None` where it cannot
     /// be told of single ones (CONFIGURE_MEM_SLOTS), or need not be.
     pub memory_slots: Option<u64>,
+    /// The size in bytes of the buffer for requests that the back-end has begun; 0 where it keeps none.
+    pub inflight_size: u64,
 }
 
 /// Finds out what the back-end behind a connected socket is, and agrees with it. `sees_others`: there is
-/// another device whose mappings it is to see (SHM-80).
+/// another device whose mappings it is to see (SHM-80). `acceptable`: the protocol features that may be
+/// agreed on.
 pub fn handshake(
     socket: UnixStream,
     spec: &DeviceSpec,
     sees_others: bool,
+    acceptable: u64,
 ) -> Result<Handshake, HandshakeError> {
     let kind = spec.kind;
     let gives_config = spec.config.is_some() || spec.tag.is_some();
@@ -122,6 +136,8 @@ pub fn handshake(
         shmem: kind.needs_shmem() || spec.shmem.is_some(),
         shmem_bit: spec.shmem_bit,
         memory_slots: sees_others,
+        inflight: spec.reconnect.is_some(),
+        acceptable,
     };
     let mut frontend = Frontend::agree(socket, &needs)?;
     let there = frontend.set_up().queue_count()?;
@@ -146,7 +162,22 @@ pub fn handshake(
         config,
         region_sizes,
         memory_slots,
+        inflight_size: 0,
     })
+}
+
+/// The configuration space, of `len` bytes, of a back-end that says that it has changed (SHM-96): as
+/// [`handshake`] has made it.
+pub fn changed_configuration(
+    frontend: &mut Frontend,
+    spec: &DeviceSpec,
+    queues: u16,
+    len: usize,
+) -> Result<Vec<u8>, HandshakeError> {
+    let mut config = configuration(frontend, spec)?;
+    spec.kind.limit_queues(&mut config, frontend.agreement.guest_features, queues);
+    config.resize(len, 0);
+    Ok(config)
 }
 
 fn region_sizes(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u64>, HandshakeError> {
@@ -284,6 +315,14 @@ fn queues(spec: &DeviceSpec, usual: Option<u16>, there: Option<u64>) -> Result<u
 }
 
 impl Handshake {
+    /// Asks for the size of the record of requests in flight, where one was agreed on (SHM-98).
+    pub fn ask_inflight_size(&mut self) -> Result<(), FrontendError> {
+        if self.frontend.agreement.has(protocol::INFLIGHT_SHMFD) {
+            self.inflight_size = self.frontend.inflight_size(self.queues, self.queue_size)?;
+        }
+        Ok(())
+    }
+
     /// Says what was agreed, and warns of what does not fit.
     pub fn report(&self, spec: &DeviceSpec) {
         let (name, kind, agreement) = (&spec.name, spec.kind, &self.frontend.agreement);

@@ -1,17 +1,18 @@
-//! Carries out SHMEM_MAP and SHMEM_UNMAP in a device's shared memory, and tells the recipients
-//! (`share-shmem=on`).
+//! Carries out a back-end's requests: SHMEM_MAP and SHMEM_UNMAP in the device's shared memory, of which it
+//! tells the recipients (`share-shmem=on`), and CONFIG_CHANGE_MSG.
 
 use std::error::Error;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use super::link::Link;
 use super::sharing::Participant;
 use super::wire::channel::{Channel, Handler};
 use super::wire::message::MMap;
 use crate::memory::Access;
 use crate::memory::shmem::{MapRequest, SharedMemory, ShmemError};
-use crate::report::{MisuseLog, with_causes};
+use crate::report::with_causes;
 
 /// A device's backend channel.
 ///
@@ -22,16 +23,15 @@ pub type BackendChannel = Channel<ShmemHandler>;
 
 /// Maps and unmaps in one device's shared memory.
 pub struct ShmemHandler {
-    name: String,
-    log: MisuseLog,
+    link: Arc<Link>,
     shmem: Arc<SharedMemory>,
     sharing: Option<Participant>,
 }
 
 impl ShmemHandler {
-    /// For the device `name`; `sharing` is what it is to those that see its mappings (SHM-80).
-    pub fn new(name: &str, shmem: Arc<SharedMemory>, sharing: Option<Participant>) -> Self {
-        ShmemHandler { name: name.to_string(), log: MisuseLog::new(name), shmem, sharing }
+    /// For the device with this link; `sharing` is what it is to those that see its mappings (SHM-80).
+    pub fn new(link: Arc<Link>, shmem: Arc<SharedMemory>, sharing: Option<Participant>) -> Self {
+        ShmemHandler { link, shmem, sharing }
     }
 }
 
@@ -49,7 +49,7 @@ impl Handler for ShmemHandler {
         // Not at a limited rate: a user who asks for debug messages wants each.
         log::debug!(
             "{}: mapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}, {}, from {file_offset:#x} on of a file",
-            self.name,
+            self.link.name,
             if access == Access::ReadOnly { "read-only" } else { "read-write" },
         );
         // After the guest's mapping, and before the answer: the guest hands no page to a device that does not
@@ -57,7 +57,7 @@ impl Handler for ShmemHandler {
         if let Some(sharing) = &self.sharing
             && let Err(error) = sharing.share(&mapping, host, file)
         {
-            self.log.warn(format_args!("{error}"));
+            self.link.log.warn(format_args!("{error}"));
         }
         Ok(())
     }
@@ -65,11 +65,16 @@ impl Handler for ShmemHandler {
     fn unmap(&self, request: &MMap) -> Result<(), ShmemError> {
         let &MMap { shmid, shm_offset, len, .. } = request;
         self.shmem.unmap(shmid, shm_offset, len)?;
-        log::debug!("{}: unmapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}", self.name);
+        log::debug!("{}: unmapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}", self.link.name);
         if let (Some(sharing), Some(region)) = (&self.sharing, self.shmem.region(shmid)) {
             sharing.withdraw(region.start() + shm_offset);
         }
         Ok(())
+    }
+
+    /// The main socket is for the keeper to ask on: this thread must not wait for it.
+    fn config_changed(&self) {
+        self.link.read_config();
     }
 
     fn errno(error: &ShmemError) -> i32 {
@@ -77,6 +82,6 @@ impl Handler for ShmemHandler {
     }
 
     fn refused(&self, request: fmt::Arguments<'_>, why: &dyn Error) {
-        self.log.warn(format_args!("{request} is refused: {}", with_causes(why)));
+        self.link.log.warn(format_args!("{request} is refused: {}", with_causes(why)));
     }
 }

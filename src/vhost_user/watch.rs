@@ -16,16 +16,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use log::Level;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use super::link::Link;
+use super::link::{Link, Session};
 use super::sharing::Participant;
 use super::shmem_handler::BackendChannel;
 use super::wire::channel::ChannelError;
 use super::wire::connection::{ConnectionError, Deadline};
 use crate::memory::shmem::{SharedMemory, ShmemError};
+use crate::report::with_causes;
 use crate::sandbox::vmm::Kind;
 use crate::thread;
 
@@ -44,7 +46,7 @@ pub struct Watch {
 }
 
 /// What the thread is told to do.
-struct Orders {
+pub struct Orders {
     /// Signalled when something changed here.
     wake: OwnedFd,
     /// Lock order: innermost, held for a moment.
@@ -57,6 +59,10 @@ struct State {
     stop: bool,
     /// A wait for the thread timed out: no thread waits for it again.
     is_left: bool,
+    /// Serve another session: the back-end came back.
+    adopt: Option<(Arc<Session>, Option<BackendChannel>)>,
+    /// Take away the mappings that it has not made anew, once its channel is quiet.
+    settle: bool,
     /// Take all mappings away, until this deadline.
     clear: Option<Deadline>,
     /// Counts what was taken away: with many mappings that takes long.
@@ -66,6 +72,59 @@ struct State {
 }
 
 impl Orders {
+    /// None yet.
+    pub fn new() -> io::Result<Arc<Orders>> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Arc::new(Orders { wake, state: Mutex::default(), done: Condvar::new() }))
+    }
+
+    /// The back-end came back (SHM-77): from now on its session is served, and the mappings of the one before
+    /// make way for its own. Does not wait.
+    pub fn adopt(&self, session: &Arc<Session>, channel: Option<BackendChannel>) {
+        let mut state = self.lock();
+        state.settle = false;
+        let replaced = state.adopt.replace((Arc::clone(session), channel));
+        drop(state);
+        self.wake();
+        // Closing its socket can wait for what was sent there.
+        drop(replaced);
+    }
+
+    /// The back-end that came back has been started: what it has sent until now is served, then the old
+    /// mappings that it has not made anew are taken away. Does not wait.
+    pub fn settle(&self) {
+        self.lock().settle = true;
+        self.wake();
+    }
+
+    /// Has the thread close the files that are shared no longer, soon: waits for nothing.
+    pub fn close_files(&self) {
+        self.wake();
+    }
+
+    /// For a reset: serves what is queued on the channel, then takes all mappings away; gives their number.
+    /// Waits no longer than `limit` for the first and for each of these. The caller has closed the gate.
+    /// Called on a vCPU's thread.
+    pub fn clear(&self, limit: Duration) -> Result<Result<usize, ShmemError>, Stuck> {
+        let mut state = self.lock();
+        if state.is_left {
+            return Err(Stuck);
+        }
+        (state.clear, state.cleared) = (Some(Deadline::after(limit)), None);
+        self.wake();
+        loop {
+            let before = state.progress;
+            let waited = self.done.wait_timeout_while(state, limit, |state| state.cleared.is_none());
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if state.cleared.is_some() || state.progress == before {
+                break;
+            }
+        }
+        let cleared = state.cleared.take();
+        (state.clear, state.is_left) = (None, cleared.is_none());
+        cleared.ok_or(Stuck)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -80,57 +139,30 @@ impl Watch {
     /// Starts the thread. It serves no more than `rate` requests of the backend channel in a second, evenly
     /// spread; `None` for no limit.
     pub fn start(
+        orders: &Arc<Orders>,
         link: Arc<Link>,
         channel: Option<BackendChannel>,
         shmem: Arc<SharedMemory>,
         shares: Option<Participant>,
         rate: Option<NonZeroU32>,
     ) -> io::Result<Watch> {
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let orders = Arc::new(Orders { wake, state: Mutex::default(), done: Condvar::new() });
         let name = format!("vhost-{}", link.name);
         let interval = rate.map(|rate| Duration::from_secs(1) / rate.get());
-        let is_over = false;
         let watched = Watched {
-            orders: Arc::clone(&orders),
+            orders: Arc::clone(orders),
+            session: link.session(),
             channel,
             interval,
+            hurries: false,
             next: None,
-            is_over,
+            is_over: false,
+            settles: false,
             link,
             shmem,
             shares,
         };
         let thread = thread::spawn(name, Kind::Channel, move || watched.run())?;
-        Ok(Watch { orders, thread })
-    }
-
-    /// For a reset: serves what is queued on the channel, then takes all mappings away; gives their number.
-    /// Waits no longer than `limit` for the first and for each of these. The caller has closed the gate.
-    /// Called on a vCPU's thread.
-    pub fn clear(&self, limit: Duration) -> Result<Result<usize, ShmemError>, Stuck> {
-        let mut state = self.orders.lock();
-        if state.is_left {
-            return Err(Stuck);
-        }
-        (state.clear, state.cleared) = (Some(Deadline::after(limit)), None);
-        self.orders.wake();
-        loop {
-            let before = state.progress;
-            let waited = self.orders.done.wait_timeout_while(state, limit, |state| state.cleared.is_none());
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if state.cleared.is_some() || state.progress == before {
-                break;
-            }
-        }
-        let cleared = state.cleared.take();
-        (state.clear, state.is_left) = (None, cleared.is_none());
-        cleared.ok_or(Stuck)
-    }
-
-    /// Has the thread close the files that are shared no longer, soon: waits for nothing.
-    pub fn close_files(&self) {
-        self.orders.wake();
+        Ok(Watch { orders: Arc::clone(orders), thread })
     }
 }
 
@@ -147,15 +179,20 @@ impl Drop for Watch {
 
 struct Watched {
     orders: Arc<Orders>,
+    session: Arc<Session>,
     /// `None` once it ended.
     channel: Option<BackendChannel>,
     /// The least time between two requests of the backend channel.
     interval: Option<Duration>,
+    /// The back-end is gone: what it left is served without intervals.
+    hurries: bool,
     /// When the next request is due, whether or not the socket has anything to read: it may have been read
     /// together with the one before.
     next: Option<Deadline>,
-    /// The back-end is gone: only orders are carried out.
+    /// The session is over: only orders are carried out.
     is_over: bool,
+    /// Old mappings go as soon as the channel is quiet.
+    settles: bool,
     link: Arc<Link>,
     shmem: Arc<SharedMemory>,
     /// Where its mappings are shown to other devices: it closes their files.
@@ -167,13 +204,16 @@ impl Watched {
         loop {
             let mut polled = vec![PollFd::new(&self.orders.wake, PollFlags::IN)];
             if !self.is_over {
-                polled.push(PollFd::new(&self.link.main, PollFlags::RDHUP));
+                polled.push(PollFd::new(&self.session.main, PollFlags::RDHUP));
                 // Until the next request is due, the channel's socket is left alone.
                 if let Some(channel) = self.channel.as_ref().filter(|_| self.next.is_none()) {
                     polled.push(PollFd::from_borrowed_fd(channel.socket().as_fd(), PollFlags::IN));
                 }
             }
-            let timeout = self.next.map(|next| next.time_left().unwrap_or_default());
+            let timeout = match self.next {
+                Some(next) => Some(next.time_left().unwrap_or_default()),
+                None => self.settles.then(Timespec::default),
+            };
             match poll(&mut polled, timeout.as_ref()) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
@@ -193,27 +233,29 @@ impl Watched {
                 continue;
             }
             // The back-end is gone: drop the rate limit, so that the end of what it left is reached at once.
-            let is_due =
-                self.next.is_some_and(|next| next.has_passed()) || main && self.interval.take().is_some();
+            let is_due = self.next.is_some_and(|next| next.has_passed())
+                || main && self.interval.is_some() && !std::mem::replace(&mut self.hurries, true);
             if channel || is_due {
                 self.serve();
             } else if main {
                 // Only once the channel is quiet: what the back-end sent before its end is served.
                 self.give_up(&ConnectionError::HungUp);
+            } else if self.settles {
+                self.settle();
             }
         }
     }
 
     fn give_up(&mut self, why: &dyn std::error::Error) {
-        (self.is_over, self.next) = (true, None);
-        self.link.give_up(why);
-        self.link.discard();
+        (self.is_over, self.settles, self.next) = (true, false, None);
+        self.link.give_up(&self.session, why);
+        self.session.discard();
         // And the part of a message that it had.
         self.channel = None;
     }
 
     fn channel_ended(&mut self, why: &ChannelError) {
-        self.link.channel_ended(why);
+        self.link.channel_ended(&self.session, why);
         self.channel = None;
     }
 
@@ -223,7 +265,14 @@ impl Watched {
         if let Some(shares) = &self.shares {
             shares.close_files();
         }
-        let Some(deadline) = self.orders.lock().clear else { return };
+        let mut state = self.orders.lock();
+        let (adopted, settle, clear) = (state.adopt.take(), std::mem::take(&mut state.settle), state.clear);
+        drop(state);
+        if let Some((session, channel)) = adopted {
+            self.adopt(session, channel);
+        }
+        self.settles |= settle;
+        let Some(deadline) = clear else { return };
         if let Some(Err(error)) = self.channel.as_ref().map(|channel| channel.drain(deadline)) {
             self.channel_ended(&error);
         }
@@ -236,10 +285,35 @@ impl Watched {
         }
     }
 
+    fn adopt(&mut self, session: Arc<Session>, channel: Option<BackendChannel>) {
+        // The old one is over, whether or not this thread has seen that. What it left unread is late.
+        self.session.discard();
+        (self.session, self.channel) = (session, channel);
+        (self.is_over, self.settles, self.hurries, self.next) = (false, false, false, None);
+        self.shmem.make_old();
+    }
+
+    /// SHM-77
+    fn settle(&mut self) {
+        self.settles = false;
+        match self.shmem.unmap_old(|| self.orders.lock().progress += 1) {
+            Ok(0) => {}
+            Ok(count) => {
+                let why = "the back-end that came back did not make them again";
+                self.link.log.log(Level::Info, format_args!("{count} mappings are gone: {why}"));
+            }
+            Err(error) => {
+                let why = with_causes(&error);
+                self.link.log.log(Level::Error, format_args!("mappings stay after a reconnect: {why}"));
+            }
+        }
+        self.link.settled();
+    }
+
     fn serve(&mut self) {
         self.next = None;
         let Some(channel) = &self.channel else { return };
-        let served = match self.interval {
+        let served = match self.interval.filter(|_| !self.hurries) {
             None => channel.serve(),
             Some(interval) => channel.serve_request().map(|is_one| {
                 self.next = is_one.then(|| Deadline::after(interval));

@@ -9,13 +9,15 @@
 //!        └─────────┘ ◀── reset(), Status = 0 ───────── └─────────┘ ─┘
 //! ```
 
+use std::sync::Arc;
+
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRange;
 
 /// One virtqueue as the driver set it up. Addresses are guest physical and not yet checked against RAM.
-#[derive(Clone, Copy, Debug)]
-pub struct QueueSetup<'a> {
+#[derive(Clone, Debug)]
+pub struct QueueSetup {
     /// The queue's index.
     pub index: u16,
     /// The number of descriptor table entries: a power of two, at most what the device allows.
@@ -28,7 +30,7 @@ pub struct QueueSetup<'a> {
     pub device_area: u64,
     /// Signalled by the guest's QueueNotify writes, also before the start. Non-blocking; the same one at each
     /// start.
-    pub kick: &'a EventFd,
+    pub kick: Arc<EventFd>,
 }
 
 /// Why a device could not carry out its driver's request. The transport logs it and sets DEVICE_NEEDS_RESET.

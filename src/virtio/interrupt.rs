@@ -43,6 +43,12 @@ impl Interrupt {
         &self.call
     }
 
+    /// Interrupts the driver: a back-end that died may have used a buffer and not said so.
+    pub fn signal(&self) {
+        // The only error is EAGAIN, a full counter: then an interrupt is pending anyway.
+        let _ = self.call.write(1);
+    }
+
     /// The configuration space is now `config`: shows it, under a new ConfigGeneration, and tells the driver.
     ///
     /// While Status is 0 there is no driver to tell (section 2.4.1); the next one reads the configuration
@@ -108,8 +114,7 @@ impl Interrupt {
     fn change(&self, action: impl FnOnce(&mut Registers<'_>) -> bool) {
         let is_new = action(&mut self.page.lock());
         if is_new {
-            // The only error is EAGAIN, a full counter: then an interrupt is pending anyway.
-            let _ = self.call.write(1);
+            self.signal();
         }
     }
 }

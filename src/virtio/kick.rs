@@ -1,6 +1,6 @@
 //! A queue's kick: an eventfd that the back-end shares. Its flags are shared, too: the back-end can clear
 //! O_NONBLOCK, and then a read of 0, or a write to a full counter, would wait. `virtio::mmio` calls these
-//! functions on vCPU threads; none of them waits.
+//! functions on vCPU threads, `vhost_user` for a back-end that came back; none of them waits.
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -22,7 +22,7 @@ pub(super) fn forget(kick: &EventFd) {
 }
 
 /// Kicks. KVM does that by itself (ioeventfd), except for a write by an instruction that it emulates.
-pub(super) fn signal(kick: &EventFd) {
+pub fn signal(kick: &EventFd) {
     let mut has_room = [PollFd::from_borrowed_fd(borrow(kick), PollFlags::OUT)];
     // Without room a kick is pending already.
     if poll(&mut has_room, Some(&Timespec::default())) == Ok(1) {

@@ -89,7 +89,7 @@ pub struct MmioTransport {
     /// What the driver may accept.
     offered: u64,
     /// One for each queue.
-    kicks: Vec<EventFd>,
+    kicks: Vec<Arc<EventFd>>,
     used_acknowledged: EventFd,
     /// Lock order: before the page's, and before all locks of the device. A device waits for its back-end
     /// under this lock: the guest's other writes to this device then wait, too, except QueueNotify and
@@ -139,7 +139,7 @@ impl MmioTransport {
         let transport = MmioTransport {
             log: MisuseLog::new(device.name()),
             offered: device.features() & !NOT_CARRIED,
-            kicks: queues.iter().map(|_| event()).collect::<io::Result<_>>()?,
+            kicks: queues.iter().map(|_| event().map(Arc::new)).collect::<io::Result<_>>()?,
             used_acknowledged: event()?,
             state: Mutex::new(State {
                 device,
@@ -284,7 +284,7 @@ impl MmioTransport {
         (state.device_features_sel, state.driver_features_sel) = (0, 0);
         (state.queue_sel, state.shm_sel) = (0, 0);
         // The next driver's device must not see a kick from before.
-        self.kicks.iter().for_each(kick::forget);
+        self.kicks.iter().for_each(|kick| kick::forget(kick));
         self.show_config(state);
         self.show_selected(state);
         self.interrupt.reset();

@@ -1,5 +1,7 @@
 //! One virtqueue as the driver's register writes describe it (VIRTIO 1.3, sections 2.6, 2.7 and 4.2.3.2).
 
+use std::sync::Arc;
+
 use thiserror::Error;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_ALIGN_SIZE, VRING_DESC_ALIGN_SIZE, VRING_USED_ALIGN_SIZE};
 use vmm_sys_util::eventfd::EventFd;
@@ -61,7 +63,7 @@ impl Queue {
     }
 
     /// A queue that is ready, for the device.
-    pub(super) fn setup<'a>(&self, kick: &'a EventFd) -> QueueSetup<'a> {
+    pub(super) fn setup(&self, kick: &Arc<EventFd>) -> QueueSetup {
         QueueSetup {
             index: self.index,
             // A queue becomes ready only with a size that its maximum, 16 bits, allows.
@@ -69,7 +71,7 @@ impl Queue {
             descriptors: self.descriptors,
             driver_area: self.driver_area,
             device_area: self.device_area,
-            kick,
+            kick: Arc::clone(kick),
         }
     }
 }

@@ -7,10 +7,12 @@ use rustix::process::{Resource, Rlimit};
 use thiserror::Error;
 
 use super::error::failed_to;
+use super::exit_once::ExitOnce;
 use super::memory_map::DeviceMemory;
 use crate::arch::x86_64::layout;
 use crate::config::Config;
 use crate::config::device::DeviceSpec;
+use crate::exit::Exit;
 use crate::kvm::slots::Slots;
 use crate::kvm::vcpu::Machine;
 use crate::kvm::vm::Vm;
@@ -140,11 +142,13 @@ fn descriptor_limit() -> usize {
 }
 
 /// Attaches the devices: registers, interrupt, doorbells. From here on their backend channels are served.
+/// `ends_at_loss`: set when one loses its back-end for good.
 pub fn attach(
     backends: Vec<Backend>,
     machine: &Machine,
     vm: &Vm,
     ram: &Ram,
+    ends_at_loss: Option<&Arc<ExitOnce>>,
 ) -> Result<Vec<DeviceMemory>, Box<dyn Failure>> {
     let registers_failed = failed_to("make the registers of a device");
     let memory = memory_table(ram);
@@ -164,6 +168,7 @@ pub fn attach(
             Arc::clone(&shmem),
             Arc::clone(&interrupt),
             participant.clone(),
+            ends_at_loss.map(|exit| end_at_loss(&spec.name, exit)),
         )
         .map_err(|error| BackendError::new(&spec, Cause::Device(error)))?;
         let transport =
@@ -182,6 +187,11 @@ pub fn attach(
         attached.push(DeviceMemory { name: spec.name, registers, shmem, participant });
     }
     Ok(attached)
+}
+
+fn end_at_loss(name: &str, exit: &Arc<ExitOnce>) -> Box<dyn Fn(&str) + Send + Sync> {
+    let (name, exit) = (name.to_owned(), Arc::clone(exit));
+    Box::new(move |why| exit.set((&Exit::BackendLost(format!("{name}: {why}"))).into()))
 }
 
 /// The devices that see each other's mappings (SHM-80); `None` where none shares any, or none can see them.

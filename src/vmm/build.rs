@@ -19,7 +19,7 @@ use crate::arch::x86_64::reset::Resets;
 use crate::arch::x86_64::{acpi, layout, msr, regs};
 use crate::bus::{Bus, BusDevice};
 use crate::config::device::DeviceSpec;
-use crate::config::{Config, SerialLine, UnavailablePage};
+use crate::config::{BackendLoss, Config, SerialLine, UnavailablePage};
 use crate::devices::debug_exit::DebugExit;
 use crate::devices::i8042::I8042;
 use crate::devices::pci_ports::PciPorts;
@@ -76,7 +76,8 @@ impl Vmm {
         let console = attach_serial_port(&machine, &vm, &config.serial, &exit)?;
         attach_power(&machine.ports, config.debug_exit);
         insert(&machine.ports, layout::PCI_CONFIGURATION, Arc::new(PciPorts::default()));
-        let devices = backends::attach(backends, &machine, &vm, &ram)?;
+        let ends_at_loss = (config.backend_loss == BackendLoss::Exit).then_some(&exit);
+        let devices = backends::attach(backends, &machine, &vm, &ram, ends_at_loss)?;
 
         // What the kernel finds in memory, and the processors that run it.
         log::info!("kernel command line: {}", config.cmdline);

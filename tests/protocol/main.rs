@@ -6,11 +6,13 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
 mod addresses;
+mod configuration;
 mod framing;
 mod handshake;
 mod interop;
 mod kinds;
 mod lifecycle;
+mod reconnect;
 mod replies;
 mod requests;
 mod sharing;

@@ -13,6 +13,7 @@ mod lifecycle;
 mod machine;
 mod mappings;
 mod pvh;
+mod reconnect;
 mod registers;
 mod sandbox;
 mod streams;

@@ -26,7 +26,7 @@ fn each_thread_is_confined_once_the_guest_runs() {
     }
     let (guest, _backends) = boot(&["--cpus", "2"]);
     let threads = confinements(guest.pid());
-    for name in ["hotslot", "vcpu0", "vcpu1", "vhost-a", "vhost-b", "share-a"] {
+    for name in ["hotslot", "vcpu0", "vcpu1", "vhost-a", "vhost-b", "keep-a", "keep-b"] {
         assert!(threads.contains_key(name), "{threads:?}");
     }
     let confined = Confinement { filter: true, no_new_privs: true };

@@ -3,7 +3,7 @@
 //!
 //! `vmm::backends` makes one [`Sharing`] for the machine and a [`Participant`] for each device. As an owner,
 //! a participant is used by `shmem_handler` (MAP, UNMAP) and by `device` (reset, end); as a recipient, by
-//! `device` (start) and by its [`UpdateThread`]. `state` has what each recipient knows and is to be told, as
+//! `backend` (start) and by its keeper's thread. `state` has what each recipient knows and is to be told, as
 //! data; `participant` waits and talks.
 //!
 //! # Waits between threads
@@ -15,7 +15,7 @@
 //! for the first. So:
 //!
 //! - A channel thread neither touches another device's main socket nor waits for its lock. It marks what is
-//!   due, and waits, for a bounded time, until the recipient's update thread or a vCPU has told it.
+//!   due, and waits, for a bounded time, until the recipient's keeper or a vCPU has told it.
 //! - Before a channel thread waits, it looks whether that would close a circle of owners that wait for each
 //!   other. If so it gives the others only `CIRCLE_TIMEOUT` (most back-ends have another thread for their
 //!   main socket), and goes on: its answer is what the circle needs. What is due stays due, and is told when
@@ -30,7 +30,5 @@
 
 mod participant;
 mod state;
-mod update_thread;
 
-pub use participant::{Owner, Participant, Sharing};
-pub use update_thread::UpdateThread;
+pub use participant::{ANSWER_TIMEOUT, Owner, Participant, Sharing};

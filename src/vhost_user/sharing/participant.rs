@@ -16,7 +16,7 @@ use crate::memory::shmem::MappingInfo;
 use crate::memory::{Access, PAGE_SIZE};
 
 /// How long a recipient may take to answer ADD_MEM_REG or REM_MEM_REG.
-pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long a MAP waits in all until the recipients know of it. Longer than [`ANSWER_TIMEOUT`]: a silent
 /// recipient is given up by then.
@@ -41,7 +41,7 @@ pub struct Sharing {
     /// Lock order: after a device's inbox or main socket; innermost. Held for a look, never while a peer is
     /// waited for.
     table: Mutex<Table>,
-    /// A recipient was told, something is due, or a device left.
+    /// A recipient was told, or left.
     changed: Condvar,
 }
 
@@ -74,22 +74,16 @@ impl Sharing {
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Something may be due: has the recipients told.
+    fn tell_recipients(&self) {
+        self.lock().links.iter().flatten().for_each(|link| link.tell_of_others());
+    }
 }
 
 /// A device whose mappings others see. When it is dropped the device is gone, and so are its mappings; that
 /// waits for no recipient.
 pub struct Owner(pub Participant);
-
-impl Owner {
-    /// All of the owner's mappings are gone: others have let go of them when this returns. Called on a vCPU's
-    /// thread at a reset, which holds no main socket then.
-    pub fn withdraw_all(&self) {
-        let addresses = self.0.sharing.lock().state.withdraw_all(self.0.id);
-        if !addresses.is_empty() {
-            self.0.wait_until_let_go(&addresses, false);
-        }
-    }
-}
 
 impl Drop for Owner {
     fn drop(&mut self) {
@@ -99,7 +93,7 @@ impl Drop for Owner {
             state.devices[*id].has_left = true;
             state.withdraw_all(*id);
         }
-        sharing.changed.notify_all();
+        sharing.tell_recipients();
     }
 }
 
@@ -140,7 +134,7 @@ impl Participant {
         if !self.sharing.lock().state.share(self.id, region, inode, &file, max_files) {
             return Err(TooManyFiles(max_files));
         }
-        self.sharing.changed.notify_all();
+        self.sharing.tell_recipients();
         for (recipient, _) in self.wait_until_told(&[address], MAP_TIMEOUT, true) {
             if let Some(link) = self.link_of(recipient) {
                 link.log.warn(format_args!(
@@ -169,17 +163,27 @@ impl Participant {
         drop(files);
     }
 
+    /// All of the owner's mappings are gone, or about to be made anew by a back-end that came back: others
+    /// have let go of them when this returns. Called on a vCPU's thread at a reset, or the keeper's, which
+    /// hold no main socket then.
+    pub fn withdraw_all(&self) {
+        let addresses = self.sharing.lock().state.withdraw_all(self.id);
+        if !addresses.is_empty() {
+            self.wait_until_let_go(&addresses, false);
+        }
+    }
+
     /// Whether others are to see the mapping at this guest address.
     pub fn is_shared(&self, address: u64) -> bool {
         self.sharing.lock().state.live.contains_key(&address)
     }
 
     fn wait_until_let_go(&self, addresses: &[u64], on_channel: bool) {
-        self.sharing.changed.notify_all();
+        self.sharing.tell_recipients();
         for (recipient, is_circle) in self.wait_until_told(addresses, LET_GO_TIMEOUT, on_channel) {
-            // In a circle it is told as soon as this returns; if that fails, its update thread gives it up.
+            // In a circle it is told as soon as this returns; if that fails, its keeper gives it up.
             if let Some(link) = self.link_of(recipient).filter(|_| !is_circle) {
-                link.give_up(&KeepsMemory);
+                link.give_up(&link.session(), &KeepsMemory);
             }
         }
     }
@@ -218,14 +222,14 @@ impl Participant {
     }
 
     /// Makes it a recipient whose back-end can be told of `room` mappings.
-    pub(super) fn see_others(&self, room: usize, link: Arc<Link>) {
+    pub fn see_others(&self, room: usize, link: Arc<Link>) {
         let mut table = self.sharing.lock();
         table.links[self.id] = Some(link);
         table.state.devices[self.id].sees = Some(Recipient::new(room));
     }
 
     /// The recipient is no longer one.
-    pub(super) fn see_nothing(&self) {
+    pub fn see_nothing(&self) {
         let mut table = self.sharing.lock();
         table.links[self.id] = None;
         table.state.devices[self.id].sees = None;
@@ -234,7 +238,7 @@ impl Participant {
 
     /// SET_MEM_TABLE has made the recipient's back-end forget whatever it was told: tells it all there is.
     /// Called while it is started, on a vCPU's thread that has the main socket; what becomes due meanwhile is
-    /// for the update thread.
+    /// for the keeper.
     pub fn tell_all(&self, to: &mut Conversation<'_>) -> Result<(), FrontendError> {
         let due = self.sharing.lock().state.restart(self.id);
         for _ in 0..due {
@@ -245,7 +249,7 @@ impl Participant {
 
     /// Tells the recipient the next thing that is due. A recipient that cannot be told, or does not let go,
     /// is given up.
-    pub(super) fn tell_next(&self, to: &mut Conversation<'_>) -> Result<(), FrontendError> {
+    pub fn tell_next(&self, to: &mut Conversation<'_>) -> Result<(), FrontendError> {
         let mut table = self.sharing.lock();
         let (change, link) = (table.state.next_change(self.id), table.links[self.id].clone());
         drop(table);
@@ -273,7 +277,7 @@ impl Participant {
                 }
                 (Err(error), _) => {
                     // First cut off, then no longer waited for.
-                    link.give_up(error);
+                    link.give_up(&link.session(), error);
                     self.sharing.lock().state.discard(change);
                     self.forget();
                     return told;
@@ -288,20 +292,17 @@ impl Participant {
         Ok(())
     }
 
-    /// The recipient is lost.
-    pub(super) fn forget(&self) {
+    /// The recipient is lost, or away.
+    pub fn forget(&self) {
         if let Some(recipient) = self.sharing.lock().state.recipient(self.id) {
             recipient.forget();
         }
         self.sharing.changed.notify_all();
     }
 
-    /// Waits until something is due for the recipient; false once it is none any more.
-    pub(super) fn wait_for_work(&self) -> bool {
-        let idle = self.sharing.changed.wait_while(self.sharing.lock(), |table| {
-            table.state.recipient(self.id).is_some_and(|recipient| recipient.due.is_empty())
-        });
-        idle.unwrap_or_else(PoisonError::into_inner).state.recipient(self.id).is_some()
+    /// Whether something is due for the recipient.
+    pub fn is_due(&self) -> bool {
+        self.sharing.lock().state.recipient(self.id).is_some_and(|recipient| !recipient.due.is_empty())
     }
 
     fn link_of(&self, recipient: usize) -> Option<Arc<Link>> {

@@ -1,5 +1,5 @@
-//! The back-end's requests, on the backend channel (vhost-user "Back-end message types"): SHMEM_MAP and
-//! SHMEM_UNMAP. A [`Handler`] carries them out.
+//! The back-end's requests, on the backend channel (vhost-user "Back-end message types"): SHMEM_MAP,
+//! SHMEM_UNMAP and CONFIG_CHANGE_MSG. A [`Handler`] carries them out.
 //!
 //! A device's own thread serves the channel from the moment the back-end has its end (SHM-68), and no other
 //! thread does: a call on a received descriptor can wait. At a reset that thread serves what is still queued
@@ -35,6 +35,9 @@ pub trait Handler {
     /// SHMEM_UNMAP. No vCPU can reach the file when this returns (SHM-56).
     fn unmap(&self, request: &MMap) -> Result<(), Self::Error>;
 
+    /// CONFIG_CHANGE_MSG: the configuration space is another one now.
+    fn config_changed(&self);
+
     /// The errno value that the back-end is told (SHM-58): positive, never 0.
     fn errno(error: &Self::Error) -> i32;
 
@@ -60,8 +63,8 @@ enum Refusal<E: Error + 'static> {
     #[error("its id is unknown")]
     Unknown,
     /// SHM-6.
-    #[error("SHMEM was not negotiated")]
-    NotNegotiated,
+    #[error("{0} was not negotiated")]
+    NotNegotiated(&'static str),
     /// SHM-25.
     #[error("its payload has {0} bytes, not {len}", len = MMap::LEN)]
     Size(usize),
@@ -86,6 +89,7 @@ pub struct Channel<H> {
     handler: H,
     reply_ack: bool,
     shmem: bool,
+    config: bool,
     /// To wait on without the lock.
     socket: Arc<UnixStream>,
     /// Only the thread that serves locks it. Lock order: before every lock of the handler's.
@@ -102,12 +106,13 @@ struct Inbox {
 
 impl<H: Handler> Channel<H> {
     /// Serves `socket`, as agreed.
-    pub fn new(agreement: &Agreement, socket: UnixStream, handler: H) -> Self {
+    pub fn new(agreement: &Agreement, socket: impl Into<Arc<UnixStream>>, handler: H) -> Self {
         let connection = Connection::new(socket, MMap::LEN, Descriptors::One);
         Channel {
             handler,
             reply_ack: agreement.has(protocol::REPLY_ACK),
             shmem: agreement.shmem,
+            config: agreement.has(protocol::CONFIG),
             socket: Arc::clone(connection.socket()),
             inbox: Mutex::new(Inbox { connection, stale: false, ended: false }),
         }
@@ -188,23 +193,30 @@ impl<H: Handler> Channel<H> {
     /// the one that the handler took.
     fn handle(&self, mut message: Message) -> Result<(), Refusal<H::Error>> {
         let request = BackendRequest::from_id(message.header.request).ok_or(Refusal::Unknown)?;
+        if request == BackendRequest::ConfigChange {
+            if !self.config {
+                return Err(Refusal::NotNegotiated("CONFIG"));
+            }
+            self.handler.config_changed();
+            return Ok(());
+        }
         if !self.shmem {
-            return Err(Refusal::NotNegotiated);
+            return Err(Refusal::NotNegotiated("SHMEM"));
         }
         let payload = MMap::decode(&message.payload).ok_or(Refusal::Size(message.payload.len()))?;
         let (file, lost) = (message.file.take(), message.files_lost);
-        let handled = match (request, file) {
-            (BackendRequest::ShmemMap, None) if lost => return Err(Refusal::DescriptorLost),
-            (BackendRequest::ShmemMap, None) => return Err(Refusal::Descriptors("no file descriptor")),
-            (BackendRequest::ShmemMap, Some(_)) if lost => {
+        let handled = match (request == BackendRequest::ShmemMap, file) {
+            (true, None) if lost => return Err(Refusal::DescriptorLost),
+            (true, None) => return Err(Refusal::Descriptors("no file descriptor")),
+            (true, Some(_)) if lost => {
                 return Err(Refusal::Descriptors("more than one file descriptor"));
             }
-            (BackendRequest::ShmemMap, Some(_)) if payload.flags & !MMap::READ_WRITE != 0 => {
+            (true, Some(_)) if payload.flags & !MMap::READ_WRITE != 0 => {
                 return Err(Refusal::Flags(payload.flags));
             }
-            (BackendRequest::ShmemMap, Some(file)) => self.handler.map(&payload, file),
-            (BackendRequest::ShmemUnmap, None) if !lost => self.handler.unmap(&payload),
-            (BackendRequest::ShmemUnmap, _) => return Err(Refusal::Descriptors("a file descriptor")),
+            (true, Some(file)) => self.handler.map(&payload, file),
+            (false, None) if !lost => self.handler.unmap(&payload),
+            (false, _) => return Err(Refusal::Descriptors("a file descriptor")),
         };
         handled.map_err(Refusal::Handler)
     }
@@ -212,7 +224,7 @@ impl<H: Handler> Channel<H> {
 
 fn errno<H: Handler>(refusal: &Refusal<H::Error>) -> i32 {
     match refusal {
-        Refusal::Unknown | Refusal::NotNegotiated => libc::EOPNOTSUPP,
+        Refusal::Unknown | Refusal::NotNegotiated(_) => libc::EOPNOTSUPP,
         Refusal::Size(_) => libc::EPROTO,
         Refusal::Descriptors(_) => libc::EBADF,
         Refusal::DescriptorLost => libc::EMFILE,
@@ -246,6 +258,8 @@ mod tests {
         fn unmap(&self, _: &MMap) -> Result<(), Infallible> {
             Ok(())
         }
+
+        fn config_changed(&self) {}
 
         fn errno(error: &Infallible) -> i32 {
             match *error {}

@@ -141,15 +141,20 @@ pub struct Connection {
 impl Connection {
     /// Takes a connected socket over. Most of its messages to us have `usual_payload` bytes of payload; none
     /// may have more descriptors than `allowed`.
-    pub fn new(socket: UnixStream, usual_payload: usize, allowed: Descriptors) -> Self {
+    pub fn new(socket: impl Into<Arc<UnixStream>>, usual_payload: usize, allowed: Descriptors) -> Self {
         Connection {
-            socket: Arc::new(socket),
+            socket: socket.into(),
             usual: Header::LEN + usual_payload,
             allowed,
             buffer: Vec::new(),
             position: 0,
             descriptors: VecDeque::new(),
         }
+    }
+
+    /// From now on a message may have these descriptors.
+    pub fn allow(&mut self, allowed: Descriptors) {
+        self.allowed = allowed;
     }
 
     /// The socket, to wait on and to shut down.

@@ -13,8 +13,8 @@ use thiserror::Error;
 
 use super::connection::{Connection, ConnectionError, Deadline, Descriptors, Message};
 use super::message::{
-    self, ConfigHeader, F_PROTOCOL_FEATURES, FrontendRequest, Header, Layout, MemoryRegion, ShmemConfig,
-    SingleRegion, VringAddr, VringState, protocol_features as protocol,
+    self, ConfigHeader, F_PROTOCOL_FEATURES, FrontendRequest, Header, Inflight, Layout, MemoryRegion,
+    ShmemConfig, SingleRegion, VringAddr, VringState, protocol_features as protocol,
 };
 use super::negotiate::{Agreement, Needs, NegotiationError, negotiate};
 
@@ -83,6 +83,8 @@ pub enum QueueSize {
 pub struct Ring<'a> {
     pub index: u16,
     pub size: u16,
+    /// The entry of the available ring that the back-end is to look at first.
+    pub base: u16,
     pub descriptor_table: u64,
     pub available_ring: u64,
     pub used_ring: u64,
@@ -114,6 +116,17 @@ impl Frontend {
     /// Begins a part of the set-up, which takes a few seconds at most.
     pub fn set_up(&mut self) -> Conversation<'_> {
         self.converse(Deadline::after(SETUP_REPLY_TIMEOUT))
+    }
+
+    /// Asks how large the buffer is. The back-end's own, which comes with the answer, is not used: a driver's
+    /// start needs an empty one. The answer is the only one on the main socket that has a descriptor
+    /// (SHM-84), so no vCPU asks.
+    pub fn inflight_size(&mut self, num_queues: u16, queue_size: u16) -> Result<u64, FrontendError> {
+        let asked = Inflight { mmap_size: 0, mmap_offset: 0, num_queues, queue_size, padding: 0 };
+        self.connection.allow(Descriptors::One);
+        let answer: Inflight = self.set_up().ask(FrontendRequest::GetInflightFd, &asked.encode())?;
+        self.connection.allow(Descriptors::None);
+        Ok(answer.mmap_size)
     }
 
     /// Gives the back-end its end of the backend channel (SHM-7). The other end must be served already: the
@@ -242,15 +255,32 @@ impl Conversation<'_> {
         self.memory_slots().map(drop)
     }
 
-    /// Starts a ring, from its first entry on.
+    /// Gives the back-end the buffer, `mmap_size` bytes of this file, for queues of `queue_size` entries.
+    pub fn set_inflight(
+        &mut self,
+        file: BorrowedFd<'_>,
+        mmap_size: u64,
+        num_queues: u16,
+        queue_size: u16,
+    ) -> Result<(), FrontendError> {
+        let buffer = Inflight { mmap_size, mmap_offset: 0, num_queues, queue_size, padding: 0 };
+        self.tell(FrontendRequest::SetInflightFd, &buffer.encode(), &[file])
+    }
+
+    /// Waits until the back-end has handled all that it was told: requests are handled in order.
+    pub fn wait_until_handled(&mut self) -> Result<(), FrontendError> {
+        self.ask::<u64>(FrontendRequest::GetFeatures, &[]).map(drop)
+    }
+
+    /// Starts a ring.
     pub fn start_ring(&mut self, ring: &Ring<'_>) -> Result<(), FrontendError> {
-        let &Ring { size, descriptor_table, available_ring, used_ring, kick, call, .. } = ring;
+        let &Ring { size, base, descriptor_table, available_ring, used_ring, kick, call, .. } = ring;
         let index = u32::from(ring.index);
         let state = |value| VringState { index, value }.encode();
         let addresses = VringAddr { index, flags: 0, descriptor_table, used_ring, available_ring, log: 0 };
         let event = u64::from(ring.index).encode();
         self.tell(FrontendRequest::SetVringNum, &state(size.into()), &[])?;
-        self.tell(FrontendRequest::SetVringBase, &state(0), &[])?;
+        self.tell(FrontendRequest::SetVringBase, &state(base.into()), &[])?;
         self.tell(FrontendRequest::SetVringAddr, &addresses.encode(), &[])?;
         self.tell(FrontendRequest::SetVringCall, &event, &[call])?;
         self.tell(FrontendRequest::SetVringKick, &event, &[kick])?;

@@ -53,7 +53,7 @@ macro_rules! integers {
     };
 }
 
-integers! { u8 u32 u64 }
+integers! { u8 u16 u32 u64 }
 
 impl<T: Layout + Copy + Default, const N: usize> Layout for [T; N] {
     const LEN: usize = N * T::LEN;
@@ -121,6 +121,10 @@ layouts! {
     /// The payload of SET_VRING_ADDR: where the parts of a ring are, by [`MemoryRegion::user_addr`]; the
     /// guest physical address `log` is for migration.
     VringAddr { index: u32, flags: u32, descriptor_table: u64, used_ring: u64, available_ring: u64, log: u64 }
+
+    /// The payload of GET_INFLIGHT_FD, its reply, and SET_INFLIGHT_FD: a buffer in which the back-end notes
+    /// which requests of its queues it has begun. The padding is C's.
+    Inflight { mmap_size: u64, mmap_offset: u64, num_queues: u16, queue_size: u16, padding: u32 }
 
     /// The first part of a GET_CONFIG or SET_CONFIG payload; `size` bytes of the configuration space follow.
     /// `flags` is 0 for a driver's access.
@@ -213,6 +217,8 @@ ids! {
         SetBackendReqFd = 21 => "SET_BACKEND_REQ_FD",
         GetConfig = 24 => "GET_CONFIG",
         SetConfig = 25 => "SET_CONFIG",
+        GetInflightFd = 31 => "GET_INFLIGHT_FD",
+        SetInflightFd = 32 => "SET_INFLIGHT_FD",
         ResetDevice = 34 => "RESET_DEVICE",
         GetMaxMemSlots = 36 => "GET_MAX_MEM_SLOTS",
         AddMemReg = 37 => "ADD_MEM_REG",
@@ -225,6 +231,7 @@ ids! {
 ids! {
     /// Requests of the back-end, on the backend channel: those that we serve.
     BackendRequest {
+        ConfigChange = 2 => "BACKEND_CONFIG_CHANGE_MSG",
         ShmemMap = 9 => "BACKEND_SHMEM_MAP",
         ShmemUnmap = 10 => "BACKEND_SHMEM_UNMAP",
     }
@@ -241,6 +248,8 @@ pub mod protocol_features {
     pub const CONFIG: u64 = 1 << 9;
     /// Messages on the backend channel may carry file descriptors.
     pub const BACKEND_SEND_FD: u64 = 1 << 10;
+    /// GET_INFLIGHT_FD, SET_INFLIGHT_FD.
+    pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG.
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;

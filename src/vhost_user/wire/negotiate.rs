@@ -22,6 +22,10 @@ pub struct Needs {
     pub shmem_bit: u32,
     /// Whether the back-end is to be told of single ranges of memory (SHM-80).
     pub memory_slots: bool,
+    /// Whether the back-end is to keep account of the requests that it has begun, for the case that it dies.
+    pub inflight: bool,
+    /// The protocol features that may be agreed on: all, or those that were before the back-end died.
+    pub acceptable: u64,
 }
 
 /// What was agreed. The default is nothing: that is how a connection starts.
@@ -119,6 +123,7 @@ pub fn negotiate(features: u64, offered: u64, needs: &Needs) -> Result<Agreement
         return Err(NegotiationError::NoFeature { feature, device_type: device_type(), features });
     }
     let has_protocol = features & F_PROTOCOL_FEATURES != 0;
+    let offered = offered & needs.acceptable;
     let missing = |feature| {
         let (device_type, shmem_bit) = (device_type(), needs.shmem_bit);
         Err(match has_protocol {
@@ -139,6 +144,7 @@ pub fn negotiate(features: u64, offered: u64, needs: &Needs) -> Result<Agreement
         | protocol::CONFIG
         | protocol::RESET_DEVICE
         | protocol::STATUS
+        | if needs.inflight { protocol::INFLIGHT_SHMFD } else { 0 }
         | if needs.memory_slots { protocol::CONFIGURE_MEM_SLOTS } else { 0 }
         | if has_addresses { addresses } else { 0 }
         | if shmem { shmem_mask } else { 0 };
@@ -176,6 +182,8 @@ mod tests {
             shmem: false,
             shmem_bit: 22,
             memory_slots: false,
+            inflight: false,
+            acceptable: u64::MAX,
         }
     }
 

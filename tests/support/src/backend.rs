@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use tempfile::TempDir;
 
@@ -84,11 +84,13 @@ pub struct Connection {
 
 pub type Script = Box<dyn FnMut(&Message, &Connection) -> Answer + Send>;
 
-/// A running back-end for one front-end.
+/// A running back-end for one front-end at a time.
 pub struct Backend {
     _dir: TempDir,
     socket: PathBuf,
     connection: Arc<Connection>,
+    script: Arc<Mutex<Script>>,
+    process: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Backend {
@@ -116,15 +118,34 @@ impl Backend {
         Backend::scripted(Offer::default(), Box::new(script))
     }
 
-    pub fn scripted(offer: Offer, mut script: Script) -> Backend {
+    pub fn scripted(offer: Offer, script: Script) -> Backend {
         let backend = Backend::silent();
-        let listener = UnixListener::bind(&backend.socket).unwrap();
-        let connection = Arc::clone(&backend.connection);
-        thread::spawn(move || {
+        *backend.script.lock().unwrap() = script;
+        backend.run(offer);
+        backend
+    }
+
+    /// Another process takes the place of the one that died, or that the front-end hung up on: on the same
+    /// socket, with the same script. What it is asked is added to what its predecessor was.
+    pub fn come_back(&self, offer: Offer) {
+        self.hang_up();
+        if let Some(process) = self.process.lock().unwrap().take() {
+            process.join().unwrap();
+        }
+        std::fs::remove_file(&self.socket).unwrap();
+        self.run(offer);
+    }
+
+    fn run(&self, offer: Offer) {
+        let listener = UnixListener::bind(&self.socket).unwrap();
+        let (connection, script) = (Arc::clone(&self.connection), Arc::clone(&self.script));
+        let process = thread::spawn(move || {
             let (socket, _) = listener.accept().unwrap();
+            // Who connects after it died is refused.
+            drop(listener);
             let main = Wire::new(socket);
             *connection.main.lock().unwrap() = Some(main.try_clone());
-            connection.serve(&main, &offer, &mut script);
+            connection.serve(&main, &offer, &script);
             for end in [&connection.main, &connection.channel] {
                 *end.lock().unwrap() = None;
             }
@@ -132,14 +153,21 @@ impl Backend {
                 *end.lock().unwrap() = None;
             }
         });
-        backend
+        *self.process.lock().unwrap() = Some(process);
     }
 
     /// Only the place of a socket: the test brings a back-end of its own.
     pub fn silent() -> Backend {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
-        Backend { _dir: dir, socket, connection: Arc::default() }
+        let script: Script = Box::new(|_, _| Answer::Usual);
+        Backend {
+            _dir: dir,
+            socket,
+            connection: Arc::default(),
+            script: Arc::new(Mutex::new(script)),
+            process: Mutex::default(),
+        }
     }
 
     pub fn socket(&self) -> &Path {
@@ -161,7 +189,7 @@ impl std::ops::Deref for Backend {
 }
 
 impl Connection {
-    fn serve(&self, main: &Wire, offer: &Offer, script: &mut Script) {
+    fn serve(&self, main: &Wire, offer: &Offer, script: &Mutex<Script>) {
         while let Ok(mut request) = main.receive_within(None) {
             self.seen.lock().unwrap().push(Seen {
                 request: request.request,
@@ -170,7 +198,7 @@ impl Connection {
                 fds: request.fds.len(),
             });
             self.keep_channel(&mut request);
-            let answer = match script(&request, self) {
+            let answer = match script.lock().unwrap()(&request, self) {
                 Answer::Usual => usual(offer, &request)
                     .map(|payload| (message(request.request, VERSION_1 | REPLY, &payload), None)),
                 Answer::Bytes(bytes, file) => Some((bytes, file)),

@@ -3,8 +3,11 @@
 //!
 //! This file is where the tests touch the library's types.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use hotslot::config::device::DeviceSpec;
 use hotslot::memory::alloc::WindowAllocator;
@@ -18,7 +21,8 @@ use hotslot::vhost_user::sharing::Participant;
 use hotslot::vhost_user::wire::message::MemoryRegion;
 use hotslot::virtio::device::{DeviceError, QueueSetup, VirtioDevice};
 use hotslot::virtio::interrupt::Interrupt;
-use hotslot::virtio::register_page::{Register, RegisterPage};
+pub use hotslot::virtio::register_page::Register;
+use hotslot::virtio::register_page::RegisterPage;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::backend::Script;
@@ -51,6 +55,8 @@ pub struct Setup {
     pub member: Option<Participant>,
     /// How many of its requests are served in a second.
     pub rate: Option<u32>,
+    /// How many seconds its back-end may be away.
+    reconnect: Option<u64>,
     script: Script,
 }
 
@@ -69,6 +75,7 @@ impl Default for Setup {
             shares: false,
             member: None,
             rate: None,
+            reconnect: None,
             script: Box::new(|_, _| Answer::Usual),
         }
     }
@@ -78,6 +85,18 @@ impl Setup {
     /// Without some of the protocol features.
     pub fn without(mut self, protocol: u64) -> Setup {
         self.offer.protocol &= !protocol;
+        self
+    }
+
+    /// Its back-end may be away for so many seconds.
+    pub fn reconnect(mut self, seconds: u64) -> Setup {
+        self.reconnect = Some(seconds);
+        self
+    }
+
+    /// With a back-end that offers this.
+    pub fn offering(mut self, offer: Offer) -> Setup {
+        self.offer = offer;
         self
     }
 
@@ -133,6 +152,7 @@ impl Setup {
         spec.share_shmem = self.shares;
         spec.shmem_rate = self.rate.map(|rate| rate.try_into().unwrap());
         (spec.shmem_limit, spec.foreign_files) = (self.bytes, self.foreign_files);
+        spec.reconnect = self.reconnect.map(Duration::from_secs);
         Unbuilt { spec, setup: self, backend }
     }
 }
@@ -168,10 +188,32 @@ impl Unbuilt {
         let page = RegisterPage::new()?;
         let interrupt = Interrupt::new(Arc::clone(&page))?;
         let ram = MemoryRegion { guest_addr: 0, size: 16 << 20, user_addr: 0x7000_0000_0000, mmap_offset: 0 };
-        let memory = MemoryTable { file: Arc::new(memfd(ram.size)), regions: vec![ram] };
-        let device = VhostUserDevice::new(&spec, handshake, memory, Arc::clone(&shmem), interrupt, member)?;
-        let kicks = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
-        Ok(Bench { device: Mutex::new(Some(device)), shmem, page, kicks, guest, backend })
+        let file = Arc::new(memfd(ram.size));
+        let memory = MemoryTable { file: Arc::clone(&file), regions: vec![ram] };
+        let loss = Arc::new(Mutex::new(None));
+        let told = Arc::clone(&loss);
+        let on_loss = Box::new(move |why: &str| *told.lock().unwrap() = Some(why.to_owned()));
+        let device = VhostUserDevice::new(
+            &spec,
+            handshake,
+            memory,
+            Arc::clone(&shmem),
+            Arc::clone(&interrupt),
+            member,
+            Some(on_loss),
+        )?;
+        let kicks = [(); 2].map(|()| Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        Ok(Bench {
+            device: Mutex::new(Some(device)),
+            shmem,
+            page,
+            interrupt,
+            kicks,
+            ram: file,
+            loss,
+            guest,
+            backend,
+        })
     }
 }
 
@@ -188,7 +230,10 @@ pub struct Bench {
     device: Mutex<Option<VhostUserDevice>>,
     shmem: Arc<SharedMemory>,
     page: Arc<RegisterPage>,
-    kicks: [EventFd; 2],
+    interrupt: Arc<Interrupt>,
+    kicks: [Arc<EventFd>; 2],
+    ram: Arc<File>,
+    loss: Arc<Mutex<Option<String>>>,
     guest: Arc<Guest>,
     backend: Backend,
 }
@@ -221,7 +266,7 @@ impl Bench {
         self.device().start(VIRTIO_F_VERSION_1, &queues)
     }
 
-    pub fn queue(&self, index: u16) -> QueueSetup<'_> {
+    pub fn queue(&self, index: u16) -> QueueSetup {
         let base = 0x1_0000 * (u64::from(index) + 1);
         QueueSetup {
             index,
@@ -229,7 +274,7 @@ impl Bench {
             descriptors: base,
             driver_area: base + 0x4000,
             device_area: base + 0x8000,
-            kick: &self.kicks[usize::from(index)],
+            kick: Arc::clone(&self.kicks[usize::from(index)]),
         }
     }
 
@@ -243,6 +288,51 @@ impl Bench {
         let before = self.seen().len();
         action();
         self.seen().split_off(before)
+    }
+
+    /// The back-end dies, and the device knows it.
+    pub fn kill(&self) {
+        self.hang_up();
+        eventually("the back-end is away", || self.shmem.is_expecting());
+    }
+
+    /// Waits until a back-end that came back goes on, and has made its mappings.
+    pub fn wait_until_back(&self) {
+        eventually("the back-end is back", || !self.shmem.is_expecting());
+        assert_eq!(self.loss(), None);
+    }
+
+    /// Why the back-end is lost for good; `None` as long as it is not.
+    pub fn loss(&self) -> Option<String> {
+        self.loss.lock().unwrap().clone()
+    }
+
+    /// Waits until the back-end is lost for good.
+    pub fn wait_for_loss(&self) -> String {
+        self.wait_until_failed();
+        eventually("the loss is told", || self.loss().is_some());
+        self.loss().unwrap()
+    }
+
+    /// The used index of a queue, in RAM.
+    pub fn set_used_index(&self, index: u16, used: u16) {
+        let place = self.queue(index).device_area + 2;
+        self.ram.write_all_at(&used.to_le_bytes(), place).unwrap();
+    }
+
+    /// How often a queue was kicked since the last look.
+    pub fn kicks(&self, index: u16) -> u64 {
+        self.kicks[usize::from(index)].read().unwrap_or(0)
+    }
+
+    /// How often the driver was interrupted since the last look.
+    pub fn interrupts(&self) -> u64 {
+        self.interrupt.call().read().unwrap_or(0)
+    }
+
+    /// A register of the device, as the driver reads it.
+    pub fn register(&self, register: Register) -> u32 {
+        self.page.get(register)
     }
 
     /// Whether the driver is told that the device needs a reset.
