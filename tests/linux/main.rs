@@ -38,6 +38,10 @@ static SHARING: LazyLock<Session> = LazyLock::new(|| {
     Session::with_programs("sharing", "2G", 300, &files, &[("STORAGE_DAEMON", daemon.into())])
 });
 
+static RECONNECT: LazyLock<Session> = LazyLock::new(|| {
+    Session::run("reconnect", "2G", 300, &[("pmem.img", disk(None)), ("blk.img", vec![0; 1 << 20])])
+});
+
 /// A sentence in the file `given` of the read-only disk.
 const GIVEN: &str = "Only to be read.";
 
@@ -312,6 +316,19 @@ fn a_disk_of_another_back_end_that_does_not_see_them_fails_and_the_machine_goes_
     guest.ended(0, "the guest ended with status 0 (debug exit)");
     assert_eq!(guest.said("probe direct").count(), 0, "{guest}");
     assert_eq!(guest.one("machine"), "goes on", "{guest}");
+}
+
+#[test]
+fn back_ends_die_and_come_back_and_the_guest_notices_a_pause() {
+    // SHM-76, SHM-77, SHM-94, SHM-95, SHM-96
+    let guest = RECONNECT.guest("reconnect");
+    guest.ended(0, "the guest ended with status 0 (debug exit)");
+    for device in ["pmem", "blk"] {
+        assert_eq!(guest.err.matches(&format!("{device}: the back-end is back")).count(), 3, "{guest}");
+    }
+    assert!(guest.one("rounds").parse::<u32>().unwrap() > 3, "{guest}");
+    assert_eq!((guest.one("sectors"), guest.one("sectors later")), ("2048", "4096"), "{guest}");
+    complains_of_nothing_else(&guest);
 }
 
 /// One of the project's other test programs ran all it was asked for, on a KVM that is the processor's. Its
