@@ -1,0 +1,38 @@
+# shellcheck shell=sh disable=SC2034
+# A console: the guest echoes what the host types into its TCP connection, and the host compares.
+FROM=crate:vhost-device-console:0.1.0
+DEVICE=type=console,queues=4,queue-size=128
+SUFFIX=0
+
+back_end() { inside vhost-device-console --socket-path "$SOCKET" --backend network --tcp-port 12345; }
+# talk COUNT: lines of a keyboard's length.
+beside() {
+    wait_for '^console waits' || return
+    for line in $(seq 1 100); do echo "line $line of one hundred"; done >"$DIR/console.data"
+    # It takes what is typed when it comes, not faster than its queue.
+    while read -r line; do
+        echo "$line"
+        sleep 0.1
+    done <"$DIR/console.data" | nc 127.0.0.1 12345 >"$DIR/console.back" &
+    if wait_for '^console has'; then sleep 5; fi
+    kill $!
+    if grep -a '^line' "$DIR/console.back" | tr -d '\r' | cmp - "$DIR/console.data"; then
+        report console echo ok
+    else
+        report console echo WRONG "$(head -c 100 "$DIR/console.back")"
+    fi
+}
+
+work() {
+    ls -l /dev/hvc0 /dev/vport* || true
+    stty raw -echo </dev/hvc0
+    echo 'console waits' >/dev/console
+    # From the first to the last line.
+    while read -r line; do
+        echo "$line"
+        echo "$line" >&2
+        [ "$line" != 'line 100 of one hundred' ] || break
+    done </dev/hvc0 >/dev/hvc0
+    echo 'console has all' >/dev/console
+}
+touch_it() { echo hello >/dev/hvc0; }

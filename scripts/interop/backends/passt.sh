@@ -1,0 +1,50 @@
+# shellcheck shell=sh disable=SC2034
+# Network: an address by DHCP, ping, a file of the host's HTTP server, and a connection from the host into the guest.
+FROM=sid:passt
+DEVICE=type=1,queues=2
+MODULES=virtio_net
+GATEWAY=10.0.2.2
+
+prepare() {
+    mkdir -p "$DIR/www"
+    head -c 3000000 /dev/urandom >"$DIR/www/file"
+    (cd "$DIR/www" && sha256sum file >file.sha256)
+    httpd -p 127.0.0.1:8080 -h "$DIR/www"
+    # passt answers pings with sockets for them.
+    echo '0 2147483647' >/proc/sys/net/ipv4/ping_group_range
+}
+back_end() {
+    inside passt --foreground --vhost-user --socket "$SOCKET" --runas 0 --address 10.0.2.15 --netmask 24 \
+        --gateway $GATEWAY --map-host-loopback $GATEWAY --ipv4-only -t 127.0.0.1/5001
+}
+beside() {
+    wait_for '^passt listens' || return
+    sent=$(tee <"$DIR/www/file" "$DIR/sent" | nc 127.0.0.1 5001)
+    case $sent in
+    "$(sha256sum <"$DIR/www/file")"*) report passt from-host ok ;;
+    *) report passt from-host "WRONG the guest says: $sent" ;;
+    esac
+}
+
+work() {
+    interface=$(basename /sys/bus/virtio/drivers/virtio_net/virtio*/net/*)
+    if [ ! -e /tmp/address ]; then
+        # shellcheck disable=SC2016 # udhcpc fills these in
+        printf '%s\n' '#!/bin/sh' '[ "$1" = bound ] || exit 0' 'ip addr add "$ip/$mask" dev "$interface"' \
+            'ip route add default via "$router"' 'echo "$ip" >/tmp/address' >/tmp/udhcpc
+        chmod +x /tmp/udhcpc
+        ip link set "$interface" up
+        udhcpc -i "$interface" -n -q -t 20 -s /tmp/udhcpc
+        nc -l -p 5001 -e sha256sum &
+        echo 'passt listens' >/dev/console
+    fi
+    grep '^10.0.2.15$' /tmp/address
+    ping -c 5 -s 1200 $GATEWAY
+    for try in 1 2 3; do
+        rm -f file
+        wget -q -T 60 "http://$GATEWAY:8080/file" "http://$GATEWAY:8080/file.sha256" || wget -T 60 "http://$GATEWAY:8080/file"
+        sha256sum -c file.sha256
+        rm file.sha256
+    done
+}
+touch_it() { ping -c 3 -W 3 $GATEWAY; }

@@ -1,0 +1,66 @@
+# shellcheck shell=sh
+# What the guest of host.sh runs: the work of each back-end's file, all at the same time; the same while the back-ends die and
+# come back, where RECONNECT is set; then what a guest sees of a back-end that died for good.
+#
+# It prints lines of `CHECK NAME PHASE ok SECONDS`, `CHECK NAME PHASE WRONG text`, `KERNEL text` and `SEEN NAME text`.
+
+# Seconds for one work on an emulated host with everything else at the same time.
+LIMIT=150
+
+# each NAME FUNCTION: what a file defines, in a process that can be killed.
+if [ "${1-}" = each ]; then
+    # shellcheck disable=SC2034 # for the file
+    NAME=$2
+    # shellcheck source=/dev/null
+    . "/interop/backends/$2.sh"
+    set -e
+    $3
+    exit
+fi
+
+names=$(echo "$NAMES" | tr , ' ')
+
+# phase WORD: everything at once.
+phase() {
+    for name in $names; do
+        (
+            mkdir -p "/tmp/$name"
+            cd "/tmp/$name" || exit
+            start=$(date +%s)
+            if timeout -s KILL $LIMIT sh -x /interop/guest.sh each "$name" work >"/tmp/$name.log" 2>&1 </dev/null; then
+                echo "CHECK $name $1 ok $(($(date +%s) - start))"
+            else
+                echo "CHECK $name $1 WRONG status $?: $(tail -n 2 "/tmp/$name.log" | tr '\n' ' ')"
+                sed "s/^/LOG $name: /" "/tmp/$name.log"
+            fi
+        ) &
+    done
+    wait
+    # But for processors that stand still, as emulated ones do.
+    dmesg -r | grep '^<[0-4]>' | grep -vE '(clocksource|hrtimer|sched|workqueue|watchdog): ' | sed "s/^/KERNEL $1 /"
+    dmesg -c >/dev/null
+}
+
+dmesg -n 1
+dmesg -c | grep -i virtio | sed 's/^/BOOT /'
+phase work
+if [ -n "$RECONNECT" ]; then
+    echo 'DEATH and return'
+    phase return
+fi
+echo 'DEATH for good'
+sleep $((${RECONNECT:-0} + 5))
+for name in $names; do
+    (
+        cd "/tmp/$name" || exit
+        timeout -s KILL 30 sh /interop/guest.sh each "$name" touch_it >/tmp/seen 2>&1 </dev/null
+        status=$?
+        case $status in
+        0) echo "SEEN $name no error" ;;
+        137) echo "SEEN $name no answer in 30 s" ;;
+        *) echo "SEEN $name status $status: $(tail -n 1 /tmp/seen)" ;;
+        esac
+    )
+done
+dmesg -r | grep '^<[0-4]>' | sed 's/^/KERNEL lost /'
+echo END

@@ -1,0 +1,81 @@
+# shellcheck shell=sh
+# What interop.sh runs on the emulated host, whose shell is busybox: back-ends, and one guest that uses all of them at the
+# same time. At the guest's word it kills them, and starts them again where hotslot is to reconnect.
+#
+# From interop.sh, in the environment: NAMES (files in backends/, one word each), INTEROP (this directory), OUT (a directory
+# for what is printed), WORK (where Debian's roots and the crates' programs lie), HOTSLOT, KERNEL and IMAGE, CPUS, RECONNECT
+# (seconds; empty where a device stays lost), LIMIT (seconds for the guest).
+export DIR=/run/interop
+mkdir -p $DIR
+ip link set lo up
+for root in "$WORK/sid" "$WORK/bookworm"; do
+    for each in dev proc sys run/interop; do
+        mkdir -p "$root/$each"
+        mount --bind "/$each" "$root/$each" || exit 1
+    done
+done
+
+# What a back-end's file may leave out.
+beside() { :; }
+# shellcheck disable=SC2153 # the file sets SUFFIX and DEVICE
+devices() { echo "$SOCKET${SUFFIX-},$DEVICE,name=$NAME"; }
+prepare() { :; }
+
+# load NAME: in a subshell.
+load() {
+    NAME=$1 SOCKET=$DIR/$1.sock
+    # shellcheck source=/dev/null
+    . "$INTEROP/backends/$1.sh"
+}
+# inside PROGRAM ARG...: becomes that program, of where the back-end's file says that it is from.
+inside() {
+    case $FROM in
+    sid:*) exec chroot "$WORK/sid" "$@" ;;
+    bookworm:*) exec chroot "$WORK/bookworm" "$@" ;;
+    *) PATH=$WORK/bin:$PATH exec "$@" ;;
+    esac
+}
+start() {
+    (load "$1" && back_end) >>"$OUT/$1.back-end" 2>&1 &
+    echo $! >"$DIR/$1.pid"
+}
+# report NAME WORD...: a result of this side.
+report() { echo "CHECK $*" >>"$OUT/host"; }
+# wait_for TEXT [SECONDS]: until the console shows it, or the guest has ended.
+wait_for() {
+    tries=$((${2-$LIMIT} * 5))
+    until grep -aq -- "$1" "$OUT/console"; do
+        tries=$((tries - 1))
+        [ $tries -gt 0 ] && [ ! -e "$OUT/status" ] || return 1
+        sleep 0.2
+    done
+}
+kill_all() { for name in $NAMES; do kill -KILL "$(cat "$DIR/$name.pid")"; done; }
+
+set --
+for name in $NAMES; do
+    (load "$name" && prepare) || exit 1
+    start "$name"
+    for device in $(load "$name" && devices); do
+        set -- "$@" --vhost-user "$device${RECONNECT:+,reconnect=$RECONNECT}"
+    done
+done
+: >"$OUT/console"
+{
+    timeout -s KILL "$LIMIT" "$HOTSLOT" -k "$KERNEL" -i "$IMAGE" -m 1G --cpus "$CPUS" -v --debug-exit --connect-timeout 60s \
+        -c "quiet hotslot.debug_exit=0xf4 NAMES=$(echo $NAMES | tr ' ' ,) RECONNECT=$RECONNECT -- sh /interop/guest.sh" \
+        "$@" </dev/null >>"$OUT/console" 2>"$OUT/hotslot"
+    echo $? >"$OUT/status"
+} &
+guest=$!
+for name in $NAMES; do (load "$name" && beside) & done
+
+if [ -n "$RECONNECT" ] && wait_for '^DEATH and return'; then
+    sleep 2
+    kill_all
+    for name in $NAMES; do start "$name"; done
+fi
+if wait_for '^DEATH for good'; then kill_all; fi
+wait $guest
+for name in $NAMES; do kill -KILL "$(cat "$DIR/$name.pid")" 2>/dev/null; done
+exit 0
