@@ -1,10 +1,14 @@
 #!/bin/bash
-# usage: interop.sh [--reconnect SECONDS] [--cpus N] [--list] [NAME... | many]
+# usage: interop.sh [--reconnect SECONDS] [--cpus N] [--list] [NAME... | many | debian | frontends]
 #
 # Runs vhost-user back-ends that others wrote, and a stock Linux guest that uses each in earnest; kills the back-end under
 # the guest, and says what held. All of scripts/interop/backends where none is named.
 #
 #   many               seven of them at once, in one guest with 4 vCPUs: each works, with its checksums, while the others do
+#   debian             Debian with systemd: its root on the disk of qemu-storage-daemon, its network by passt; it boots to a
+#                      login and installs packages that the host's HTTP server has
+#   frontends          the other end: QEMU of both suites drives hotslot-backend blk and fs, and the newer one, which has
+#                      SHMEM, also fs with a window, and pmem; without an emulated host
 #   --reconnect N      also kills each back-end with SIGKILL while it works, and starts it again: the guest's work must go on
 #                      (the key reconnect=N). After that, as without this option, it is killed for good
 #   --cpus N           vCPUs of the guests (default: 2)
@@ -25,12 +29,16 @@ set -euo pipefail
 source "$(dirname "$0")/lib.sh"
 
 WORK=$TARGET/interop
-BACKENDS=$PROJECT/scripts/interop/backends
+INTEROP=$PROJECT/scripts/interop
+# Where `field` looks: backends or frontends.
+FILES=backends
 MANY=(rng vsock passt disk scsi virtiofsd console)
 # What the roots hold, by suite.
+# shellcheck disable=SC2054 # the commas are mmdebstrap's
 declare -A PACKAGES=(
     [sid]=passt,qemu-system-x86,qemu-utils,virtiofsd,dpdk-dev,vhost-device-vsock,linux-image-amd64
     [bookworm]=qemu-system-x86,qemu-system-common,qemu-utils
+    [guest]=systemd-sysv,udev,kmod,e2fsprogs,iproute2,dbus
 )
 # Seconds for one guest.
 LIMIT=2400
@@ -38,7 +46,7 @@ LIMIT=2400
 wrong=0
 
 main() {
-    local names=() cpus=2 reconnect='' list='' many='' name
+    local names=() cpus=2 reconnect='' list='' mode='' name
     while (($#)); do
         case $1 in
         -h | --help) usage && return ;;
@@ -48,125 +56,195 @@ main() {
             if [[ $1 == --cpus ]]; then cpus=$2; else reconnect=$2; fi
             shift
             ;;
-        many) many=1 ;;
+        many | debian | frontends) mode=$1 ;;
         *)
-            [[ -e $BACKENDS/$1.sh ]] || die "$1: no such back-end (--list)"
+            [[ -e $INTEROP/backends/$1.sh ]] || die "$1: no such back-end (--list)"
             names+=("$1")
             ;;
         esac
         shift
     done
-    if [[ -z $many ]] && ((${#names[@]} == 0)); then
-        mapfile -t names < <(cd "$BACKENDS" && printf '%s\n' *.sh | sed 's/\.sh$//')
-    fi
-    [[ -z $list ]] || { list "${names[@]}" && return; }
+    [[ -z $list ]] || { list && return; }
+    if [[ -z $mode ]] && ((${#names[@]} == 0)); then mapfile -t names < <(all backends); fi
     ((EUID == 0)) || die "this needs root, for mmdebstrap"
 
     cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bins
     mkdir -p "$WORK"
-    if [[ -n $many ]]; then
-        run many 4 "$reconnect" "${MANY[@]}"
-    fi
+    case $mode in
+    many) run many 4 "$reconnect" "${MANY[@]}" ;;
+    debian) debian ;;
+    frontends) frontends ;;
+    esac
     for name in ${names[@]+"${names[@]}"}; do run "$name" "$cpus" "$reconnect" "$name"; done
     ((wrong == 0))
 }
 
-# field NAME VARIABLE: what a back-end's file sets.
+# all DIRECTORY: the names of the files there.
+all() { (cd "$INTEROP/$1" && printf '%s\n' *.sh | sed 's/\.sh$//'); }
+
+# field NAME VARIABLE: what a file sets.
 field() {
+    # shellcheck disable=SC2030,SC2031 # for this one file
     (
-        NAME=$1 INTEROP=$PROJECT/scripts/interop
+        export NAME=$1 INTEROP
         # shellcheck source=/dev/null
-        source "$BACKENDS/$1.sh"
+        source "$INTEROP/$FILES/$1.sh"
         printf '%s\n' "${!2-}"
     )
 }
 
 list() {
     local name
-    for name; do
-        printf '%-14s %-34s %s\n' "$name" "$(field "$name" FROM)" "$(sed -n '2s/^# //p' "$BACKENDS/$name.sh")"
+    for FILES in backends frontends; do
+        for name in $(all "$FILES"); do
+            printf '%-12s %-32s %s\n' "$name" "$(field "$name" FROM | cut -d : -f 1-3)" \
+                "$(sed -n '2s/^# //p' "$INTEROP/$FILES/$name.sh")"
+        done
     done
+}
+
+# pack OUT NAME...: the image of a guest that uses these, OUT/guest.cpio, and its kernel in $kernel.
+pack() {
+    local out=$1 name each words modules=() tools=() files=()
+    shift
+    for name; do
+        read -ra words <<<"$(field "$name" MODULES)"
+        for each in "${words[@]}"; do modules+=(--module "$each"); done
+        read -ra words <<<"$(field "$name" TOOLS)"
+        for each in "${words[@]}"; do need "$each" && tools+=(--exec "$(type -P "${each%%:*}")"); done
+        read -ra words <<<"$(field "$name" FILES_IN_GUEST)"
+        for each in "${words[@]}"; do files+=(--file "$each"); done
+    done
+    unset KERNEL MODULES
+    if [[ $(field "$1" GUEST_KERNEL) == sid ]]; then
+        words=("$WORK"/sid/usr/lib/modules/*)
+        export KERNEL=${words[0]}/vmlinuz MODULES=${words[0]}
+    fi
+    rm -rf "$out"
+    mkdir -p "$out"
+    kernel=$("$PROJECT/scripts/kernel.sh")
+    "$PROJECT/scripts/image.sh" -o "$out/guest.cpio" --module virtio_mmio "${modules[@]}" --file "$INTEROP:/interop" \
+        ${tools[@]+"${tools[@]}"} ${files[@]+"${files[@]}"}
 }
 
 # run TITLE CPUS RECONNECT NAME...: one guest with these back-ends.
 run() {
-    local title=$1 cpus=$2 reconnect=$3 out=$WORK/out/$1 name pair modules=() tools=() lab=() each kernel
-    local hotslot=$TARGET/release/hotslot host=$PROJECT/scripts/interop/host.sh guest_files=()
+    local title=$1 cpus=$2 reconnect=$3 out=$WORK/out/$1 name kernel
     shift 3
+    pack "$out" "$@"
+    on_lab "$out" "$kernel" CPUS="$cpus" RECONNECT="$reconnect" NAMES="$*" \
+        WORDS="hotslot.debug_exit=0xf4 NAMES=$(tr ' ' , <<<"$*") RECONNECT=$reconnect -- sh /interop/guest.sh"
     for name; do
-        provide "$(field "$name" FROM)"
-        read -ra each <<<"$(field "$name" MODULES)"
-        for pair in "${each[@]}"; do modules+=(--module "$pair"); done
-        read -ra each <<<"$(field "$name" TOOLS)"
-        for pair in "${each[@]}"; do need "$pair" && tools+=(--exec "$(type -P "${pair%%:*}")"); done
-        read -ra each <<<"$(field "$name" FILES)"
-        for pair in "${each[@]}"; do guest_files+=(--file "$pair"); done
-        read -ra each <<<"$(field "$name" HOST_TOOLS)"
-        for pair in "${each[@]}"; do need "$pair" && lab+=(--exec "$(type -P "${pair%%:*}")"); done
-        read -ra each <<<"$(field "$name" HOST_MODULES)"
-        for pair in "${each[@]}"; do lab+=(--module "$pair"); done
-        case $(field "$name" FROM) in
-        crate:*) lab+=(--exec "$WORK/bin/$(crate "$name")") ;;
-        esac
+        row "$out" "$name" "$(version "$(field "$name" FROM)")"
+        printf '    death for good: %s; hotslot ended with status %s\n' \
+            "$(sed -n "s/^SEEN $name //p" "$out/lines")" "$(cat "$out/status" 2>/dev/null)"
+        grep -F "$name: " "$out/hotslot" | sed 's/^/    /' || true
     done
-    if [[ $(field "$1" GUEST_KERNEL) == sid ]]; then
-        each=("$WORK"/sid/usr/lib/modules/*)
-        export KERNEL=${each[0]}/vmlinuz MODULES=${each[0]}
-    else
-        unset KERNEL MODULES
-    fi
+}
+
+# on_lab OUT KERNEL VARIABLE=VALUE...: runs host.sh on an emulated host; NAMES are the back-ends, OUT/guest.cpio is the image.
+on_lab() {
+    local out=$1 kernel=$2 each words name from lab=()
+    shift 2
+    for each in "$@"; do
+        lab+=(--env "$each")
+        [[ $each != NAMES=* ]] || read -ra names <<<"${each#*=}"
+    done
+    for name in "${names[@]}"; do
+        from=$(field "$name" FROM)
+        provide "$from"
+        [[ $from != crate:* ]] || lab+=(--exec "$WORK/bin/$(cut -d : -f 2 <<<"$from")")
+        read -ra words <<<"$(field "$name" HOST_TOOLS)"
+        for each in "${words[@]}"; do need "$each" && lab+=(--exec "$(type -P "${each%%:*}")"); done
+        read -ra words <<<"$(field "$name" HOST_MODULES)"
+        for each in "${words[@]}"; do lab+=(--module "$each"); done
+    done
+    for each in INTEROP="$INTEROP" OUT="$out" WORK="$WORK" HOTSLOT="$TARGET/release/hotslot" LIMIT="$LIMIT" \
+        KERNEL="$kernel/vmlinux" IMAGE="$out/guest.cpio"; do lab+=(--env "$each"); done
+    say "${out##*/}: started at $(date +%T), see $out"
+    "$PROJECT/scripts/lab.sh" --memory 4G --timeout $((LIMIT + 300)) --share "$WORK" --exec "$TARGET/release/hotslot" \
+        --file "$INTEROP" --file "$kernel/vmlinux" --log "$out/kernel" "${lab[@]}" -- /bin/sh "$INTEROP/host.sh" \
+        </dev/null >"$out/lab" 2>&1 || say "the emulated host did not come to its end: $(tail -n 1 "$out/lab")"
+    rm "$out/guest.cpio"
+    touch "$out/hotslot" "$out/console"
+    tr -d '\r' <"$out/console" >"$out/lines"
+}
+
+# Debian, with its root on one back-end and its network by another.
+debian() {
+    local out=$WORK/out/debian root=$WORK/guest kernel name
+    make_root guest
+    unset KERNEL MODULES
     kernel=$("$PROJECT/scripts/kernel.sh")
     rm -rf "$out"
     mkdir -p "$out"
-    "$PROJECT/scripts/image.sh" -o "$out/guest.cpio" --module virtio_mmio "${modules[@]}" \
-        --file "$PROJECT/scripts/interop:/interop" ${tools[@]+"${tools[@]}"} ${guest_files[@]+"${guest_files[@]}"}
-    unset KERNEL MODULES
-    local variables=(NAMES="$*" INTEROP="$PROJECT/scripts/interop" OUT="$out" WORK="$WORK" HOTSLOT="$hotslot"
-        KERNEL="$kernel/vmlinux" IMAGE="$out/guest.cpio" CPUS="$cpus" RECONNECT="$reconnect" LIMIT="$LIMIT")
-    for each in "${variables[@]}"; do lab+=(--env "$each"); done
-    say "$title: see $out"
-    "$PROJECT/scripts/lab.sh" --memory 4G --timeout $((LIMIT + 300)) --share "$WORK" --exec "$hotslot" \
-        --file "$PROJECT/scripts/interop" --file "$kernel/vmlinux" --log "$out/kernel" "${lab[@]}" \
-        -- /bin/sh "$host" </dev/null >"$out/lab" 2>&1 || say "the emulated host did not come to its end: $(tail -n 1 "$out/lab")"
-    rm "$out/guest.cpio"
-    for name; do row "$out" "$name"; done
+    repository "$out/www"
+    truncate -s 2G "$out/disk.img"
+    mkfs.ext4 -q -d "$root" "$out/disk.img"
+    "$PROJECT/scripts/image.sh" -o "$out/guest.cpio" --module virtio_mmio --module virtio_blk --module virtio_net \
+        --file "$PROJECT/scripts/debian:/check" --file "$INTEROP/login.sh:/check/login.sh"
+    on_lab "$out" "$kernel" CPUS=2 RECONNECT= NAMES='disk passt' DISK="$out/disk.img" WWW="$out/www" \
+        LOGIN='exec bash /check/login.sh' WORDS='noxsave rdinit=/check/init.sh CONFIGURATION=blk'
+    if e2fsck -fn "$out/disk.img" >"$out/fsck" 2>&1; then echo 'CHECK debian work ok'; else echo 'CHECK debian fsck WRONG'; fi >"$out/host"
+    rm "$out/disk.img"
+    row "$out" debian "$(version sid:qemu-utils), passt $(version sid:passt)"
 }
 
-# The name of a crate, which is its program's, too.
-crate() { field "$1" FROM | cut -d : -f 2; }
+# repository DIRECTORY: packages as apt wants them from an HTTP server.
+repository() {
+    local file
+    mkdir "$1"
+    # The user _apt could not write into our directory.
+    (cd "$1" && apt-get -qq -o APT::Sandbox::User=root download hello bc </dev/null >&2) || die "could not download packages"
+    for file in "$1"/*.deb; do
+        dpkg-deb -f "$file"
+        printf 'Filename: ./%s\nSize: %s\nSHA256: %s\n\n' "${file##*/}" "$(stat -c %s "$file")" \
+            "$(sha256sum "$file" | cut -d ' ' -f 1)"
+    done >"$1/Packages"
+}
 
-# row DIRECTORY NAME: prints what came of it.
+# The other end: each file of frontends/, with QEMU of each suite that can.
+frontends() {
+    local name suite out suites kernel
+    FILES=frontends
+    need mkfs.ext4:e2fsprogs debugfs:e2fsprogs
+    for name in $(all frontends); do
+        read -ra suites <<<"$(field "$name" SUITES)"
+        ((${#suites[@]})) || suites=(bookworm sid)
+        for suite in "${suites[@]}"; do
+            make_root "$suite"
+            out=$WORK/out/$name-$suite
+            pack "$out" "$name"
+            cp "$kernel/bzImage" "$out/kernel"
+            say "$name with $suite's QEMU: started at $(date +%T), see $out"
+            # What it mounts is mounted for it alone.
+            env NAME="$name" INTEROP="$INTEROP" ROOT="$WORK/$suite" OUT="$out" LIMIT="$LIMIT" \
+                BACKEND="$TARGET/release/hotslot-backend" unshare -m /bin/sh "$INTEROP/qemu.sh" || true
+            rm -rf "$out/kernel" "$out/guest.cpio" "$out/files"
+            tr -d '\r' <"$out/console" >"$out/lines"
+            row "$out" "$name" "QEMU $(version "$suite:qemu-system-x86")"
+        done
+    done
+}
+
+# row DIRECTORY NAME VERSION: prints what came of it.
 row() {
-    local out=$1 name=$2 work back seen
-    touch "$out/host" "$out/hotslot" "$out/console"
-    tr -d '\r' <"$out/console" >"$out/lines"
-    work=$(result "$name" work) back=$(result "$name" return)
-    seen=$(sed -n "s/^SEEN $name //p" "$out/lines")
-    printf '%-14s %-24s work: %s; ' "$name" "$(version "$name")" "$work"
-    [[ -z $back ]] || printf 'death and return: %s; ' "$back"
-    printf 'death for good: %s; hotslot ended with %s\n' "${seen:-nothing seen}" "$(cat "$out/status" 2>/dev/null || echo none)"
-    grep -h "^CHECK $name .*WRONG" "$out/lines" "$out/host" | sed 's/^/    /' || true
-    grep -h '^KERNEL [wr]' "$out/lines" | sed 's/^/    /' || true
-    grep -F "$name: " "$out/hotslot" | sed 's/^/    /' || true
-    case $work$back in
-    *WRONG* | *none* | *KERNEL*) wrong=1 ;;
-    esac
+    local out=$1 name=$2 lines
+    touch "$out/host" "$out/lines"
+    lines=$(grep -h "^CHECK $name " "$out/lines" "$out/host") || true
+    printf '%-12s %-24s %s\n' "$name" "$3" "$(cut -d ' ' -f 3- <<<"$lines" | sed 's/ WRONG.*/ WRONG/' | paste -sd ';')"
+    grep WRONG <<<"$lines" | sed 's/^/    /' || true
+    # What the guest's kernel complained of while no back-end was dead for good.
+    grep '^KERNEL [wr]' "$out/lines" | sed 's/^/    /' || true
+    if ! grep -q ' work ok' <<<"$lines" || grep -q WRONG <<<"$lines"; then wrong=1; fi
 }
 
-# result NAME PHASE: ok, WRONG or none; the host's results count as the work's.
-result() {
-    local name=$1 phase=$2 lines
-    lines=$(sed -n "s/^CHECK $name $phase //p" "$out/lines" | cut -d ' ' -f 1)
-    [[ $phase == work || -n $lines ]] || return 0
-    if [[ $phase == work ]] && grep -q "^CHECK $name .*WRONG" "$out/host"; then lines=WRONG; fi
-    printf '%s\n' "${lines:-none}"
-}
-
+# version FROM
 version() {
     local suite name rest
-    IFS=: read -r suite name rest <<<"$(field "$1" FROM)"
+    IFS=: read -r suite name rest <<<"$1"
     case $suite in
-    crate) echo "$rest" ;;
+    crate) echo "${rest%%:*}" ;;
     *) dpkg-query --admindir="$WORK/$suite/var/lib/dpkg" -W -f '${Version}' "$name" ;;
     esac
 }
@@ -199,8 +277,19 @@ make_root() {
     rm -rf "$WORK/$suite.new"
     # A mirror may lag behind. The signatures are verified all the same.
     mmdebstrap --quiet --aptopt='Acquire::Check-Valid-Until "false"' --variant=minbase --include="${PACKAGES[$suite]}" \
-        "$suite" "$WORK/$suite.new" "deb $uri $suite main" >"$WORK/$suite.log" 2>&1 || die "mmdebstrap failed: $WORK/$suite.log"
+        "${suite/guest/bookworm}" "$WORK/$suite.new" "deb $uri ${suite/guest/bookworm} main" >"$WORK/$suite.log" 2>&1 ||
+        die "mmdebstrap failed: $WORK/$suite.log"
+    [[ $suite != guest ]] || guest_root "$WORK/$suite.new"
     mv "$WORK/$suite.new" "$WORK/$suite"
+}
+
+# What makes a root a guest's: a login without a password, and the network by DHCP.
+guest_root() {
+    mkdir "$1/check"
+    echo debian >"$1/etc/hostname"
+    : >"$1/etc/fstab"
+    printf '%s\n' '[Match]' Type=ether '[Network]' DHCP=ipv4 >"$1/etc/systemd/network/any.network"
+    chroot "$1" sh -c 'passwd -qd root && systemctl -q enable systemd-networkd && systemctl -q disable apt-daily.timer apt-daily-upgrade.timer'
 }
 
 # shellcheck disable=SC2016 # apt fills it in

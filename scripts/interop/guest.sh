@@ -2,17 +2,19 @@
 # What the guest of host.sh runs: the work of each back-end's file, all at the same time; the same while the back-ends die and
 # come back, where RECONNECT is set; then what a guest sees of a back-end that died for good.
 #
+# FILES=frontends: the work of the files there, and no death.
+#
 # It prints lines of `CHECK NAME PHASE ok SECONDS`, `CHECK NAME PHASE WRONG text`, `KERNEL text` and `SEEN NAME text`.
 
 # Seconds for one work on an emulated host with everything else at the same time.
-LIMIT=150
+LIMIT=300
 
 # each NAME FUNCTION: what a file defines, in a process that can be killed.
 if [ "${1-}" = each ]; then
     # shellcheck disable=SC2034 # for the file
     NAME=$2
     # shellcheck source=/dev/null
-    . "/interop/backends/$2.sh"
+    . "/interop/${FILES:-backends}/$2.sh"
     set -e
     $3
     exit
@@ -31,7 +33,7 @@ phase() {
                 echo "CHECK $name $1 ok $(($(date +%s) - start))"
             else
                 echo "CHECK $name $1 WRONG status $?: $(tail -n 2 "/tmp/$name.log" | tr '\n' ' ')"
-                sed "s/^/LOG $name: /" "/tmp/$name.log"
+                { cat "/tmp/$name.log" && grep virtio /proc/interrupts; } | sed "s/^/LOG $name: /"
             fi
         ) &
     done
@@ -48,6 +50,7 @@ if [ -n "$RECONNECT" ]; then
     echo 'DEATH and return'
     phase return
 fi
+[ -z "${FILES-}" ] || exit 0
 echo 'DEATH for good'
 sleep $((${RECONNECT:-0} + 5))
 for name in $names; do

@@ -4,15 +4,24 @@
 #
 # From interop.sh, in the environment: NAMES (files in backends/, one word each), INTEROP (this directory), OUT (a directory
 # for what is printed), WORK (where Debian's roots and the crates' programs lie), HOTSLOT, KERNEL and IMAGE, CPUS, RECONNECT
-# (seconds; empty where a device stays lost), LIMIT (seconds for the guest).
+# (seconds; empty where a device stays lost), LIMIT (seconds for the guest), WORDS (of the kernel's command line). For a guest
+# with a login: LOGIN (what is typed there) and DISK (the image of its root).
 export DIR=/run/interop
 mkdir -p $DIR
+# passt becomes "nobody", and makes its socket.
+chmod 1777 $DIR
 ip link set lo up
+if [ -n "$DISK" ]; then
+    touch $DIR/disk.img
+    mount --bind "$DISK" $DIR/disk.img || exit 1
+fi
 for root in "$WORK/sid" "$WORK/bookworm"; do
+    [ -d "$root" ] || continue
     for each in dev proc sys run/interop; do
         mkdir -p "$root/$each"
-        mount --bind "/$each" "$root/$each" || exit 1
+        mount --rbind "/$each" "$root/$each" || exit 1
     done
+    mount --rbind "$root" "$root" || exit 1
 done
 
 # What a back-end's file may leave out.
@@ -30,10 +39,10 @@ load() {
 # inside PROGRAM ARG...: becomes that program, of where the back-end's file says that it is from.
 inside() {
     case $FROM in
-    sid:*) exec chroot "$WORK/sid" "$@" ;;
-    bookworm:*) exec chroot "$WORK/bookworm" "$@" ;;
-    *) PATH=$WORK/bin:$PATH exec "$@" ;;
+    crate:*) PATH=$WORK/bin:$PATH exec "$@" ;;
     esac
+    # Not only chroot: passt makes a user namespace, which Linux refuses in one.
+    exec unshare -m sh -c 'cd "$0" && mount --move . / && exec chroot . "$@"' "$WORK/${FROM%%:*}" "$@"
 }
 start() {
     (load "$1" && back_end) >>"$OUT/$1.back-end" 2>&1 &
@@ -61,15 +70,21 @@ for name in $NAMES; do
     done
 done
 : >"$OUT/console"
+mkfifo "$DIR/keys"
+# Open for writing, too: otherwise to open it would wait.
+exec 3<>"$DIR/keys"
 {
-    timeout -s KILL "$LIMIT" "$HOTSLOT" -k "$KERNEL" -i "$IMAGE" -m 1G --cpus "$CPUS" -v --debug-exit --connect-timeout 60s \
-        -c "quiet hotslot.debug_exit=0xf4 NAMES=$(echo $NAMES | tr ' ' ,) RECONNECT=$RECONNECT -- sh /interop/guest.sh" \
-        "$@" </dev/null >>"$OUT/console" 2>"$OUT/hotslot"
+    timeout -s KILL "$LIMIT" "$HOTSLOT" -k "$KERNEL" -i "$IMAGE" -m 1G --cpus "$CPUS" -v --debug-exit --connect-timeout 30s \
+        -c "quiet $WORDS" "$@" <"$DIR/keys" >>"$OUT/console" 2>"$OUT/hotslot"
     echo $? >"$OUT/status"
 } &
 guest=$!
 for name in $NAMES; do (load "$name" && beside) & done
 
+if [ -n "$LOGIN" ] && wait_for 'login: $'; then
+    echo root >&3
+    if wait_for '# $'; then echo "$LOGIN" >&3; fi
+fi
 if [ -n "$RECONNECT" ] && wait_for '^DEATH and return'; then
     sleep 2
     kill_all

@@ -6,7 +6,7 @@ DEVICE=type=blk,queues=2
 MODULES=virtio_blk
 TOOLS='fio:fio blkdiscard:util-linux'
 
-prepare() { truncate -s 64M "$DIR/$NAME.img"; }
+prepare() { [ -e "$DIR/$NAME.img" ] || truncate -s 64M "$DIR/$NAME.img"; }
 back_end() {
     inside qemu-storage-daemon --blockdev driver=file,node-name=file,filename="$DIR/$NAME.img",discard=unmap \
         --blockdev driver=raw,node-name=disk,file=file,discard=unmap \

@@ -1,0 +1,32 @@
+# shellcheck shell=sh disable=SC2034
+# An input device: the host's power button, whose presses the guest counts.
+FROM=crate:vhost-device-input:0.1.0
+DEVICE=type=18,queues=2
+SUFFIX=0
+MODULES='virtio_input evdev'
+HOST_MODULES=evdev
+
+back_end() { inside vhost-device-input --socket-path "$SOCKET" --event-list /dev/input/event0; }
+# key VALUE: KEY_POWER (116) and SYN_REPORT as struct input_event has them.
+key() { printf '%b' '\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\001\0\164\0\00'"$1"'\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0'; }
+# What is written to an event device is an event of it.
+beside() {
+    while wait_for '^input waits'; do
+        for value in 1 0; do
+            key $value >/dev/input/event0
+            sleep 0.2
+        done
+    done
+}
+
+work() {
+    event=/dev/input/$(basename /sys/bus/virtio/drivers/virtio_input/virtio*/input/input*/event*)
+    cat "/sys/class/input/${event#/dev/input/}/device/name"
+    grep 'Power Button' "/sys/class/input/${event#/dev/input/}/device/name"
+    echo 'input waits' >/dev/console
+    # Ten events and what ends each.
+    dd if="$event" of=events bs=24 count=20
+    od -An -v -t u2 -j 16 -w24 events | awk '$1 == 1 && $2 == 116' | tee keys
+    [ "$(wc -l <keys)" = 10 ]
+}
+touch_it() { timeout 10 dd if="/dev/input/$(basename /sys/bus/virtio/drivers/virtio_input/virtio*/input/input*/event*)" bs=24 count=1; }
