@@ -41,7 +41,7 @@ declare -A PACKAGES=(
     [guest]=systemd-sysv,udev,kmod,e2fsprogs,iproute2,dbus
 )
 # Seconds for one guest.
-LIMIT=2400
+LIMIT=1500
 
 wrong=0
 
@@ -129,7 +129,7 @@ pack() {
 
 # run TITLE CPUS RECONNECT NAME...: one guest with these back-ends.
 run() {
-    local title=$1 cpus=$2 reconnect=$3 out=$WORK/out/$1 name kernel
+    local cpus=$2 reconnect=$3 out=$WORK/out/$1 name kernel
     shift 3
     pack "$out" "$@"
     on_lab "$out" "$kernel" CPUS="$cpus" RECONNECT="$reconnect" NAMES="$*" \

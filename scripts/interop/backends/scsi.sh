@@ -24,6 +24,6 @@ work() {
     dd if="$disk" bs=4k count=4096 iflag=direct | sha256sum >half &
     [ "scsi: $(dd if="$disk" bs=64k iflag=direct | sha256sum)" = "$(cat sum)" ]
     wait
-    [ "$(cat half)" = "$(head -c 16M "$disk" | sha256sum)" ]
+    [ "$(cat half)" = "$(head -c 16777216 "$disk" | sha256sum)" ]
 }
 touch_it() { dd if="/dev/$(basename /sys/bus/virtio/drivers/virtio_scsi/virtio*/host*/target*/*/block/*)" of=/dev/null bs=4k count=1 iflag=direct; }

@@ -15,9 +15,16 @@ beside() {
     socat "UNIX-LISTEN:$DIR/vsock.uds_1234,fork" EXEC:cat &
     head -c 1000000 /dev/urandom >"$DIR/vsock.data"
     wait_for '^LISTENING' || return
-    # The answer to CONNECT comes first.
-    { echo CONNECT 1235 && cat "$DIR/vsock.data"; } | socat -t 60 - "UNIX-CONNECT:$DIR/vsock.uds" | tail -n +2 >"$DIR/vsock.back"
-    if cmp "$DIR/vsock.data" "$DIR/vsock.back"; then report vsock from-host ok; else report vsock from-host WRONG; fi
+    # The answer to CONNECT comes first. The data have an end of their own.
+    { echo CONNECT 1235 && cat "$DIR/vsock.data" && sleep 600; } | socat - "UNIX-CONNECT:$DIR/vsock.uds" | tail -n +2 |
+        head -c 1000000 >"$DIR/vsock.back" &
+    tries=300
+    until [ "$(stat -c %s "$DIR/vsock.back")" = 1000000 ] || [ $((tries -= 1)) = 0 ]; do sleep 1; done
+    if cmp "$DIR/vsock.data" "$DIR/vsock.back"; then
+        report vsock from-host ok
+    else
+        report vsock from-host "WRONG $(stat -c %s "$DIR/vsock.back") bytes came back"
+    fi
 }
 
 work() {

@@ -22,7 +22,7 @@ work() {
     probe fill mnt/filled 8
     sum=$(probe sum mnt/filled map | cut -d ' ' -f 1)
     [ "$sum" = "$(probe sum mnt/filled read | cut -d ' ' -f 1)" ]
-    head -c 4M /dev/urandom >data
+    head -c 4194304 /dev/urandom >data
     # Into the file's mappings.
     dd if=data of=mnt/filled bs=1M seek=2 conv=notrunc
     umount mnt
