@@ -1,10 +1,11 @@
 #!/bin/bash
-# usage: interop.sh [--reconnect SECONDS] [--cpus N] [--list] [NAME... | many | debian | frontends]
+# usage: interop.sh [--reconnect SECONDS] [--cpus N] [--list] [NAME... | many [NAME...] | debian | frontends]
 #
 # Runs vhost-user back-ends that others wrote, and a stock Linux guest that uses each in earnest; kills the back-end under
 # the guest, and says what held. All of scripts/interop/backends where none is named.
 #
-#   many               seven of them at once, in one guest with 4 vCPUs: each works, with its checksums, while the others do
+#   many               those that are named, or seven of them, at once, in one guest with 4 vCPUs: each works, with its
+#                      checksums, while the others do
 #   debian             Debian with systemd: its root on the disk of qemu-storage-daemon, its network by passt; it boots to a
 #                      login and installs packages that the host's HTTP server has
 #   frontends          the other end: QEMU of both suites drives hotslot-backend blk and fs, and the newer one, which has
@@ -28,7 +29,8 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
 
-WORK=$TARGET/interop
+# lab.sh --share mounts what a link leads to.
+WORK=$(realpath -m "$TARGET/interop")
 INTEROP=$PROJECT/scripts/interop
 # Where `field` looks: backends or frontends.
 FILES=backends
@@ -71,7 +73,11 @@ main() {
     cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bins
     mkdir -p "$WORK"
     case $mode in
-    many) run many 4 "$reconnect" "${MANY[@]}" ;;
+    many)
+        ((${#names[@]})) || names=("${MANY[@]}")
+        run many 4 "$reconnect" "${names[@]}"
+        names=()
+        ;;
     debian) debian ;;
     frontends) frontends ;;
     esac
@@ -116,10 +122,11 @@ pack() {
         for each in "${words[@]}"; do files+=(--file "$each"); done
     done
     unset KERNEL MODULES
-    if [[ $(field "$1" GUEST_KERNEL) == sid ]]; then
+    for name; do
+        [[ $(field "$name" GUEST_KERNEL) == sid ]] || continue
         words=("$WORK"/sid/usr/lib/modules/*)
         export KERNEL=${words[0]}/vmlinuz MODULES=${words[0]}
-    fi
+    done
     rm -rf "$out"
     mkdir -p "$out"
     kernel=$("$PROJECT/scripts/kernel.sh")
@@ -138,13 +145,13 @@ run() {
         row "$out" "$name" "$(version "$(field "$name" FROM)")"
         printf '    death for good: %s; hotslot ended with status %s\n' \
             "$(sed -n "s/^SEEN $name //p" "$out/lines")" "$(cat "$out/status" 2>/dev/null)"
-        grep -F "$name: " "$out/hotslot" | sed 's/^/    /' || true
+        grep -E ": $name(-[ab])?: " "$out/hotslot" | grep -v 'waiting for a back-end' | sed 's/^/    /' || true
     done
 }
 
 # on_lab OUT KERNEL VARIABLE=VALUE...: runs host.sh on an emulated host; NAMES are the back-ends, OUT/guest.cpio is the image.
 on_lab() {
-    local out=$1 kernel=$2 each words name from lab=()
+    local out=$1 kernel=$2 each words name names from lab=()
     shift 2
     for each in "$@"; do
         lab+=(--env "$each")
@@ -187,7 +194,7 @@ debian() {
         LOGIN='exec bash /check/login.sh' WORDS='noxsave rdinit=/check/init.sh CONFIGURATION=blk'
     if e2fsck -fn "$out/disk.img" >"$out/fsck" 2>&1; then echo 'CHECK debian work ok'; else echo 'CHECK debian fsck WRONG'; fi >"$out/host"
     rm "$out/disk.img"
-    row "$out" debian "$(version sid:qemu-utils), passt $(version sid:passt)"
+    row "$out" debian "disk $(version sid:qemu-utils), passt $(version sid:passt)"
 }
 
 # repository DIRECTORY: packages as apt wants them from an HTTP server.
@@ -195,7 +202,7 @@ repository() {
     local file
     mkdir "$1"
     # The user _apt could not write into our directory.
-    (cd "$1" && apt-get -qq -o APT::Sandbox::User=root download hello bc </dev/null >&2) || die "could not download packages"
+    (cd "$1" && apt-get -qq -o APT::Sandbox::User=root download hello tree ed </dev/null >&2) || die "could not download packages"
     for file in "$1"/*.deb; do
         dpkg-deb -f "$file"
         printf 'Filename: ./%s\nSize: %s\nSHA256: %s\n\n' "${file##*/}" "$(stat -c %s "$file")" \

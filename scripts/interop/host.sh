@@ -1,4 +1,4 @@
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2153,SC2317,SC2329 # the back-ends' files set variables and call functions
 # What interop.sh runs on the emulated host, whose shell is busybox: back-ends, and one guest that uses all of them at the
 # same time. At the guest's word it kills them, and starts them again where hotslot is to reconnect.
 #
@@ -41,6 +41,7 @@ inside() {
     case $FROM in
     crate:*) PATH=$WORK/bin:$PATH exec "$@" ;;
     esac
+    # shellcheck disable=SC2016 # the inner shell has them
     # Not only chroot: passt makes a user namespace, which Linux refuses in one.
     exec unshare -m sh -c 'cd "$0" && mount --move . / && exec chroot . "$@"' "$WORK/${FROM%%:*}" "$@"
 }

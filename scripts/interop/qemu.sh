@@ -1,4 +1,4 @@
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2317,SC2329 # the files call functions
 # The other end: QEMU, in one of Debian's roots, with a back-end of ours and a guest that does the work of frontends/NAME.sh.
 # interop.sh runs it in a mount namespace of its own, without an emulated host.
 #

@@ -1,7 +1,7 @@
 # shellcheck shell=sh disable=SC2034
 # A console: the guest echoes what the host types into its TCP connection, and the host compares.
 FROM=crate:vhost-device-console:0.1.0
-DEVICE=type=console,queues=4,queue-size=128
+DEVICE=type=console
 SUFFIX=0
 
 back_end() { inside vhost-device-console --socket-path "$SOCKET" --backend network --tcp-port 12345; }

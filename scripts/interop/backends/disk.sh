@@ -2,7 +2,7 @@
 # A disk with two queues: fio verifies what two jobs write at random; discarded blocks read as zeroes.
 FROM=sid:qemu-utils
 PROGRAM=qemu-storage-daemon
-DEVICE=type=blk,queues=2
+DEVICE=type=blk
 MODULES=virtio_blk
 TOOLS='fio:fio blkdiscard:util-linux'
 

@@ -1,7 +1,7 @@
 # shellcheck shell=sh disable=SC2034
 # An input device: the host's power button, whose presses the guest counts.
 FROM=crate:vhost-device-input:0.1.0
-DEVICE=type=18,queues=2
+DEVICE=type=input
 SUFFIX=0
 MODULES='virtio_input evdev'
 HOST_MODULES=evdev

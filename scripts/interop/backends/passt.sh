@@ -1,7 +1,7 @@
 # shellcheck shell=sh disable=SC2034
 # Network: an address by DHCP, ping, a file of the host's HTTP server, and a connection from the host into the guest.
 FROM=sid:passt
-DEVICE=type=1,queues=2
+DEVICE=type=net
 MODULES=virtio_net
 GATEWAY=10.0.2.2
 

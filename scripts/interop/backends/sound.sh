@@ -1,7 +1,7 @@
 # shellcheck shell=sh disable=SC2034
 # A sound card: what the guest plays is in a file of the host, byte by byte.
 FROM=crate:vhost-device-sound:0.3.0:--no-default-features:--features:alsa-backend
-DEVICE=type=25,queues=4,queue-size=64
+DEVICE=type=sound
 # Debian's cloud kernel has no sound.
 GUEST_KERNEL=sid
 MODULES=virtio_snd

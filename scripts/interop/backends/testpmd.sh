@@ -4,8 +4,8 @@ FROM=sid:dpdk-dev
 MODULES=virtio_net
 
 devices() {
-    echo "$DIR/testpmd-a.sock,type=1,queues=2,name=testpmd-a"
-    echo "$DIR/testpmd-b.sock,type=1,queues=2,name=testpmd-b"
+    echo "$DIR/testpmd-a.sock,type=net,name=testpmd-a"
+    echo "$DIR/testpmd-b.sock,type=net,name=testpmd-b"
 }
 back_end() {
     # It ends with its input.
