@@ -1,7 +1,7 @@
 # shellcheck shell=sh disable=SC2034
 # A read-only SCSI disk, which is what this back-end has: all of it read, with checksums.
 FROM=crate:vhost-device-scsi:0.1.0
-DEVICE=type=scsi,config-size=0
+DEVICE=type=scsi
 MODULES='virtio_scsi sd_mod'
 
 prepare() {
