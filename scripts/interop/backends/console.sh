@@ -5,7 +5,6 @@ DEVICE=type=console
 SUFFIX=0
 
 back_end() { inside vhost-device-console --socket-path "$SOCKET" --backend network --tcp-port 12345; }
-# talk COUNT: lines of a keyboard's length.
 beside() {
     wait_for '^console waits' || return
     for line in $(seq 1 100); do echo "line $line of one hundred"; done >"$DIR/console.data"
@@ -26,6 +25,8 @@ beside() {
 work() {
     ls -l /dev/hvc0 /dev/vport* || true
     stty raw -echo </dev/hvc0
+    # It drops what is typed before the guest has written something.
+    echo hello >/dev/hvc0
     echo 'console waits' >/dev/console
     # From the first to the last line.
     while read -r line; do
