@@ -15,16 +15,14 @@ beside() {
     socat "UNIX-LISTEN:$DIR/vsock.uds_1234,fork" EXEC:cat &
     head -c 1000000 /dev/urandom >"$DIR/vsock.data"
     wait_for '^LISTENING' || return
-    # The answer to CONNECT comes first. The data have an end of their own.
-    { echo CONNECT 1235 && cat "$DIR/vsock.data" && sleep 600; } | socat - "UNIX-CONNECT:$DIR/vsock.uds" | tail -n +2 |
-        head -c 1000000 >"$DIR/vsock.back" &
-    tries=300
-    until [ "$(stat -c %s "$DIR/vsock.back")" = 1000000 ] || [ $((tries -= 1)) = 0 ]; do sleep 1; done
-    if cmp "$DIR/vsock.data" "$DIR/vsock.back"; then
-        report vsock from-host ok
-    else
-        report vsock from-host "WRONG $(stat -c %s "$DIR/vsock.back") bytes came back"
-    fi
+    # The guest may not listen yet. The answer to CONNECT comes first; the data have an end of their own.
+    for _ in 1 2 3 4 5; do
+        sleep 5
+        { echo CONNECT 1235 && sleep 2 && cat "$DIR/vsock.data" && sleep 60; } |
+            timeout 60 socat - "UNIX-CONNECT:$DIR/vsock.uds" | tail -n +2 | head -c 1000000 >"$DIR/vsock.back"
+        ! cmp "$DIR/vsock.data" "$DIR/vsock.back" || { report vsock from-host ok && return; }
+    done
+    report vsock from-host "WRONG $(stat -c %s "$DIR/vsock.back") bytes came back"
 }
 
 work() {
