@@ -24,16 +24,18 @@ beside() {
 
 work() {
     ls -l /dev/hvc0 /dev/vport* || true
-    stty raw -echo </dev/hvc0
+    # Open throughout: the last one that closes it resets its settings.
+    exec 3<>/dev/hvc0
+    stty raw -echo <&3
     # It drops what is typed before the guest has written something.
-    echo hello >/dev/hvc0
+    echo hello >&3
     echo 'console waits' >/dev/console
     # From the first to the last line.
     while read -r line; do
         echo "$line"
         echo "$line" >&2
         [ "$line" != 'line 100 of one hundred' ] || break
-    done </dev/hvc0 >/dev/hvc0
+    done <&3 >&3
     echo 'console has all' >/dev/console
 }
 touch_it() { echo hello >/dev/hvc0; }
