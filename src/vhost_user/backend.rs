@@ -240,7 +240,8 @@ impl Backend {
                     told += 1;
                     to.start_ring(ring)?;
                 }
-                to.set_status(STATUS_RUNNING)
+                to.set_status(STATUS_RUNNING)?;
+                to.wait_until_started()
             })
         });
         match result {
@@ -275,7 +276,10 @@ impl Backend {
         let main = &mut *self.main();
         let ring = self.ring(&queue, 0)?;
         main.rings.insert(queue.index, queue.clone());
-        self.tell(main, CONTROL_TIMEOUT, |to| to.start_ring(&ring))
+        self.tell(main, CONTROL_TIMEOUT, |to| {
+            to.start_ring(&ring)?;
+            to.wait_until_started()
+        })
     }
 
     /// The driver wrote to the configuration space.
@@ -288,10 +292,18 @@ impl Backend {
         if self.spec.kind.has_settings() && self.config().bytes[places.clone()] == *data {
             return Ok(());
         }
-        self.tell(main, CONTROL_TIMEOUT, |to| to.set_config(start as u32, data))?;
-        let mut config = self.config();
-        config.bytes[places.clone()].copy_from_slice(data);
-        config.written[places].fill(true);
+        let whole = {
+            let mut config = self.config();
+            config.bytes[places.clone()].copy_from_slice(data);
+            config.written[places].fill(true);
+            config.bytes.clone()
+        };
+        if !self.spec.kind.answers_in_config() {
+            return self.tell(main, CONTROL_TIMEOUT, |to| to.set_config(start as u32, data));
+        }
+        // What the driver wrote is a question; the device answers it in the same space.
+        self.tell(main, CONTROL_TIMEOUT, |to| to.set_config(0, &whole))?;
+        self.ask_for_config(main, |config| self.config().bytes = config);
         Ok(())
     }
 
@@ -302,14 +314,17 @@ impl Backend {
 
     /// The back-end has said that its configuration changed: asks for it, and shows it to the driver.
     pub fn read_config(&self) {
-        let main = &mut *self.main();
+        self.ask_for_config(&mut self.main(), |config| self.show_config(config));
+    }
+
+    fn ask_for_config(&self, main: &mut Main, take: impl FnOnce(Vec<u8>)) {
         let (session, len, queues) =
             (self.link.session(), self.config().bytes.len(), self.queue_sizes.len() as u16);
         if session.is_over() {
             return;
         }
         match changed_configuration(&mut main.frontend, &self.spec, queues, len) {
-            Ok(config) => self.show_config(config),
+            Ok(config) => take(config),
             Err(error) if error.is_fatal() => self.link.give_up(&session, &error),
             Err(error) => {
                 let why = with_causes(&error);
@@ -427,6 +442,7 @@ impl Backend {
             used_ring: place("used ring", queue.device_area, 6 + 8 * entries)?,
             kick: kick::borrow(&queue.kick),
             call: kick::borrow(self.link.interrupt.call()),
+            error: self.watch.ring_error(),
         })
     }
 

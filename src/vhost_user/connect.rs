@@ -94,12 +94,12 @@ impl From<FrontendError> for ConnectError {
     }
 }
 
-/// Connects to a back-end, waiting up to `timeout` until it listens, and finds out what it is. `sees_others`:
-/// there is another device whose mappings it is to see (SHM-80).
-pub fn connect(spec: &DeviceSpec, timeout: Duration, sees_others: bool) -> Result<Handshake, ConnectError> {
+/// Connects to a back-end, waiting up to `timeout` until it listens, and finds out what it is. `memory_slots`:
+/// it is to be told of more than one range of memory (SHM-80, SHM-89).
+pub fn connect(spec: &DeviceSpec, timeout: Duration, memory_slots: bool) -> Result<Handshake, ConnectError> {
     let attempt = |timeout| {
         let socket = connect_socket(&spec.name, &spec.socket, timeout)?;
-        Ok(handshake(socket, spec, sees_others, u64::MAX)?)
+        Ok(handshake(socket, spec, memory_slots, u64::MAX)?)
     };
     let mut backend = attempt(timeout)?;
     let asked = backend.queue_size;
@@ -119,12 +119,12 @@ pub fn connect(spec: &DeviceSpec, timeout: Duration, sees_others: bool) -> Resul
 /// but those of `agreed`, which its predecessor had.
 pub fn reconnect(
     spec: &DeviceSpec,
-    sees_others: bool,
+    memory_slots: bool,
     agreed: &Agreement,
 ) -> Result<Handshake, ConnectError> {
     let socket = try_connect(&spec.socket).map_err(ConnectError::Connect)?;
     let acceptable = agreed.protocol_features.unwrap_or(0);
-    let mut backend = handshake(socket, spec, sees_others, acceptable)?;
+    let mut backend = handshake(socket, spec, memory_slots, acceptable)?;
     backend.ask_inflight_size()?;
     Ok(backend)
 }

@@ -118,13 +118,13 @@ pub struct Handshake {
     pub inflight_size: u64,
 }
 
-/// Finds out what the back-end behind a connected socket is, and agrees with it. `sees_others`: there is
-/// another device whose mappings it is to see (SHM-80). `acceptable`: the protocol features that may be
+/// Finds out what the back-end behind a connected socket is, and agrees with it. `memory_slots`: it is
+/// to be told of more than one range of memory (SHM-80, SHM-89). `acceptable`: the protocol features that may be
 /// agreed on.
 pub fn handshake(
     socket: UnixStream,
     spec: &DeviceSpec,
-    sees_others: bool,
+    memory_slots: bool,
     acceptable: u64,
 ) -> Result<Handshake, HandshakeError> {
     let kind = spec.kind;
@@ -135,7 +135,7 @@ pub fn handshake(
         config: kind.least_config() > 0 && !gives_config,
         shmem: kind.needs_shmem() || spec.shmem.is_some(),
         shmem_bit: spec.shmem_bit,
-        memory_slots: sees_others,
+        memory_slots,
         inflight: spec.reconnect.is_some(),
         acceptable,
     };

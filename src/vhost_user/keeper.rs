@@ -16,7 +16,7 @@ use super::connect::{self, ConnectError};
 use super::handshake::Handshake;
 use super::link::Order;
 use super::sharing::ANSWER_TIMEOUT;
-use super::wire::message::protocol_features::names;
+use super::wire::message::protocol_features::{CONFIGURE_MEM_SLOTS, names};
 use super::wire::negotiate::Agreement;
 use crate::config::device::DeviceSpec;
 use crate::report::with_causes;
@@ -70,7 +70,7 @@ impl Refusal {
 /// What a back-end must be like to take the place of the one before it.
 struct Predecessor {
     spec: DeviceSpec,
-    sees_others: bool,
+    memory_slots: bool,
     region_sizes: Vec<u64>,
 }
 
@@ -78,7 +78,8 @@ impl Keeper {
     /// Starts the thread. `region_sizes` are the first back-end's.
     pub fn start(backend: &Arc<Backend>, region_sizes: Vec<u64>) -> io::Result<Keeper> {
         let spec = backend.spec.clone();
-        let first = Predecessor { sees_others: backend.recipient.is_some(), region_sizes, spec };
+        let first =
+            Predecessor { memory_slots: backend.agreement.has(CONFIGURE_MEM_SLOTS), region_sizes, spec };
         let kind = if first.spec.reconnect.is_some() { Kind::Reconnector } else { Kind::Keeper };
         let kept = Arc::clone(backend);
         let name = format!("keep-{}", first.spec.name);
@@ -139,7 +140,7 @@ impl Predecessor {
     }
 
     fn try_return(&self, backend: &Backend) -> Result<(), Refusal> {
-        let handshake = connect::reconnect(&self.spec, self.sees_others, &backend.agreement)?;
+        let handshake = connect::reconnect(&self.spec, self.memory_slots, &backend.agreement)?;
         self.compare(&handshake, backend)?;
         if let Some(owner) = &backend.owner {
             owner.withdraw_all();

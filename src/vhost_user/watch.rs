@@ -11,7 +11,7 @@
 
 use std::io;
 use std::num::NonZeroU32;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -49,6 +49,8 @@ pub struct Watch {
 pub struct Orders {
     /// Signalled when something changed here.
     wake: OwnedFd,
+    /// Signalled by the back-end.
+    ring_error: OwnedFd,
     /// Lock order: innermost, held for a moment.
     state: Mutex<State>,
     done: Condvar,
@@ -75,7 +77,8 @@ impl Orders {
     /// None yet.
     pub fn new() -> io::Result<Arc<Orders>> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Arc::new(Orders { wake, state: Mutex::default(), done: Condvar::new() }))
+        let ring_error = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Arc::new(Orders { wake, ring_error, state: Mutex::default(), done: Condvar::new() }))
     }
 
     /// The back-end came back (SHM-77): from now on its session is served, and the mappings of the one before
@@ -95,6 +98,11 @@ impl Orders {
     pub fn settle(&self) {
         self.lock().settle = true;
         self.wake();
+    }
+
+    /// For the back-end to signal that a ring makes no sense to it.
+    pub fn ring_error(&self) -> BorrowedFd<'_> {
+        self.ring_error.as_fd()
     }
 
     /// Has the thread close the files that are shared no longer, soon: waits for nothing.
@@ -155,6 +163,7 @@ impl Watch {
             interval,
             hurries: false,
             next: None,
+            was_told: false,
             is_over: false,
             settles: false,
             link,
@@ -189,6 +198,9 @@ struct Watched {
     /// When the next request is due, whether or not the socket has anything to read: it may have been read
     /// together with the one before.
     next: Option<Deadline>,
+    /// The back-end has reported an error of a queue. Once is enough: a read of the eventfd could wait, since
+    /// the back-end has its other end.
+    was_told: bool,
     /// The session is over: only orders are carried out.
     is_over: bool,
     /// Old mappings go as soon as the channel is quiet.
@@ -204,6 +216,8 @@ impl Watched {
         loop {
             let mut polled = vec![PollFd::new(&self.orders.wake, PollFlags::IN)];
             if !self.is_over {
+                let looked_for = if self.was_told { PollFlags::empty() } else { PollFlags::IN };
+                polled.push(PollFd::new(&self.orders.ring_error, looked_for));
                 polled.push(PollFd::new(&self.session.main, PollFlags::RDHUP));
                 // Until the next request is due, the channel's socket is left alone.
                 if let Some(channel) = self.channel.as_ref().filter(|_| self.next.is_none()) {
@@ -224,13 +238,16 @@ impl Watched {
             }
             let is_ready =
                 |index| polled.get(index).is_some_and(|entry: &PollFd| !entry.revents().is_empty());
-            let [orders, main, channel] = [0, 1, 2].map(is_ready);
+            let [orders, ring_error, main, channel] = [0, 1, 2, 3].map(is_ready);
             if orders {
                 self.carry_out_orders();
                 if self.orders.lock().stop {
                     return;
                 }
                 continue;
+            }
+            if ring_error && !std::mem::replace(&mut self.was_told, true) {
+                self.link.log.warn(format_args!("the back-end reports an error of a queue (SET_VRING_ERR)"));
             }
             // The back-end is gone: drop the rate limit, so that the end of what it left is reached at once.
             let is_due = self.next.is_some_and(|next| next.has_passed())

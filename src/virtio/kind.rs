@@ -44,6 +44,11 @@ impl DeviceKind {
         self.facts().has_settings
     }
 
+    /// Whether the driver writes a question to the configuration space, whose answer then is there.
+    pub fn answers_in_config(self) -> bool {
+        self.facts().answers_in_config
+    }
+
     /// The feature bits without which the device is of no use: name and mask.
     pub fn needed_features(self) -> Vec<(String, u64)> {
         let facts = self.facts();

@@ -49,6 +49,10 @@ enum Cause {
     Connect(#[from] ConnectError),
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    #[error(
+        "the back-end has room for {room} regions of memory (GET_MAX_MEM_SLOTS), and the guest's RAM has {regions}"
+    )]
+    MemoryRegions { room: u64, regions: usize },
     #[error(transparent)]
     Device(DeviceError),
 }
@@ -67,6 +71,7 @@ impl Failure for BackendError {
     fn hint(&self) -> Option<String> {
         match &*self.source {
             Cause::Connect(error) => error.hint(&self.spec),
+            Cause::MemoryRegions { room: 1.., .. } => Some("up to --memory 3G RAM is one region".to_owned()),
             _ => None,
         }
     }
@@ -89,15 +94,17 @@ impl Backend {
 /// For each back-end: connects, then places the windows of its shared memory regions.
 pub fn connect(
     config: &Config,
+    ram: &Ram,
     mut windows: WindowAllocator,
     slots: &Arc<Slots>,
 ) -> Result<Vec<Backend>, BackendError> {
     let specs = &config.devices;
     let quota = mapping_quota(slots.limit, specs.len());
+    let regions = ram.regions.len();
     let mut backends = Vec::new();
     for (index, spec) in specs.iter().enumerate() {
         let sees_others = specs.iter().enumerate().any(|(other, spec)| other != index && spec.share_shmem);
-        let handshake = connect::connect(spec, config.connect_timeout, sees_others)
+        let handshake = connect::connect(spec, config.connect_timeout, sees_others || regions > 1)
             .map_err(|error| BackendError::new(spec, error.into()))?;
         if sees_others && handshake.memory_slots.is_none() {
             log::warn!(
@@ -105,6 +112,9 @@ pub fn connect(
                  share, and fails requests of the guest that use it",
                 spec.name
             );
+        }
+        if let Some(room) = handshake.memory_slots.filter(|&room| room < regions as u64) {
+            return Err(BackendError::new(spec, Cause::MemoryRegions { room, regions }));
         }
         let sizes = (0..=u8::MAX).zip(handshake.region_sizes.iter().copied());
         let &DeviceSpec { shmem_limit: bytes, foreign_files, .. } = spec;

@@ -61,7 +61,7 @@ impl Vmm {
         map_ram(&vm.slots, &ram)?;
 
         // The back-ends: connect to each, negotiate, and place its windows.
-        let backends = backends::connect(config, windows(&ram, &supported), &vm.slots)?;
+        let backends = backends::connect(config, &ram, windows(&ram, &supported), &vm.slots)?;
         let end_at_unavailable = config.unavailable_page == UnavailablePage::Exit;
         let missing_pages =
             MissingPages::new(backends.iter().map(Backend::shared_memory), end_at_unavailable);

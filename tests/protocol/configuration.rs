@@ -97,3 +97,35 @@ fn without_config_there_is_no_configuration_to_change() {
     assert_eq!(bench.channel().answer(CONFIG_CHANGE_MSG), -i64::from(libc::EOPNOTSUPP));
     bench.assert_works();
 }
+
+#[test]
+fn what_an_input_driver_writes_is_a_question_with_an_answer_in_the_same_space() {
+    // VIRTIO section 5.8.5: `select` and `subsel` choose what the other fields say. A back-end is given the
+    // whole space, as the `vhost-device` back-ends expect it.
+    let selected = Arc::new(AtomicU8::new(0));
+    let now = Arc::clone(&selected);
+    let mut setup = Setup::default().script(move |asked, _| match asked.request {
+        SET_CONFIG => {
+            assert_eq!((asked.payload.len(), &asked.payload[..4]), (12 + 136, &[0; 4][..]));
+            now.store(asked.payload[12], Ordering::SeqCst);
+            Answer::Usual
+        }
+        GET_CONFIG => {
+            let len = asked.payload.len() - 12;
+            let config = [&asked.payload[..12], &vec![now.load(Ordering::SeqCst); len]].concat();
+            Answer::Bytes(message(GET_CONFIG, VERSION_1 | REPLY, &config), None)
+        }
+        _ => Answer::Usual,
+    });
+    setup.kind = "input";
+    setup.keys = String::new();
+    setup.offer.protocol |= PROTOCOL_F_CONFIG;
+    let bench = setup.start();
+    bench.start().unwrap();
+    let generation = bench.register(Register::ConfigGeneration);
+    for select in [1, 0x12] {
+        bench.device().write_config(0, &[select]).unwrap();
+        assert_eq!(bench.device().config(), [select; 136]);
+    }
+    assert_eq!(bench.register(Register::ConfigGeneration), generation, "no interrupt for an answer");
+}

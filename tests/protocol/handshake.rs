@@ -67,6 +67,7 @@ fn a_back_end_without_protocol_features_is_asked_for_none() {
         GET_VRING_BASE,
         SET_VRING_KICK,
         SET_VRING_CALL,
+        SET_VRING_ERR,
     ];
     assert!(bench.ids().iter().all(|id| without_protocol_features.contains(id)));
     assert!(!bench.needs_reset());

@@ -25,18 +25,43 @@ fn maps_inside(request: u32, page: u64) -> (Setup, Arc<AtomicU64>) {
     (setup, answered)
 }
 
+/// What a ring is started with.
+const RING: [u32; 7] = [
+    SET_VRING_NUM,
+    SET_VRING_BASE,
+    SET_VRING_ADDR,
+    SET_VRING_CALL,
+    SET_VRING_ERR,
+    SET_VRING_KICK,
+    SET_VRING_ENABLE,
+];
+
 #[test]
 fn a_start_tells_the_memory_then_each_ring_then_the_status() {
     let bench = Setup::default().start();
     let asked = bench.asked(|| bench.start().unwrap());
-    let ring =
-        [SET_VRING_NUM, SET_VRING_BASE, SET_VRING_ADDR, SET_VRING_CALL, SET_VRING_KICK, SET_VRING_ENABLE];
-    assert_eq!(ids(&asked), [&[SET_FEATURES, SET_MEM_TABLE][..], &ring, &ring, &[SET_STATUS]].concat());
+    assert_eq!(ids(&asked), [&[SET_FEATURES, SET_MEM_TABLE][..], &RING, &RING, &[SET_STATUS]].concat());
     // SHM-75: each is over before the driver goes on.
     assert!(asked.iter().all(|seen| seen.flags == VERSION_1 | NEED_REPLY));
     let table = &asked[1];
     assert_eq!((table.payload.len(), table.fds), (8 + 32, 1));
-    assert_eq!(asked[5].fds + asked[6].fds, 2, "call and kick");
+    assert_eq!(asked[5].fds + asked[6].fds + asked[7].fds, 3, "call, error and kick");
+}
+
+#[test]
+fn a_start_without_reply_ack_is_over_once_the_back_end_has_handled_it() {
+    // SHM-88: else a back-end may meet the driver's first kick before the ring is enabled, and lose it.
+    let bench = Setup::default().without(PROTOCOL_F_REPLY_ACK).start();
+    let asked = bench.asked(|| bench.start().unwrap());
+    let expected = [&[SET_FEATURES, SET_MEM_TABLE][..], &RING, &RING, &[SET_STATUS, GET_FEATURES]].concat();
+    assert_eq!(ids(&asked), expected);
+    // One that dies before it has handled all fails the start. It is asked twice in the set-up.
+    let mut asked = 0;
+    let dying = Setup::default().without(PROTOCOL_F_REPLY_ACK).on(GET_FEATURES, move |_| {
+        asked += 1;
+        if asked > 2 { Answer::HangUp } else { Answer::Usual }
+    });
+    dying.start().start().unwrap_err();
 }
 
 #[test]

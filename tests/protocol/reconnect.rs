@@ -17,19 +17,21 @@ use hotslot_test_support::wire::{NEED_REPLY, REPLY, SHMEM_MAP, VERSION_1, messag
 use crate::sharing::{Devices, address};
 
 /// What a start is, with two queues.
-const START: [u32; 15] = [
+const START: [u32; 17] = [
     SET_FEATURES,
     SET_MEM_TABLE,
     SET_VRING_NUM,
     SET_VRING_BASE,
     SET_VRING_ADDR,
     SET_VRING_CALL,
+    SET_VRING_ERR,
     SET_VRING_KICK,
     SET_VRING_ENABLE,
     SET_VRING_NUM,
     SET_VRING_BASE,
     SET_VRING_ADDR,
     SET_VRING_CALL,
+    SET_VRING_ERR,
     SET_VRING_KICK,
     SET_VRING_ENABLE,
     SET_STATUS,

@@ -4,16 +4,20 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::child;
+use hotslot_test_support::names::request::SET_BACKEND_REQ_FD;
 use hotslot_test_support::names::{
-    PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_SHMEM, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_VERSION_1,
+    PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_CONFIGURE_MEM_SLOTS, PROTOCOL_F_SHMEM, VHOST_USER_F_PROTOCOL_FEATURES,
+    VIRTIO_F_VERSION_1,
 };
 use hotslot_test_support::terminal::{settings, terminal};
-use hotslot_test_support::{guest, kvm};
+use hotslot_test_support::wait::eventually;
+use hotslot_test_support::{built, guest, kvm};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
 /// Longer than anything here takes, on the slowest machine; then it is killed, and its status is wrong.
@@ -208,4 +212,35 @@ fn more_devices_than_interrupts() {
         .collect();
     let options: Vec<_> = options.iter().map(String::as_str).collect();
     refused(&options, &["20 devices", "19", "5 to 23"]);
+}
+
+#[test]
+fn a_back_end_with_room_for_one_region_of_memory_gets_no_more() {
+    // SHM-89
+    if !kvm::is_here() {
+        return;
+    }
+    let offer = |slots| {
+        let protocol = Offer::default().protocol | PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+        Backend::offering(Offer { slots, protocol, ..Offer::default() })
+    };
+    let kernel = guest::kernel();
+    let hotslot = |memory, backend: &Backend| {
+        let mut command = Command::new(built::hotslot());
+        command.args(["-m", memory, "--vhost-user", &backend.device("it"), "-k"]).arg(kernel.path());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    let refused = child::run(&mut hotslot("4G", &offer(1)));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("device it ") && said.contains("room for 1 regions of memory"), "{said}");
+    assert!(said.contains("RAM has 2") && said.contains("hint: up to --memory 3G"), "{said}");
+    for (slots, memory) in [(1, "64M"), (8, "4G"), (509, "4G")] {
+        let backend = offer(slots);
+        let mut running = hotslot(memory, &backend).spawn().unwrap();
+        eventually("the set-up is over", || backend.ids().contains(&SET_BACKEND_REQ_FD));
+        running.kill().unwrap();
+        running.wait().unwrap();
+    }
 }

@@ -135,3 +135,21 @@ fn what_is_agreed_and_done_is_said() {
         assert_eq!(loud.matches(line).count(), 1, "{line}\n{loud}");
     }
 }
+
+#[test]
+fn an_error_that_a_back_end_reports_of_a_queue_is_said_once() {
+    // SHM-88
+    if !kvm::is_here() {
+        return;
+    }
+    let backend = Backend::start();
+    let mut guest = Guest::with(&backend);
+    for _ in 0..2 {
+        backend.report_error();
+        guest.wait_for_log("the back-end reports an error of a queue (SET_VRING_ERR)");
+        guest.reset_device();
+        guest.start_device();
+    }
+    let log = guest.exit();
+    assert_eq!(log.matches("SET_VRING_ERR").count(), 1, "{log}");
+}

@@ -92,6 +92,8 @@ pub struct Ring<'a> {
     pub kick: BorrowedFd<'a>,
     /// The back-end signals it for a used buffer.
     pub call: BorrowedFd<'a>,
+    /// The back-end signals it for a ring that makes no sense to it.
+    pub error: BorrowedFd<'a>,
 }
 
 impl Frontend {
@@ -267,6 +269,15 @@ impl Conversation<'_> {
         self.tell(FrontendRequest::SetInflightFd, &buffer.encode(), &[file])
     }
 
+    /// Waits until the back-end runs the rings that it was told to start. Without REPLY_ACK it may still have
+    /// that before it, and some back-ends then throw the driver's first kick away.
+    pub fn wait_until_started(&mut self) -> Result<(), FrontendError> {
+        match self.agreement.has(protocol::REPLY_ACK) {
+            true => Ok(()),
+            false => self.wait_until_handled(),
+        }
+    }
+
     /// Waits until the back-end has handled all that it was told: requests are handled in order.
     pub fn wait_until_handled(&mut self) -> Result<(), FrontendError> {
         self.ask::<u64>(FrontendRequest::GetFeatures, &[]).map(drop)
@@ -274,7 +285,7 @@ impl Conversation<'_> {
 
     /// Starts a ring.
     pub fn start_ring(&mut self, ring: &Ring<'_>) -> Result<(), FrontendError> {
-        let &Ring { size, base, descriptor_table, available_ring, used_ring, kick, call, .. } = ring;
+        let &Ring { size, base, descriptor_table, available_ring, used_ring, .. } = ring;
         let index = u32::from(ring.index);
         let state = |value| VringState { index, value }.encode();
         let addresses = VringAddr { index, flags: 0, descriptor_table, used_ring, available_ring, log: 0 };
@@ -282,8 +293,9 @@ impl Conversation<'_> {
         self.tell(FrontendRequest::SetVringNum, &state(size.into()), &[])?;
         self.tell(FrontendRequest::SetVringBase, &state(base.into()), &[])?;
         self.tell(FrontendRequest::SetVringAddr, &addresses.encode(), &[])?;
-        self.tell(FrontendRequest::SetVringCall, &event, &[call])?;
-        self.tell(FrontendRequest::SetVringKick, &event, &[kick])?;
+        self.tell(FrontendRequest::SetVringCall, &event, &[ring.call])?;
+        self.tell(FrontendRequest::SetVringErr, &event, &[ring.error])?;
+        self.tell(FrontendRequest::SetVringKick, &event, &[ring.kick])?;
         if self.agreement.protocol_features.is_some() {
             self.tell(FrontendRequest::SetVringEnable, &state(1), &[])?;
         }

@@ -210,6 +210,7 @@ ids! {
         GetVringBase = 11 => "GET_VRING_BASE",
         SetVringKick = 12 => "SET_VRING_KICK",
         SetVringCall = 13 => "SET_VRING_CALL",
+        SetVringErr = 14 => "SET_VRING_ERR",
         GetProtocolFeatures = 15 => "GET_PROTOCOL_FEATURES",
         SetProtocolFeatures = 16 => "SET_PROTOCOL_FEATURES",
         GetQueueNum = 17 => "GET_QUEUE_NUM",

@@ -20,7 +20,7 @@ pub struct Needs {
     pub shmem: bool,
     /// The protocol feature bit that means SHMEM to this back-end (SHM-1).
     pub shmem_bit: u32,
-    /// Whether the back-end is to be told of single ranges of memory (SHM-80).
+    /// Whether the back-end is to be told of more than one range of memory (SHM-80, SHM-89).
     pub memory_slots: bool,
     /// Whether the back-end is to keep account of the requests that it has begun, for the case that it dies.
     pub inflight: bool,

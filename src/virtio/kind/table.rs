@@ -23,6 +23,8 @@ pub struct Facts {
     /// Whether what a driver writes to the configuration space are settings: the same value again says
     /// nothing. QEMU has the settings of a SCSI host itself, and vhost-device-scsi ends at SET_CONFIG.
     pub has_settings: bool,
+    /// Whether the driver writes a question to the configuration space, whose answer then is there.
+    pub answers_in_config: bool,
     /// The feature bits of the type.
     pub features: &'static [Feature],
 }
@@ -97,6 +99,7 @@ pub const UNKNOWN: Facts = Facts {
     queue_size: 128,
     needs_shmem: false,
     has_settings: false,
+    answers_in_config: false,
     features: &[],
 };
 
@@ -230,7 +233,7 @@ pub const KINDS: &[Facts] = &[
     },
     Facts { features: &[bit(0, "ALARM").adds_queues(1)], ..kind(17, "rtc", 0, queues(1)) },
     // Section 5.8.
-    Facts { queue_size: 64, ..kind(18, "input", 136, queues(2)) },
+    Facts { queue_size: 64, answers_in_config: true, ..kind(18, "input", 136, queues(2)) },
     // Section 5.10.
     Facts {
         features: &[bit(0, "STREAM"), bit(1, "SEQPACKET"), bit(2, "NO_IMPLIED_STREAM")],

@@ -79,6 +79,7 @@ pub struct Connection {
     /// Of queue 0.
     kick: Mutex<Option<File>>,
     call: Mutex<Option<File>>,
+    error: Mutex<Option<File>>,
     seen: Mutex<Vec<Seen>>,
 }
 
@@ -149,7 +150,7 @@ impl Backend {
             for end in [&connection.main, &connection.channel] {
                 *end.lock().unwrap() = None;
             }
-            for end in [&connection.kick, &connection.call] {
+            for end in [&connection.kick, &connection.call, &connection.error] {
                 *end.lock().unwrap() = None;
             }
         });
@@ -227,9 +228,16 @@ impl Connection {
         let place = match message.request {
             request::SET_VRING_KICK if is_of_queue_0 => &self.kick,
             request::SET_VRING_CALL if is_of_queue_0 => &self.call,
+            request::SET_VRING_ERR if is_of_queue_0 => &self.error,
             _ => return,
         };
         *place.lock().unwrap() = Some(message.file());
+    }
+
+    /// Says that queue 0 makes no sense.
+    pub fn report_error(&self) {
+        let error = self.error.lock().unwrap();
+        error.as_ref().unwrap().write_all(&1u64.to_ne_bytes()).unwrap();
     }
 
     /// The main socket.
