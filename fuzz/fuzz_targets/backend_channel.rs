@@ -34,9 +34,9 @@ use hotslot::vhost_user::link::{Link, Session};
 use hotslot::vhost_user::shmem_handler::{BackendChannel, ShmemHandler};
 use hotslot::vhost_user::wire::connection::Deadline;
 use hotslot::vhost_user::wire::negotiate::Agreement;
-use hotslot_fuzz::{Input, descriptors, log_to_nobody};
 use hotslot::virtio::interrupt::Interrupt;
 use hotslot::virtio::register_page::RegisterPage;
+use hotslot_fuzz::{Input, descriptors, log_to_nobody};
 use hotslot_test_support::bench::{self, PAGE};
 use hotslot_test_support::names::*;
 use hotslot_test_support::wire::{
@@ -207,7 +207,8 @@ impl Device {
         let machine = Arc::<Machine>::default();
         let sizes = REGIONS.map(|(shmid, pages)| (shmid, pages * PAGE));
         let mut windows = WindowAllocator::new(1 << 32, 1 << 40);
-        let shmem = SharedMemory::new("fuzz", sizes, &mut windows, Arc::clone(&machine) as _, limits).unwrap();
+        let shmem =
+            SharedMemory::new("fuzz", sizes, &mut windows, Arc::clone(&machine) as _, limits).unwrap();
         let shmem = Arc::new(shmem);
         machine.0.lock().unwrap().windows = shmem.regions().into_iter().map(|(_, range)| range).collect();
         let (ours, peer) = UnixStream::pair().unwrap();
