@@ -54,6 +54,8 @@ pub enum Error {
     State { path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("there can be no sandbox")]
     NoSandbox(#[source] SandboxError),
+    #[error("the port {name:?} cannot be connected to {to}")]
+    Port { name: String, to: String, source: io::Error },
     #[error("region {0} is given twice")]
     RegionTwice(u8),
 

@@ -9,6 +9,7 @@
 //!   `inflight`: what is left when this process is killed;
 //! - `fs`: a directory, whose files are mapped as the guest asks;
 //! - `blk`: a disk, which maps nothing, but reads and writes the mappings of others;
+//! - `console`: a serial port, which is a socket here;
 //! - `torture`: a back-end that misbehaves on demand;
 //! - `sandbox`: what their threads may ask of the host.
 //!
@@ -21,6 +22,7 @@ mod backing;
 mod blk;
 mod channel;
 mod complaints;
+mod console;
 mod device;
 mod error;
 mod fs;
@@ -62,6 +64,7 @@ enum Device {
     Blk(blk::Args),
     Pmem(pmem::Args),
     Fs(fs::Args),
+    Console(console::Args),
     Torture(torture::Args),
 }
 
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Device::Blk(args) => blk::run(&args),
         Device::Pmem(args) => pmem::run(&args),
         Device::Fs(args) => fs::run(&args),
+        Device::Console(args) => console::run(&args),
         Device::Torture(args) => torture::run(&args),
     });
     served.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)

@@ -27,6 +27,11 @@ pub fn blk() {
     confine(&[EVERY_THREAD, STARTS_THREADS, SERVES, DISK, BLK]);
 }
 
+/// Confines the thread that serves `console`, whose socket is open.
+pub fn console() {
+    confine(&[EVERY_THREAD, STARTS_THREADS, SERVES]);
+}
+
 /// Confines the thread that serves `fs`, which has given up all files but those of its directory.
 pub fn fs() {
     confine_calls(&[EVERY_THREAD, STARTS_THREADS, SERVES, DISK, DIRECTORY]);
