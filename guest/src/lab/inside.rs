@@ -1,4 +1,4 @@
-//! The link's end in the emulated host: runs the command and sends back its output, its files and its status.
+//! The link's end in the emulated host, or in a guest: runs the command and sends back its output, its files and its status.
 //!
 //! Called by [`crate::boot`] on PID 1's first thread, which waits for the command and reaps; one thread per
 //! direction and stream does the copying.
@@ -67,10 +67,9 @@ fn run(name: &str) -> Outcome<()> {
     };
     // What the command left running would hold its output open for ever.
     sys::kill_all_others();
-    if !start.shares.is_empty() {
-        // What a mapping wrote is not on the outside yet.
-        rustix::fs::sync();
-    }
+    // The machine is stopped, not shut down: what is written must be on its disks, and on the outside what a
+    // mapping of a shared directory's file wrote.
+    rustix::fs::sync();
     for copy in copies {
         // A copy that panicked has already reported it on the console.
         let _ = copy.join();
@@ -132,11 +131,15 @@ fn receive_start(receiver: &mut File) -> Outcome<Start> {
     }
 }
 
+/// Where the outside's root directory is mounted: at its own path it would hide this machine's files.
+const OUTSIDE_ROOT: &str = "/host";
+
 /// The outside's directories, at their own paths.
 fn mount_shares(start: &Start) -> Outcome<()> {
     for (number, path) in start.shares.iter().enumerate() {
         let path = Path::new(OsStr::from_bytes(path));
-        sys::mount("virtiofs", &link::share_tag(number), path, "")?;
+        let place = if path == Path::new("/") { Path::new(OUTSIDE_ROOT) } else { path };
+        sys::mount("virtiofs", &link::share_tag(number), place, "")?;
     }
     if !start.shares.is_empty() {
         for (name, value) in WRITE_BACK {

@@ -1,5 +1,5 @@
-//! The log of the emulated host's kernel, with QEMU's own messages: its end is kept, to be shown when the lab
-//! fails.
+//! The log of the machine's kernel, with the messages of QEMU or hotslot: its end is kept, to be shown when
+//! the lab fails.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -15,13 +15,14 @@ const LOG_KEPT: usize = 256 * 1024;
 const LOG_SHOWN: usize = 30;
 
 pub struct Log {
+    machine: &'static str,
     lines: Arc<Mutex<Vec<u8>>>,
     reader: Option<thread::JoinHandle<()>>,
 }
 
 impl Log {
     /// Reads `stream` to its end, and copies it to the file `copy` if there is one.
-    pub fn follow(mut stream: UnixStream, copy: Option<&Path>) -> Outcome<Log> {
+    pub fn follow(mut stream: UnixStream, copy: Option<&Path>, machine: &'static str) -> Outcome<Log> {
         let mut copy = match copy {
             Some(path) => Some(File::create(path).map_err(failed("write", path))?),
             None => None,
@@ -41,23 +42,24 @@ impl Log {
                 kept.drain(..surplus);
             }
         });
-        Ok(Log { lines, reader: Some(reader) })
+        Ok(Log { machine, lines, reader: Some(reader) })
     }
 
-    /// Prints the last lines. QEMU has been stopped, so the log has an end.
+    /// Prints the last lines. The machine has been stopped, so the log has an end.
     pub fn show(mut self) {
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
         }
+        let machine = self.machine;
         let kept = self.lines.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let text = String::from_utf8_lossy(&kept);
         let lines: Vec<&str> = text.lines().map(|line| line.trim_end_matches('\r')).collect();
         let first = lines.len().saturating_sub(LOG_SHOWN);
         if lines.is_empty() {
-            eprintln!("lab: the emulated host's log is empty");
+            eprintln!("lab: the {machine}'s log is empty");
             return;
         }
-        eprintln!("lab: the last lines of the emulated host's log:");
+        eprintln!("lab: the last lines of the {machine}'s log:");
         for line in &lines[first..] {
             eprintln!("  {line}");
         }

@@ -14,11 +14,14 @@ use crate::sys;
 const USAGE: &str = "usage: init lab --qemu PATH --kernel FILE --initramfs FILE... [--memory MIB] [--icount]
     [--append WORDS] [--timeout SECONDS] [--tty] [--env NAME=VALUE]... [--out PATH]... [--log FILE] [--verbose]
     [--backend PATH --share DIR...] -- COMMAND [ARG...]
-(scripts/lab.sh makes the files and starts it)";
+or: init lab --script FILE [--timeout SECONDS] [--tty] [--env NAME=VALUE]... [--verbose] -- COMMAND [ARG...]
+(scripts/lab.sh and scripts/run.sh make the files and start it)";
 
-/// What `scripts/lab.sh` asked for.
+/// What `scripts/lab.sh` or `scripts/run.sh` asked for.
 #[derive(Debug, Default)]
 pub struct Options {
+    /// Starts a guest of hotslot; in place of the emulated host, to which the fields up to `append` belong.
+    pub script: Option<PathBuf>,
     pub qemu: PathBuf,
     pub kernel: PathBuf,
     pub initramfs: Vec<PathBuf>,
@@ -35,6 +38,13 @@ pub struct Options {
     pub start: Start,
 }
 
+impl Options {
+    /// The machine, in sentences.
+    pub fn machine(&self) -> &'static str {
+        if self.script.is_some() { "guest" } else { "emulated host" }
+    }
+}
+
 pub fn parse(arguments: &[OsString]) -> Outcome<Options> {
     let mut options = Options { memory: "2048".to_owned(), ..Options::default() };
     let mut words = arguments.iter();
@@ -44,6 +54,7 @@ pub fn parse(arguments: &[OsString]) -> Outcome<Options> {
             value.ok_or_else(|| format!("{} needs a value\n{USAGE}", word.to_string_lossy()))
         };
         match word.to_str().unwrap_or_default() {
+            "--script" => options.script = Some(value()?.into()),
             "--qemu" => options.qemu = value()?.into(),
             "--kernel" => options.kernel = value()?.into(),
             "--initramfs" => options.initramfs.push(value()?.into()),
@@ -71,15 +82,19 @@ pub fn parse(arguments: &[OsString]) -> Outcome<Options> {
     }
     options.start.command = words.map(|word| word.clone().into_vec()).collect();
     let is_missing = |path: &Path| path.as_os_str().is_empty();
-    if options.start.command.is_empty()
-        || is_missing(&options.kernel)
+    let no_machine = is_missing(&options.kernel)
         || is_missing(&options.qemu)
-        || (is_missing(&options.backend) && !options.start.shares.is_empty())
-    {
-        return Err(format!("--qemu, --kernel, a COMMAND, and --backend with --share are needed\n{USAGE}"));
+        || (is_missing(&options.backend) && !options.start.shares.is_empty());
+    if options.start.command.is_empty() || (no_machine && options.script.is_none()) {
+        return Err(format!(
+            "a COMMAND, and --script or --qemu, --kernel, and --backend with --share are needed\n{USAGE}"
+        ));
     }
     let as_path = |bytes| Path::new(OsStr::from_bytes(bytes));
-    for share in options.start.shares.iter().map(|share| as_path(share)) {
+    // The root directory is mounted elsewhere.
+    for share in
+        options.start.shares.iter().map(|share| as_path(share)).filter(|path| *path != Path::new("/"))
+    {
         // The file that is sent back would be emptied here before it is read there: it is one file.
         if let Some(output) = options.start.outputs.iter().find(|output| as_path(output).starts_with(share)) {
             return Err(format!("--out {}: it is shared already", as_path(output).display()));
@@ -118,8 +133,10 @@ mod tests {
 
     #[test]
     fn wrong_options_are_refused() {
+        assert!(parse(&words("--script s -- sh")).is_ok());
         let lines = [
             "--kernel",
+            "--script s",
             "--timeout 0",
             "--timeout x",
             "--nonsense",

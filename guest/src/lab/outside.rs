@@ -1,11 +1,12 @@
-//! The link's end on the developer's machine: starts QEMU, passes on the frames of the link, and ends with
-//! the command's exit status. `scripts/lab.sh` replaces itself with it, so that a signal to the script
-//! arrives here.
+//! The link's end on the developer's machine: starts QEMU, or the script that starts hotslot, passes on the
+//! frames of the link, and ends with the command's exit status. `scripts/lab.sh` replaces itself with it, so
+//! that a signal to the script arrives here; so does `scripts/run.sh`.
 //!
 //! Nothing is left behind however it ends: the initramfs is put together in a memfd, the link is a socket
-//! pair, and the kernel ends QEMU when this process dies, even by SIGKILL.
+//! pair, and the kernel ends QEMU when this process dies, even by SIGKILL. (What the script does is in
+//! [`super::script`].)
 //!
-//! Threads: the first one starts QEMU, then waits for signals, the time limit and the others' messages; one
+//! Threads: the first one starts the machine, then waits for signals, the time limit and the others' messages; one
 //! reads the link, one the kernel's log, one our standard input, and one writes to the link.
 
 use std::ffi::{OsStr, OsString};
@@ -27,6 +28,7 @@ use super::link::{self, Kind, Start};
 use super::log::Log;
 use super::options::{self, Options};
 use super::qemu;
+use super::script;
 use super::signals::{Signals, die_of, wake_first_thread};
 use crate::outcome::{Outcome, failed};
 use crate::sys;
@@ -42,7 +44,7 @@ const ESCAPES: usize = 3;
 /// What the first thread waits for, besides signals.
 #[derive(Debug)]
 enum News {
-    /// The emulated host is up.
+    /// The machine is up.
     Up,
     /// The command has ended, and everything it gave out has been passed on.
     Ended(u8),
@@ -66,15 +68,36 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
     }
 }
 
-/// The story: QEMU, the threads, the wait, and the end.
+/// The machine. It ends when this value is dropped, or when this process does.
+enum Machine {
+    EmulatedHost(qemu::Qemu),
+    Guest(script::Script),
+}
+
+impl Machine {
+    /// Ends it, so that its log has an end.
+    fn stop(&mut self) {
+        match self {
+            Machine::EmulatedHost(qemu) => qemu.stop(),
+            Machine::Guest(script) => script.stop(),
+        }
+    }
+}
+
+/// The story: the machine, the threads, the wait, and the end.
 fn run(options: Options) -> Outcome<u8> {
     let signals = Signals::block();
     let began = Instant::now();
-    let (link, qemu_link) = socket_pair()?;
-    let (log, qemu_log) = socket_pair()?;
-    let log = Log::follow(log, options.log.as_deref())?;
-    let mut qemu = match qemu::start(&options, qemu_link, qemu_log) {
-        Ok(qemu) => qemu,
+    let (link, its_link) = socket_pair()?;
+    let (our_log, its_log) = socket_pair()?;
+    let log = our_log.try_clone().map_err(|error| format!("cannot duplicate a socket: {error}"))?;
+    let log = Log::follow(log, options.log.as_deref(), options.machine())?;
+    let started = match &options.script {
+        None => qemu::start(&options, its_link, its_log).map(Machine::EmulatedHost),
+        Some(path) => script::start(path, its_link, its_log, &our_log, options.verbose).map(Machine::Guest),
+    };
+    let mut machine = match started {
+        Ok(machine) => machine,
         Err(sentence) => return Ok(lab_failed(&sentence, log)),
     };
 
@@ -83,7 +106,8 @@ fn run(options: Options) -> Outcome<u8> {
     let to_link = start_writer(&link, &options.start)?;
     thread::spawn({
         let news = news.clone();
-        move || news.tell(pass_on(link, &news))
+        let name = options.machine();
+        move || news.tell(pass_on(link, &news, name))
     });
     thread::spawn({
         let (to_link, terminal) = (to_link.clone(), options.terminal);
@@ -93,7 +117,7 @@ fn run(options: Options) -> Outcome<u8> {
     let raw = options.terminal.then(RawTerminal::enter).flatten();
     let ending = wait(&options, &signals, &incoming, &to_link, began);
     drop(raw);
-    qemu.stop();
+    machine.stop();
     match ending {
         Ending::Status(status) => Ok(status),
         Ending::Signal(number) => Ok(die_of(number)),
@@ -206,7 +230,7 @@ fn read_input(to_link: &SyncSender<(Kind, Vec<u8>)>, news: &Teller, terminal: bo
 }
 
 /// The link to our standard output, standard error and files, until the exit status or the link's end.
-fn pass_on(mut link: UnixStream, news: &Teller) -> News {
+fn pass_on(mut link: UnixStream, news: &Teller, machine: &str) -> News {
     // Unbuffered: a prompt has no newline at its end.
     let (mut output, mut errors) = match (unbuffered(io::stdout()), unbuffered(io::stderr())) {
         (Ok(output), Ok(errors)) => (output, errors),
@@ -219,10 +243,10 @@ fn pass_on(mut link: UnixStream, news: &Teller) -> News {
         let (kind, payload) = match link::receive(&mut link) {
             Ok(Some(frame)) => frame,
             Ok(None) => {
-                return News::Failed("the emulated host ended before its command did".to_owned());
+                return News::Failed(format!("the {machine} ended before its command did"));
             }
             Err(error) => {
-                return News::Failed(format!("the link to the emulated host failed: {error}"));
+                return News::Failed(format!("the link to the {machine} failed: {error}"));
             }
         };
         let result = match kind {
