@@ -8,7 +8,7 @@
 #   --exec PATH        copies this executable in, with its shared libraries, at the same absolute path
 #   --out PATH         copies this file or directory back at the end, from the same absolute path
 #   --module NAME      loads this module of the stock kernel there
-#   --share DIR        mounts this directory there, at the same absolute path, by virtio-fs: see below
+#   --share DIR        mounts this directory there, at the same absolute path (/ at /host), by virtio-fs: see below
 #   --memory SIZE      memory of the emulated host, in MiB or with a suffix (default: 2G)
 #   --env NAME=VALUE   adds to COMMAND's environment
 #   --timeout SECONDS  time limit for all of it (default: 300; with --tty none)
@@ -60,7 +60,6 @@ main() {
         --out) options+=(--out "$(realpath -ms "$2")") ;;
         --share)
             [[ -d $2 ]] || die "--share $2: this is not a directory"
-            [[ $(realpath "$2") != / ]] || die "--share $2: COMMAND would have no files of its own"
             shares+=("$(realpath "$2")")
             ;;
         --timeout) limit=$2 ;;

@@ -1,81 +1,180 @@
 #!/bin/bash
-# usage: run.sh [--shell | --share DIR [--no-dax]] [HOTSLOT OPTION]...
+# usage: run.sh [OPTION]... [--] [COMMAND [ARG...]]
 #
-# The main job, end to end: boots a stock Debian kernel under hotslot with a file of this machine as its persistent
-# memory (/dev/pmem0), mapped into the guest by a vhost-user back-end while it runs. The guest mounts it with DAX,
-# writes a file through mmap and switches itself off; then that file is read out of the image here.
+# Boots a stock Debian kernel under hotslot. With a COMMAND, the guest runs it: standard input, output and error are this
+# script's, byte for byte, and so is the exit status. With options but no COMMAND you get a shell on the guest's serial
+# console (its `poweroff` or Ctrl-a x ends it). Without either, the main job is shown, end to end: see below.
 #
-#   --shell            gives you a shell in that guest instead (its `poweroff` or Ctrl-a x ends it)
-#   --share DIR        boots a guest with the directory DIR of this machine at /mnt instead, with DAX, and a shell in it
-#   --no-dax           without DAX: its files go through the guest's own page cache
-#   HOTSLOT OPTION...  goes to hotslot, after the options of this script: -m 1G, --cpus 2, -v, ...
+#   --kernel FILE      boots this bzImage, vmlinux or ELF file with a PVH note instead
+#   --modules DIR      with --kernel: its modules, a /lib/modules/VERSION. Without, all that is needed must be built in
+#   --root             this machine's own root file system, read-only, under an overlay in the guest's memory; COMMAND
+#                      starts there in the directory where you are
+#   --share DIR        the directory DIR of this machine at /mnt, where COMMAND starts
+#   --no-dax           without DAX: files of --share and --root go through the guest's own page cache
+#   --disk IMAGE       the file IMAGE as the disk /dev/vda; given again, /dev/vdb and so on
+#   --net              a network (eth0), by passt of this machine, 2025 or later (Debian 13)
+#   --backend LINE --type TYPE[,KEY=VALUE]...
+#                      a device of a back-end of yours: LINE is for the shell, with {socket} where the back-end is to
+#                      listen; TYPE and the keys are those of `hotslot --vhost-user`. May be given several times
+#   --module NAME      loads this module of the kernel as well
+#   --shell            a file of this machine, target/run/pmem.img, as persistent memory, mounted at /mnt with DAX
+#   --cpus N, -m SIZE  processors (1) and memory (512M) of the guest
+#   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the guest)
+#   --verbose, -v      hotslot's messages on standard error; -vv more of them
+#   HOTSLOT OPTION...  others of `hotslot --help` go to hotslot: -i, -c, --log, --log-file, --unavailable-page,
+#                      --connect-timeout, --sandbox, --vhost-user
 #
-# Where this machine's KVM cannot boot Linux it runs on the emulated host of lab.sh; it prints which. Installs and builds
-# what is missing. The image, target/run/pmem.img, is kept from one run to the next.
+# Options may stand in any order before COMMAND, and are refused before anything is built. Where this machine's KVM cannot
+# boot Linux, everything runs on the emulated host of lab.sh; the script says so. Only the time differs: a guest is up
+# after a second or two, and there after half a minute. What is missing is installed and built first.
+#
+# COMMAND is looked for in the guest: busybox, or with --root what this machine has. It runs as root, alone, with no
+# environment but PATH, HOME and, with --tty, TERM. Without --share or --root it starts in /. A COMMAND that reads all of
+# its input gets all of it, then its end. When it ends, what it left running is killed, and disks are synchronised, but
+# not unmounted. However run.sh ends, also by SIGKILL, its processes and temporary files go with it.
 #
 # DIR itself is shared, not a copy: the guest may do there what you may. Each side sees at once what the other does. On
 # the emulated host that is so for what the guest does, but for stores through a shared mapping, which take up to half a
 # second; the guest sees what you change a second or two later, and in a file that it has mapped only after it has looked
-# at that file's attributes or opened it again (scripts/lab.sh --share).
+# at that file's attributes or opened it again (lab.sh --share). There an IMAGE is copied in, and copied back at the end.
 #
-# Exit status: hotslot's; 1 when something around it failed.
+# Without any argument: a file of this machine, target/run/pmem.img, is the persistent memory of the guest (/dev/pmem0),
+# mapped into it by a vhost-user back-end while it runs. The guest mounts it with DAX, writes a file through mmap and
+# switches itself off; then that file is read out of the image here.
+#
+# Exit status: COMMAND's (128+n for signal n), or the shell's; 126 or 127 when COMMAND cannot be run; 125 when the guest
+# ended before COMMAND did, with the last lines of its console. 2 for a wrong option, 1 when something around it failed.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
 
 RUN=$TARGET/run
 IMAGE=$RUN/pmem.img
+# As guest.sh writes it.
 GREETING=/hello.txt
-# The guest prints this when the file is written, and runs for another two seconds.
-WRITTEN='the guest has written'
+HOTSLOT=$TARGET/release/hotslot BACKEND=$TARGET/release/hotslot-backend
+
+# What the options ask for.
+job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' command=()
+lines=() types=() modules=(virtio_mmio) hotslot_options=()
 
 main() {
-    local job=demo share='' window=1G host kernel status=0
-    case ${1-} in
-    -h | --help) usage && return ;;
-    --shell) job=shell && shift ;;
-    --share)
-        (($# > 1)) || die "--share needs a directory (--help describes it)"
-        [[ -d $2 ]] || die "$2 is not a directory"
-        job=share share=$(realpath "$2")
-        shift 2
-        [[ ${1-} != --no-dax ]] || { window=0 && shift; }
-        ;;
-    esac
-    need mkfs.ext4:e2fsprogs debugfs:e2fsprogs busybox:busybox-static cpio:cpio
+    (($#)) || job=demo shell=1
+    parse "$@"
+    ((${#command[@]} == 0)) || job='command'
     build
-    kernel=$("$PROJECT/scripts/kernel.sh")
-    mkdir -p "$RUN"
-    [[ $job == share ]] || make_image
-    pack_guest "$job" "$window"
-    local script=$PROJECT/scripts/run/host.sh hotslot=$TARGET/release/hotslot backend=$TARGET/release/hotslot-backend
-    local variables=(HOTSLOT="$hotslot" BACKEND="$backend" KERNEL="$kernel/bzImage" GUEST="$RUN/guest.cpio" JOB="$job"
-        IMAGE="$IMAGE" SHARE="$share" WINDOW="$window" WRITTEN="$WRITTEN")
+    local host
     host=$(host_kind)
-    case $host in
-    kvm)
-        say "running on this machine's KVM"
-        env "${variables[@]}" /bin/sh "$script" "$@" || status=$?
-        ;;
-    lab)
-        say "this machine's KVM cannot boot Linux: running on an emulated host (scripts/lab.sh)"
-        local lab=("$PROJECT/scripts/lab.sh" --file "$RUN/guest.cpio" --file "$script" --file "$kernel/bzImage"
-            --exec "$hotslot" --exec "$backend") variable
-        for variable in "${variables[@]}"; do lab+=(--env "$variable"); done
-        if [[ $job == share ]]; then lab+=(--share "$share"); else lab+=(--file "$IMAGE" --out "$IMAGE"); fi
-        [[ $job == demo || ! -t 0 ]] || lab+=(--tty)
-        # A user may stay as long as they like; lab.sh by itself would stop a run without a terminal.
-        [[ $job == demo ]] || lab+=(--timeout 86400)
-        "${lab[@]}" -- /bin/sh "$script" "$@" || status=$?
-        ;;
-    esac
-    ((status == 0)) || return "$status"
-    [[ $job != demo ]] || show_greeting
+    [[ $host == kvm ]] || say "this machine's KVM cannot boot Linux: running on an emulated host (scripts/lab.sh)"
+    devices "$host"
+    find_kernel
+    pack_guest
+    local variables=(HOTSLOT="$HOTSLOT" BACKEND="$BACKEND" KERNEL="$kernel" GUEST="$guest" JOB="$job" SETUP="$setup"
+        DEVICES="$devices")
+    local script=$PROJECT/scripts/run/host.sh status=0
+    if [[ $job == command ]]; then
+        run_command "$host"
+    else
+        run_console "$host" "${hotslot_options[@]}" || status=$?
+        ((status == 0)) || return "$status"
+        [[ $job != demo ]] || show_greeting
+    fi
 }
+
+wrong() { DIE_STATUS=2 die "$* (--help describes the options)"; }
+
+parse() {
+    local option
+    while (($#)); do
+        case $1 in
+        # As other programs take them.
+        --*=*) option=$1 && shift && set -- "${option%%=*}" "${option#*=}" "$@" ;;
+        -[mic]?*) option=$1 && shift && set -- "${option:0:2}" "${option:2}" "$@" ;;
+        esac
+        case $1 in
+        -h | --help) usage && exit ;;
+        --) shift && break ;;
+        --root) root=1 && shift && continue ;;
+        --no-dax) dax='' && shift && continue ;;
+        --net) net=1 && shift && continue ;;
+        --shell) shell=1 && shift && continue ;;
+        --tty) tty=1 && shift && continue ;;
+        --verbose | -v | -vv) verbose=1 hotslot_options+=("$1") && shift && continue ;;
+        --kernel | --modules | --share | --disk | --backend | --type | --module | --cpus | -m | --memory | -i | --initramfs | -c | --cmdline | --log | --log-file | --unavailable-page | --connect-timeout | --sandbox | --vhost-user)
+            (($# > 1)) || wrong "$1 needs a value"
+            ;;
+        -*) wrong "$1: there is no such option" ;;
+        *) break ;;
+        esac
+        case $1 in
+        --kernel) check_kernel "$2" && kernel=$(realpath "$2") ;;
+        --modules)
+            [[ -d $2 ]] || wrong "--modules $2: this is not a directory"
+            modules_of=$(realpath "$2")
+            ;;
+        --share)
+            [[ -d $2 ]] || wrong "--share $2: this is not a directory"
+            [[ -z $share ]] || wrong "--share $2: there is a --share already, $share"
+            share=$(realpath "$2")
+            ;;
+        --disk)
+            [[ -f $2 && -r $2 && -w $2 ]] || wrong "--disk $2: this is not a file that can be read and written"
+            disks+=("$(realpath "$2")")
+            ;;
+        --backend)
+            [[ $2 == *'{socket}'* ]] || wrong "--backend $2: {socket} is missing, where the back-end is to listen"
+            ((${#lines[@]} == ${#types[@]})) || wrong "--backend $2: the one before it has no --type"
+            lines+=("$2")
+            ;;
+        --type)
+            ((${#lines[@]} == ${#types[@]} + 1)) || wrong "--type $2: there is no --backend before it"
+            types+=("$2")
+            ;;
+        --module) modules+=("$2") ;;
+        --cpus)
+            [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] || wrong "--cpus $2: this is not a number of processors"
+            hotslot_options+=("$1" "$2")
+            ;;
+        -m | --memory)
+            [[ $2 =~ ^[1-9][0-9]*[KMGT]?$ ]] || wrong "$1 $2: this is not a size, such as 512M or 1G"
+            hotslot_options+=("$1" "$2")
+            ;;
+        *) hotslot_options+=("$1" "$2") ;;
+        esac
+        shift 2
+    done
+    command=("$@")
+    ((${#lines[@]} == ${#types[@]})) || wrong "--backend ${lines[-1]}: its --type is missing"
+    [[ -z $modules_of || -n $kernel ]] || wrong "--modules $modules_of: they belong to a --kernel, which is missing"
+    [[ -z $shell || -z $share ]] || wrong "--shell and --share: both want /mnt"
+    [[ -z $tty ]] || ((${#command[@]})) || wrong "--tty: there is no COMMAND, and the shell has a terminal anyway"
+    [[ -z $tty || -t 0 ]] || wrong "--tty: standard input is no terminal"
+    [[ -z $net ]] || has_passt || wrong "--net: this machine has no passt that knows --vhost-user"
+}
+
+check_kernel() {
+    [[ -f $1 && -r $1 ]] || wrong "--kernel $1: there is no such file, or it cannot be read"
+    is_elf "$1" || [[ $(dd if="$1" bs=1 skip=$((0x202)) count=4 status=none 2>/dev/null | tr -d '\0') == HdrS ]] ||
+        wrong "--kernel $1: this is neither a bzImage nor an ELF file"
+}
+
+has_passt() { passt --help 2>&1 | grep -e --vhost-user >/dev/null; }
 
 build() {
     command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
-    cargo build --quiet --release --manifest-path "$PROJECT/Cargo.toml" --bins
+    need mkfs.ext4:e2fsprogs debugfs:e2fsprogs busybox:busybox-static cpio:cpio
+    local progress=()
+    # The first build takes minutes: on a terminal cargo shows how far it is.
+    if [[ -x $HOTSLOT && -x $BACKEND ]]; then
+        progress=(--quiet)
+    else
+        say "building hotslot and its back-ends, for minutes the first time"
+    fi
+    cargo build "${progress[@]}" --release --manifest-path "$PROJECT/Cargo.toml" --bins </dev/null >&2
+    [[ -x $TARGET/guest/x86_64-unknown-linux-gnu/release/init ]] || say "building the guest's PID 1"
+    init=$(guest_init)
+    mkdir -p "$RUN"
+    [[ -z $shell ]] || make_image
 }
 
 make_image() {
@@ -86,25 +185,125 @@ make_image() {
     mv "$IMAGE.new" "$IMAGE"
 }
 
-# What the guest does: mounts the persistent memory or the share; then writes a file there through mmap, or gives a shell.
-pack_guest() {
-    local module mount='mount -t ext4 -o dax /dev/pmem0 /mnt' what='a file of the host, mapped into your memory'
-    local modules=()
-    for module in virtio_mmio virtio_pmem nd_pmem pvpanic-mmio; do modules+=(--module "$module"); done
-    case $1:$2 in
-    share:0) mount='mount -t virtiofs share /mnt' what='a directory of the host' ;;
-    share:*) mount='mount -t virtiofs -o dax=always share /mnt' what='a directory of the host, its files mapped into your memory' ;;
-    esac
-    local job="mkdir -p /mnt && $mount || exit 1"
-    if [[ $1 == demo ]]; then
-        job+="; uname -sr; grep pmem0 /proc/mounts
-            probe pmem-write /mnt$GREETING \"Hello from Linux \$(uname -r), written through mmap.\" || exit 1
-            echo '$WRITTEN'; sleep 2; umount /mnt"
-    else
-        job+="; echo 'This is the guest. /mnt is $what. poweroff ends it.'
-            cd /mnt; exec sh -i"
+# For host.sh: DEVICES, a line for each (type and keys, then the back-end's command line); and SETUP, words for guest.sh.
+devices() {
+    devices='' setup='' lab=()
+    local here='' window=8G number fs
+    # There these are not files of the host's own disk, but of a directory that lab.sh shares.
+    [[ $1 == kvm ]] || here=,foreign-files=on
+    [[ -n $dax ]] || window=0
+    fs="$(quote "$BACKEND") fs --once --socket {socket} --window $window"
+    if [[ -n $root ]]; then
+        local place=/
+        [[ $1 == kvm ]] || place=/host lab+=(--share /)
+        device "type=fs,name=root$here" "$fs --tag root --read-only --dir $place"
+        setup+=" root${dax:+:dax}" modules+=(overlay)
     fi
-    "$PROJECT/scripts/image.sh" -o "$RUN/guest.cpio" "${modules[@]}" --command "$job"
+    if [[ -n $share ]]; then
+        device "type=fs,name=share$here" "$fs --tag share --dir $(quote "$share")"
+        setup+=" share${dax:+:dax}" lab+=(--share "$share")
+    fi
+    if [[ -n $shell ]]; then
+        device type=pmem,name=pmem0 "$(quote "$BACKEND") pmem --once --socket {socket} --file $(quote "$IMAGE")"
+        setup+=" pmem" modules+=(virtio_pmem nd_pmem) lab+=(--file "$IMAGE" --out "$IMAGE")
+    fi
+    for number in "${!disks[@]}"; do
+        device "type=blk,name=disk$number" "$(quote "$BACKEND") blk --once --socket {socket} --file $(quote "${disks[number]}")"
+        modules+=(virtio_blk) lab+=(--file "${disks[number]}" --out "${disks[number]}")
+    done
+    if [[ -n $net ]]; then
+        device type=1,queues=2,name=net "passt --foreground --quiet --one-off --vhost-user --socket {socket}"
+        setup+=" net" modules+=(virtio_net) lab+=(--exec "$(command -v passt)")
+    fi
+    for number in "${!lines[@]}"; do
+        device "type=${types[number]}" "${lines[number]}"
+        lab_words "${lines[number]}"
+        case ${types[number]%%,*} in
+        net | 1) modules+=(virtio_net) ;;
+        blk | 2) modules+=(virtio_blk) ;;
+        vsock | 19) modules+=(vmw_vsock_virtio_transport) ;;
+        pmem | 27) modules+=(virtio_pmem nd_pmem) ;;
+        esac
+    done
+    [[ $job != demo ]] || setup+=" demo"
+}
+
+device() { devices+="$1 $2"$'\n'; }
+
+quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; }
+
+# What the emulated host needs of a back-end's command line: its program, and each word that is a file here.
+lab_words() {
+    local words word
+    read -ra words <<<"$1"
+    for word in "${words[@]}"; do
+        if [[ $word == "${words[0]}" ]]; then
+            word=$(command -v -- "$word") && lab+=(--exec "$word")
+        elif [[ -d $word && $word != / ]]; then
+            lab+=(--share "$word")
+        elif [[ -f $word ]]; then
+            lab+=(--file "$word")
+        fi
+    done
+}
+
+# The kernel file to boot, in `kernel`.
+find_kernel() {
+    export KERNEL=${kernel:-${KERNEL-}} MODULES=${modules_of:-${MODULES-}}
+    [[ -n $KERNEL ]] || unset KERNEL MODULES
+    kernel_directory=$("$PROJECT/scripts/kernel.sh")
+    kernel=$kernel_directory/bzImage
+    [[ -e $kernel ]] || kernel=$kernel_directory/vmlinux
+}
+
+# The initramfs, in `guest`: one for each kernel and set of modules, packed anew when something in it is newer.
+pack_guest() {
+    local options=() module script=$PROJECT/scripts/run/guest.sh
+    if [[ -e $kernel_directory/modules/modules.dep ]]; then
+        for module in "${modules[@]}"; do options+=(--module "$module"); done
+    fi
+    guest=$RUN/${kernel_directory##*/}$(printf '_%s' "${modules[@]}").cpio
+    local made_of=("$init" "$script" "${script%/*}/lease.sh" "$PROJECT/scripts/image.sh" "$kernel_directory/complete")
+    if [[ ! -e $guest || -n $(find "${made_of[@]}" -newer "$guest" -print -quit) ]]; then
+        "$PROJECT/scripts/image.sh" -o "$guest" "${options[@]}" --file "${script%/*}:/etc/hotslot/run" </dev/null
+    fi
+}
+
+# The command line of lab.sh, up to the command there, in `lab`.
+lab_line() {
+    local variable
+    # The kernel's own file: kernel.sh may have a link to it.
+    lab=("$PROJECT/scripts/lab.sh" --file "$guest" --file "$PROJECT/scripts/run" --file "$kernel" --exec "$HOTSLOT"
+        --exec "$BACKEND" "${lab[@]}")
+    for variable in "${variables[@]}"; do lab+=(--env "$variable"); done
+    # A user may stay as long as they like; lab.sh by itself would stop a run without a terminal.
+    [[ $job == demo ]] || lab+=(--timeout 86400)
+}
+
+# Replaces this script, so that signals arrive where they are waited for.
+run_command() {
+    local link=("$init" lab --script "$script") option
+    [[ -z $tty ]] || link+=(--tty --env "TERM=${TERM:-vt100}")
+    [[ -z $verbose ]] || link+=(--verbose)
+    # HOTSLOT_OPTIONS is a line for the shell.
+    variables+=(HOTSLOT_OPTIONS="$(for option in "${hotslot_options[@]}"; do printf '%s ' "$(quote "$option")"; done)")
+    link+=(-- /bin/sh /etc/hotslot/run/guest.sh "$setup" "${command[@]}")
+    [[ $1 == lab ]] || exec env "${variables[@]}" "${link[@]}"
+    lab_line
+    [[ -z $tty ]] || lab+=(--tty)
+    exec "${lab[@]}" -- "${link[@]}"
+}
+
+run_console() {
+    local host=$1
+    shift
+    if [[ $host == kvm ]]; then
+        env "${variables[@]}" /bin/sh "$script" "$@"
+        return
+    fi
+    lab_line
+    [[ $job == demo || ! -t 0 ]] || lab+=(--tty)
+    "${lab[@]}" -- /bin/sh "$script" "$@"
 }
 
 show_greeting() {

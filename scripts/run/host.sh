@@ -1,34 +1,82 @@
 # shellcheck shell=sh
-# What run.sh runs on the host, a real one or the emulated one, whose shell is busybox: a back-end, and hotslot with the
+# What run.sh runs on the host, a real one or the emulated one, whose shell is busybox: the back-ends, and hotslot with the
 # guest. The arguments are options for hotslot.
 #
-# From run.sh, in the environment: HOTSLOT and BACKEND (programs), KERNEL, GUEST (initramfs), JOB (demo, shell or share),
-# IMAGE (persistent memory), SHARE (a directory), WINDOW (the size of its DAX window), WRITTEN (what the guest of the demo
-# prints when its file is written). Exit status: hotslot's.
+# From run.sh, in the environment: HOTSLOT and BACKEND (programs), KERNEL, GUEST (initramfs), JOB (demo, console or
+# command), DEVICES (a line for each back-end: type and keys, then its command line), SETUP (words for guest.sh).
+#
+# A command's job is started by `init lab` (guest/src/lab/script.rs): standard input is the socket of the link, standard
+# output a log whose end says that all is to end; HOTSLOT_OPTIONS, for the shell, are the options for hotslot. Otherwise
+# the guest's console is standard input and output, and the exit status is hotslot's.
 
 dir=$(mktemp -d)
-trap 'kill "$backend_pid" 2>/dev/null; rm -rf "$dir"' EXIT
-if [ "$JOB" = share ]; then
-    "$BACKEND" fs --socket "$dir/socket" --dir "$SHARE" --tag share --window "$WINDOW" --once &
-    device=type=fs,name=share
-else
-    "$BACKEND" pmem --socket "$dir/socket" --file "$IMAGE" --once &
-    device=type=pmem,name=pmem0
-fi
-backend_pid=$!
-set -- "$HOTSLOT" -k "$KERNEL" -i "$GUEST" --debug-exit -c quiet \
-    --vhost-user "$dir/socket,$device" "$@"
-if [ "$JOB" != demo ]; then
-    "$@"
-    exit
-fi
+backends='' number=0 devices=''
+# shellcheck disable=SC2086 # one word per process
+finish() {
+    kill $backends 2>/dev/null
+    rm -rf "$dir"
+}
+trap finish EXIT
 
-# With the file written, hotslot is asked for its memory map.
-mkfifo "$dir/console"
-"$@" </dev/null >"$dir/console" &
-hotslot_pid=$!
-while IFS= read -r line; do
-    printf '%s\n' "$line"
-    case $line in *"$WRITTEN"*) kill -USR1 $hotslot_pid ;; esac
-done <"$dir/console"
-wait $hotslot_pid
+# backend TYPE LINE: starts one, and adds its device to hotslot's arguments. Its standard input is this one's third.
+backend() {
+    socket=$dir/$number
+    number=$((number + 1))
+    line=$(printf '%s\n' "$2" | sed "s|{socket}|$socket|g")
+    sh -c "exec $line" <&3 3<&- &
+    backends="$backends $!"
+    devices="$devices --vhost-user $socket,$1"
+}
+
+if [ "$JOB" = command ]; then
+    exec 3<&0 </dev/null
+    backend type=console,queues=4,name=link "'$BACKEND' console --once --socket {socket} --port run=-"
+    cmdline='quiet hotslot.link=run'
+    eval "set -- $HOTSLOT_OPTIONS"
+else
+    cmdline="quiet -- sh /etc/hotslot/run/guest.sh \"$SETUP\""
+fi
+# Only that one has the link's socket: it must close when that one ends.
+exec 3</dev/null
+# shellcheck disable=SC2153 # it is run.sh's
+while read -r type line; do
+    [ -z "$type" ] || backend "$type" "$line"
+done <<END
+$DEVICES
+END
+# shellcheck disable=SC2086 # its paths are of mktemp
+set -- "$HOTSLOT" -k "$KERNEL" -i "$GUEST" --debug-exit --connect-timeout 30s -c "$cmdline" $devices "$@"
+
+case $JOB in
+console) "$@" ;;
+command)
+    "$@" &
+    hotslot_pid=$!
+    # Either may end first: `init lab`, or the guest.
+    {
+        cat <&1 >/dev/null
+        kill $hotslot_pid
+    } &
+    wait $hotslot_pid
+    finish
+    # A back-end may need a moment; one that does not want to end is made to.
+    tries=0
+    # shellcheck disable=SC2086 # one word per process
+    while kill -0 $backends 2>/dev/null && [ $tries -lt 40 ]; do
+        tries=$((tries + 1))
+        sleep 0.05
+    done
+    kill -KILL 0
+    ;;
+demo)
+    # When guest.sh has written its file, hotslot is asked for its memory map.
+    mkfifo "$dir/console"
+    "$@" </dev/null >"$dir/console" &
+    hotslot_pid=$!
+    while IFS= read -r line; do
+        printf '%s\n' "$line"
+        case $line in *'the guest has written'*) kill -USR1 $hotslot_pid ;; esac
+    done <"$dir/console"
+    wait $hotslot_pid
+    ;;
+esac
