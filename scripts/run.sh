@@ -42,6 +42,8 @@
 # mapped into it by a vhost-user back-end while it runs. The guest mounts it with DAX, writes a file through mmap and
 # switches itself off; then that file is read out of the image here.
 #
+# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither
+#
 # Exit status: COMMAND's (128+n for signal n), or the shell's; 126 or 127 when COMMAND cannot be run; 125 when the guest
 # ended before COMMAND did, with the last lines of its console. 2 for a wrong option, 1 when something around it failed.
 set -euo pipefail
@@ -52,7 +54,8 @@ RUN=$TARGET/run
 IMAGE=$RUN/pmem.img
 # As guest.sh writes it.
 GREETING=/hello.txt
-HOTSLOT=$TARGET/release/hotslot BACKEND=$TARGET/release/hotslot-backend
+HOTSLOT=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot
+BACKEND=$HOTSLOT-backend
 
 # What the options ask for.
 job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' command=()
@@ -163,14 +166,11 @@ has_passt() { passt --help 2>&1 | grep -e --vhost-user >/dev/null; }
 build() {
     command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
     need mkfs.ext4:e2fsprogs debugfs:e2fsprogs busybox:busybox-static cpio:cpio
-    local progress=()
-    # The first build takes minutes: on a terminal cargo shows how far it is.
-    if [[ -x $HOTSLOT && -x $BACKEND ]]; then
-        progress=(--quiet)
-    else
-        say "building hotslot and its back-ends, for minutes the first time"
-    fi
-    cargo build "${progress[@]}" --release --manifest-path "$PROJECT/Cargo.toml" --bins </dev/null >&2
+    local progress=(--quiet)
+    # The first build takes minutes: cargo shows how far it is.
+    [[ -x $HOTSLOT && -x $BACKEND ]] || progress=()
+    [[ -n ${HOTSLOT_PROGRAMS-} ]] ||
+        cargo build "${progress[@]}" --release --manifest-path "$PROJECT/Cargo.toml" --bins </dev/null >&2
     [[ -x $TARGET/guest/x86_64-unknown-linux-gnu/release/init ]] || say "building the guest's PID 1"
     init=$(guest_init)
     mkdir -p "$RUN"

@@ -239,12 +239,13 @@ fn pass_on(mut link: UnixStream, news: &Teller, machine: &str) -> News {
         }
     };
     let mut file: Option<(PathBuf, File)> = None;
+    let too_early = format!("the {machine} ended before its command did");
     loop {
         let (kind, payload) = match link::receive(&mut link) {
             Ok(Some(frame)) => frame,
-            Ok(None) => {
-                return News::Failed(format!("the {machine} ended before its command did"));
-            }
+            Ok(None) => return News::Failed(too_early),
+            // The same, with bytes of ours that were not read any more.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return News::Failed(too_early),
             Err(error) => {
                 return News::Failed(format!("the link to the {machine} failed: {error}"));
             }
