@@ -42,7 +42,7 @@ main() {
     need cpio:cpio
 
     stage=$(mktemp -d)
-    trap 'rm -rf "$stage"' EXIT
+    remove_at_end "$stage"
     chmod 755 "$stage"
     [[ -n $bare ]] || add_base
     ((${#modules[@]} == 0)) || add_modules "${modules[@]}"
@@ -60,7 +60,8 @@ main() {
         # A machine that boots from the old image keeps it, and no machine sees half a file.
         local new
         new=$(mktemp "$out.XXXXXX")
-        pack >"$new" || { rm -f "$new" && die "could not pack $out"; }
+        remove_at_end "$new"
+        pack >"$new" || die "could not pack $out"
         chmod 644 "$new"
         mv "$new" "$out"
     fi

@@ -24,6 +24,13 @@ whole_number() {
     echo "$2"
 }
 
+# remove_at_end PATH: removes it when this script ends, however that is: also by SIGKILL, of its process group, too.
+remove_at_end() {
+    local open_until_then
+    # shellcheck disable=SC2034,SC2016 # nobody writes to it: its end is the message; the shell inside expands $1
+    exec {open_until_then}> >(exec setsid sh -c 'trap "" INT TERM HUP; cat >/dev/null; rm -rf "$1"' sh "$1" >/dev/null 2>&1)
+}
+
 # The header comment of the script that calls it, as its help.
 usage() { sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; }
 

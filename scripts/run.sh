@@ -68,7 +68,8 @@ main() {
     build
     local host
     host=$(host_kind)
-    [[ $host == kvm ]] || say "this machine's KVM cannot boot Linux: running on an emulated host (scripts/lab.sh)"
+    # Without a terminal, a COMMAND's standard error is its own.
+    [[ $host == kvm || ($job == command && ! -t 2) ]] || say "this machine's KVM cannot boot Linux: running on an emulated host (scripts/lab.sh)"
     devices "$host"
     find_kernel
     pack_guest
@@ -165,12 +166,12 @@ has_passt() { passt --help 2>&1 | grep -e --vhost-user >/dev/null; }
 
 build() {
     command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
-    need mkfs.ext4:e2fsprogs debugfs:e2fsprogs busybox:busybox-static cpio:cpio
     local progress=(--quiet)
     # The first build takes minutes: cargo shows how far it is.
     [[ -x $HOTSLOT && -x $BACKEND ]] || progress=()
     [[ -n ${HOTSLOT_PROGRAMS-} ]] ||
         cargo build "${progress[@]}" --release --manifest-path "$PROJECT/Cargo.toml" --bins </dev/null >&2
+    need mkfs.ext4:e2fsprogs debugfs:e2fsprogs busybox:busybox-static cpio:cpio
     [[ -x $TARGET/guest/x86_64-unknown-linux-gnu/release/init ]] || say "building the guest's PID 1"
     init=$(guest_init)
     mkdir -p "$RUN"
@@ -252,8 +253,8 @@ find_kernel() {
     export KERNEL=${kernel:-${KERNEL-}} MODULES=${modules_of:-${MODULES-}}
     [[ -n $KERNEL ]] || unset KERNEL MODULES
     kernel_directory=$("$PROJECT/scripts/kernel.sh")
-    kernel=$kernel_directory/bzImage
-    [[ -e $kernel ]] || kernel=$kernel_directory/vmlinux
+    # To unpack a bzImage takes an emulated host twenty seconds.
+    kernel=$kernel_directory/vmlinux
 }
 
 # The initramfs, in `guest`: one for each kernel and set of modules, packed anew when something in it is newer.

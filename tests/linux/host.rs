@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Condvar, LazyLock, Mutex};
 
-const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
-const HOTSLOT: &str = env!("CARGO_BIN_EXE_hotslot");
+pub const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
+pub const HOTSLOT: &str = env!("CARGO_BIN_EXE_hotslot");
 const BACKEND: &str = env!("CARGO_BIN_EXE_hotslot-backend");
 
 /// How long the endurance test takes; by default it is short.
@@ -104,6 +104,22 @@ pub fn stdout(program: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
 }
 
+/// Runs something that needs a host, not more of them at a time than this machine can bear.
+pub fn in_turn<T>(run: impl FnOnce() -> T) -> T {
+    static RUNNING: Mutex<u32> = Mutex::new(0);
+    static ENDED: Condvar = Condvar::new();
+    let mut running = RUNNING.lock().unwrap();
+    while *running >= SESSIONS_AT_A_TIME {
+        running = ENDED.wait(running).unwrap();
+    }
+    *running += 1;
+    drop(running);
+    let result = run();
+    *RUNNING.lock().unwrap() -= 1;
+    ENDED.notify_one();
+    result
+}
+
 /// How one guest ended.
 pub struct Guest {
     pub status: i32,
@@ -167,8 +183,6 @@ impl Session {
         files: &[(&str, Vec<u8>)],
         programs: &[(&'static str, PathBuf)],
     ) -> Session {
-        static RUNNING: Mutex<u32> = Mutex::new(0);
-        static ENDED: Condvar = Condvar::new();
         let house = &*HOUSE;
         let out = Path::new(FILES).join(name);
         let _nothing_was_there = fs::remove_dir_all(&out);
@@ -177,16 +191,7 @@ impl Session {
             fs::write(out.join(file), bytes).unwrap();
         }
 
-        let mut running = RUNNING.lock().unwrap();
-        while *running >= SESSIONS_AT_A_TIME {
-            running = ENDED.wait(running).unwrap();
-        }
-        *running += 1;
-        drop(running);
-        let output = house.run(name, memory, seconds, &out, programs);
-        *RUNNING.lock().unwrap() -= 1;
-        ENDED.notify_one();
-
+        let output = in_turn(|| house.run(name, memory, seconds, &out, programs));
         let said = [output.stdout, output.stderr].concat();
         Session { out, said: format!("{}\n{}", output.status, String::from_utf8_lossy(&said)) }
     }

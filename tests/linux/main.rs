@@ -7,6 +7,7 @@
 
 mod fs;
 mod host;
+mod run;
 
 use std::path::Path;
 use std::process::{Command, Stdio};

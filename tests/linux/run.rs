@@ -1,0 +1,96 @@
+//! `scripts/run.sh` with a COMMAND, as a script and its caller see it.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::host::{HOTSLOT, PROJECT, in_turn};
+
+/// How long a guest may take, with its host, beside another one.
+const SECONDS: &str = "400";
+
+/// How long the last of its processes may take to end, and to remove its files.
+const END_TIME: Duration = Duration::from_secs(30);
+
+/// `run.sh`, whose temporary files go to `temporary`.
+fn run_sh(temporary: &TempDir) -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["--foreground", SECONDS, &format!("{PROJECT}/scripts/run.sh")]);
+    command.env("HOTSLOT_PROGRAMS", Path::new(HOTSLOT).parent().unwrap()).env("TMPDIR", temporary.path());
+    command.env_remove("KERNEL").env_remove("MODULES");
+    command
+}
+
+/// Processes with that directory for their temporary files.
+fn processes(temporary: &TempDir) -> Vec<String> {
+    let variable = format!("TMPDIR={}", temporary.path().display());
+    let all = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let ours = all.filter(|process| {
+        let environment = fs::read(process.join("environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|one| one == variable.as_bytes())
+    });
+    ours.map(|process| fs::read_to_string(process.join("cmdline")).unwrap_or_default()).collect()
+}
+
+fn assert_nothing_is_left(temporary: &TempDir) {
+    let end = Instant::now() + END_TIME;
+    loop {
+        let files: Vec<_> = fs::read_dir(temporary.path()).unwrap().flatten().collect();
+        let processes = processes(temporary);
+        if files.is_empty() && processes.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < end, "left: {files:?}, {processes:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_command_has_the_streams_and_the_status() {
+    let (temporary, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let input = share.path().join("input");
+    fs::write(&input, crate::input()).unwrap();
+    let output = in_turn(|| {
+        run_sh(&temporary)
+            .args(["--cpus=1", "--share"])
+            .arg(share.path())
+            .args(["sh", "-c", "cat; echo err >&2; sha256sum input >sum; exit 7"])
+            .stdin(fs::File::open(&input).unwrap())
+            .output()
+            .unwrap()
+    });
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(7), "{said}");
+    assert!(output.stdout == crate::input(), "{} bytes came back", output.stdout.len());
+    assert_eq!(said, "err\n");
+    let sum = fs::read_to_string(share.path().join("sum")).unwrap();
+    assert_eq!(
+        sum.split(' ').next(),
+        crate::host::stdout("sha256sum", &[input.to_str().unwrap()]).split(' ').next()
+    );
+    assert_nothing_is_left(&temporary);
+}
+
+#[test]
+fn a_command_that_is_killed_leaves_nothing_behind() {
+    let temporary = tempfile::tempdir().unwrap();
+    in_turn(|| {
+        let mut command = run_sh(&temporary);
+        command.args(["--", "sh", "-c", "echo up; exec sleep 1000"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "up\n");
+        assert!(!processes(&temporary).is_empty());
+        let group = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
+        child.wait().unwrap();
+    });
+    assert_nothing_is_left(&temporary);
+}
