@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use crate::host::{HOTSLOT, PROJECT, in_turn};
 
 /// How long a guest may take, with its host, beside another one.
-const SECONDS: &str = "400";
+const SECONDS: &str = "580";
 
 /// How long the last of its processes may take to end, and to remove its files.
 const END_TIME: Duration = Duration::from_secs(30);

@@ -61,7 +61,7 @@ fn run(name: &str) -> Outcome<()> {
     let (status, copies) = match spawn(&start, receiver, &sender)? {
         Ok((process, copies)) => (console::reap_until(process), copies),
         Err((sentence, status)) => {
-            send(&sender, Kind::Error, format!("lab: {sentence}\n").as_bytes())?;
+            send(&sender, Kind::Error, format!("init: {sentence}\n").as_bytes())?;
             (status, Vec::new())
         }
     };
@@ -77,7 +77,7 @@ fn run(name: &str) -> Outcome<()> {
     for path in &start.outputs {
         let path = Path::new(OsStr::from_bytes(path));
         if let Err(sentence) = send_back(&sender, path) {
-            send(&sender, Kind::Error, format!("lab: {sentence}\n").as_bytes())?;
+            send(&sender, Kind::Error, format!("init: {sentence}\n").as_bytes())?;
         }
     }
     send(&sender, Kind::Exit, &[status])

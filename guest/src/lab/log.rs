@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use super::options::Names;
 use crate::outcome::{Outcome, failed};
 
 /// How many bytes are kept, and how many lines of them are shown.
@@ -15,14 +16,14 @@ const LOG_KEPT: usize = 256 * 1024;
 const LOG_SHOWN: usize = 30;
 
 pub struct Log {
-    machine: &'static str,
+    names: Names,
     lines: Arc<Mutex<Vec<u8>>>,
     reader: Option<thread::JoinHandle<()>>,
 }
 
 impl Log {
     /// Reads `stream` to its end, and copies it to the file `copy` if there is one.
-    pub fn follow(mut stream: UnixStream, copy: Option<&Path>, machine: &'static str) -> Outcome<Log> {
+    pub fn follow(mut stream: UnixStream, copy: Option<&Path>, names: Names) -> Outcome<Log> {
         let mut copy = match copy {
             Some(path) => Some(File::create(path).map_err(failed("write", path))?),
             None => None,
@@ -42,7 +43,7 @@ impl Log {
                 kept.drain(..surplus);
             }
         });
-        Ok(Log { machine, lines, reader: Some(reader) })
+        Ok(Log { names, lines, reader: Some(reader) })
     }
 
     /// Prints the last lines. The machine has been stopped, so the log has an end.
@@ -50,16 +51,16 @@ impl Log {
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
         }
-        let machine = self.machine;
+        let Names { script, machine } = self.names;
         let kept = self.lines.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let text = String::from_utf8_lossy(&kept);
         let lines: Vec<&str> = text.lines().map(|line| line.trim_end_matches('\r')).collect();
         let first = lines.len().saturating_sub(LOG_SHOWN);
         if lines.is_empty() {
-            eprintln!("lab: the {machine}'s log is empty");
+            eprintln!("{script}: the {machine}'s log is empty");
             return;
         }
-        eprintln!("lab: the last lines of the {machine}'s log:");
+        eprintln!("{script}: the last lines of the {machine}'s log:");
         for line in &lines[first..] {
             eprintln!("  {line}");
         }

@@ -39,10 +39,19 @@ pub struct Options {
 }
 
 impl Options {
-    /// The machine, in sentences.
-    pub fn machine(&self) -> &'static str {
-        if self.script.is_some() { "guest" } else { "emulated host" }
+    pub fn names(&self) -> Names {
+        match self.script {
+            Some(_) => Names { script: "run.sh", machine: "guest" },
+            None => Names { script: "lab", machine: "emulated host" },
+        }
     }
+}
+
+/// How sentences for the user name what the user started, and the machine.
+#[derive(Clone, Copy)]
+pub struct Names {
+    pub script: &'static str,
+    pub machine: &'static str,
 }
 
 pub fn parse(arguments: &[OsString]) -> Outcome<Options> {

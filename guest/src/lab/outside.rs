@@ -87,18 +87,19 @@ impl Machine {
 /// The story: the machine, the threads, the wait, and the end.
 fn run(options: Options) -> Outcome<u8> {
     let signals = Signals::block();
+    let script = options.names().script;
     let began = Instant::now();
     let (link, its_link) = socket_pair()?;
     let (our_log, its_log) = socket_pair()?;
     let log = our_log.try_clone().map_err(|error| format!("cannot duplicate a socket: {error}"))?;
-    let log = Log::follow(log, options.log.as_deref(), options.machine())?;
+    let log = Log::follow(log, options.log.as_deref(), options.names())?;
     let started = match &options.script {
         None => qemu::start(&options, its_link, its_log).map(Machine::EmulatedHost),
         Some(path) => script::start(path, its_link, its_log, &our_log, options.verbose).map(Machine::Guest),
     };
     let mut machine = match started {
         Ok(machine) => machine,
-        Err(sentence) => return Ok(lab_failed(&sentence, log)),
+        Err(sentence) => return Ok(lab_failed(script, &sentence, log)),
     };
 
     let (news, incoming) = mpsc::channel();
@@ -106,8 +107,8 @@ fn run(options: Options) -> Outcome<u8> {
     let to_link = start_writer(&link, &options.start)?;
     thread::spawn({
         let news = news.clone();
-        let name = options.machine();
-        move || news.tell(pass_on(link, &news, name))
+        let machine = options.names().machine;
+        move || news.tell(pass_on(link, &news, machine))
     });
     thread::spawn({
         let (to_link, terminal) = (to_link.clone(), options.terminal);
@@ -123,20 +124,23 @@ fn run(options: Options) -> Outcome<u8> {
         Ending::Signal(number) => Ok(die_of(number)),
         Ending::Time { up, limit } => {
             if up {
-                eprintln!("lab: the command had not ended after {} s (time limit), stopped", limit.as_secs());
+                eprintln!(
+                    "{script}: the command had not ended after {} s (time limit), stopped",
+                    limit.as_secs()
+                );
             } else {
-                eprintln!("lab: not up after {} s (time limit), stopped", limit.as_secs());
+                eprintln!("{script}: not up after {} s (time limit), stopped", limit.as_secs());
                 log.show();
             }
             Ok(STATUS_TIME_LIMIT)
         }
-        Ending::Failed(sentence) => Ok(lab_failed(&sentence, log)),
+        Ending::Failed(sentence) => Ok(lab_failed(script, &sentence, log)),
     }
 }
 
 /// Says why, with the last lines of the log: whatever wrote to it has ended.
-fn lab_failed(sentence: &str, log: Log) -> u8 {
-    eprintln!("lab: {sentence}");
+fn lab_failed(script: &str, sentence: &str, log: Log) -> u8 {
+    eprintln!("{script}: {sentence}");
     log.show();
     STATUS_LAB_FAILED
 }
@@ -179,7 +183,11 @@ fn wait(
                 News::Up => {
                     up = true;
                     if options.verbose {
-                        eprintln!("lab: up after {:.1} s", began.elapsed().as_secs_f64());
+                        eprintln!(
+                            "{}: up after {:.1} s",
+                            options.names().script,
+                            began.elapsed().as_secs_f64()
+                        );
                     }
                 }
                 News::Ended(status) => return Ending::Status(status),
