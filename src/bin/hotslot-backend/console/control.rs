@@ -1,5 +1,5 @@
-//! What driver and device tell each other about the port, on the control queues (VIRTIO 1.2, section 5.3.6.2).
-//! Pure: messages in, messages out.
+//! What driver and device tell each other about the port, on the control queues (VIRTIO 1.2, section
+//! 5.3.6.2). Pure: messages in, messages out.
 //!
 //! ```text
 //!   driver                     device
