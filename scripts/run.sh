@@ -213,7 +213,7 @@ devices() {
         modules+=(virtio_blk) lab+=(--file "${disks[number]}" --out "${disks[number]}")
     done
     if [[ -n $net ]]; then
-        device type=1,queues=2,name=net "passt --foreground --quiet --one-off --vhost-user --socket {socket}"
+        device type=net,name=net "passt --foreground --quiet --one-off --vhost-user --socket {socket}"
         setup+=" net" modules+=(virtio_net) lab+=(--exec "$(command -v passt)")
     fi
     for number in "${!lines[@]}"; do

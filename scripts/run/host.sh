@@ -30,7 +30,7 @@ backend() {
 
 if [ "$JOB" = command ]; then
     exec 3<&0 </dev/null
-    backend type=console,queues=4,name=link "'$BACKEND' console --once --socket {socket} --port run=-"
+    backend type=console,name=link "'$BACKEND' console --once --socket {socket} --port run=-"
     cmdline='quiet hotslot.link=run'
     eval "set -- $HOTSLOT_OPTIONS"
 else

@@ -42,7 +42,7 @@ const STDIN: &str = "-";
 ///
 /// Linux in the guest (module virtio_console) has it as /dev/vportNp0, with NAME in
 /// /sys/class/virtio-ports/vportNp0/name. Bytes pass unchanged both ways, as fast as the reader takes them.
-/// The front-end must give the device four queues (hotslot: type=console,queues=4).
+/// The front-end must give the device four queues, as hotslot does.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
