@@ -1,4 +1,5 @@
-//! The link's end in the emulated host, or in a guest: runs the command and sends back its output, its files and its status.
+//! The link's end in the emulated host, or in a guest: runs the command and sends back its output, its files
+//! and its status.
 //!
 //! Called by [`crate::boot`] on PID 1's first thread, which waits for the command and reaps; one thread per
 //! direction and stream does the copying.

@@ -6,8 +6,8 @@
 //! pair, and the kernel ends QEMU when this process dies, even by SIGKILL. (What the script does is in
 //! [`super::script`].)
 //!
-//! Threads: the first one starts the machine, then waits for signals, the time limit and the others' messages; one
-//! reads the link, one the kernel's log, one our standard input, and one writes to the link.
+//! Threads: the first one starts the machine, then waits for signals, the time limit and the others'
+//! messages; one reads the link, one the kernel's log, one our standard input, and one writes to the link.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};

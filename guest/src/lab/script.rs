@@ -1,4 +1,4 @@
-//! A machine that a script starts and ends: a guest of hotslot, with its back-ends (`scripts/run/command.sh`).
+//! A machine that a script starts and ends: a guest of hotslot, with its back-ends (`scripts/run/host.sh`).
 //!
 //! The script's standard input is the link's socket. Its standard output is the log's, from which it can also
 //! read: at the end of that stream it ends what it started, and removes its files. That end comes with this
