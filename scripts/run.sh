@@ -12,7 +12,8 @@
 #   --share DIR        the directory DIR of this machine at /mnt, where COMMAND starts
 #   --no-dax           without DAX: files of --share and --root go through the guest's own page cache
 #   --disk IMAGE       the file IMAGE as the disk /dev/vda; given again, /dev/vdb and so on
-#   --net              a network (eth0), by passt of this machine, 2025 or later (Debian 13)
+#   --net              a network (eth0), by passt of this machine, 2025 or later (Debian 13). On the emulated host it
+#                      leads no further than there
 #   --backend LINE --type TYPE[,KEY=VALUE]...
 #                      a device of a back-end of yours: LINE is for the shell, with {socket} where the back-end is to
 #                      listen; TYPE and the keys are those of `hotslot --vhost-user`. May be given several times
@@ -74,7 +75,7 @@ main() {
     find_kernel
     pack_guest
     local variables=(HOTSLOT="$HOTSLOT" BACKEND="$BACKEND" KERNEL="$kernel" GUEST="$guest" JOB="$job" SETUP="$setup"
-        DEVICES="$devices")
+        DEVICES="$devices" PATH="$PATH")
     local script=$PROJECT/scripts/run/host.sh status=0
     if [[ $job == command ]]; then
         run_command "$host"
@@ -153,7 +154,7 @@ parse() {
     [[ -z $shell || -z $share ]] || wrong "--shell and --share: both want /mnt"
     [[ -z $tty ]] || ((${#command[@]})) || wrong "--tty: there is no COMMAND, and the shell has a terminal anyway"
     [[ -z $tty || -t 0 ]] || wrong "--tty: standard input is no terminal"
-    [[ -z $net ]] || has_passt || wrong "--net: this machine has no passt that knows --vhost-user"
+    [[ -z $net ]] || has_passt || wrong "--net: this machine has no passt that knows --vhost-user; package passt of Debian 13 does"
 }
 
 check_kernel() {
@@ -213,7 +214,11 @@ devices() {
         modules+=(virtio_blk) lab+=(--file "${disks[number]}" --out "${disks[number]}")
     done
     if [[ -n $net ]]; then
-        device type=net,name=net "passt --foreground --quiet --one-off --vhost-user --socket {socket}"
+        local passt='passt --foreground --quiet --one-off --vhost-user --socket {socket}'
+        # There it finds no user called nobody, and cannot leave an initramfs by pivot_root: it gets a root of its own.
+        [[ $1 == kvm ]] || passt="unshare -m sh -c 'mkdir /passt && mount -o rbind / /passt && cd /passt &&
+            mount -o move . / && exec chroot . \"\$@\"' sh $(command -v passt) --runas 65534 ${passt#passt}"
+        device type=net,name=net "${passt//$'\n'/ }"
         setup+=" net" modules+=(virtio_net) lab+=(--exec "$(command -v passt)")
     fi
     for number in "${!lines[@]}"; do

@@ -55,7 +55,7 @@ command)
     # Either may end first: `init lab`, or the guest.
     {
         cat <&1 >/dev/null
-        kill $hotslot_pid
+        kill $hotslot_pid 2>/dev/null
     } &
     wait $hotslot_pid
     finish
