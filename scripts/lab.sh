@@ -27,6 +27,8 @@
 # attributes that are at most a second old, and the new contents of a file when it opens it, or looks at its attributes,
 # a second after the change. A file in DIR that --file names is not copied.
 #
+# HOTSLOT_PROGRAMS=DIR   for --share: takes hotslot-backend from there, and does not build it
+#
 # Exit status: COMMAND's (128+n for signal n); 124 at the time limit; 125 when the lab itself failed, with the last
 # lines of the kernel's log on standard error; 126 or 127 when COMMAND cannot be run.
 set -euo pipefail
@@ -97,8 +99,9 @@ main() {
     options+=(--initramfs "$base")
     for path in "${shares[@]}"; do options+=(--share "$path"); done
     if ((${#shares[@]})); then
-        cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bin hotslot-backend </dev/null >&2 || exit 125
-        options+=(--backend "$TARGET/release/hotslot-backend")
+        [[ -n ${HOTSLOT_PROGRAMS-} ]] ||
+            cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bin hotslot-backend </dev/null >&2 || exit 125
+        options+=(--backend "${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot-backend")
     fi
     if ((${#packed[@]})); then
         # Open, and without a name from now on: nothing is left to clean up, however this ends.

@@ -25,14 +25,17 @@
 #   HOTSLOT OPTION...  others of `hotslot --help` go to hotslot: -i, -c, --log, --log-file, --unavailable-page,
 #                      --connect-timeout, --sandbox, --vhost-user
 #
-# Options may stand in any order before COMMAND, and are refused before anything is built. Where this machine's KVM cannot
-# boot Linux, everything runs on the emulated host of lab.sh; the script says so. Only the time differs: a guest is up
-# after a second or two, and there after half a minute. What is missing is installed and built first.
+# Options may stand in any order before COMMAND, and are refused before anything is built. What is missing is installed
+# and built first, which is told on standard error. Where this machine's KVM cannot boot Linux, everything runs on the
+# emulated host of lab.sh; on a terminal the script says so. Only the time differs: there a guest is up after half a
+# minute, or later where other programs want the processors.
 #
 # COMMAND is looked for in the guest: busybox, or with --root what this machine has. It runs as root, alone, with no
-# environment but PATH, HOME and, with --tty, TERM. Without --share or --root it starts in /. A COMMAND that reads all of
-# its input gets all of it, then its end. When it ends, what it left running is killed, and disks are synchronised, but
-# not unmounted. However run.sh ends, also by SIGKILL, its processes and temporary files go with it.
+# environment but PATH, HOME and, with --tty, TERM. Without --share or --root it starts in /. It gets all of the input,
+# then its end; what it writes comes out at once, in order within each stream. Once everything is built, standard error
+# has nothing else on it, as long as it is no terminal and all goes well. When COMMAND ends, what it left running is
+# killed, and disks are synchronised, but not unmounted. There is no time limit (timeout(1) sets one). However run.sh
+# ends, also by SIGKILL, its processes and temporary files go with it.
 #
 # DIR itself is shared, not a copy: the guest may do there what you may. Each side sees at once what the other does. On
 # the emulated host that is so for what the guest does, but for stores through a shared mapping, which take up to half a
@@ -59,7 +62,7 @@ HOTSLOT=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot
 BACKEND=$HOTSLOT-backend
 
 # What the options ask for.
-job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' command=()
+job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' command=() memory=512M
 lines=() types=() modules=(virtio_mmio) hotslot_options=()
 
 main() {
@@ -142,6 +145,7 @@ parse() {
             ;;
         -m | --memory)
             [[ $2 =~ ^[1-9][0-9]*[KMGT]?$ ]] || wrong "$1 $2: this is not a size, such as 512M or 1G"
+            memory=$2
             hotslot_options+=("$1" "$2")
             ;;
         *) hotslot_options+=("$1" "$2") ;;
@@ -190,7 +194,7 @@ make_image() {
 # For host.sh: DEVICES, a line for each (type and keys, then the back-end's command line); and SETUP, words for guest.sh.
 devices() {
     devices='' setup='' lab=()
-    local here='' window=8G number fs
+    local here='' window=1G number fs
     # There these are not files of the host's own disk, but of a directory that lab.sh shares.
     [[ $1 == kvm ]] || here=,foreign-files=on
     [[ -n $dax ]] || window=0
@@ -277,10 +281,12 @@ pack_guest() {
 
 # The command line of lab.sh, up to the command there, in `lab`.
 lab_line() {
-    local variable
-    # The kernel's own file: kernel.sh may have a link to it.
+    local variable mib image
+    # An image is there twice for a moment: as it was copied in, and unpacked.
+    mib=$((1536 + $(numfmt --from=iec "$memory") / 1048576))
+    for image in ${shell:+"$IMAGE"} "${disks[@]}"; do mib=$((mib + $(stat -c %s "$image") / 524288)); done
     lab=("$PROJECT/scripts/lab.sh" --file "$guest" --file "$PROJECT/scripts/run" --file "$kernel" --exec "$HOTSLOT"
-        --exec "$BACKEND" "${lab[@]}")
+        --exec "$BACKEND" --memory "${mib}M" "${lab[@]}")
     for variable in "${variables[@]}"; do lab+=(--env "$variable"); done
     # A user may stay as long as they like; lab.sh by itself would stop a run without a terminal.
     [[ $job == demo ]] || lab+=(--timeout 86400)
