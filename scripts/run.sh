@@ -199,14 +199,17 @@ devices() {
     [[ $1 == kvm ]] || here=,foreign-files=on
     [[ -n $dax ]] || window=0
     fs="$(quote "$BACKEND") fs --once --socket {socket} --window $window"
+    # lab.sh has the root directory elsewhere.
+    local top=/
+    [[ $1 == kvm ]] || top=/host
     if [[ -n $root ]]; then
-        local place=/
-        [[ $1 == kvm ]] || place=/host lab+=(--share /)
-        device "type=fs,name=root$here" "$fs --tag root --read-only --dir $place"
-        setup+=" root${dax:+:dax}" modules+=(overlay)
+        device "type=fs,name=root$here" "$fs --tag root --read-only --dir $top"
+        setup+=" root${dax:+:dax}" modules+=(overlay) lab+=(--share /)
     fi
     if [[ -n $share ]]; then
-        device "type=fs,name=share$here" "$fs --tag share --dir $(quote "$share")"
+        local place=$share
+        [[ $share != / ]] || place=$top
+        device "type=fs,name=share$here" "$fs --tag share --dir $(quote "$place")"
         setup+=" share${dax:+:dax}" lab+=(--share "$share")
     fi
     if [[ -n $shell ]]; then

@@ -52,20 +52,17 @@ console) "$@" ;;
 command)
     "$@" &
     hotslot_pid=$!
-    # Either may end first: `init lab`, or the guest.
+    # Either may end first: `init lab`, or the guest. What does not end within three seconds is made to.
     {
         cat <&1 >/dev/null
-        kill $hotslot_pid 2>/dev/null
-    } &
+        kill $hotslot_pid
+        sleep 3
+        kill -KILL 0
+    } 2>/dev/null &
     wait $hotslot_pid
     finish
-    # A back-end may need a moment; one that does not want to end is made to.
-    tries=0
     # shellcheck disable=SC2086 # one word per process
-    while kill -0 $backends 2>/dev/null && [ $tries -lt 40 ]; do
-        tries=$((tries + 1))
-        sleep 0.05
-    done
+    wait $backends
     kill -KILL 0
     ;;
 demo)

@@ -143,6 +143,7 @@ mod tests {
     #[test]
     fn wrong_options_are_refused() {
         assert!(parse(&words("--script s -- sh")).is_ok());
+        assert!(parse(&words("--qemu q --kernel k --backend b --share / --out /o -- sh")).is_ok());
         let lines = [
             "--kernel",
             "--script s",
