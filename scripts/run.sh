@@ -8,7 +8,8 @@
 #   --kernel FILE      boots this bzImage, vmlinux or ELF file with a PVH note instead
 #   --modules DIR      with --kernel: its modules, a /lib/modules/VERSION. Without, all that is needed must be built in
 #   --root             this machine's own root file system, read-only, under an overlay in the guest's memory; COMMAND
-#                      starts there in the directory where you are
+#                      starts there in the directory where you are. /proc, /sys, /dev and /run are the guest's. (Where
+#                      this machine mounts several file systems below /, the emulated host may take two for one)
 #   --share DIR        the directory DIR of this machine at /mnt, where COMMAND starts
 #   --no-dax           without DAX: files of --share and --root go through the guest's own page cache
 #   --disk IMAGE       the file IMAGE as the disk /dev/vda; given again, /dev/vdb and so on

@@ -23,9 +23,14 @@ mount_root() {
     layers=lowerdir=/host/lower,upperdir=/host/upper/files,workdir=/host/upper/work
     mount -t tmpfs upper /host/upper || fail 'cannot mount a tmpfs'
     mkdir /host/upper/files /host/upper/work
+    # An overlay takes these for "not there". Below them the host has other file systems; their root directories may
+    # have one inode number, and the overlay would take them for one directory.
+    for place in proc sys dev run; do mknod /host/upper/files/$place c 0 0; done
     mount -t overlay -o $layers root /host/root || fail "cannot mount an overlay over the host's root file system"
-    for place in proc sys dev; do mount -o rbind /$place /host/root/$place || fail "cannot mount /$place"; done
-    mount -t tmpfs -o mode=755 run /host/root/run || fail 'cannot mount /run'
+    for place in proc sys dev run; do
+        mkdir /host/root/$place
+        mount -o rbind /$place /host/root/$place || fail "cannot mount /$place"
+    done
     root=/host/root
 }
 

@@ -77,6 +77,25 @@ fn a_command_has_the_streams_and_the_status() {
 }
 
 #[test]
+fn this_machines_root_is_the_guests_and_stays_as_it_was() {
+    let (temporary, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::write(here.path().join("given"), "given\n").unwrap();
+    let line = "cat given; echo changed >given; cat given; echo $(</proc/1/comm); stat -f -c %T /proc /sys /";
+    let output = in_turn(|| {
+        // A shell of this machine's, not busybox.
+        let mut command = run_sh(&temporary);
+        command.args(["--root", "--", "bash", "-c", line]).current_dir(here.path());
+        command.stdin(Stdio::null()).output().unwrap()
+    });
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(out, "given\nchanged\ninit\nproc\nsysfs\noverlayfs\n", "{said}");
+    assert_eq!(fs::read(here.path().join("given")).unwrap(), b"given\n");
+    assert_nothing_is_left(&temporary);
+}
+
+#[test]
 fn a_command_that_is_killed_leaves_nothing_behind() {
     let temporary = tempfile::tempdir().unwrap();
     in_turn(|| {
