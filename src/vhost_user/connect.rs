@@ -94,8 +94,8 @@ impl From<FrontendError> for ConnectError {
     }
 }
 
-/// Connects to a back-end, waiting up to `timeout` until it listens, and finds out what it is. `memory_slots`:
-/// it is to be told of more than one range of memory (SHM-80, SHM-89).
+/// Connects to a back-end, waiting up to `timeout` until it listens, and finds out what it is.
+/// `memory_slots`: it is to be told of more than one range of memory (SHM-80, SHM-89).
 pub fn connect(spec: &DeviceSpec, timeout: Duration, memory_slots: bool) -> Result<Handshake, ConnectError> {
     let attempt = |timeout| {
         let socket = connect_socket(&spec.name, &spec.socket, timeout)?;

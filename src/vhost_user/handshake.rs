@@ -118,8 +118,8 @@ pub struct Handshake {
     pub inflight_size: u64,
 }
 
-/// Finds out what the back-end behind a connected socket is, and agrees with it. `memory_slots`: it is
-/// to be told of more than one range of memory (SHM-80, SHM-89). `acceptable`: the protocol features that may be
+/// Finds out what the back-end behind a connected socket is, and agrees with it. `memory_slots`: it is to be
+/// told of more than one range of memory (SHM-80, SHM-89). `acceptable`: the protocol features that may be
 /// agreed on.
 pub fn handshake(
     socket: UnixStream,
