@@ -33,11 +33,16 @@ pub fn areas(process: &str) -> Vec<String> {
         let (end, rest) = rest.split_once(' ').unwrap();
         let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).unwrap());
         let is_guard = end - start == 4096;
-        let is_heap = start == end_of_memory && start % HEAP != 0 && end % HEAP == 0;
+        // A reservation right behind a heap's own is one area with it, for the kernel.
+        let heap_end = start.checked_next_multiple_of(HEAP).unwrap_or(start);
+        let is_heap = start == end_of_memory && start != heap_end && end >= heap_end;
         if rest.starts_with("rw-p") {
             end_of_memory = end;
         }
-        if line.contains("memfd:") || rest.starts_with("---p") && !is_guard && !is_heap {
+        let is_reserved = rest.starts_with("---p") && !is_guard;
+        if is_reserved && is_heap && end > heap_end {
+            areas.push(format!("{heap_end:x}-{end:x} {rest}"));
+        } else if line.contains("memfd:") || is_reserved && !is_heap {
             areas.push(line);
         }
     }
