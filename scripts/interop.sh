@@ -10,15 +10,16 @@
 #                      login and installs packages that the host's HTTP server has
 #   frontends          the other end: QEMU of both suites drives hotslot-backend blk and fs, and the newer one, which has
 #                      SHMEM, also fs with a window, and pmem; without an emulated host
-#   --reconnect N      also kills each back-end with SIGKILL while it works, and starts it again: the guest's work must go on
-#                      (the key reconnect=N). After that, as without this option, it is killed for good
+#   --reconnect SECONDS
+#                      also kills each back-end with SIGKILL while it works, and starts it again: the guest's work must go on
+#                      (the key reconnect=SECONDS). After that, as without this option, it is killed for good
 #   --cpus N           vCPUs of the guests (default: 2; for many 4)
 #   --list             prints the back-ends, where they come from, and what is done with them
 #
 # The back-ends are Debian's packages, of its suite sid and of bookworm, each suite in a root of its own, or crates, which
 # cargo builds. Everything is kept in target/interop: 3 GB, and half an hour until it is there. It needs root for
-# mmdebstrap. Everything runs on an emulated host (lab.sh), also where this machine has KVM: the back-ends run as root and in
-# Debian's roots there. A back-end takes one to five minutes.
+# mmdebstrap. All but frontends runs on an emulated host (lab.sh), also where this machine has KVM: the back-ends run as root
+# and in Debian's roots there. A back-end takes one to ten minutes.
 #
 # It prints a line for each: the back-end, its version, the work, the work while it died and came back, what the guest saw
 # when it was dead for good; below it what hotslot and the back-end agreed on. Exit status: 1 when some work was wrong.

@@ -9,8 +9,8 @@
 # A guest has three ext4 on persistent memory (every second guest mounts them with dax) and three shares with DAX, each with
 # a back-end of its own. There write:
 #
-#   probe keep         on each: blocks of 4 KiB at random, by write and fsync and by a mapping and msync in turn. It prints the number
-#                      of its last write after each sync (guest/src/keep.rs)
+#   probe keep         on each: blocks of 4 KiB at random, by write and fsync and by a mapping and msync in turn. It prints
+#                      the number of its last write after each sync (guest/src/keep.rs)
 #   fio                on the first of either kind: one file after another with --verify, an fsync every 8 blocks and one
 #                      at the end. When it has verified a file, its number is printed. (What fio itself can save about a
 #                      file that it is writing, it saves at its end only)

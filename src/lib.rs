@@ -1,4 +1,4 @@
-// The tour of the code, with its reading order, four stories and glossary, is tour.md.
+// The tour of the code, with its reading order, five stories and glossary, is tour.md.
 #![doc = include_str!("tour.md")]
 
 pub mod arch;

@@ -382,7 +382,7 @@ impl Backend {
         if session.is_over() {
             return Ok(false);
         }
-        // For what the driver made available, and the back-end used, while nobody looked.
+        // For buffers that the driver made available, and that the back-end used, while no session was there.
         for queue in main.rings.values() {
             kick::signal(&queue.kick);
         }

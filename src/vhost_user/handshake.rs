@@ -107,7 +107,7 @@ pub struct Handshake {
     pub queues: u16,
     /// The largest size of each queue.
     pub queue_size: u16,
-    /// The configuration space; zeroes where nobody says what is in it.
+    /// The configuration space; zeroes where neither the back-end nor the user says what is in it.
     pub config: Vec<u8>,
     /// Size in bytes of each shared memory region; the index is its id, 0 means none. Empty without SHMEM.
     pub region_sizes: Vec<u64>,

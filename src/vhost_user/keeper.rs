@@ -1,4 +1,4 @@
-//! A device's keeper: the thread that talks on the main socket about what no vCPU asked for. It asks for a
+//! A device's keeper: the thread that uses the main socket for what no vCPU asked for. It asks for a
 //! configuration that has changed, tells the back-end of other devices' mappings (SHM-80), and connects again
 //! to a back-end that died (SHM-18, SHM-94).
 //!

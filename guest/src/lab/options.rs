@@ -1,5 +1,5 @@
-//! The options of `init lab`, which `scripts/lab.sh` gives. Pure but for the working directory and the
-//! terminal's size.
+//! The options of `init lab`, which `scripts/lab.sh` and `scripts/run.sh` give. Pure but for the working
+//! directory and the terminal's size.
 
 use std::ffi::{OsStr, OsString};
 use std::io;

@@ -30,7 +30,7 @@ impl Resets {
         Resets { ram: tells.then(|| ram.clone()) }
     }
 
-    /// How the machine ended, of which a processor says that it ended so.
+    /// How the machine ended, where a vCPU reports this end.
     pub fn look_at(&self, exit: Exit) -> Exit {
         let flag = self.ram.as_ref().map(|ram| ram.read_obj::<u16>(RESET_FLAG));
         match (exit, flag) {

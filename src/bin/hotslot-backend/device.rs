@@ -1,4 +1,4 @@
-//! A device with virtqueues: what `pmem`, `blk` and `fs` differ in.
+//! A device with virtqueues: what `pmem`, `blk`, `fs` and `console` differ in.
 //!
 //! What they share is in `session`, the front-end's requests, and in `queues`, the driver's. One value serves
 //! one front-end.

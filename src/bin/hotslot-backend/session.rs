@@ -37,7 +37,7 @@ const MAX_REGIONS: u64 = 509;
 /// A session: what a front-end has said so far.
 pub struct Session<D> {
     queues: Arc<Queues<D>>,
-    /// Whether it asked for anything. One that did not only tried whether a back-end listens.
+    /// Whether the front-end asked for anything. Without that, it only tried whether a back-end listens.
     pub was_asked: bool,
     protocol_features: VhostUserProtocolFeatures,
     /// Where the front-end has the guest's memory.
@@ -74,9 +74,9 @@ impl<D: Device> Session<D> {
         self.regions.iter().find_map(inside).ok_or(Error::InvalidParam)
     }
 
-    /// The guest's memory is another. Returns when nothing is being done in the memory of before. But
-    /// requests of a device with shared memory may be waiting for the front-end, which waits for this: they
-    /// keep their memory until they are done.
+    /// The front-end told of another memory of the guest. Returns when no request is being answered in the
+    /// memory of before. A device with shared memory is the exception: its requests may be waiting for the
+    /// front-end, which waits for this. They keep their memory until they are done.
     fn change_memory(&self, mut memory: GuestMemoryMmap) -> Result<()> {
         if self.protocol_features.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
             && memory.find_region(inflight::RINGS).is_none()

@@ -36,7 +36,7 @@ pub struct Port {
     stream: Arc<OwnedFd>,
     complaints: Arc<Complaints>,
     wake: OwnedFd,
-    /// Held while bytes are moved, so that whoever has it knows that no buffer is being touched. Lock order:
+    /// Held while bytes are moved: a thread that holds it knows that no buffer is being touched. Lock order:
     /// the crate's lock of a queue is inside.
     state: Mutex<State>,
 }
@@ -76,9 +76,9 @@ impl Port {
                 state.pump(self, &mut piece)
             };
             let mut entries = [PollFd::new(&self.wake, PollFlags::IN), PollFd::new(&*self.stream, wanted)];
-            // A socket that hung up is always ready, also for those who want nothing of it.
+            // poll(2) reports a hang-up even where it was asked for no event, and would return at once.
             let entries = if wanted.is_empty() { &mut entries[..1] } else { &mut entries[..] };
-            // An interrupted wait has flags of nothing: the loop looks for itself.
+            // The result is not needed: the loop looks at the socket itself.
             let _ = poll(entries, None);
             // It does not block; what counts is that it is read.
             let _ = rustix::io::read(&self.wake, &mut [0; 8]);

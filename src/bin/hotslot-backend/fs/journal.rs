@@ -13,8 +13,8 @@
 //! ```
 //!
 //! When most of the file is out of date, it is written anew: behind the records, and then, if there is room
-//! now, at the front; each time the number at 40 changes last. The threads that serve cannot open files, and
-//! need no second one.
+//! now, at the front; each time the number at 40 changes last. A second file is not possible: the threads
+//! that serve cannot open one.
 //!
 //! A request that must not be executed twice (make a directory, rename) is announced: [`Keeper::attempt`].
 //! Called by the modules that know the guest's files, and by [`super::requests`].
@@ -201,7 +201,7 @@ impl Inner {
             self.file.write_all_at(&begin.to_le_bytes(), BEGIN)?;
             self.file.set_len(begin + len)?;
             (self.begin, self.end, self.compact) = (begin, begin + len, len);
-            // Behind the old records there may have been none in front; now there may be.
+            // It went behind the old records for lack of room in front of them. Now there may be room.
             if fits_in_front || RECORDS + len + 4 > begin {
                 return Ok(());
             }
@@ -217,7 +217,7 @@ fn record<'a>(changes: impl Iterator<Item = &'a Change>) -> Vec<u8> {
     record
 }
 
-/// Who keeps what is known: a journal, or nobody.
+/// The journal of `--state`; `None` without that option: then nothing is kept.
 #[derive(Clone, Default)]
 pub struct Keeper(pub Option<Arc<Journal>>);
 
