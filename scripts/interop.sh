@@ -12,7 +12,7 @@
 #                      SHMEM, also fs with a window, and pmem; without an emulated host
 #   --reconnect SECONDS
 #                      also kills each back-end with SIGKILL while it works, and starts it again: the guest's work must go on
-#                      (the key reconnect=SECONDS). After that, as without this option, it is killed for good
+#                      (the key reconnect=SECONDS). After that, as without this option, it is killed and stays dead
 #   --cpus N           vCPUs of the guests (default: 2; for many 4)
 #   --list             prints the back-ends, where they come from, and what is done with them
 #
@@ -22,7 +22,7 @@
 # and in Debian's roots there. A back-end takes one to ten minutes.
 #
 # It prints a line for each: the back-end, its version, the work, the work while it died and came back, what the guest saw
-# when it was dead for good; below it what hotslot and the back-end agreed on. Exit status: 1 when some work was wrong.
+# when it stayed dead; below it what hotslot and the back-end agreed on. Exit status: 1 when some work was wrong.
 #
 # Not among them, and why: Debian's kernels have no driver for virtio's i2c, gpio, can and spi devices; vhost-device-gpu
 # needs the protocol of vhost-user-gpu, which hotslot does not speak; SPDK and crosvm are in no registry.
@@ -243,7 +243,7 @@ row() {
     lines=$(grep -h "^CHECK $name " "$out/lines" "$out/host") || true
     printf '%-12s %-24s %s\n' "$name" "$3" "$(cut -d ' ' -f 3- <<<"$lines" | sed 's/ WRONG.*/ WRONG/' | paste -sd ';')"
     grep WRONG <<<"$lines" | sed 's/^/    /' || true
-    # What the guest's kernel complained of while no back-end was dead for good.
+    # What the guest's kernel complained of while no back-end stayed dead.
     grep '^KERNEL [wr]' "$out/lines" | sed 's/^/    /' || true
     if ! grep -q ' work ok' <<<"$lines" || grep -q WRONG <<<"$lines"; then wrong=1; fi
 }

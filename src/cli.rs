@@ -73,8 +73,8 @@ pub struct Cli {
     #[arg(help_heading = DEVICES, long, value_name = "WHAT", default_value = "wait")]
     pub unavailable_page: UnavailablePage,
 
-    /// What to do when a device loses its back-end for good: the back-end died or broke the protocol, and the
-    /// device has no `reconnect=`, or that time is over
+    /// What to do when a device loses its back-end permanently: the back-end died or broke the protocol, and
+    /// the device has no `reconnect=`, or that time is over
     #[arg(help_heading = DEVICES, long, value_name = "WHAT", default_value = "keep")]
     pub backend_loss: BackendLoss,
 

@@ -55,7 +55,7 @@ pub enum UnavailablePage {
     Exit,
 }
 
-/// What happens when a device loses its back-end for good (SHM-99).
+/// What happens when a device loses its back-end permanently (SHM-99).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum BackendLoss {
     /// The device needs a reset, and the machine goes on

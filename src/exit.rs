@@ -15,7 +15,7 @@ pub enum Exit {
     Panicked,
     /// The host cannot provide a page of a mapping, and the user asked for an end then; the reason.
     PageUnavailable(String),
-    /// A device has lost its back-end for good, and the user asked for an end then: the device, and why.
+    /// A device has lost its back-end permanently, and the user asked for an end then: the device, and why.
     BackendLost(String),
     /// The guest wrote this to the debug-exit port.
     DebugExit(u8),

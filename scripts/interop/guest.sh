@@ -1,6 +1,6 @@
 # shellcheck shell=sh disable=SC2153 # NAMES is of the kernel's command line
 # What the guest of host.sh runs: the work of each back-end's file, all at the same time; the same while the back-ends die and
-# come back, where RECONNECT is set; then what a guest sees of a back-end that died for good.
+# come back, where RECONNECT is set; then what a guest sees of a back-end that stays dead.
 #
 # FILES=frontends: the work of the files there, and no death.
 #

@@ -50,7 +50,7 @@ enum NotAsked {
     RingOutsideRam { index: u16, part: &'static str, address: u64 },
 }
 
-/// A back-end, as it is to be.
+/// A device's back-end: what was agreed with the first one, which later ones must match; and the record.
 pub struct Backend {
     /// What the user asked for, with as many queues of such a size as the first back-end has.
     pub spec: DeviceSpec,

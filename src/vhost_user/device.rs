@@ -44,7 +44,7 @@ pub struct VhostUserDevice {
 impl VhostUserDevice {
     /// Opens the backend channel of a back-end that is connected, and starts the device's threads.
     /// `participant`: what it is among devices that see each other's mappings (SHM-80). `on_loss` is told
-    /// when the back-end is lost for good.
+    /// when the back-end is lost permanently.
     pub fn new(
         spec: &DeviceSpec,
         handshake: Handshake,

@@ -61,7 +61,7 @@ impl Session {
     }
 }
 
-/// What to do when a back-end is lost for good; it is told why. `None` to go on with a device that needs a
+/// What to do when a back-end is lost permanently; it is told why. `None` to go on with a device that needs a
 /// reset.
 pub type OnLoss = Option<Box<dyn Fn(&str) + Send + Sync>>;
 
@@ -100,7 +100,7 @@ struct State {
     session: Arc<Session>,
     /// While the back-end is away: until when it may come back.
     away_until: Option<Instant>,
-    /// For good.
+    /// Permanently: no session follows.
     is_lost: bool,
     stop: bool,
     config_changed: bool,
@@ -139,7 +139,7 @@ impl Link {
         self.lock().away_until.is_some()
     }
 
-    /// Whether the back-end is gone for good.
+    /// Whether the back-end is gone permanently.
     pub fn is_lost(&self) -> bool {
         self.lock().is_lost
     }
@@ -168,7 +168,7 @@ impl Link {
         }
     }
 
-    /// Gives the back-end up for good: says why, once, and tells the driver.
+    /// Gives the back-end up permanently: says why, once, and tells the driver.
     pub fn lose(&self, why: &str) {
         self.lose_it(&mut self.lock(), why);
     }

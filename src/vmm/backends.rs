@@ -152,7 +152,7 @@ fn descriptor_limit() -> usize {
 }
 
 /// Attaches the devices: registers, interrupt, doorbells. From here on their backend channels are served.
-/// `ends_at_loss`: set when one loses its back-end for good.
+/// `ends_at_loss`: set when one loses its back-end permanently.
 pub fn attach(
     backends: Vec<Backend>,
     machine: &Machine,

@@ -302,12 +302,12 @@ impl Bench {
         assert_eq!(self.loss(), None);
     }
 
-    /// Why the back-end is lost for good; `None` as long as it is not.
+    /// Why the back-end is lost permanently; `None` as long as it is not.
     pub fn loss(&self) -> Option<String> {
         self.loss.lock().unwrap().clone()
     }
 
-    /// Waits until the back-end is lost for good.
+    /// Waits until the back-end is lost permanently.
     pub fn wait_for_loss(&self) -> String {
         self.wait_until_failed();
         eventually("the loss is told", || self.loss().is_some());
