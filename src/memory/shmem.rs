@@ -230,15 +230,15 @@ impl SharedMemory {
         span.place(file, info, file_offset, access).map_err(ShmemError::Place)?;
         let kept = self.lock().files.keep(file, info).map_err(ShmemError::Place);
         let shown = kept.and_then(|kept| self.show(request, span, kept));
-        // What was to be replaced still has its slot: its pages must not become a reservation.
+        // An old mapping that was to be replaced still has its slot: its pages must not become a reservation.
         if shown.is_err() && !replaces {
             self.reserve_again(Some(span));
         }
         Ok((shown?, span.host() as u64))
     }
 
-    /// Takes away what a back-end that is gone has left in the place of a mapping to be (SHM-77). Whether
-    /// that one replaces an old one as it stands.
+    /// Takes away the old mappings in the place of a mapping that is to be made (SHM-77). Whether one of them
+    /// stays there, whose slot the new mapping takes over.
     fn make_way(&self, key: Key, span_len: u64, access: Access) -> Result<bool, ShmemError> {
         let mut removed = Vec::new();
         {
@@ -282,7 +282,7 @@ impl SharedMemory {
         ledger.insert(key, len, file_offset, access, placed);
         self.index().insert(guest.start(), (guest.last(), access));
         drop(state);
-        // Closing the old file can wait.
+        // Closing the old file may block, so no lock is held.
         drop(replaced);
         Ok(MappingInfo { shmid, guest, file_offset, access, filled: 0, unavailable: None })
     }

@@ -5,9 +5,8 @@
 //! file's page cache directly. This back-end only has it mapped at each start of the device, and flushes it.
 //! Called by `main`.
 //!
-//! SHMEM_MAP is sent during SET_MEM_TABLE, the one message of a start that the `vhost-user-backend` crate
-//! passes on, so that the mapping exists before the driver sees the device run. A front-end removes it at a
-//! device reset.
+//! SHMEM_MAP is sent at SET_MEM_TABLE, which each start of the device begins with, so that the mapping exists
+//! before the driver sees the device run. A front-end removes it at a device reset.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -4,7 +4,8 @@
 //! the end of the session. Called by each device's `run`.
 //!
 //! Threads: main waits for a signal or for the end of `--once`; `front-ends` accepts connections and serves
-//! the requests on the socket; `queues` adds, for each session, one for each queue, and more for `blk`.
+//! the requests on the socket; `queues` adds, for each session, one for each queue, and more for `blk`;
+//! `console` one that moves bytes.
 
 use std::fmt::Display;
 use std::fs;

@@ -1,4 +1,4 @@
-//! Requests out of the virtqueues of `vhost-user-backend`, in the types of fuse-backend-rs.
+//! Requests out of the virtqueues of [`crate::ring`], in the types of fuse-backend-rs.
 //!
 //! fuse-backend-rs takes a request as a chain of ring descriptors of an older virtio-queue, in the memory of
 //! an older vm-memory. So the guest's memory is mapped a second time, from the same file descriptors. An
