@@ -23,7 +23,7 @@
 #   --cpus N, -m SIZE  processors (1) and memory (512M) of the guest
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the guest)
 #   --verbose, -v      hotslot's messages on standard error; -vv more of them
-#   HOTSLOT OPTION...  others of `hotslot --help` go to hotslot: -i, -c, --log, --log-file, --unavailable-page,
+#   HOTSLOT OPTION...  others of `hotslot --help` go to hotslot: -i, -c, --log, --log-file, --unavailable-page, --backend-loss,
 #                      --connect-timeout, --sandbox, --vhost-user
 #
 # Options may stand in any order before COMMAND, and are refused before anything is built. What is missing is installed
@@ -109,7 +109,7 @@ parse() {
         --shell) shell=1 && shift && continue ;;
         --tty) tty=1 && shift && continue ;;
         --verbose | -v | -vv) verbose=1 hotslot_options+=("$1") && shift && continue ;;
-        --kernel | --modules | --share | --disk | --backend | --type | --module | --cpus | -m | --memory | -i | --initramfs | -c | --cmdline | --log | --log-file | --unavailable-page | --connect-timeout | --sandbox | --vhost-user)
+        --kernel | --modules | --share | --disk | --backend | --type | --module | --cpus | -m | --memory | -i | --initramfs | -c | --cmdline | --log | --log-file | --unavailable-page | --backend-loss | --connect-timeout | --sandbox | --vhost-user)
             (($# > 1)) || wrong "$1 needs a value"
             ;;
         -*) wrong "$1: there is no such option" ;;

@@ -128,7 +128,7 @@ impl Record {
     pub fn take(&mut self, head: u16) {
         if head < self.entries {
             self.store(self.entry(head) + COUNTER, self.counter);
-            self.counter += 1;
+            self.counter = self.counter.wrapping_add(1);
             self.store(self.entry(head), 1u8);
         }
     }
