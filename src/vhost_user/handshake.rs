@@ -246,10 +246,13 @@ fn ask_configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u
     let Some(&size) = sizes.first() else {
         return find_configuration(frontend, spec);
     };
+    if size == 0 {
+        return Ok(Vec::new());
+    }
     // The larger sizes are for back-ends that answer only a request for all that they have, such as Cloud
     // Hypervisor's disk.
     let mut short = 0;
-    for &asked in sizes.iter().filter(|&&asked| asked > 0) {
+    for &asked in &sizes {
         let config = frontend.set_up().config(asked)?;
         if config.len() == asked {
             return Ok(config);
@@ -264,7 +267,7 @@ fn ask_configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u
         }
         short = config.len();
     }
-    if size == 0 { Ok(Vec::new()) } else { Err(HandshakeError::ConfigShort { asked: size, given: short }) }
+    Err(HandshakeError::ConfigShort { asked: size, given: short })
 }
 
 /// The configuration space of a type whose size is not known: asks for one byte, then for two, and so on, up
@@ -280,6 +283,13 @@ fn find_configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<
             break;
         }
         found = config;
+    }
+    if found.len() == USUAL_MAX_CONFIG {
+        log::warn!(
+            "{}: the back-end may have more than {USUAL_MAX_CONFIG} bytes of configuration space: say how many with \
+             config-size=N",
+            spec.name
+        );
     }
     if found.is_empty() {
         log::warn!(
