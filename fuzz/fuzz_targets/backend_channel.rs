@@ -102,7 +102,7 @@ fn files() -> &'static Files {
 /// How many parts of what [`files`] has are in the process' address space.
 fn files_mapped() -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    maps.lines().filter(|line| line.contains("/memfd:")).count()
+    maps.lines().filter(|line| line.contains("/memfd:") && !line.contains("hotslot-registers")).count()
 }
 
 /// A machine that checks what it is asked for.

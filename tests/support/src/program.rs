@@ -14,7 +14,7 @@ use crate::child::{self, Running};
 
 /// When the program is killed: a thread that waits for it then goes on, such as the front-end of the `vhost`
 /// crate, which knows no deadlines.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(300);
 /// Relative, as socket addresses are short and directories of builds are not.
 const SOCKET: &str = "s";
 
