@@ -21,7 +21,11 @@ struct Answer {
 }
 
 fn hotslot(arguments: &[&str], directory: &Path) -> Answer {
-    let output = child::run(Command::new(built::hotslot()).args(arguments).current_dir(directory));
+    run(Command::new(built::hotslot()).args(arguments).current_dir(directory))
+}
+
+fn run(command: &mut Command) -> Answer {
+    let output = child::run(command);
     let [stdout, stderr] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
     Answer { status: output.status.code(), stdout, stderr }
 }
@@ -218,12 +222,27 @@ fn questions_are_answered() {
         (&["--help"][..], "Exit status:"),
         (&["-V"], env!("CARGO_PKG_VERSION")),
         (&["--print-layout"], "console=ttyS0"),
+        (&["--print-man"], ".TH hotslot 1"),
+        (&["--print-completions", "bash"], "--vhost-user"),
     ] {
-        let answer = hotslot(arguments, here);
-        assert_eq!(answer.status, Some(0), "{arguments:?}");
-        assert!(answer.stdout.contains(part), "{arguments:?}: {}", answer.stdout);
-        assert_eq!(answer.stderr, "", "{arguments:?}");
+        answered(Command::new(built::hotslot()).args(arguments), here, part);
     }
+    for (arguments, part) in [
+        (&["--help"][..], "torture"),
+        (&["-V"], env!("CARGO_PKG_VERSION")),
+        (&["man"], r"hotslot\-backend\-blk(1)"),
+        (&["man", "blk"], r"\-\-block\-size"),
+        (&["completions", "zsh"], "--block-size"),
+    ] {
+        answered(Command::new(built::hotslot_backend()).args(arguments), here, part);
+    }
+}
+
+fn answered(command: &mut Command, directory: &Path, part: &str) {
+    let answer = run(command.current_dir(directory));
+    assert_eq!(answer.status, Some(0), "{command:?}");
+    assert!(answer.stdout.contains(part), "{command:?}: {}", answer.stdout);
+    assert_eq!(answer.stderr, "", "{command:?}");
 }
 
 #[test]

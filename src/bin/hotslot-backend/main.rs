@@ -38,9 +38,11 @@ mod server;
 mod session;
 mod torture;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 
 use hotslot::report::fail;
 use hotslot::sandbox::{Mode, prepare};
@@ -56,28 +58,61 @@ struct Cli {
     sandbox: Mode,
 
     #[command(subcommand)]
-    device: Device,
+    action: Action,
 }
 
 #[derive(Subcommand)]
-enum Device {
+enum Action {
     Blk(blk::Args),
     Pmem(pmem::Args),
     Fs(fs::Args),
     Console(console::Args),
     Torture(torture::Args),
+    /// Print the manual page of hotslot-backend, or of one of its devices
+    Man {
+        #[arg(value_parser = ["blk", "pmem", "fs", "console", "torture"])]
+        device: Option<String>,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        shell: Shell,
+    },
 }
 
 fn main() -> ExitCode {
-    let Cli { sandbox, device } = Cli::parse();
+    let Cli { sandbox, action } = Cli::parse();
     let prepared =
         prepare(sandbox).map_err(Error::NoSandbox).and_then(|()| server::outlive_file_size_limit());
-    let served = prepared.and_then(|()| match device {
-        Device::Blk(args) => blk::run(&args),
-        Device::Pmem(args) => pmem::run(&args),
-        Device::Fs(args) => fs::run(&args),
-        Device::Console(args) => console::run(&args),
-        Device::Torture(args) => torture::run(&args),
+    let served = prepared.and_then(|()| match action {
+        Action::Blk(args) => blk::run(&args),
+        Action::Pmem(args) => pmem::run(&args),
+        Action::Fs(args) => fs::run(&args),
+        Action::Console(args) => console::run(&args),
+        Action::Torture(args) => torture::run(&args),
+        Action::Man { device } => print(&manual(device.as_deref())),
+        Action::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "hotslot-backend", &mut text);
+            print(&text)
+        }
     });
     served.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
+}
+
+/// The manual page of the program, or of its subcommand `device`.
+fn manual(device: Option<&str>) -> Vec<u8> {
+    // Gives the subcommands their full names and the global options.
+    let mut command = Cli::command().disable_help_subcommand(true);
+    command.build();
+    let page = device.and_then(|name| command.find_subcommand(name).cloned()).unwrap_or(command);
+    let mut text = Vec::new();
+    // It only fails where a write to `text` does.
+    let _never = clap_mangen::Man::new(page).render(&mut text);
+    text
+}
+
+/// A closed stdout is not an error: the reader has seen enough.
+fn print(text: &[u8]) -> Result<(), Error> {
+    let _closed = io::stdout().write_all(text);
+    Ok(())
 }
