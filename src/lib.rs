@@ -14,6 +14,7 @@ pub mod sandbox;
 pub mod size;
 pub mod terminal;
 pub mod thread;
+pub mod trace;
 pub mod vhost_user;
 pub mod virtio;
 pub mod vmm;

@@ -36,7 +36,7 @@ const LEAVES: [&str; 5] = ["exit", "report", "sandbox", "size", "thread"];
 
 /// Each other module of the library, and which of ours it may use besides the leaves: the picture in
 /// `tour.md`.
-const MAY_USE: [(&str, &[&str]); 11] = [
+const MAY_USE: [(&str, &[&str]); 12] = [
     ("arch", &["memory"]),
     ("bus", &[]),
     ("cli", &["config"]),
@@ -45,9 +45,10 @@ const MAY_USE: [(&str, &[&str]); 11] = [
     ("kvm", &["bus", "memory"]),
     ("memory", &[]),
     ("terminal", &[]),
-    ("vhost_user", &["config", "memory", "virtio"]),
-    ("virtio", &["bus", "memory"]),
-    ("vmm", &["arch", "bus", "config", "devices", "kvm", "memory", "terminal", "vhost_user", "virtio"]),
+    ("trace", &[]),
+    ("vhost_user", &["config", "memory", "trace", "virtio"]),
+    ("virtio", &["bus", "memory", "trace"]),
+    ("vmm", &["arch", "bus", "config", "devices", "kvm", "memory", "terminal", "trace", "vhost_user", "virtio"]),
 ];
 
 /// What of the library the back-ends may use: they are programs of their own.

@@ -1,0 +1,6 @@
+//! A record of what passes between the guest, hotslot and the back-ends (`--trace-vhost-user FILE`), and its
+//! readable forms (`hotslot trace FILE`).
+//!
+//! Reading order: [`record`] (what a line says).
+
+pub mod record;
