@@ -43,6 +43,8 @@ pub struct Config {
     pub debug_exit: bool,
     pub unavailable_page: UnavailablePage,
     pub backend_loss: BackendLoss,
+    /// Where to record what passes between the guest and the back-ends.
+    pub trace: Option<PathBuf>,
 }
 
 /// What happens when the guest needs a page of a mapping that the host cannot provide (SHM-87).

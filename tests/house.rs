@@ -48,7 +48,10 @@ const MAY_USE: [(&str, &[&str]); 12] = [
     ("trace", &[]),
     ("vhost_user", &["config", "memory", "trace", "virtio"]),
     ("virtio", &["bus", "memory", "trace"]),
-    ("vmm", &["arch", "bus", "config", "devices", "kvm", "memory", "terminal", "trace", "vhost_user", "virtio"]),
+    (
+        "vmm",
+        &["arch", "bus", "config", "devices", "kvm", "memory", "terminal", "trace", "vhost_user", "virtio"],
+    ),
 ];
 
 /// What of the library the back-ends may use: they are programs of their own.

@@ -50,10 +50,10 @@ impl Kind {
     pub(super) fn tables(self) -> &'static [&'static [Rule]] {
         match self {
             Kind::MainLoop => &[EVERY_THREAD, MAIN_LOOP],
-            Kind::Vcpu => &[VCPU, EVERY_THREAD, SOCKETS, FILES],
-            Kind::Channel => &[EVERY_THREAD, CHANNEL, SOCKETS, FILES],
-            Kind::Keeper => &[EVERY_THREAD, SOCKETS],
-            Kind::Reconnector => &[EVERY_THREAD, SOCKETS, RECONNECT],
+            Kind::Vcpu => &[VCPU, EVERY_THREAD, SOCKETS, FILES, TRACE],
+            Kind::Channel => &[EVERY_THREAD, CHANNEL, SOCKETS, FILES, TRACE],
+            Kind::Keeper => &[EVERY_THREAD, SOCKETS, TRACE],
+            Kind::Reconnector => &[EVERY_THREAD, SOCKETS, RECONNECT, TRACE],
             Kind::Helper => &[EVERY_THREAD, STARTS_THREADS, HELPER],
         }
     }
@@ -121,6 +121,13 @@ const SOCKETS: &[Rule] = &[
     call(Sysno::recvmsg, "the same"),
     ioctl(libc::FIONREAD as u32, "how much is there to read"),
     call(Sysno::shutdown, "hangs up on a back-end"),
+];
+
+/// What is a descriptor that is sent or that came, for `--trace-vhost-user`.
+const TRACE: &[Rule] = &[
+    fcntl(libc::F_GET_SEALS, "is it a file of memory"),
+    fcntl(libc::F_GETFL, "for reading, for writing"),
+    call(Sysno::statx, "what is it, and how long"),
 ];
 
 /// A file of a back-end's.

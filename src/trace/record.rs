@@ -199,7 +199,7 @@ pub enum ReadOrWrite {
 ///
 /// | `event` | what happened | `fields` |
 /// |---|---|---|
-/// | `connected` | a connection to a back-end was accepted; the handshake follows | `socket` |
+/// | `connected` | a connection to a back-end was accepted; the handshake follows | |
 /// | `not-used` | the back-end that connected is not used: `reason` | |
 /// | `region` | a shared memory region was placed | `shmid`, `guest_address`, `size` |
 /// | `gone` | the session is over, for `reason`; the guest waits for the back-end to come back | `seconds` |

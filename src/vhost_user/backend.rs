@@ -27,6 +27,7 @@ use super::wire::connection::Deadline;
 use super::wire::frontend::{Conversation, Frontend, FrontendError, Ring};
 use super::wire::message::protocol_features as protocol;
 use super::wire::negotiate::Agreement;
+use super::wire::observer::Observer;
 use crate::config::device::DeviceSpec;
 use crate::memory::shmem::SharedMemory;
 use crate::report::with_causes;
@@ -114,7 +115,8 @@ impl Backend {
         participant: Option<Participant>,
         on_loss: OnLoss,
     ) -> io::Result<(Backend, Option<BackendChannel>, Option<UnixStream>)> {
-        let Handshake { frontend, queues, queue_size, config, memory_slots, inflight_size, .. } = handshake;
+        let Handshake { frontend, queues, queue_size, config, memory_slots, inflight_size, tracer, .. } =
+            handshake;
         let spec = DeviceSpec { queues: Some(queues), queue_size: Some(queue_size), ..spec.clone() };
         let agreement = frontend.agreement;
         let own_regions = match agreement.has(protocol::SHMEM_ADDRESSES) {
@@ -123,7 +125,8 @@ impl Backend {
         };
         let (ours, theirs) = channel_sockets(&agreement)?;
         let session = Session::new(Arc::clone(frontend.socket()), ours.clone());
-        let link = Link::new(&spec.name, interrupt, Arc::clone(&shmem), session, spec.reconnect, on_loss);
+        let shown = Arc::clone(&shmem);
+        let link = Link::new(&spec.name, interrupt, shown, session, spec.reconnect, on_loss, tracer);
         let owner = participant.clone().filter(|_| spec.share_shmem);
         let room = memory_slots
             .map(|slots| (slots as usize).saturating_sub(memory.regions.len() + own_regions.len()));
@@ -162,7 +165,8 @@ impl Backend {
 
     fn channel(&self, agreement: &Agreement, ours: Arc<UnixStream>) -> BackendChannel {
         let handler = ShmemHandler::new(Arc::clone(&self.link), Arc::clone(&self.shmem), self.owner.clone());
-        BackendChannel::new(agreement, ours, handler)
+        let observer = self.link.tracer.clone().map(|tracer| tracer as Arc<dyn Observer>);
+        BackendChannel::new(agreement, ours, handler, observer)
     }
 
     /// Gives the back-end its end of the channel, which must be served already. Closes our copy (SHM-8).

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket
 use thiserror::Error;
 
 use super::handshake::{Handshake, HandshakeError, handshake};
+use super::tracer::Tracer;
 use super::wire::frontend::{FrontendError, QueueSize};
 use super::wire::message::protocol_features as protocol;
 use super::wire::negotiate::Agreement;
@@ -95,11 +97,16 @@ impl From<FrontendError> for ConnectError {
 }
 
 /// Connects to a back-end, waiting up to `timeout` until it listens, and finds out what it is.
-/// `memory_slots`: it is to be told of more than one range of memory (SHM-80, SHM-89).
-pub fn connect(spec: &DeviceSpec, timeout: Duration, memory_slots: bool) -> Result<Handshake, ConnectError> {
+/// `memory_slots`: it is to be told of more than one range of memory (SHM-80, SHM-89). `tracer` records it.
+pub fn connect(
+    spec: &DeviceSpec,
+    timeout: Duration,
+    memory_slots: bool,
+    tracer: Option<Arc<Tracer>>,
+) -> Result<Handshake, ConnectError> {
     let attempt = |timeout| {
         let socket = connect_socket(&spec.name, &spec.socket, timeout)?;
-        Ok(handshake(socket, spec, memory_slots, u64::MAX)?)
+        traced(tracer.as_ref(), || handshake(socket, spec, memory_slots, u64::MAX, tracer.clone()))
     };
     let mut backend = attempt(timeout)?;
     let asked = backend.queue_size;
@@ -121,12 +128,28 @@ pub fn reconnect(
     spec: &DeviceSpec,
     memory_slots: bool,
     agreed: &Agreement,
+    tracer: Option<Arc<Tracer>>,
 ) -> Result<Handshake, ConnectError> {
     let socket = try_connect(&spec.socket).map_err(ConnectError::Connect)?;
     let acceptable = agreed.protocol_features.unwrap_or(0);
-    let mut backend = handshake(socket, spec, memory_slots, acceptable)?;
-    backend.ask_inflight_size()?;
-    Ok(backend)
+    traced(tracer.as_ref(), || {
+        let mut backend = handshake(socket, spec, memory_slots, acceptable, tracer.clone())?;
+        backend.ask_inflight_size()?;
+        Ok(backend)
+    })
+}
+
+/// Records a connection, and why a back-end that was found is not used.
+fn traced(
+    tracer: Option<&Arc<Tracer>>,
+    handshake: impl FnOnce() -> Result<Handshake, HandshakeError>,
+) -> Result<Handshake, ConnectError> {
+    tracer.inspect(|tracer| tracer.event("connected", &[], None));
+    let made = handshake();
+    if let (Some(tracer), Err(error)) = (tracer, &made) {
+        tracer.event("not-used", &[], Some(&report::with_causes(error)));
+    }
+    Ok(made?)
 }
 
 /// The largest size up to `asked` that the back-end takes for its queues (SHM-90). The last queue stands for

@@ -119,7 +119,11 @@ impl VirtioDevice for VhostUserDevice {
             let why = with_causes(&*error);
             link.log.warn(format_args!("while the device is reset: {why}"));
         }
-        match self.backend.watch().clear(CLEAR_TIMEOUT) {
+        let cleared = self.backend.watch().clear(CLEAR_TIMEOUT);
+        if let Ok(Ok(count)) = cleared {
+            link.event("reset", &[("mappings", count as u64)], None);
+        }
+        match cleared {
             Ok(Ok(0)) => {}
             Ok(Ok(count)) => {
                 link.log.log(Level::Info, format_args!("the reset removed {count} mappings"));

@@ -4,14 +4,17 @@
 //! [`super::connect`] calls [`handshake`] on each new connection.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
 
+use super::tracer::Tracer;
 use super::wire::frontend::{Frontend, FrontendError};
 use super::wire::message::protocol_features::{self as protocol, names};
 use super::wire::message::{F_PROTOCOL_FEATURES, FrontendRequest};
 use super::wire::negotiate::{Needs, NegotiationError, other_shmem_bit};
+use super::wire::observer::Observer;
 use crate::config::device::DeviceSpec;
 use crate::virtio::kind::{DeviceKind, MAX_QUEUES};
 use crate::virtio::mmio::NOT_CARRIED;
@@ -116,16 +119,19 @@ pub struct Handshake {
     pub memory_slots: Option<u64>,
     /// The size in bytes of the buffer for requests that the back-end has begun; 0 where it keeps none.
     pub inflight_size: u64,
+    /// Records what passes, where the machine is traced.
+    pub tracer: Option<Arc<Tracer>>,
 }
 
 /// Finds out what the back-end behind a connected socket is, and agrees with it. `memory_slots`: it is to be
 /// told of more than one range of memory (SHM-80, SHM-89). `acceptable`: the protocol features that may be
-/// agreed on.
+/// agreed on. `tracer` records it, and the rest of the session.
 pub fn handshake(
     socket: UnixStream,
     spec: &DeviceSpec,
     memory_slots: bool,
     acceptable: u64,
+    tracer: Option<Arc<Tracer>>,
 ) -> Result<Handshake, HandshakeError> {
     let kind = spec.kind;
     let gives_config = spec.config.is_some() || spec.tag.is_some();
@@ -139,7 +145,8 @@ pub fn handshake(
         inflight: spec.reconnect.is_some(),
         acceptable,
     };
-    let mut frontend = Frontend::agree(socket, &needs)?;
+    let mut frontend =
+        Frontend::agree(socket, &needs, tracer.clone().map(|tracer| tracer as Arc<dyn Observer>))?;
     let there = frontend.set_up().queue_count()?;
     let region_sizes = region_sizes(&mut frontend, spec)?;
     let mut config = configuration(&mut frontend, spec)?;
@@ -163,6 +170,7 @@ pub fn handshake(
         region_sizes,
         memory_slots,
         inflight_size: 0,
+        tracer,
     })
 }
 

@@ -140,7 +140,12 @@ impl Predecessor {
     }
 
     fn try_return(&self, backend: &Backend) -> Result<(), Refusal> {
-        let handshake = connect::reconnect(&self.spec, self.memory_slots, &backend.agreement)?;
+        let handshake = connect::reconnect(
+            &self.spec,
+            self.memory_slots,
+            &backend.agreement,
+            backend.link.tracer.clone(),
+        )?;
         self.compare(&handshake, backend)?;
         if let Some(owner) = &backend.owner {
             owner.withdraw_all();

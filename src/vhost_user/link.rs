@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::tracer::Tracer;
 use super::wire::channel::ChannelError;
 use super::wire::connection::{ConnectionError, discard, discard_descriptors};
 use crate::memory::shmem::SharedMemory;
@@ -86,6 +87,8 @@ pub struct Link {
     pub log: MisuseLog,
     /// The device's interrupt.
     pub interrupt: Arc<Interrupt>,
+    /// Where the machine is traced.
+    pub tracer: Option<Arc<Tracer>>,
     shmem: Arc<SharedMemory>,
     /// How long a back-end that died may be away; `None` where it is lost at once.
     reconnect: Option<Duration>,
@@ -116,6 +119,7 @@ impl Link {
         session: Arc<Session>,
         reconnect: Option<Duration>,
         on_loss: OnLoss,
+        tracer: Option<Arc<Tracer>>,
     ) -> Arc<Self> {
         let state = State {
             session,
@@ -126,7 +130,8 @@ impl Link {
             others_changed: false,
         };
         let (name, log, ordered) = (name.to_string(), MisuseLog::new(name), Condvar::new());
-        Arc::new(Link { name, log, interrupt, shmem, reconnect, on_loss, state: Mutex::new(state), ordered })
+        let state = Mutex::new(state);
+        Arc::new(Link { name, log, interrupt, tracer, shmem, reconnect, on_loss, state, ordered })
     }
 
     /// The session, which may be over. The next one takes its place under the lock of the main socket.
@@ -158,6 +163,7 @@ impl Link {
             Some(limit) => {
                 // One that dies before it has gone on gets no more time.
                 let until = *state.away_until.get_or_insert(Instant::now() + limit);
+                self.event("gone", &[("seconds", limit.as_secs())], Some(&why));
                 self.shmem.expect_mappings(until + RETURN_TIMEOUT);
                 self.log.warn(format_args!(
                     "{why}; the guest waits for the back-end to come back, {} s at most",
@@ -181,6 +187,7 @@ impl Link {
         state.session.is_over.store(true, Ordering::Release);
         state.session.hang_up();
         self.shmem.expect_nothing();
+        self.event("lost", &[], Some(why));
         log::error!("{}: {why}; the device needs a reset", self.name);
         self.interrupt.needs_reset();
         if let Some(on_loss) = &self.on_loss {
@@ -204,6 +211,7 @@ impl Link {
     pub fn returned(&self) {
         let mut state = self.lock();
         if !state.session.is_over() {
+            self.event("back", &[], None);
             state.away_until = None;
         }
     }
@@ -229,11 +237,17 @@ impl Link {
     pub fn channel_ended(&self, session: &Session, why: &ChannelError) {
         match why {
             ChannelError::Connection(ConnectionError::HungUp) => {
+                self.event("channel-closed", &[], None);
                 log::debug!("{}: the back-end closed the backend channel", self.name);
             }
             // SHM-64
             why => self.give_up(session, why),
         }
+    }
+
+    /// Something happened, for the trace ([`crate::trace::record::Event`]).
+    pub fn event(&self, event: &str, fields: &[(&str, u64)], reason: Option<&str>) {
+        self.tracer.iter().for_each(|tracer| tracer.event(event, fields, reason));
     }
 
     // The keeper's orders. Each is given without waiting.

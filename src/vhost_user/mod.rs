@@ -6,7 +6,7 @@
 //! (what it is told of its own regions), [`shmem_handler`] (carries out its requests), [`watch`] (the thread
 //! that serves it), [`backend`] (what the driver has made of the device), [`keeper`] (the thread that
 //! connects again), [`device`] (the virtio device that all this makes), [`sharing`] (a device's mappings,
-//! shown to other back-ends).
+//! shown to other back-ends), [`tracer`] (a record of what passes).
 
 pub mod backend;
 pub mod connect;
@@ -18,5 +18,6 @@ pub mod memory_table;
 mod own_regions;
 pub mod sharing;
 pub mod shmem_handler;
+pub mod tracer;
 pub mod watch;
 pub mod wire;

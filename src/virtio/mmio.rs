@@ -474,12 +474,20 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Option<Exit> {
+        // The log says what was wrong with it.
+        let _misuse = self.carry_out(offset, data);
+        None
+    }
+}
+
+impl MmioTransport {
+    /// Carries out a write of the guest, and logs what is wrong with it.
+    pub(super) fn carry_out(&self, offset: u64, data: &[u8]) -> Result<(), Misuse> {
         if let Some(offset) = offset.checked_sub(CONFIG_START as u64) {
-            if let Err(misuse) = self.write_config(offset, data) {
+            return self.write_config(offset, data).inspect_err(|misuse| {
                 self.log
                     .warn(format_args!("the driver wrote {data:02x?} at {offset:#x} of Config: {misuse}"));
-            }
-            return None;
+            });
         }
         let register = Register::at(offset);
         let written = match (register, <[u8; 4]>::try_from(data)) {
@@ -487,12 +495,11 @@ impl BusDevice for MmioTransport {
             (None, Ok(_)) if offset.is_multiple_of(4) => Err(Misuse::NoRegister),
             _ => Err(Misuse::Width(data.len())),
         };
-        if let Err(misuse) = written {
+        written.inspect_err(|misuse| {
             let value = data.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
             let place = register.map_or(format!("at {offset:#x}"), |register| format!("to {register:?}"));
             self.log.warn(format_args!("the driver wrote {value:#x} {place}: {misuse}"));
-        }
-        None
+        })
     }
 }
 

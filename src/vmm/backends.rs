@@ -10,6 +10,7 @@ use super::error::failed_to;
 use super::exit_once::ExitOnce;
 use super::memory_map::DeviceMemory;
 use crate::arch::x86_64::layout;
+use crate::bus::BusDevice;
 use crate::config::Config;
 use crate::config::device::DeviceSpec;
 use crate::exit::Exit;
@@ -21,16 +22,19 @@ use crate::memory::ram::Ram;
 use crate::memory::shmem::{LayoutError, Limits, SharedMemory};
 use crate::memory::{Access, GuestRange, PAGE_SIZE};
 use crate::report::{Failure, STATUS_USAGE};
+use crate::trace::recorder::Trace;
 use crate::vhost_user::connect::{self, ConnectError};
 use crate::vhost_user::device::VhostUserDevice;
 use crate::vhost_user::handshake::Handshake;
 use crate::vhost_user::memory_table::MemoryTable;
 use crate::vhost_user::sharing::Sharing;
+use crate::vhost_user::tracer::Tracer;
 use crate::vhost_user::wire::message::MemoryRegion;
 use crate::virtio::device::DeviceError;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::register_page::RegisterPage;
+use crate::virtio::traced::TracedRegisters;
 
 /// Address space areas (vm.max_map_count) that mappings leave to the rest of this process.
 const SPARE_AREAS: usize = 1024;
@@ -97,6 +101,7 @@ pub fn connect(
     ram: &Ram,
     mut windows: WindowAllocator,
     slots: &Arc<Slots>,
+    trace: Option<&Trace>,
 ) -> Result<Vec<Backend>, BackendError> {
     let specs = &config.devices;
     let quota = mapping_quota(slots.limit, specs.len());
@@ -104,8 +109,10 @@ pub fn connect(
     let mut backends = Vec::new();
     for (index, spec) in specs.iter().enumerate() {
         let sees_others = specs.iter().enumerate().any(|(other, spec)| other != index && spec.share_shmem);
-        let handshake = connect::connect(spec, config.connect_timeout, sees_others || regions > 1)
-            .map_err(|error| BackendError::new(spec, error.into()))?;
+        let tracer = trace.map(|trace| Tracer::new(trace.recorder(&spec.name), spec));
+        let handshake =
+            connect::connect(spec, config.connect_timeout, sees_others || regions > 1, tracer.clone())
+                .map_err(|error| BackendError::new(spec, error.into()))?;
         if sees_others && handshake.memory_slots.is_none() {
             log::warn!(
                 "{}: the back-end does not offer protocol feature CONFIGURE_MEM_SLOTS: it does not see what other devices \
@@ -123,6 +130,9 @@ pub fn connect(
             .map_err(|error| BackendError::new(spec, error.into()))?;
         for (shmid, range) in shmem.regions() {
             log::info!("{}: shared memory region {shmid} is {range}", spec.name);
+            let (id, start, size) = (shmid.into(), range.start(), range.len());
+            let fields = [("shmid", id), ("guest_address", start), ("size", size)];
+            tracer.iter().for_each(|tracer| tracer.event("region", &fields, None));
         }
         backends.push(Backend { spec: spec.clone(), handshake, shmem: Arc::new(shmem) });
     }
@@ -159,6 +169,7 @@ pub fn attach(
     vm: &Vm,
     ram: &Ram,
     ends_at_loss: Option<&Arc<ExitOnce>>,
+    trace: Option<&Trace>,
 ) -> Result<Vec<DeviceMemory>, Box<dyn Failure>> {
     let registers_failed = failed_to("make the registers of a device");
     let memory = memory_table(ram);
@@ -186,9 +197,13 @@ pub fn attach(
         for bell in transport.doorbells() {
             vm.register_ioeventfd(bell.event, address + bell.offset, bell.value)?;
         }
+        let on_bus: Arc<dyn BusDevice> = match trace {
+            Some(trace) => TracedRegisters::new(transport, trace.recorder(&spec.name)),
+            None => transport,
+        };
         machine
             .mmio
-            .insert(address, PAGE_SIZE, transport)
+            .insert(address, PAGE_SIZE, on_bus)
             .expect("invariant: `layout` gives each device a page of its own");
         let registers = GuestRange::new(address, PAGE_SIZE).expect("invariant: below 4 GiB");
         // SAFETY: the page is mapped until it is dropped; it is written through atomics only.

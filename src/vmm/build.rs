@@ -33,6 +33,7 @@ use crate::memory::alloc::WindowAllocator;
 use crate::memory::missing::MissingPages;
 use crate::memory::ram::Ram;
 use crate::report::Failure;
+use crate::trace::recorder::Trace;
 
 impl Vmm {
     /// Builds the machine. Nothing of it runs yet.
@@ -61,7 +62,9 @@ impl Vmm {
         map_ram(&vm.slots, &ram)?;
 
         // The back-ends: connect to each, negotiate, and place its windows.
-        let backends = backends::connect(config, &ram, windows(&ram, &supported), &vm.slots)?;
+        let trace = config.trace.as_deref().map(Trace::create).transpose()?;
+        let windows = windows(&ram, &supported);
+        let backends = backends::connect(config, &ram, windows, &vm.slots, trace.as_ref())?;
         let end_at_unavailable = config.unavailable_page == UnavailablePage::Exit;
         let missing_pages =
             MissingPages::new(backends.iter().map(Backend::shared_memory), end_at_unavailable);
@@ -77,7 +80,7 @@ impl Vmm {
         attach_power(&machine.ports, config.debug_exit);
         insert(&machine.ports, layout::PCI_CONFIGURATION, Arc::new(PciPorts::default()));
         let ends_at_loss = (config.backend_loss == BackendLoss::Exit).then_some(&exit);
-        let devices = backends::attach(backends, &machine, &vm, &ram, ends_at_loss)?;
+        let devices = backends::attach(backends, &machine, &vm, &ram, ends_at_loss, trace.as_ref())?;
 
         // What the kernel finds in memory, and the processors that run it.
         log::info!("kernel command line: {}", config.cmdline);

@@ -8,7 +8,7 @@
 
 use std::error::Error;
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -16,6 +16,7 @@ use std::time::Duration;
 use super::connection::{Connection, ConnectionError, Deadline, Descriptors, Message};
 use super::message::{BackendRequest, Header, Layout, MMap, protocol_features as protocol};
 use super::negotiate::Agreement;
+use super::observer::{Observer, Outcome, Request, Socket};
 
 /// How long a back-end may leave a full socket of answers unread (SHM-66).
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -87,6 +88,7 @@ enum Refusal<E: Error + 'static> {
 /// Our end of a backend channel.
 pub struct Channel<H> {
     handler: H,
+    observer: Option<Arc<dyn Observer>>,
     reply_ack: bool,
     shmem: bool,
     config: bool,
@@ -105,11 +107,17 @@ struct Inbox {
 }
 
 impl<H: Handler> Channel<H> {
-    /// Serves `socket`, as agreed.
-    pub fn new(agreement: &Agreement, socket: impl Into<Arc<UnixStream>>, handler: H) -> Self {
+    /// Serves `socket`, as agreed. `observer` sees all that passes there.
+    pub fn new(
+        agreement: &Agreement,
+        socket: impl Into<Arc<UnixStream>>,
+        handler: H,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Self {
         let connection = Connection::new(socket, MMap::LEN, Descriptors::One);
         Channel {
             handler,
+            observer,
             reply_ack: agreement.has(protocol::REPLY_ACK),
             shmem: agreement.shmem,
             config: agreement.has(protocol::CONFIG),
@@ -161,14 +169,33 @@ impl<H: Handler> Channel<H> {
     }
 
     fn serve_next(&self, inbox: &mut Inbox) -> Result<bool, ChannelError> {
-        let Some(message) = inbox.connection.try_receive()? else {
-            return Ok(false);
+        let message = match inbox.connection.try_receive() {
+            Ok(Some(message)) => message,
+            Ok(None) => return Ok(false),
+            Err(error) => {
+                // A hang-up between two messages is no noise.
+                if let (Some(observer), false) = (&self.observer, inbox.connection.unread().is_empty()) {
+                    observer.noise(Socket::Backend, inbox.connection.unread(), &error);
+                }
+                return Err(error.into());
+            }
         };
         let stale = std::mem::take(&mut inbox.stale);
         let (request, needs_reply) = (message.header.request, message.header.needs_reply());
         if message.header.is_reply() {
-            return Err(ChannelError::Reply(request));
+            let error = ChannelError::Reply(request);
+            if let Some(observer) = &self.observer {
+                let bytes = [&message.header.encode(), &message.payload[..]].concat();
+                observer.noise(Socket::Backend, &bytes, &error);
+            }
+            return Err(error);
         }
+        let pending = self.observer.as_ref().map(|observer| {
+            let (header, payload, files_lost) = (message.header, &message.payload[..], message.files_lost);
+            let file = message.file.as_ref().map(AsFd::as_fd);
+            let files = file.as_slice();
+            observer.begins(Request { socket: Socket::Backend, header, payload, files, files_lost })
+        });
         let result = if stale { Err(Refusal::Stale) } else { self.handle(message) };
         if let Err(refusal) = &result {
             match BackendRequest::from_id(request) {
@@ -176,12 +203,20 @@ impl<H: Handler> Channel<H> {
                 None => self.handler.refused(format_args!("backend request {request}"), refusal),
             }
         }
-        if needs_reply && self.reply_ack {
-            // SHM-58: 0, or a negative errno as a u64.
-            let value = result.map_or_else(|refusal| i64::from(-errno::<H>(&refusal)) as u64, |()| 0);
+        let errno = result.as_ref().map_or_else(errno::<H>, |()| 0);
+        // SHM-58: 0, or a negative errno as a u64.
+        let answer = (needs_reply && self.reply_ack).then(|| (i64::from(-errno) as u64).encode());
+        let sent = answer.as_deref().map_or(Ok(()), |answer| {
             let header = Header::reply(request, u64::LEN);
-            inbox.connection.send(header, &value.encode(), &[], Deadline::after(ANSWER_TIMEOUT))?;
+            inbox.connection.send(header, answer, &[], Deadline::after(ANSWER_TIMEOUT))
+        });
+        if let Some(pending) = pending {
+            let unsent = sent.as_ref().err().map(|error| error as &(dyn Error + 'static));
+            let refused = result.as_ref().err().map(|refusal| refusal as &(dyn Error + 'static));
+            let answer = answer.as_deref().filter(|_| unsent.is_none());
+            pending.ended(Outcome { answer, why: unsent.or(refused), errno, ..Outcome::default() });
         }
+        sent?;
         Ok(true)
     }
 
@@ -270,7 +305,7 @@ mod tests {
 
     fn channel() -> (Channel<Nothing>, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        (Channel::new(&Agreement::default(), ours, Nothing), theirs)
+        (Channel::new(&Agreement::default(), ours, Nothing, None), theirs)
     }
 
     fn is_readable(socket: impl AsFd) -> bool {

@@ -225,6 +225,11 @@ impl Connection {
         Ok(self.position + self.buffer.len() as u64 + queued)
     }
 
+    /// What was read and is not given out as a message: its beginning, or noise.
+    pub fn unread(&self) -> &[u8] {
+        &self.buffer
+    }
+
     /// Whether the next call of [`Self::try_receive`] need not read.
     pub fn has_message(&self) -> bool {
         // An error in the header is for `try_receive` to report.

@@ -4,7 +4,8 @@
 //! [`Frontend::agree`] negotiates, and `connect` then asks what the back-end is. Each [`Conversation`] is a
 //! few requests with one deadline, made by one thread at a time.
 
-use std::os::fd::BorrowedFd;
+use std::error::Error;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use super::message::{
     ShmemConfig, SingleRegion, VringAddr, VringState, protocol_features as protocol,
 };
 use super::negotiate::{Agreement, Needs, NegotiationError, negotiate};
+use super::observer::{Observer, Outcome, Pending, Request, Socket};
 
 /// How long a back-end may take to answer a request of the set-up.
 const SETUP_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -64,6 +66,7 @@ pub struct Frontend {
     connection: Connection,
     /// What was agreed.
     pub agreement: Agreement,
+    observer: Option<Arc<dyn Observer>>,
 }
 
 /// What a back-end does with a queue size.
@@ -97,10 +100,14 @@ pub struct Ring<'a> {
 }
 
 impl Frontend {
-    /// Agrees on features with the back-end behind a connected socket.
-    pub fn agree(socket: UnixStream, needs: &Needs) -> Result<Frontend, FrontendError> {
+    /// Agrees on features with the back-end behind a connected socket. `observer` sees all that passes there.
+    pub fn agree(
+        socket: UnixStream,
+        needs: &Needs,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Frontend, FrontendError> {
         let connection = Connection::new(socket, u64::LEN, Descriptors::None);
-        let mut frontend = Frontend { connection, agreement: Agreement::default() };
+        let mut frontend = Frontend { connection, agreement: Agreement::default(), observer };
         frontend.agreement = frontend.set_up().negotiate(needs)?;
         Ok(frontend)
     }
@@ -112,7 +119,8 @@ impl Frontend {
 
     /// Begins to talk to the back-end; all of it ends at the deadline.
     pub fn converse(&mut self, deadline: Deadline) -> Conversation<'_> {
-        Conversation { connection: &mut self.connection, agreement: &self.agreement, deadline }
+        let Frontend { connection, agreement, observer } = self;
+        Conversation { connection, agreement, observer: observer.as_deref(), deadline }
     }
 
     /// Begins a part of the set-up, which takes a few seconds at most.
@@ -143,6 +151,7 @@ impl Frontend {
 pub struct Conversation<'a> {
     connection: &'a mut Connection,
     agreement: &'a Agreement,
+    observer: Option<&'a dyn Observer>,
     deadline: Deadline,
 }
 
@@ -178,16 +187,20 @@ impl Conversation<'_> {
         let ring = VringState { index: index.into(), value: size.into() }.encode();
         let mut tried = QueueSize::Taken;
         let mut attempt = || {
-            self.send(request, &ring, &[], self.agreement.has(protocol::REPLY_ACK))?;
-            self.send(fence, &[], &[], false)?;
-            let mut answer = self.receive(request)?;
-            if answer.header.request != fence as u32 {
-                if decode::<u64>(request, &reply_to(request, answer)?)? != 0 {
-                    tried = QueueSize::Refused;
+            let sized = self.send(request, &ring, &[], self.agreement.has(protocol::REPLY_ACK))?;
+            let asked = self.send(fence, &[], &[], false)?;
+            let (sized, answer) = self.receive(sized)?;
+            let (asked, answer) = if answer.header.request == fence as u32 {
+                sized.ended(Outcome::default());
+                (asked, answer)
+            } else {
+                match sized.take(answer, |reply| acknowledged(request, reply)) {
+                    Err(FrontendError::Refused { .. }) => tried = QueueSize::Refused,
+                    answered => answered?,
                 }
-                answer = self.receive(fence)?;
-            }
-            let _features: u64 = decode(fence, &reply_to(fence, answer)?)?;
+                self.receive(asked)?
+            };
+            let _features: u64 = asked.take(answer, |reply| decode(fence, reply))?;
             Ok(())
         };
         match attempt() {
@@ -199,28 +212,32 @@ impl Conversation<'_> {
 
     /// SHM-10 to SHM-14.
     pub fn region_sizes(&mut self) -> Result<Vec<u64>, FrontendError> {
-        let ShmemConfig { nregions, sizes, .. } = self.ask(FrontendRequest::GetShmemConfig, &[])?;
-        let counted = sizes.iter().filter(|&&size| size > 0).count();
-        if counted as u64 != u64::from(nregions) {
-            return Err(FrontendError::RegionCount { announced: nregions, counted });
-        }
-        Ok(sizes.to_vec())
+        let request = FrontendRequest::GetShmemConfig;
+        self.exchange(request, &[], |reply| {
+            let ShmemConfig { nregions, sizes, .. } = decode(request, reply)?;
+            let counted = sizes.iter().filter(|&&size| size > 0).count();
+            if counted as u64 != u64::from(nregions) {
+                return Err(FrontendError::RegionCount { announced: nregions, counted });
+            }
+            Ok(sizes.to_vec())
+        })
     }
 
     /// The first `len` bytes of the configuration space; fewer where the back-end answers with fewer, none
     /// where it refuses.
     pub fn config(&mut self, len: usize) -> Result<Vec<u8>, FrontendError> {
         let request = FrontendRequest::GetConfig;
-        let mut reply = &self.exchange(request, &message::config(0, &vec![0; len]))?[..];
-        if reply.is_empty() {
-            // libvhost-user's refusal.
-            return Ok(Vec::new());
-        }
-        let size = reply.len();
-        let Some(ConfigHeader { size: given, .. }) = ConfigHeader::take(&mut reply) else {
-            return Err(wrong_size(request, size, ConfigHeader::LEN + len));
-        };
-        Ok(reply[..reply.len().min(given as usize).min(len)].to_vec())
+        self.exchange(request, &message::config(0, &vec![0; len]), |mut reply| {
+            if reply.is_empty() {
+                // libvhost-user's refusal.
+                return Ok(Vec::new());
+            }
+            let size = reply.len();
+            let Some(ConfigHeader { size: given, .. }) = ConfigHeader::take(&mut reply) else {
+                return Err(wrong_size(request, size, ConfigHeader::LEN + len));
+            };
+            Ok(reply[..reply.len().min(given as usize).min(len)].to_vec())
+        })
     }
 
     /// How many ranges of memory the back-end can be told of in all, RAM among them.
@@ -344,63 +361,129 @@ impl Conversation<'_> {
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), FrontendError> {
         let need_reply = self.agreement.has(protocol::REPLY_ACK);
-        self.send(request, payload, fds, need_reply)?;
+        let sent = self.send(request, payload, fds, need_reply)?;
         if !need_reply {
+            sent.ended(Outcome::default());
             return Ok(());
         }
-        let reply = self.reply(request)?;
-        match decode(request, &reply)? {
-            0 => Ok(()),
-            value => Err(FrontendError::Refused { request, value }),
-        }
+        let (sent, answer) = self.receive(sent)?;
+        sent.take(answer, |reply| acknowledged(request, reply))
     }
 
     /// Sends a request that has a reply of a fixed layout.
     fn ask<T: Layout>(&mut self, request: FrontendRequest, payload: &[u8]) -> Result<T, FrontendError> {
-        let reply = self.exchange(request, payload)?;
-        decode(request, &reply)
+        self.exchange(request, payload, |reply| decode(request, reply))
     }
 
-    /// Sends a request that has a reply of any size.
-    fn exchange(&mut self, request: FrontendRequest, payload: &[u8]) -> Result<Vec<u8>, FrontendError> {
-        self.send(request, payload, &[], false)?;
-        self.reply(request)
+    /// Sends a request that has a reply of any size, of which `take` makes something (SHM-12).
+    fn exchange<T>(
+        &mut self,
+        request: FrontendRequest,
+        payload: &[u8],
+        take: impl FnOnce(&[u8]) -> Result<T, FrontendError>,
+    ) -> Result<T, FrontendError> {
+        let sent = self.send(request, payload, &[], false)?;
+        let (sent, answer) = self.receive(sent)?;
+        sent.take(answer, take)
     }
 
     fn send(
         &self,
         request: FrontendRequest,
         payload: &[u8],
-        fds: &[BorrowedFd<'_>],
+        files: &[BorrowedFd<'_>],
         need_reply: bool,
-    ) -> Result<(), FrontendError> {
+    ) -> Result<Sent, FrontendError> {
         let header = Header::request(request as u32, payload.len(), need_reply);
-        let sent = self.connection.send(header, payload, fds, self.deadline);
-        sent.map_err(|source| FrontendError::Connection { request, source })
+        let seen = Request { socket: Socket::Main, header, payload, files, files_lost: false };
+        let sent = Sent { request, pending: self.observer.map(|observer| observer.begins(seen)) };
+        match self.connection.send(header, payload, files, self.deadline) {
+            Ok(()) => Ok(sent),
+            Err(source) => Err(sent.failed(source, &[])),
+        }
     }
 
-    /// Waits for a reply; its size is the caller's to check (SHM-12).
-    fn reply(&mut self, request: FrontendRequest) -> Result<Vec<u8>, FrontendError> {
-        reply_to(request, self.receive(request)?)
-    }
-
-    fn receive(&mut self, request: FrontendRequest) -> Result<Message, FrontendError> {
-        let received = self.connection.receive(self.deadline);
-        received.map_err(|source| FrontendError::Connection { request, source })
+    /// Waits for what may be the answer.
+    fn receive(&mut self, sent: Sent) -> Result<(Sent, Message), FrontendError> {
+        match self.connection.receive(self.deadline) {
+            Ok(message) => Ok((sent, message)),
+            Err(source) => Err(sent.failed(source, self.connection.unread())),
+        }
     }
 }
 
-/// The payload of the reply to a request.
-fn reply_to(request: FrontendRequest, message: Message) -> Result<Vec<u8>, FrontendError> {
+/// A request that was sent.
+struct Sent {
+    request: FrontendRequest,
+    /// Where there is an observer that was not told of the end yet.
+    pending: Option<Box<dyn Pending>>,
+}
+
+/// For the observer: the reason why a request before it failed is this one's, too.
+#[derive(Debug, Error)]
+#[error("its answer is not waited for any more")]
+struct Unfinished;
+
+impl Drop for Sent {
+    fn drop(&mut self) {
+        if let Some(pending) = self.pending.take() {
+            pending.ended(Outcome { why: Some(&Unfinished), ..Outcome::default() });
+        }
+    }
+}
+
+impl Sent {
+    fn ended(mut self, outcome: Outcome<'_>) {
+        if let Some(pending) = self.pending.take() {
+            pending.ended(outcome);
+        }
+    }
+
+    /// The socket failed; `noise` is what came of the answer.
+    fn failed(self, source: ConnectionError, noise: &[u8]) -> FrontendError {
+        let error = FrontendError::Connection { request: self.request, source };
+        self.ended(Outcome { why: Some(&error), noise, ..Outcome::default() });
+        error
+    }
+
+    /// Makes something of what came, if it is the answer.
+    fn take<T>(
+        self,
+        message: Message,
+        take: impl FnOnce(&[u8]) -> Result<T, FrontendError>,
+    ) -> Result<T, FrontendError> {
+        let is_answer = check_answer(self.request, message.header);
+        let (answer, noise) = match &is_answer {
+            Ok(()) => (Some(&message.payload[..]), Vec::new()),
+            Err(_) => (None, [&message.header.encode(), &message.payload[..]].concat()),
+        };
+        let taken = is_answer.and_then(|()| take(&message.payload));
+        let file = message.file.as_ref().map(AsFd::as_fd);
+        let why = taken.as_ref().err().map(|error| error as &(dyn Error + 'static));
+        self.ended(Outcome { answer, file, why, errno: 0, noise: &noise });
+        taken
+    }
+}
+
+/// Whether it is the reply to a request.
+fn check_answer(request: FrontendRequest, header: Header) -> Result<(), FrontendError> {
     let wrong = |got, expected| Err(FrontendError::WrongReply { request, got, expected });
-    let id = message.header.request;
+    let id = header.request;
     if id != request as u32 {
         return wrong(format!("a message with id {id}"), format!("id {}", request as u32));
     }
-    if !message.header.is_reply() {
+    if !header.is_reply() {
         return wrong("a request".to_string(), "a reply".to_string());
     }
-    Ok(message.payload)
+    Ok(())
+}
+
+/// What NEED_REPLY brought.
+fn acknowledged(request: FrontendRequest, reply: &[u8]) -> Result<(), FrontendError> {
+    match decode(request, reply)? {
+        0 => Ok(()),
+        value => Err(FrontendError::Refused { request, value }),
+    }
 }
 
 fn decode<T: Layout>(request: FrontendRequest, reply: &[u8]) -> Result<T, FrontendError> {
