@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, CommandFactory, FromArgMatches, Parser};
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::config::device::{self, DeviceSpec};
@@ -12,6 +12,7 @@ use crate::config::{
 };
 use crate::sandbox::Mode;
 use crate::size;
+use crate::trace::show::{Form, Sequence};
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
 ///
@@ -20,13 +21,20 @@ use crate::size;
 #[derive(Debug, Parser)]
 #[command(
     name = "hotslot",
-    override_usage = "hotslot --kernel <FILE> [OPTIONS]",
+    override_usage = "hotslot --kernel <FILE> [OPTIONS]\n       hotslot trace <FILE> [--sequence <FORM>]",
     version,
     disable_version_flag = true,
     max_term_width = 110,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    disable_help_subcommand = true,
     after_help = AFTER
 )]
 pub struct Cli {
+    /// What to do instead of running a machine
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     /// The kernel: a bzImage, an ELF vmlinux, or an ELF file with a PVH note
     #[arg(short, long, value_name = "FILE", help_heading = KERNEL, required_unless_present = "print")]
     pub kernel: Option<PathBuf>,
@@ -115,6 +123,31 @@ pub struct Cli {
     /// Print the version, and what this host's KVM can do
     #[arg(short = 'V', long, help_heading = ABOUT, group = "print")]
     pub version: bool,
+}
+
+/// What hotslot does besides running a machine.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Print a trace that --trace-vhost-user wrote: a line for each record
+    Trace(Trace),
+}
+
+/// How to print a trace.
+#[derive(Debug, Args)]
+pub struct Trace {
+    /// The trace
+    pub file: PathBuf,
+
+    /// Print a sequence diagram instead, in this language
+    #[arg(long, value_name = "FORM")]
+    pub sequence: Option<Sequence>,
+}
+
+impl Trace {
+    /// The form that was asked for.
+    pub fn form(&self) -> Form {
+        self.sequence.map_or(Form::Text, Form::Sequence)
+    }
 }
 
 // The groups of options in the help.

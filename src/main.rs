@@ -4,12 +4,13 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use hotslot::arch::x86_64::layout::Layout;
-use hotslot::cli::Cli;
+use hotslot::cli::{Cli, Command};
 use hotslot::config::DEFAULT_CMDLINE;
 use hotslot::kvm;
 use hotslot::report::{self, Failure, STATUS_ERROR, STATUS_USAGE, failure_text, lines};
 use hotslot::sandbox::{self, SandboxError};
 use hotslot::terminal;
+use hotslot::trace::show::show;
 use hotslot::vmm::Vmm;
 
 fn main() {
@@ -21,6 +22,9 @@ fn main() {
 
 fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     fail_beyond_file_size_limit();
+    if let Some(Command::Trace(trace)) = &cli.command {
+        return Ok(show(&trace.file, trace.form(), &mut io::stdout())?);
+    }
     sandbox::prepare(cli.sandbox).map_err(NoSandbox)?;
     lines::start().map_err(NoThread)?;
     start_log(&cli)?;

@@ -39,7 +39,7 @@ const LEAVES: [&str; 5] = ["exit", "report", "sandbox", "size", "thread"];
 const MAY_USE: [(&str, &[&str]); 12] = [
     ("arch", &["memory"]),
     ("bus", &[]),
-    ("cli", &["config"]),
+    ("cli", &["config", "trace"]),
     ("config", &["virtio"]),
     ("devices", &["bus"]),
     ("kvm", &["bus", "memory"]),

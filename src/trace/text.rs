@@ -1,0 +1,204 @@
+//! A trace as lines of text, as strace prints system calls: the default of `hotslot trace FILE`.
+//!
+//! ```text
+//! seconds      device
+//!     0.104512 disk   guest: Status = 0xf (...), then shows 0xf on vcpu0 <0.000310>
+//!     0.104530 disk     -> SET_FEATURES(features=0x130000000 ...) = 0 <0.000021>
+//!     0.104615 disk   <- BACKEND_SHMEM_MAP(shmid=0, ...) [file of memory, ...] = -EEXIST: ... <0.000009>
+//!     0.204100 disk   *** gone: the back-end hung up
+//! ```
+//!
+//! `->` is a request to the back-end, `<-` one of it. What a vCPU's thread did while it served an access of
+//! its guest is indented: the access caused it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use super::record::{Access, Descriptor, Direction, Event, Fields, Message, Outcome, Record, Value, What};
+use super::record::{Noise, ReadOrWrite};
+
+/// All of it, with line feeds.
+pub fn print(records: &[Record]) -> String {
+    let devices = records.iter().filter_map(|record| record.device.as_ref());
+    let width = devices.map(|device| device.chars().count()).max().unwrap_or(0);
+    // Of each thread, until when it serves an access.
+    let mut serves: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut text = String::new();
+    for record in records {
+        let Record { time_ns, took_ns, thread, device, what } = record;
+        let is_caused = serves.get(thread.as_str()).is_some_and(|end| time_ns < end);
+        if matches!(what, What::Register(_)) {
+            serves.insert(thread, time_ns.saturating_add(*took_ns));
+        }
+        let (device, indent) = (device.as_deref().unwrap_or("-"), if is_caused { "  " } else { "" });
+        let mut line = format!("{:>12} {device:<width$} {indent}{}", seconds(*time_ns), said(record));
+        if *took_ns > 0 {
+            let _ = write!(line, " <{}>", seconds(*took_ns));
+        }
+        text.push_str(&clean(&line));
+        text.push('\n');
+    }
+    text
+}
+
+fn said(record: &Record) -> String {
+    match &record.what {
+        What::Trace { hotslot, unix_ms, .. } => {
+            let (seconds, rest) = (unix_ms / 1000, unix_ms % 1000);
+            format!("a trace by hotslot {hotslot}, begun at {seconds}.{rest:03} (Unix time)")
+        }
+        What::Message(message) => {
+            let arrow = if message.direction == Direction::ToBackend { "->" } else { "<-" };
+            format!("{arrow} {} = {}", request(message), result(message))
+        }
+        What::Noise(Noise { bytes, reason, .. }) => format!("<- no message: {reason}; it began with {bytes}"),
+        What::Register(access) => format!("guest: {} on {}", register(access), record.thread),
+        What::Event(event) => format!("*** {}", happened(event)),
+        What::LeftOut { count } => format!("*** {count} records are missing: the disk was late"),
+    }
+}
+
+/// A request with its fields and descriptors.
+pub fn request(message: &Message) -> String {
+    let name = match message.name.as_str() {
+        "?" => format!("unknown request {}", message.id),
+        name => name.to_owned(),
+    };
+    let mut text = format!("{name}({})", fields(&message.fields));
+    text.push_str(&descriptors(&message.descriptors, message.descriptors_lost));
+    text
+}
+
+/// What came of it.
+pub fn result(message: &Message) -> String {
+    let answer = message.answer.as_ref().map(|answer| match answer.0.as_slice() {
+        [(name, Value::Number(number))] if name == "value" => value(name, *number),
+        _ => fields(answer),
+    });
+    let mut text = match (&message.errno, answer, message.result) {
+        (Some(errno), Some(_), _) => format!("-{errno}"),
+        (Some(errno), None, _) => format!("-{errno}, which was not asked for"),
+        (None, Some(answer), _) if answer.is_empty() => "an empty answer".to_owned(),
+        (None, Some(answer), _) => answer,
+        (None, None, Outcome::Done) => "no answer asked for".to_owned(),
+        (None, None, _) => "no answer".to_owned(),
+    };
+    text.push_str(&descriptors(&message.answer_descriptors, false));
+    if let Some(reason) = &message.reason {
+        let _ = write!(text, ": {reason}");
+    }
+    if !message.bytes.is_empty() {
+        let _ = write!(text, "; what came began with {}", message.bytes);
+    }
+    text
+}
+
+/// An access of the guest.
+pub fn register(access: &Access) -> String {
+    let &Access { access: way, offset, width, value, shows, .. } = access;
+    let shown = |value: u64| match access.register.as_str() {
+        "Status" => format!("{value:#x} ({})", status(value)),
+        _ => format!("{value:#x}"),
+    };
+    let place = match access.register.as_str() {
+        "Config" => format!("Config[{:#x}], {width} bytes", offset.saturating_sub(0x100)),
+        "?" => format!("{offset:#x}, {width} bytes"),
+        name => name.to_owned(),
+    };
+    let mut text = match way {
+        ReadOrWrite::Read => format!("reads {place}: {}", shown(value)),
+        ReadOrWrite::Write => format!("{place} = {}", shown(value)),
+    };
+    if let Some(shows) = shows.filter(|&shows| shows != value) {
+        let _ = write!(text, ", and reads {} then", shown(shows));
+    }
+    if let Some(reason) = &access.reason {
+        let _ = write!(text, ": {reason}");
+    }
+    text
+}
+
+/// What happened to a device.
+pub fn happened(event: &Event) -> String {
+    let mut text = event.event.clone();
+    if !event.fields.is_empty() {
+        let _ = write!(text, " ({})", fields(&event.fields));
+    }
+    if let Some(reason) = &event.reason {
+        let _ = write!(text, ": {reason}");
+    }
+    text
+}
+
+fn fields(fields: &Fields) -> String {
+    let shown = fields.0.iter().map(|(name, field)| match field {
+        Value::Number(number) => format!("{name}={}", value(name, *number)),
+        Value::Text(text) if name == "names" => format!("({text})"),
+        Value::Text(text) => format!("{name}={text}"),
+        Value::List(entries) => {
+            let entries = entries.iter().map(|entry| format!("{{{}}}", self::fields(entry)));
+            format!("{name}=[{}]", entries.collect::<Vec<_>>().join(", "))
+        }
+    });
+    shown.collect::<Vec<_>>().join(", ")
+}
+
+/// Addresses, lengths and bits in hex, counts and numbers of things decimal.
+fn value(name: &str, number: u64) -> String {
+    let counts = ["shmid", "index", "value", "nregions", "num_queues", "queue_size", "seconds", "mappings"];
+    match name {
+        "status" => format!("{number:#x} ({})", status(number)),
+        _ if number == 0 || counts.contains(&name) && number < 1 << 32 => number.to_string(),
+        _ => format!("{number:#x}"),
+    }
+}
+
+/// The bits of the device status (VIRTIO 1.3, section 2.1).
+fn status(value: u64) -> String {
+    let names = [
+        (1, "ACKNOWLEDGE"),
+        (2, "DRIVER"),
+        (8, "FEATURES_OK"),
+        (4, "DRIVER_OK"),
+        (64, "DEVICE_NEEDS_RESET"),
+        (128, "FAILED"),
+    ];
+    let set = names.iter().filter(|(bit, _)| value & bit != 0).map(|(_, name)| *name);
+    match value {
+        0 => "reset".to_owned(),
+        _ => set.collect::<Vec<_>>().join(" "),
+    }
+}
+
+fn descriptors(descriptors: &[Descriptor], lost: bool) -> String {
+    let described = descriptors.iter().map(|descriptor| {
+        let Descriptor { kind, size, access, seals } = descriptor;
+        let size = size.map_or(String::new(), |size| format!(", {size} bytes"));
+        let seals = match seals.as_deref() {
+            None => String::new(),
+            Some("") => ", no seals".to_owned(),
+            Some(seals) => format!(", seals: {seals}"),
+        };
+        format!("{kind}{size}, {access}{seals}")
+    });
+    let mut described: Vec<String> = described.collect();
+    if lost {
+        described.push("more that were not taken".to_owned());
+    }
+    // Those of a memory table are all the same file.
+    let first = described.first().cloned().unwrap_or_default();
+    match described.len() {
+        0 => String::new(),
+        count @ 2.. if described.iter().all(|one| *one == first) => format!(" [{count} times {first}]"),
+        _ => format!(" [{}]", described.join("; ")),
+    }
+}
+
+fn seconds(ns: u64) -> String {
+    format!("{}.{:06}", ns / 1_000_000_000, ns / 1000 % 1_000_000)
+}
+
+/// Without what a terminal could take for a command.
+pub fn clean(text: &str) -> String {
+    text.chars().map(|character| if character.is_control() { '?' } else { character }).collect()
+}
