@@ -167,6 +167,10 @@ const AFTER: &str = "Examples:
   hotslot -k bzImage -i initramfs.cpio --cpus 2 -m 1G --debug-exit -c quiet
   hotslot -k vmlinux -i initramfs.cpio --vhost-user /run/share.sock,type=fs --vhost-user /run/disk.sock,type=blk
 
+Traces:
+  hotslot trace FILE prints what --trace-vhost-user FILE recorded, a line for each message; with
+  --sequence mermaid it prints a sequence diagram for Mermaid
+
 Signals:
   SIGTERM, SIGINT, SIGHUP, SIGQUIT end the machine at once; the guest is not asked
   SIGUSR1 prints the memory map with all live mappings
@@ -196,8 +200,10 @@ impl Cli {
         if let Some(shell) = self.print_completions {
             clap_complete::generate(shell, &mut Cli::command(), "hotslot", &mut text);
         } else if self.print_man {
+            // One page has it all: `AFTER` says what the subcommand does, which has no page of its own.
+            let command = Cli::command().mut_subcommand("trace", |trace| trace.hide(true));
             // It only fails where a write to `text` does.
-            let _never = clap_mangen::Man::new(Cli::command()).render(&mut text);
+            let _never = clap_mangen::Man::new(command).render(&mut text);
         } else if self.version {
             text.extend(Cli::command().render_version().into_bytes());
         }

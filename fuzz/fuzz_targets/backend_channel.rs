@@ -216,12 +216,13 @@ impl Device {
         let (main, _) = UnixStream::pair().unwrap();
         let interrupt = Interrupt::new(RegisterPage::new().unwrap()).unwrap();
         let session = Session::new(Arc::new(main), None);
-        let link = Link::new("fuzz", interrupt, Arc::clone(&shmem), session, None, None);
+        let link = Link::new("fuzz", interrupt, Arc::clone(&shmem), session, None, None, None);
         Device {
             channel: BackendChannel::new(
                 &agreement(agreed),
                 ours,
                 ShmemHandler::new(link, Arc::clone(&shmem), None),
+                None,
             ),
             machine,
             shmem,

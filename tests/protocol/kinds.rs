@@ -186,13 +186,13 @@ impl Listening {
     }
 
     fn connect(&self, keys: &str) -> Result<Handshake, ConnectError> {
-        connect::connect(&self.spec(keys), PATIENCE, false)
+        connect::connect(&self.spec(keys), PATIENCE, false, None)
     }
 
     /// The sentence and the hint.
     fn refused(&self, keys: &str) -> String {
         let spec = self.spec(keys);
-        let error = connect::connect(&spec, PATIENCE, false).unwrap_err();
+        let error = connect::connect(&spec, PATIENCE, false, None).unwrap_err();
         let hint = error.hint(&spec).unwrap_or_default();
         format!("{}; {hint}", hotslot::report::with_causes(&error))
     }

@@ -174,7 +174,7 @@ impl std::ops::Deref for Unbuilt {
 
 impl Unbuilt {
     fn connect(&self) -> Result<Handshake, ConnectError> {
-        connect::connect(&self.spec, PATIENCE, self.setup.member.is_some())
+        connect::connect(&self.spec, PATIENCE, self.setup.member.is_some(), None)
     }
 
     /// The device that the back-end makes.
