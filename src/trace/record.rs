@@ -200,7 +200,7 @@ pub enum ReadOrWrite {
 /// | `event` | what happened | `fields` |
 /// |---|---|---|
 /// | `connected` | a connection to a back-end was accepted; the handshake follows | |
-/// | `not-used` | the back-end that connected is not used: `reason` | |
+/// | `not-used` | the back-end is not used, for `reason`, and at the start of the machine that ends it | |
 /// | `region` | a shared memory region was placed | `shmid`, `guest_address`, `size` |
 /// | `gone` | the session is over, for `reason`; the guest waits for the back-end to come back | `seconds` |
 /// | `lost` | no other back-end may come, for `reason`; the device needs a reset | |

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! seconds      device
-//!     0.104512 disk   guest: Status = 0xf (...), then shows 0xf on vcpu0 <0.000310>
+//!     0.104512 disk   guest, vcpu0: Status = 0xf (...), and reads 0x4f (...) then <0.000310>
 //!     0.104530 disk     -> SET_FEATURES(features=0x130000000 ...) = 0 <0.000021>
 //!     0.104615 disk   <- BACKEND_SHMEM_MAP(shmid=0, ...) [file of memory, ...] = -EEXIST: ... <0.000009>
 //!     0.204100 disk   *** gone: the back-end hung up
@@ -52,7 +52,7 @@ fn said(record: &Record) -> String {
             format!("{arrow} {} = {}", request(message), result(message))
         }
         What::Noise(Noise { bytes, reason, .. }) => format!("<- no message: {reason}; it began with {bytes}"),
-        What::Register(access) => format!("guest: {} on {}", register(access), record.thread),
+        What::Register(access) => format!("guest, {}: {}", record.thread, register(access)),
         What::Event(event) => format!("*** {}", happened(event)),
         What::LeftOut { count } => format!("*** {count} records are missing: the disk was late"),
     }
@@ -80,7 +80,8 @@ pub fn result(message: &Message) -> String {
         (Some(errno), None, _) => format!("-{errno}, which was not asked for"),
         (None, Some(answer), _) if answer.is_empty() => "an empty answer".to_owned(),
         (None, Some(answer), _) => answer,
-        (None, None, Outcome::Done) => "no answer asked for".to_owned(),
+        (None, None, Outcome::Done) if message.direction == Direction::ToBackend => "sent".to_owned(),
+        (None, None, Outcome::Done) => "done, and no answer was asked for".to_owned(),
         (None, None, _) => "no answer".to_owned(),
     };
     text.push_str(&descriptors(&message.answer_descriptors, false));
@@ -131,16 +132,25 @@ pub fn happened(event: &Event) -> String {
 }
 
 fn fields(fields: &Fields) -> String {
-    let shown = fields.0.iter().map(|(name, field)| match field {
-        Value::Number(number) => format!("{name}={}", value(name, *number)),
-        Value::Text(text) if name == "names" => format!("({text})"),
-        Value::Text(text) => format!("{name}={text}"),
-        Value::List(entries) => {
-            let entries = entries.iter().map(|entry| format!("{{{}}}", self::fields(entry)));
-            format!("{name}=[{}]", entries.collect::<Vec<_>>().join(", "))
-        }
-    });
-    shown.collect::<Vec<_>>().join(", ")
+    let mut shown = String::new();
+    for (name, field) in &fields.0 {
+        let text = match field {
+            // Those of the bits in the field before.
+            Value::Text(text) if name == "names" => {
+                let _ = write!(shown, " ({text})");
+                continue;
+            }
+            Value::Text(text) => text.clone(),
+            Value::Number(number) => value(name, *number),
+            Value::List(entries) => {
+                let entries = entries.iter().map(|entry| format!("{{{}}}", self::fields(entry)));
+                format!("[{}]", entries.collect::<Vec<_>>().join(", "))
+            }
+        };
+        let comma = if shown.is_empty() { "" } else { ", " };
+        let _ = write!(shown, "{comma}{name}={text}");
+    }
+    shown
 }
 
 /// Addresses, lengths and bits in hex, counts and numbers of things decimal.

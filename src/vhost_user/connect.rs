@@ -106,7 +106,7 @@ pub fn connect(
 ) -> Result<Handshake, ConnectError> {
     let attempt = |timeout| {
         let socket = connect_socket(&spec.name, &spec.socket, timeout)?;
-        traced(tracer.as_ref(), || handshake(socket, spec, memory_slots, u64::MAX, tracer.clone()))
+        Ok(handshake(socket, spec, memory_slots, u64::MAX, tracer.clone())?)
     };
     let mut backend = attempt(timeout)?;
     let asked = backend.queue_size;
@@ -132,24 +132,14 @@ pub fn reconnect(
 ) -> Result<Handshake, ConnectError> {
     let socket = try_connect(&spec.socket).map_err(ConnectError::Connect)?;
     let acceptable = agreed.protocol_features.unwrap_or(0);
-    traced(tracer.as_ref(), || {
+    let shake_hands = || {
         let mut backend = handshake(socket, spec, memory_slots, acceptable, tracer.clone())?;
         backend.ask_inflight_size()?;
         Ok(backend)
+    };
+    shake_hands().inspect_err(|error: &ConnectError| {
+        tracer.iter().for_each(|tracer| tracer.not_used(error));
     })
-}
-
-/// Records a connection, and why a back-end that was found is not used.
-fn traced(
-    tracer: Option<&Arc<Tracer>>,
-    handshake: impl FnOnce() -> Result<Handshake, HandshakeError>,
-) -> Result<Handshake, ConnectError> {
-    tracer.inspect(|tracer| tracer.event("connected", &[], None));
-    let made = handshake();
-    if let (Some(tracer), Err(error)) = (tracer, &made) {
-        tracer.event("not-used", &[], Some(&report::with_causes(error)));
-    }
-    Ok(made?)
 }
 
 /// The largest size up to `asked` that the back-end takes for its queues (SHM-90). The last queue stands for

@@ -133,6 +133,7 @@ pub fn handshake(
     acceptable: u64,
     tracer: Option<Arc<Tracer>>,
 ) -> Result<Handshake, HandshakeError> {
+    tracer.iter().for_each(|tracer| tracer.event("connected", &[], None));
     let kind = spec.kind;
     let gives_config = spec.config.is_some() || spec.tag.is_some();
     let needs = Needs {

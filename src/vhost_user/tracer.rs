@@ -23,8 +23,9 @@ use crate::trace::record::{self, Channel, Descriptor, Direction, Fields, Message
 use crate::trace::recorder::Recorder;
 use crate::virtio::kind::DeviceKind;
 
-/// The most bytes of a payload that a record has in hex: those of a usual configuration space.
-const MOST_BYTES: usize = 256;
+/// The most bytes that a record has in hex: the configuration space of a disk is 96 bytes long, that of most
+/// other devices shorter.
+const MOST_BYTES: usize = 96;
 
 /// The named fields of a payload, as they are there.
 macro_rules! named {
@@ -57,6 +58,11 @@ impl Tracer {
     pub fn event(&self, event: &str, fields: &[(&str, u64)], reason: Option<&str>) {
         let fields = fields.iter().map(|&(name, number)| (name.to_owned(), number.into()));
         self.recorder.event(event, Fields(fields.collect()), reason.map(str::to_owned));
+    }
+
+    /// The back-end that connected is not used.
+    pub fn not_used(&self, why: &dyn Error) {
+        self.event("not-used", &[], Some(&with_causes(why)));
     }
 
     /// The fields of a payload; the payload itself where it has none.

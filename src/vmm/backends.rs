@@ -62,7 +62,8 @@ enum Cause {
 }
 
 impl BackendError {
-    fn new(spec: &DeviceSpec, source: Cause) -> Self {
+    fn new(spec: &DeviceSpec, tracer: Option<&Arc<Tracer>>, source: Cause) -> Self {
+        tracer.iter().for_each(|tracer| tracer.not_used(&source));
         BackendError { spec: Box::new(spec.clone()), source: Box::new(source) }
     }
 }
@@ -112,7 +113,7 @@ pub fn connect(
         let tracer = trace.map(|trace| Tracer::new(trace.recorder(&spec.name), spec));
         let handshake =
             connect::connect(spec, config.connect_timeout, sees_others || regions > 1, tracer.clone())
-                .map_err(|error| BackendError::new(spec, error.into()))?;
+                .map_err(|error| BackendError::new(spec, tracer.as_ref(), error.into()))?;
         if sees_others && handshake.memory_slots.is_none() {
             log::warn!(
                 "{}: the back-end does not offer protocol feature CONFIGURE_MEM_SLOTS: it does not see what other devices \
@@ -121,13 +122,13 @@ pub fn connect(
             );
         }
         if let Some(room) = handshake.memory_slots.filter(|&room| room < regions as u64) {
-            return Err(BackendError::new(spec, Cause::MemoryRegions { room, regions }));
+            return Err(BackendError::new(spec, tracer.as_ref(), Cause::MemoryRegions { room, regions }));
         }
         let sizes = (0..=u8::MAX).zip(handshake.region_sizes.iter().copied());
         let &DeviceSpec { shmem_limit: bytes, foreign_files, .. } = spec;
         let limits = Limits { mappings: quota, bytes, foreign_files };
         let shmem = SharedMemory::new(&spec.name, sizes, &mut windows, slots.clone(), limits)
-            .map_err(|error| BackendError::new(spec, error.into()))?;
+            .map_err(|error| BackendError::new(spec, tracer.as_ref(), error.into()))?;
         for (shmid, range) in shmem.regions() {
             log::info!("{}: shared memory region {shmid} is {range}", spec.name);
             let (id, start, size) = (shmid.into(), range.start(), range.len());
@@ -181,6 +182,7 @@ pub fn attach(
         let page = RegisterPage::new().map_err(&registers_failed)?;
         let interrupt = Interrupt::new(Arc::clone(&page)).map_err(&registers_failed)?;
         vm.register_irqfd(interrupt.call(), gsi)?;
+        let tracer = handshake.tracer.clone();
         let participant = sharing.as_ref().map(|sharing| sharing.join());
         let device = VhostUserDevice::new(
             &spec,
@@ -191,7 +193,7 @@ pub fn attach(
             participant.clone(),
             ends_at_loss.map(|exit| end_at_loss(&spec.name, exit)),
         )
-        .map_err(|error| BackendError::new(&spec, Cause::Device(error)))?;
+        .map_err(|error| BackendError::new(&spec, tracer.as_ref(), Cause::Device(error)))?;
         let transport =
             MmioTransport::new(Arc::clone(&page), interrupt, Box::new(device)).map_err(&registers_failed)?;
         for bell in transport.doorbells() {
