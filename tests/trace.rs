@@ -1,5 +1,5 @@
-//! A trace of a running hotslot (`--trace-vhost-user`), and what `hotslot trace` makes of it: whoever reads it
-//! can say which messages passed, and why one was refused.
+//! A trace of a running hotslot (`--trace-vhost-user`), and what `hotslot trace` makes of it: its reader can
+//! say which messages passed, and why one was refused.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 

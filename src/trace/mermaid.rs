@@ -1,5 +1,5 @@
-//! A trace as a sequence diagram of Mermaid (`hotslot trace FILE --sequence mermaid`): the guest, hotslot, and
-//! the back-end of each device.
+//! A trace as a sequence diagram of Mermaid (`hotslot trace FILE --sequence mermaid`): the guest, hotslot,
+//! and the back-end of each device.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;

@@ -2,7 +2,8 @@
 //! and `virtio::traced` give it what they see.
 //!
 //! A thread that records makes the line, hands it over, and goes on: the thread `trace` writes it
-//! (`report::lines`). Without `--trace-vhost-user` there is no recorder, and nothing is measured or formatted.
+//! (`report::lines`). Without `--trace-vhost-user` there is no recorder, and nothing is measured or
+//! formatted.
 
 use std::fs::File;
 use std::io;

@@ -186,7 +186,7 @@ impl Pending for Begun {
         message.answer = outcome.answer.map(|answer| tracer.fields(socket, message.id, answer, true));
         message.answer_descriptors = outcome.file.iter().map(|&file| describe(file)).collect();
         message.errno = (outcome.errno != 0).then(|| errno_name(outcome.errno));
-        message.reason = outcome.why.map(|why| with_causes(why));
+        message.reason = outcome.why.map(with_causes);
         message.bytes = hex(outcome.noise);
         tracer.recorder.ended(began, What::Message(message));
     }

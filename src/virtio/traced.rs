@@ -1,5 +1,5 @@
-//! A device's register block that records the guest's accesses (`--trace-vhost-user`): `vmm::backends` puts it
-//! on the bus in place of the [`MmioTransport`].
+//! A device's register block that records the guest's accesses (`--trace-vhost-user`): `vmm::backends` puts
+//! it on the bus in place of the [`MmioTransport`].
 //!
 //! Most reads, QueueNotify and InterruptACK do not come here: KVM serves them without an exit.
 

@@ -261,7 +261,7 @@ fn files_are_created_written_read_and_removed() {
 
     assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 1000, 400_000)), data);
     assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 300_999, 10)), data[299_999..]);
-    assert_eq!(machine.ok(fuse::READ, node, &fuse::read(handle, 400_000, 10)), []);
+    assert!(machine.ok(fuse::READ, node, &fuse::read(handle, 400_000, 10)).is_empty());
     machine.ok(fuse::FSYNC, node, &[quads([handle]), words([0, 0])].concat());
 
     machine.ok(fuse::SETATTR, node, &fuse::set_size(1001));
