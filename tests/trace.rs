@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
+use std::fs::OpenOptions;
 use std::io::BufReader;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -324,6 +326,36 @@ fn a_full_disk_ends_the_trace_and_not_the_machine() {
     guest.reset_device();
     let log = guest.exit();
     assert_eq!(lines(&log, &["the trace /dev/full ends here", "No space left on device"]).len(), 1, "{log}");
+}
+
+#[test]
+fn a_late_reader_holds_nothing_up_and_what_it_misses_is_counted() {
+    if !kvm::is_here() {
+        return;
+    }
+    let (traced, torture) = (Traced::new(), Torture::start(&["--once", "--do", "flood=3000"]));
+    rustix::fs::mkfifoat(rustix::fs::CWD, traced.path(), 0o600.into()).unwrap();
+    let pipe = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(traced.path()).unwrap();
+    let mut guest = traced.boot(&[torture.device("flooding")]);
+    guest.start_device();
+    torture.wait_for("3000 pairs of MAP and UNMAP answered");
+    assert_eq!(guest.have_filled(0x180_0000, 64), 64);
+    // Only now it is read.
+    rustix::fs::fcntl_setfl(&pipe, rustix::fs::OFlags::empty()).unwrap();
+    let reader = std::thread::spawn(move || read(BufReader::new(pipe)).unwrap());
+    guest.exit();
+    let trace = reader.join().unwrap();
+    assert!(trace.problems.is_empty(), "{:?}", trace.problems);
+    let is_request =
+        |record: &&Record| matches!(&record.what, What::Message(one) if one.channel == Channel::Backend);
+    let requests = trace.records.iter().filter(is_request).count() as u64;
+    let left_out = trace.records.iter().filter_map(|record| match record.what {
+        What::LeftOut { count } => Some(count),
+        _ => None,
+    });
+    // Of the requests of the flood, and a few other records.
+    let left_out: u64 = left_out.sum();
+    assert!(requests < 6000 && (6000..6100).contains(&(requests + left_out)), "{requests} and {left_out}");
 }
 
 /// A trace as a file, with the bytes of this text.
