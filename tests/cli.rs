@@ -209,6 +209,9 @@ fn wrong_usage() {
     refused(&["-k", "good", "-v", "--log", "debug"], here, &["--log"], None);
     refused(&["-k", "good", "--log", "foo=bar"], here, &["`foo=bar`", "LEVEL is off, error"], None);
     refused(&["-k", "good", "--log", "info,loud"], here, &["`loud`"], None);
+    refused(&["trace"], here, &["<FILE>"], None);
+    refused(&["trace", "good", "--sequence", "dance"], here, &["--sequence", "mermaid"], None);
+    refused(&["-k", "good", "trace", "good"], here, &["trace", "cannot be used with"], None);
     rustix::fs::mkfifoat(rustix::fs::CWD, here.join("pipe"), 0o600.into()).unwrap();
     refused(&["-k", "good", "--log-file", "pipe"], here, &["pipe", "no process reads this pipe"], None);
     refused(&["-k", "good", "--log-file", "no/where"], here, &["no/where", "No such file"], None);
@@ -222,8 +225,9 @@ fn questions_are_answered() {
         (&["--help"][..], "Exit status:"),
         (&["-V"], env!("CARGO_PKG_VERSION")),
         (&["--print-layout"], "console=ttyS0"),
-        (&["--print-man"], ".TH hotslot 1"),
-        (&["--print-completions", "bash"], "--vhost-user"),
+        (&["trace", "--help"], "--sequence"),
+        (&["--print-man"], r"trace\-vhost\-user"),
+        (&["--print-completions", "bash"], "--trace-vhost-user"),
     ] {
         answered(Command::new(built::hotslot()).args(arguments), here, part);
     }

@@ -358,6 +358,16 @@ fn a_late_reader_holds_nothing_up_and_what_it_misses_is_counted() {
     assert!(requests < 6000 && (6000..6100).contains(&(requests + left_out)), "{requests} and {left_out}");
 }
 
+#[test]
+fn a_trace_that_cannot_be_written_is_refused() {
+    if !kvm::is_here() {
+        return;
+    }
+    let (status, log) = Guest::boot(["--trace-vhost-user", "/no/where"]).wait();
+    assert_eq!(status.code(), Some(2), "{log}");
+    assert!(log.contains("error: cannot write the trace /no/where: No such file"), "{log}");
+}
+
 /// A trace as a file, with the bytes of this text.
 fn file(text: &str) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
