@@ -27,3 +27,53 @@ pub mod design {}
 
 #[doc = include_str!("drawings.md")]
 pub mod drawings {}
+
+/// The manual: what hotslot, its back-ends and its scripts do, page by page.
+///
+/// Each page links to others by file names, which lead somewhere on a forge. `manual/links.md` comes first
+/// here: it gives the same links their places in this documentation.
+pub mod manual {
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/backends.md")]
+    pub mod backends {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/emulated.md")]
+    pub mod emulated {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/hotslot.md")]
+    pub mod hotslot {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/interop.md")]
+    pub mod interop {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/loss.md")]
+    pub mod loss {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/proof.md")]
+    pub mod proof {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/run.md")]
+    pub mod run {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/sandbox.md")]
+    pub mod sandbox {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/share.md")]
+    pub mod share {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/speed.md")]
+    pub mod speed {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/testing.md")]
+    pub mod testing {}
+}

@@ -1,8 +1,9 @@
 //! A guest that knows more files than the back-end may have descriptors, and one that opens as many as it
 //! can.
 //!
-//! The back-ends here may have [`LIMIT`] descriptors. README: half of them are for files that the guest has
-//! open, an eighth for files that it knows, an eighth for files that it knows and that have no name.
+//! The back-ends here may have [`LIMIT`] descriptors. `src/manual/backends.md`: half of them are for files
+//! that the guest has open, an eighth for files that it knows, an eighth for files that it knows and that have
+//! no name.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
