@@ -2,8 +2,8 @@
 //! can.
 //!
 //! The back-ends here may have [`LIMIT`] descriptors. `src/manual/backends.md`: half of them are for files
-//! that the guest has open, an eighth for files that it knows, an eighth for files that it knows and that have
-//! no name.
+//! that the guest has open, an eighth for files that it knows, an eighth for files that it knows and that
+//! have no name.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
