@@ -63,7 +63,7 @@ HOTSLOT=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot
 BACKEND=$HOTSLOT-backend
 
 # What the options ask for.
-job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' command=() memory=512M
+job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' trace='' command=() memory=512M
 lines=() types=() modules=(virtio_mmio) hotslot_options=()
 
 main() {
@@ -149,6 +149,11 @@ parse() {
             memory=$2
             hotslot_options+=("$1" "$2")
             ;;
+        --trace-vhost-user)
+            # The emulated host gets it empty and gives it back.
+            : >"$2" || wrong "--trace-vhost-user $2: this file cannot be written"
+            trace=$(realpath "$2") && hotslot_options+=("$1" "$trace")
+            ;;
         *) hotslot_options+=("$1" "$2") ;;
         esac
         shift 2
@@ -213,6 +218,7 @@ devices() {
         device "type=fs,name=share$here" "$fs --tag share --dir $(quote "$place")"
         setup+=" share${dax:+:dax}" lab+=(--share "$share")
     fi
+    [[ -z $trace ]] || lab+=(--file "$trace" --out "$trace")
     if [[ -n $shell ]]; then
         device type=pmem,name=pmem0 "$(quote "$BACKEND") pmem --once --socket {socket} --file $(quote "$IMAGE")"
         setup+=" pmem" modules+=(virtio_pmem nd_pmem) lab+=(--file "$IMAGE" --out "$IMAGE")
