@@ -111,7 +111,7 @@ pub enum Direction {
 pub enum Outcome {
     /// It was sent or carried out, and answered where an answer was asked for.
     Done,
-    /// The one that was asked said no.
+    /// Its receiver refused it.
     Refused,
     /// There was no answer of use.
     Failed,

@@ -21,7 +21,7 @@ use super::record::{Noise, ReadOrWrite};
 pub fn print(records: &[Record]) -> String {
     let devices = records.iter().filter_map(|record| record.device.as_ref());
     let width = devices.map(|device| device.chars().count()).max().unwrap_or(0);
-    // Of each thread, until when it serves an access.
+    // Until when each thread serves an access of its guest.
     let mut serves: BTreeMap<&str, u64> = BTreeMap::new();
     let mut text = String::new();
     for record in records {

@@ -419,7 +419,7 @@ struct Sent {
     pending: Option<Box<dyn Pending>>,
 }
 
-/// For the observer: the reason why a request before it failed is this one's, too.
+/// For the observer: another request of the conversation failed, and its record has the reason.
 #[derive(Debug, Error)]
 #[error("its answer is not waited for any more")]
 struct Unfinished;

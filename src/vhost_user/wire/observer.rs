@@ -1,5 +1,5 @@
-//! Who looks at the messages that pass: `frontend` and `channel` tell an [`Observer`] of each, where there is
-//! one.
+//! The seam for a trace: `frontend` and `channel` tell an [`Observer`], where there is one, of each message.
+//! `vhost_user::tracer` implements it.
 
 use std::error::Error;
 use std::fmt::Debug;
