@@ -1,4 +1,4 @@
-//! The files behind the mappings of one device: one descriptor of each is kept (SHM-46).
+//! The files behind the mappings of one device: one descriptor of each is kept, as it came (SHM-46).
 //!
 //! An access that fails does not say why. Only the file's size tells whether the file ends before the page,
 //! or has the page and the host cannot provide it (SHM-45, SHM-87). Called by [`super::shmem`].
@@ -8,11 +8,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
-use rustix::fs::{AtFlags, StatVfs, Statx, StatxFlags};
+use rustix::fs::{StatVfs, StatxFlags};
 use rustix::io::Errno;
 
 use super::PAGE_SIZE;
-use super::origin::Origin;
+use super::origin::{FileId, Origin, id, look};
 
 /// From statfs(2): files made of huge pages, which can only be mapped in whole huge pages.
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
@@ -20,8 +20,7 @@ const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 /// What must be known of a file before it is mapped.
 #[derive(Clone, Copy, Debug)]
 pub struct FileInfo {
-    /// Device, by its two numbers, and inode; `None` where the file's server hides them.
-    id: Option<(u32, u32, u64)>,
+    id: Option<FileId>,
     /// The size of its pages in bytes: what is mapped of it are multiples of that.
     pub page_size: u64,
 }
@@ -29,29 +28,21 @@ pub struct FileInfo {
 impl FileInfo {
     /// Looks at a file that may be mapped. Asks the kernel, not the file's server.
     pub fn of(file: BorrowedFd<'_>, origin: Origin) -> io::Result<FileInfo> {
-        let page_size = match origin {
-            Origin::Memory => {
-                let fs = rustix::fs::fstatfs(file)?;
-                let is_huge = fs.f_type == HUGETLBFS_MAGIC;
-                if is_huge { u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)? } else { PAGE_SIZE }
-            }
-            Origin::FileSystem => PAGE_SIZE,
-        };
-        let found = look(file, StatxFlags::INO);
-        let id = found.ok().map(|found| (found.stx_dev_major, found.stx_dev_minor, found.stx_ino));
-        Ok(FileInfo { id, page_size })
+        if let Origin::FileSystem { id } = origin {
+            return Ok(FileInfo { id, page_size: PAGE_SIZE });
+        }
+        let fs = rustix::fs::fstatfs(file)?;
+        let is_huge = fs.f_type == HUGETLBFS_MAGIC;
+        let page_size =
+            if is_huge { u64::try_from(fs.f_bsize).map_err(|_| Errno::INVAL)? } else { PAGE_SIZE };
+        Ok(FileInfo { id: look(file, StatxFlags::INO).ok().map(|found| id(&found)), page_size })
     }
-}
-
-/// What the kernel knows of a file without asking its server.
-fn look(file: BorrowedFd<'_>, what: StatxFlags) -> rustix::io::Result<Statx> {
-    rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, what)
 }
 
 /// A file of which something is mapped.
 #[derive(Debug)]
 pub struct BackingFile {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     info: FileInfo,
 }
 
@@ -76,19 +67,18 @@ impl BackingFile {
 
 /// The files of which something is mapped, one descriptor each.
 #[derive(Debug, Default)]
-pub struct BackingFiles(BTreeMap<(u32, u32, u64), Weak<BackingFile>>);
+pub struct BackingFiles(BTreeMap<FileId, Weak<BackingFile>>);
 
 impl BackingFiles {
-    /// The file, by the descriptor that is kept of it already, or by a new one. Fails with EMFILE.
-    pub fn keep(&mut self, file: BorrowedFd<'_>, info: FileInfo) -> io::Result<Arc<BackingFile>> {
+    /// The file, by the descriptor that is kept of it already, or by this one.
+    pub fn keep(&mut self, file: &Arc<OwnedFd>, info: FileInfo) -> Arc<BackingFile> {
         if let Some(kept) = info.id.and_then(|id| self.0.get(&id)).and_then(Weak::upgrade) {
-            return Ok(kept);
+            return kept;
         }
         self.0.retain(|_, file| file.strong_count() > 0);
-        let fd = rustix::io::fcntl_dupfd_cloexec(file.as_fd(), 0)?;
-        let file = Arc::new(BackingFile { fd, info });
+        let file = Arc::new(BackingFile { fd: Arc::clone(file), info });
         self.0.extend(info.id.map(|id| (id, Arc::downgrade(&file))));
-        Ok(file)
+        file
     }
 }
 
@@ -96,22 +86,26 @@ impl BackingFiles {
 mod tests {
     use super::*;
 
+    fn file() -> (Arc<OwnedFd>, FileInfo) {
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        let id = look(file.as_fd(), StatxFlags::INO).ok().map(|found| id(&found));
+        (Arc::new(file), FileInfo { id, page_size: PAGE_SIZE })
+    }
+
     #[test]
     fn a_file_is_kept_once_and_as_long_as_it_is_used() {
-        let file = tempfile::tempfile().unwrap();
-        let info = FileInfo::of(file.as_fd(), Origin::FileSystem).unwrap();
+        let (file, info) = file();
         let mut files = BackingFiles::default();
-        let kept = [0, 1].map(|_| files.keep(file.as_fd(), info).unwrap());
+        let kept = [0, 1].map(|_| files.keep(&file, info));
         assert!(Arc::ptr_eq(&kept[0], &kept[1]));
         for (size, end) in [(0, 0), (1, 4096), (4096, 4096), (5000, 8192)] {
-            file.set_len(size).unwrap();
+            rustix::fs::ftruncate(&file, size).unwrap();
             assert_eq!(kept[0].end().unwrap(), end);
         }
         drop(kept);
         assert!(files.0[&info.id.unwrap()].upgrade().is_none());
-        let other = tempfile::tempfile().unwrap();
-        let _other =
-            files.keep(other.as_fd(), FileInfo::of(other.as_fd(), Origin::FileSystem).unwrap()).unwrap();
+        let (other, info) = self::file();
+        let _other = files.keep(&other, info);
         assert_eq!(files.0.len(), 1);
     }
 }

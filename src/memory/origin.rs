@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{AtFlags, FileType, StatxFlags, fcntl_get_seals, statx};
+use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, fcntl_get_seals, statx};
 use rustix::io::Errno;
 
 use super::error::ShmemError;
@@ -49,13 +49,28 @@ const LOCAL: [&str; 20] = [
     "xfs",
 ];
 
+/// Device, by its two numbers, and inode.
+pub type FileId = (u32, u32, u64);
+
 /// A file that may be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// A memfd, or a file of tmpfs or hugetlbfs.
     Memory,
-    /// On another file system.
-    FileSystem,
+    /// On another file system; without its id where the file's server hides that.
+    FileSystem {
+        #[allow(missing_docs)] // The type says it.
+        id: Option<FileId>,
+    },
+}
+
+/// What the kernel knows of a file without asking its server.
+pub(super) fn look(file: BorrowedFd<'_>, what: StatxFlags) -> rustix::io::Result<Statx> {
+    statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, what)
+}
+
+pub(super) fn id(found: &Statx) -> FileId {
+    (found.stx_dev_major, found.stx_dev_minor, found.stx_ino)
 }
 
 /// Which files of a device's back-end are taken.
@@ -91,25 +106,25 @@ impl Origins {
         if fcntl_get_seals(file).is_ok() {
             return Ok(Origin::Memory);
         }
-        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        let found = match statx(file, "", flags, StatxFlags::TYPE | StatxFlags::MNT_ID) {
+        let found = match look(file, StatxFlags::TYPE | StatxFlags::MNT_ID | StatxFlags::INO) {
             Ok(found) => found,
             // FUSE refuses it to other users. What is no file cannot be mapped anyway.
-            Err(_) if self.foreign => return Ok(Origin::FileSystem),
+            Err(_) if self.foreign => return Ok(Origin::FileSystem { id: None }),
             Err(_) => return Err(ShmemError::Foreign("a file system that does not show it".into())),
         };
         if FileType::from_raw_mode(found.stx_mode.into()) != FileType::RegularFile {
             return Err(ShmemError::Place(Errno::INVAL.into()));
         }
+        let on_file_system = Origin::FileSystem { id: Some(id(&found)) };
         if self.foreign {
-            return Ok(Origin::FileSystem);
+            return Ok(on_file_system);
         }
         let mut mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
         mounts.refresh().map_err(ShmemError::Place)?;
-        let id = (found.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(found.stx_mnt_id);
+        let mount = (found.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(found.stx_mnt_id);
         let device = (found.stx_dev_major, found.stx_dev_minor);
-        match id.and_then(|id| mounts.by_id.get(&id)).or_else(|| mounts.by_device.get(&device)) {
-            Some(kind) if LOCAL.contains(&kind.as_str()) => Ok(Origin::FileSystem),
+        match mount.and_then(|id| mounts.by_id.get(&id)).or_else(|| mounts.by_device.get(&device)) {
+            Some(kind) if LOCAL.contains(&kind.as_str()) => Ok(on_file_system),
             Some(kind) => Err(ShmemError::Foreign(format!("a file system of type {kind}"))),
             None => Err(ShmemError::Foreign("a file system that is not mounted here".into())),
         }
@@ -181,7 +196,7 @@ mod tests {
         let memfd = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
         assert_eq!(origins.of(memfd.as_fd()).unwrap(), Origin::Memory);
         let program = File::open("/proc/self/exe").unwrap();
-        assert_eq!(origins.of(program.as_fd()).unwrap(), Origin::FileSystem);
+        assert!(matches!(origins.of(program.as_fd()), Ok(Origin::FileSystem { id: Some(_) })));
     }
 
     #[test]

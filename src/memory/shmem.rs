@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::Instant;
 
@@ -27,7 +27,7 @@ pub struct MapRequest<'a> {
     pub shmid: u8,
     pub shm_offset: u64,
     pub len: u64,
-    pub file: BorrowedFd<'a>,
+    pub file: &'a Arc<OwnedFd>,
     pub file_offset: u64,
     pub access: Access,
 }
@@ -225,11 +225,12 @@ impl SharedMemory {
         let key = (shmid, shm_offset);
         let span_len = self.lock().ledger.admit(key, len, file_offset)?;
         let span = self.span(key, span_len).ok_or(ShmemError::NoRegion(shmid))?;
-        let info = FileInfo::of(file, self.origins.of(file)?).map_err(ShmemError::Place)?;
+        let fd = file.as_fd();
+        let info = FileInfo::of(fd, self.origins.of(fd)?).map_err(ShmemError::Place)?;
         let replaces = self.make_way(key, span_len, access)?;
-        span.place(file, info, file_offset, access).map_err(ShmemError::Place)?;
-        let kept = self.lock().files.keep(file, info).map_err(ShmemError::Place);
-        let shown = kept.and_then(|kept| self.show(request, span, kept));
+        span.place(fd, info, file_offset, access).map_err(ShmemError::Place)?;
+        let kept = self.lock().files.keep(file, info);
+        let shown = self.show(request, span, kept);
         // An old mapping that was to be replaced still has its slot: its pages must not become a reservation.
         if shown.is_err() && !replaces {
             self.reserve_again(Some(span));

@@ -102,7 +102,6 @@ const CHANNEL: &[Rule] = &[
     fcntl(libc::F_GET_SEALS, "is a descriptor a file of memory"),
     call(Sysno::lseek, "the table of mounts, from its beginning"),
     call(Sysno::fstat, "which file is it, for other devices' back-ends"),
-    fcntl(libc::F_DUPFD_CLOEXEC, "a descriptor of our own for a mapped file"),
 ];
 
 /// To a socket of any name, which no filter can see: only for a device whose user asked for it.

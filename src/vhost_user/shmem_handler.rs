@@ -3,7 +3,7 @@
 
 use std::error::Error;
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::link::Link;
@@ -44,7 +44,9 @@ impl Handler for ShmemHandler {
             0 => Access::ReadOnly,
             _ => Access::ReadWrite,
         };
-        let request = MapRequest { shmid, shm_offset, len, file: file.as_fd(), file_offset, access };
+        // Kept as it came: a copy would cost two system calls.
+        let file = Arc::new(file);
+        let request = MapRequest { shmid, shm_offset, len, file: &file, file_offset, access };
         let (mapping, host) = self.shmem.map(&request)?;
         // Not at a limited rate: a user who asks for debug messages wants each.
         log::debug!(

@@ -2,7 +2,6 @@ mod recorder;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::Ordering;
 
@@ -16,6 +15,8 @@ pub(in crate::memory) struct Bench {
     guest: Arc<Guest>,
     pub shmem: SharedMemory,
     pub file: File,
+    /// The same, as a request brings it.
+    fd: Arc<OwnedFd>,
 }
 
 /// Regions 0 and 7 of 16 pages each; a file whose page n is full of n + 1, 32 pages long.
@@ -36,12 +37,13 @@ pub(in crate::memory) fn bench() -> Bench {
     for page in 0..32u8 {
         file.write_all(&[page + 1; PAGE as usize]).unwrap();
     }
-    Bench { guest, shmem, file }
+    let fd = Arc::new(file.try_clone().unwrap().into());
+    Bench { guest, shmem, file, fd }
 }
 
 impl Bench {
     pub fn request(&self, shmid: u8, shm_offset: u64, len: u64, file_offset: u64) -> MapRequest<'_> {
-        MapRequest { shmid, shm_offset, len, file: self.file.as_fd(), file_offset, access: Access::ReadOnly }
+        MapRequest { shmid, shm_offset, len, file: &self.fd, file_offset, access: Access::ReadOnly }
     }
 
     pub fn map(&self, shmid: u8, shm_offset: u64, len: u64) -> Result<(), ShmemError> {
@@ -227,14 +229,21 @@ fn one_descriptor_is_kept_for_a_file_as_long_as_it_is_mapped() {
         };
         let inode = bench.file.metadata().unwrap().ino();
         let open = fs::read_dir("/proc/self/fd").unwrap().filter_map(of_file);
-        open.filter(|&other| other == inode).count() - 1
+        // Two are the bench's own.
+        open.filter(|&other| other == inode).count() - 2
+    };
+    // Each request brings a descriptor of its own.
+    let map = |page, pages| {
+        let file = Arc::new(bench.file.try_clone().unwrap().into());
+        let request = MapRequest { file: &file, ..bench.request(0, page * PAGE, pages * PAGE, 0) };
+        bench.shmem.map(&request).map(drop)
     };
     let mut seen = vec![kept()];
     for page in [0, 2] {
-        bench.map(0, page * PAGE, PAGE).unwrap();
+        map(page, 1).unwrap();
         seen.push(kept());
     }
-    bench.map(0, PAGE, 16 * PAGE).unwrap_err();
+    map(1, 16).unwrap_err();
     bench.shmem.unmap(0, 0, PAGE).unwrap();
     seen.push(kept());
     bench.shmem.unmap_all(|| {}).unwrap();

@@ -110,7 +110,7 @@ impl Participant {
     ///
     /// Called on the owner's channel thread, under its inbox lock, after the mapping was made and before it
     /// is answered.
-    pub fn share(&self, mapping: &MappingInfo, host: u64, file: OwnedFd) -> Result<(), TooManyFiles> {
+    pub fn share(&self, mapping: &MappingInfo, host: u64, file: Arc<OwnedFd>) -> Result<(), TooManyFiles> {
         let address = mapping.guest.start();
         // Whether others can map it as they do: neither how it was opened nor its seals tell for sure.
         let try_both =
@@ -122,7 +122,7 @@ impl Participant {
             return Ok(());
         }
         let Ok(stat) = rustix::fs::fstat(&file) else { return Ok(()) };
-        let (inode, file) = ((stat.st_dev, stat.st_ino), Arc::new(file));
+        let inode = (stat.st_dev, stat.st_ino);
         let region = MemoryRegion {
             guest_addr: address,
             size: mapping.guest.len(),
