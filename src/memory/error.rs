@@ -4,8 +4,8 @@ use std::io;
 
 use thiserror::Error;
 
-use super::PAGE_SIZE;
 use super::alloc::NoRoom;
+use super::{Access, PAGE_SIZE};
 
 /// Why the regions that a back-end announces cannot be had. Sizes are in bytes.
 #[derive(Debug, Error)]
@@ -66,6 +66,15 @@ pub enum ShmemError {
     /// SHM-51, SHM-52.
     #[error("no mapping of region {shmid} is exactly {len:#x} bytes from {shm_offset:#x} on")]
     NoMapping { shmid: u8, shm_offset: u64, len: u64 },
+    /// SHM-41.
+    #[error(
+        "its descriptor is not open for writing: send one that is open for reading and writing, or a MAP without the flag \
+         for writing"
+    )]
+    NotForWriting,
+    /// SHM-47.
+    #[error("its descriptor is not open for reading")]
+    NotForReading,
     /// SHM-41, SHM-47, SHM-48: the file cannot be mapped, or the addresses for it cannot be had.
     #[error("the file cannot be mapped")]
     Place(#[source] io::Error),
@@ -75,6 +84,15 @@ pub enum ShmemError {
 }
 
 impl ShmemError {
+    /// Why mmap(2) of a file failed.
+    pub(super) fn of_mmap(error: io::Error, access: Access) -> Self {
+        match (error.raw_os_error(), access) {
+            (Some(libc::EACCES), Access::ReadWrite) => ShmemError::NotForWriting,
+            (Some(libc::EACCES), Access::ReadOnly) => ShmemError::NotForReading,
+            _ => ShmemError::Place(error),
+        }
+    }
+
     /// The errno value that a back-end is told (SHM-58): positive, never 0.
     pub fn errno(&self) -> i32 {
         match self {
@@ -86,6 +104,7 @@ impl ShmemError {
             ShmemError::Overlap { .. } => libc::EEXIST,
             ShmemError::Quota(_) | ShmemError::Bytes { .. } => libc::ENOSPC,
             ShmemError::Foreign(_) => libc::EPERM,
+            ShmemError::NotForWriting | ShmemError::NotForReading => libc::EACCES,
             ShmemError::Place(error) | ShmemError::Guest(error) => {
                 error.raw_os_error().filter(|&errno| errno > 0).unwrap_or(libc::EIO)
             }

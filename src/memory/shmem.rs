@@ -228,7 +228,8 @@ impl SharedMemory {
         let fd = file.as_fd();
         let info = FileInfo::of(fd, self.origins.of(fd)?).map_err(ShmemError::Place)?;
         let replaces = self.make_way(key, span_len, access)?;
-        span.place(fd, info, file_offset, access).map_err(ShmemError::Place)?;
+        let placed = span.place(fd, info, file_offset, access);
+        placed.map_err(|error| ShmemError::of_mmap(error, access))?;
         let kept = self.lock().files.keep(file, info);
         let shown = self.show(request, span, kept);
         // An old mapping that was to be replaced still has its slot: its pages must not become a reservation.

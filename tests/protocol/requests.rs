@@ -1,7 +1,7 @@
 //! SHMEM_MAP and SHMEM_UNMAP: what the guest sees of them, and what is refused.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use std::thread;
 
 use hotslot::memory::Access;
 use hotslot::memory::alloc::WindowAllocator;
+use hotslot::memory::shmem::MapRequest;
 use hotslot_test_support::bench::*;
 use hotslot_test_support::files::memfd_with;
 use hotslot_test_support::wire::{Leash, MMap, NEED_REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, message};
@@ -86,6 +87,17 @@ fn a_read_only_descriptor_serves_reading_only() {
     assert_eq!(bench.map(MMap { flags: READ_WRITE, ..page_at(0) }, &file), EACCES); // SHM-41
     assert_eq!(bench.map(page_at(0), &file), 0); // SHM-39, SHM-49
     assert_eq!(bench.reads(0, 0), Some(3));
+    // Why, for the log.
+    let write_only = File::options().write(true).open(named.path()).unwrap();
+    for (file, access, why) in [
+        (&file, Access::ReadWrite, "not open for writing: send one that is open for reading and writing"),
+        (&write_only, Access::ReadOnly, "not open for reading"),
+    ] {
+        let (shm_offset, len, file_offset) = (2 * PAGE, PAGE, 0);
+        let request = MapRequest { shmid: 0, shm_offset, len, file: file.as_fd(), file_offset, access };
+        let error = bench.shmem().map(&request).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
 }
 
 #[test]
