@@ -55,8 +55,7 @@ main() {
         -h | --help) usage && return ;;
         --list) list=1 ;;
         --reconnect | --cpus)
-            [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "$1 needs a whole number"
-            if [[ $1 == --cpus ]]; then cpus=$2; else reconnect=$2; fi
+            if [[ $1 == --cpus ]]; then cpus=$(whole_number "$@"); else reconnect=$(whole_number "$@"); fi
             shift
             ;;
         many | debian | frontends) mode=$1 ;;
@@ -145,7 +144,7 @@ run() {
         WORDS="noxsave hotslot.debug_exit=0xf4 NAMES=$(tr ' ' , <<<"$*") RECONNECT=$reconnect -- sh /interop/guest.sh"
     for name; do
         row "$out" "$name" "$(version "$(field "$name" FROM)")"
-        printf '    death for good: %s; hotslot ended with status %s\n' \
+        printf '    permanent death: %s; hotslot ended with status %s\n' \
             "$(sed -n "s/^SEEN $name //p" "$out/lines")" "$(cat "$out/status" 2>/dev/null)"
         grep -E ": $name(-[ab])?: " "$out/hotslot" | grep -v 'waiting for a back-end' | sed 's/^/    /' || true
     done

@@ -52,7 +52,7 @@ if [ -n "$RECONNECT" ]; then
 fi
 [ -z "${FILES-}" ] || exit 0
 sync
-echo 'DEATH for good'
+echo 'DEATH permanent'
 sleep $((${RECONNECT:-0} + 5))
 for name in $names; do
     # Perhaps nothing can kill it.

@@ -91,7 +91,7 @@ if [ -n "$RECONNECT" ] && wait_for '^DEATH and return'; then
     kill_all
     for name in $NAMES; do start "$name"; done
 fi
-if wait_for '^DEATH for good'; then kill_all; fi
+if wait_for '^DEATH permanent'; then kill_all; fi
 wait $guest
 for name in $NAMES; do kill -KILL "$(cat "$DIR/$name.pid")" 2>/dev/null; done
 exit 0
