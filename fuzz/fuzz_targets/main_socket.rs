@@ -53,7 +53,7 @@ fn ends_in_time(data: &[u8]) -> bool {
     let in_time = match handshake {
         Ok(handshake) => {
             assert!(handshake.region_sizes.len() <= 256 && handshake.config.len() <= 0xf00);
-            assert_eq!(handshake.queues, 2);
+            assert_eq!(handshake.queue_sizes.len(), 2);
             match backend.device(handshake) {
                 Ok(bench) => drive(bench, &actions),
                 Err(error) => !is_timeout(&*error),

@@ -13,13 +13,13 @@ use crate::size;
 use crate::virtio::kind::{self, DeviceKind, MAX_QUEUES, UnknownKind};
 
 /// The configuration space that a register page has room for (VIRTIO section 4.2.2: it begins at 0x100).
-const MAX_CONFIG: usize = 0xf00;
+pub const MAX_CONFIG: usize = 0xf00;
 
 /// VIRTIO section 5.11.4: a tag's bytes.
 const MAX_TAG: usize = 36;
 
 /// SHMEM's protocol feature bit in the merged specification; drafts had 20 and 21 (SHM-1).
-const SHMEM_BIT: u32 = 22;
+pub const SHMEM_BIT: u32 = 22;
 
 /// The bytes that a back-end may map at a time where the user does not say otherwise. KVM without hardware
 /// virtualization keeps 160 MiB for so much.

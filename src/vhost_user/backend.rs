@@ -16,7 +16,7 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use thiserror::Error;
 
-use super::handshake::{Handshake, changed_configuration};
+use super::handshake::{Handshake, changed_configuration, largest};
 use super::link::{Link, OnLoss, Session};
 use super::memory_table::MemoryTable;
 use super::own_regions::OwnRegions;
@@ -53,7 +53,8 @@ enum NotAsked {
 
 /// A device's back-end: what was agreed with the first one, which later ones must match; and the record.
 pub struct Backend {
-    /// What the user asked for, with as many queues of such a size as the first back-end has.
+    /// What the user asked for, with as many queues, and for a type of unknown size as many bytes of
+    /// configuration space, as the first back-end has.
     pub spec: DeviceSpec,
     /// Whether it is here.
     pub link: Arc<Link>,
@@ -65,7 +66,7 @@ pub struct Backend {
     pub owner: Option<Participant>,
     /// Set where it sees other devices' mappings.
     pub recipient: Option<Participant>,
-    /// The size of each queue.
+    /// The largest size of each queue.
     pub queue_sizes: Vec<u16>,
     /// The size of its record of requests that it has begun; 0 where it keeps none.
     pub inflight_size: u64,
@@ -115,9 +116,12 @@ impl Backend {
         participant: Option<Participant>,
         on_loss: OnLoss,
     ) -> io::Result<(Backend, Option<BackendChannel>, Option<UnixStream>)> {
-        let Handshake { frontend, queues, queue_size, config, memory_slots, inflight_size, tracer, .. } =
-            handshake;
-        let spec = DeviceSpec { queues: Some(queues), queue_size: Some(queue_size), ..spec.clone() };
+        let Handshake { frontend, queue_sizes, config, memory_slots, inflight_size, tracer, .. } = handshake;
+        let mut spec = DeviceSpec { queues: Some(queue_sizes.len() as u16), ..spec.clone() };
+        if spec.kind.config_sizes(0).is_empty() {
+            // It was searched for once.
+            spec.config_size = Some(config.len() as u16);
+        }
         let agreement = frontend.agreement;
         let own_regions = match agreement.has(protocol::SHMEM_ADDRESSES) {
             true => OwnRegions::new(&shmem)?,
@@ -141,7 +145,7 @@ impl Backend {
             agreement,
             owner,
             recipient,
-            queue_sizes: vec![queue_size; queues.into()],
+            queue_sizes,
             inflight_size,
             memory,
             own_regions,
@@ -228,15 +232,15 @@ impl Backend {
             // when it starts.
             self.tell(main, START_TIMEOUT, |to| {
                 self.shmem.open_gate();
-                to.set_features_and_memory(driver.features, &self.memory.regions, self.memory.file.as_fd())?;
+                to.set_features(driver.features)?;
+                to.set_memory(&self.memory.regions, self.memory.file.as_fd())?;
                 self.own_regions.tell(to, &self.link)?;
                 if let Some(recipient) = &self.recipient {
                     recipient.tell_all(to)?;
                 }
                 if let Some(file) = &driver.inflight {
-                    let (count, size) = (self.queue_sizes.len(), self.queue_sizes.first());
-                    let size = size.copied().unwrap_or(0);
-                    to.set_inflight(file.as_fd(), self.inflight_size, count as u16, size)?;
+                    let (count, size) = (self.queue_sizes.len() as u16, largest(&self.queue_sizes));
+                    to.set_inflight(file.as_fd(), self.inflight_size, count, size)?;
                 }
                 for ring in &rings {
                     // Also where it fails: a ring that the back-end was told of in part may run, and must be
@@ -244,7 +248,7 @@ impl Backend {
                     told += 1;
                     to.start_ring(ring)?;
                 }
-                to.set_status(STATUS_RUNNING)?;
+                to.set_running()?;
                 to.wait_until_started()
             })
         });
@@ -360,7 +364,7 @@ impl Backend {
     }
 
     /// Takes up the next session, with a back-end that is as the one before was, and brings it to where the
-    /// record is. Whether the session goes on; if not, the log says why, and another may be tried.
+    /// record is. Whether the session goes on; if not, the link knows why, and another may be tried.
     ///
     /// # Errors
     ///
@@ -440,6 +444,7 @@ impl Backend {
         Ok(Ring {
             index,
             size,
+            took: self.queue_sizes.get(usize::from(index)).copied().unwrap_or(0),
             base,
             descriptor_table: place("descriptor table", queue.descriptors, 16 * entries)?,
             available_ring: place("available ring", queue.driver_area, 6 + 2 * entries)?,
@@ -466,12 +471,3 @@ fn channel_sockets(agreement: &Agreement) -> io::Result<(Option<Arc<UnixStream>>
     let pair = agreement.has(protocol::BACKEND_REQ).then(UnixStream::pair).transpose()?;
     Ok(pair.map(|(ours, theirs)| (Arc::new(ours), theirs)).unzip())
 }
-
-/// The device's Status once the driver set DRIVER_OK (VIRTIO section 2.1).
-const STATUS_RUNNING: u8 = {
-    use virtio_bindings::virtio_config::*;
-    (VIRTIO_CONFIG_S_ACKNOWLEDGE
-        | VIRTIO_CONFIG_S_DRIVER
-        | VIRTIO_CONFIG_S_FEATURES_OK
-        | VIRTIO_CONFIG_S_DRIVER_OK) as u8
-};

@@ -13,10 +13,9 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use thiserror::Error;
 
-use super::handshake::{Handshake, HandshakeError, handshake};
+use super::handshake::{Handshake, HandshakeError, USUAL_MAX_CONFIG, handshake};
 use super::tracer::Tracer;
 use super::wire::frontend::{FrontendError, QueueSize};
-use super::wire::message::protocol_features as protocol;
 use super::wire::negotiate::Agreement;
 use crate::config::device::DeviceSpec;
 use crate::report;
@@ -52,11 +51,12 @@ pub enum ConnectError {
         "the back-end refuses SET_VRING_NUM of {asked} entries for queue {index}, and any smaller number"
     )]
     NoQueueSize { index: u16, asked: u16 },
-    /// SHM-90. Without MQ it does not say how many queues it has.
+    /// SHM-90. It may have only the queues before.
     #[error(
-        "the back-end refuses SET_VRING_NUM of {size} entries for queue {index} and takes it for queue 0"
+        "the back-end refuses SET_VRING_NUM of {asked} entries for queue {index}, and any smaller number, and takes \
+         {took} for queue {}", .index - 1
     )]
-    FewerQueues { index: u16, size: u16 },
+    FewerQueues { index: u16, asked: u16, took: u16 },
     /// SHM-90.
     #[error("the back-end hung up at SET_VRING_NUM of {size} entries for queue {index}, and listens no more")]
     Died { index: u16, size: u16, source: Box<ConnectError> },
@@ -75,7 +75,12 @@ impl ConnectError {
             }
             ConnectError::Handshake(error) => return error.hint(spec),
             ConnectError::QueueSize { takes, .. } => format!("say queue-size={takes}"),
-            ConnectError::FewerQueues { .. } => "say how many it has with queues=N".to_string(),
+            &ConnectError::FewerQueues { index, .. } => match (spec.kind, spec.kind.least_queues()) {
+                (kind, least) if index < least => {
+                    format!("start the back-end with more queues: a device of type {kind} needs {least}")
+                }
+                _ => format!("if it has only the queues before, say queues={index}"),
+            },
             ConnectError::Died { size, .. } => {
                 format!("start the back-end again, and say queue-size={} or less", size / 2)
             }
@@ -104,19 +109,31 @@ pub fn connect(
     memory_slots: bool,
     tracer: Option<Arc<Tracer>>,
 ) -> Result<Handshake, ConnectError> {
-    let attempt = |timeout| {
+    let attempt = |spec: &DeviceSpec, timeout| {
         let socket = connect_socket(&spec.name, &spec.socket, timeout)?;
         Ok(handshake(socket, spec, memory_slots, u64::MAX, tracer.clone())?)
     };
-    let mut backend = attempt(timeout)?;
-    let asked = backend.queue_size;
-    let takes = queue_size(&mut backend, asked, |index, size| {
-        again(attempt).map_err(|error| ConnectError::Died { index, size, source: Box::new(error) })
+    let mut spec = spec.clone();
+    let mut backend = match attempt(&spec, timeout) {
+        Err(ConnectError::Handshake(error))
+            if spec.config_size.is_none() && error.is_end_of_usual_config() =>
+        {
+            spec.config_size = Some(USUAL_MAX_CONFIG);
+            again(|timeout| attempt(&spec, timeout)).map_err(|_| error)?
+        }
+        attempted => attempted?,
+    };
+    let spec = &spec;
+    let asked = spec.wanted_queue_size();
+    let sizes = queue_sizes(&mut backend, asked, |index, size| {
+        let attempted = again(|timeout| attempt(spec, timeout));
+        attempted.map_err(|error| ConnectError::Died { index, size, source: Box::new(error) })
     })?;
-    if takes < asked && spec.queue_size.is_some() {
-        return Err(ConnectError::QueueSize { index: backend.queues - 1, asked, takes });
+    let least = (0..).zip(&sizes).min_by_key(|(_, takes)| **takes);
+    if let Some((index, &takes)) = least.filter(|(_, takes)| spec.queue_size.is_some() && **takes < asked) {
+        return Err(ConnectError::QueueSize { index, asked, takes });
     }
-    backend.queue_size = takes;
+    backend.queue_sizes = sizes;
     backend.ask_inflight_size()?;
     backend.report(spec);
     Ok(backend)
@@ -132,43 +149,41 @@ pub fn reconnect(
 ) -> Result<Handshake, ConnectError> {
     let socket = try_connect(&spec.socket).map_err(ConnectError::Connect)?;
     let acceptable = agreed.protocol_features.unwrap_or(0);
-    let shake_hands = || {
-        let mut backend = handshake(socket, spec, memory_slots, acceptable, tracer.clone())?;
-        backend.ask_inflight_size()?;
-        Ok(backend)
-    };
-    shake_hands().inspect_err(|error: &ConnectError| {
-        tracer.iter().for_each(|tracer| tracer.not_used(error));
-    })
+    let shaken = handshake(socket, spec, memory_slots, acceptable, tracer.clone());
+    Ok(shaken.inspect_err(|error| tracer.iter().for_each(|tracer| tracer.not_used(error)))?)
 }
 
-/// The largest size up to `asked` that the back-end takes for its queues (SHM-90). The last queue stands for
-/// all: where the back-end has fewer than it is to have, that shows, too. `again` connects to a back-end that
-/// hung up at a size.
-fn queue_size(
+/// The largest size up to `asked` that the back-end takes for each of its queues (SHM-90). Where it has fewer
+/// queues than it is to have, that shows, too. `again` connects to a back-end that hung up at a size.
+fn queue_sizes(
     backend: &mut Handshake,
     asked: u16,
     again: impl Fn(u16, u16) -> Result<Handshake, ConnectError>,
-) -> Result<u16, ConnectError> {
-    let (index, says_how_many) = (backend.queues - 1, backend.frontend.agreement.has(protocol::MQ));
-    let mut takes = |index, size| {
-        let tried = backend.frontend.set_up().try_queue_size(index, size)?;
-        if tried == QueueSize::HungUp {
-            *backend = again(index, size)?;
+) -> Result<Vec<u16>, ConnectError> {
+    let (mut sizes, mut most) = (Vec::new(), asked);
+    for index in (0..).take(backend.queue_sizes.len()) {
+        let mut size = most;
+        loop {
+            match backend.frontend.set_up().try_queue_size(index, size)? {
+                QueueSize::Taken => break,
+                QueueSize::Refused => {}
+                QueueSize::HungUp => {
+                    *backend = again(index, size)?;
+                    // It need not hang up at the same size for each of its queues.
+                    most = size / 2;
+                }
+            }
+            if size == 1 {
+                return Err(match sizes.last() {
+                    Some(&took) => ConnectError::FewerQueues { index, asked, took },
+                    None => ConnectError::NoQueueSize { index, asked },
+                });
+            }
+            size /= 2;
         }
-        Ok::<_, ConnectError>(tried == QueueSize::Taken)
-    };
-    let mut size = asked;
-    while !takes(index, size)? {
-        if size == asked && index > 0 && !says_how_many && takes(0, size)? {
-            return Err(ConnectError::FewerQueues { index, size });
-        }
-        if size == 1 {
-            return Err(ConnectError::NoQueueSize { index, asked });
-        }
-        size /= 2;
+        sizes.push(size);
     }
-    Ok(size)
+    Ok(sizes)
 }
 
 /// Connects to a back-end that hung up: it may listen again, at once or soon, or not any more.

@@ -54,7 +54,7 @@ impl VhostUserDevice {
         participant: Option<Participant>,
         on_loss: OnLoss,
     ) -> Result<VhostUserDevice, DeviceError> {
-        let region_sizes = handshake.region_sizes.clone();
+        let (region_sizes, memory_slots) = (handshake.region_sizes.clone(), handshake.memory_slots);
         let (backend, channel, theirs) =
             Backend::new(spec, handshake, memory, shmem, interrupt, participant, on_loss)?;
         let backend = Arc::new(backend);
@@ -71,7 +71,7 @@ impl VhostUserDevice {
         Ok(VhostUserDevice {
             sharing: backend.owner.clone().map(Owner),
             _watch: watch,
-            _keeper: Keeper::start(&backend, region_sizes)?,
+            _keeper: Keeper::start(&backend, region_sizes, memory_slots)?,
             backend,
         })
     }

@@ -5,22 +5,32 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
 
 use super::tracer::Tracer;
+use super::wire::connection::Deadline;
 use super::wire::frontend::{Frontend, FrontendError};
-use super::wire::message::protocol_features::{self as protocol, names};
+use super::wire::message::protocol_features::{self as protocol, name, names};
 use super::wire::message::{F_PROTOCOL_FEATURES, FrontendRequest};
 use super::wire::negotiate::{Needs, NegotiationError, other_shmem_bit};
 use super::wire::observer::Observer;
-use crate::config::device::DeviceSpec;
+use crate::config::device::{DeviceSpec, MAX_CONFIG, SHMEM_BIT};
 use crate::virtio::kind::{DeviceKind, MAX_QUEUES};
 use crate::virtio::mmio::NOT_CARRIED;
 
 /// VHOST_USER_MAX_CONFIG_SIZE: the most that front-ends before this one ask for, in bytes.
-const USUAL_MAX_CONFIG: usize = 256;
+pub const USUAL_MAX_CONFIG: u16 = 256;
+
+/// How long the search for the end of a configuration space may take in all. Each of its requests has the
+/// deadline of a request of the set-up, too.
+const CONFIG_SEARCH_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The most bytes that a record of requests in flight may have. The largest that makes sense is an eighth of
+/// it: 256 queues of 32,768 entries, each with the 16 bytes of libvhost-user, are 128 MiB.
+const MAX_INFLIGHT: u64 = 1 << 30;
 
 /// Why a back-end cannot be used.
 #[derive(Debug, Error)]
@@ -28,18 +38,34 @@ const USUAL_MAX_CONFIG: usize = 256;
 pub enum HandshakeError {
     #[error(transparent)]
     Frontend(#[from] FrontendError),
-    #[error("the back-end has {available} queues (GET_QUEUE_NUM), and the device is to have {wanted}")]
+    #[error("the back-end has {available} of the {wanted} queues that the device is to have (GET_QUEUE_NUM)")]
     Queues { available: u64, wanted: u16 },
     #[error("queues={asked}: a device of type {kind} has at least {least} queues")]
     TooFewAsked { asked: u16, least: u16, kind: DeviceKind },
     #[error("the back-end answers GET_CONFIG of {asked} bytes with {given}")]
     ConfigShort { asked: usize, given: usize },
+    /// `has`: how many bytes it answers.
+    #[error(
+        "the back-end refuses GET_CONFIG of {asked} bytes, and {}",
+        if *has == 0 { "of fewer".to_string() } else { format!("answers up to {has}") }
+    )]
+    ConfigRefused { asked: usize, has: usize },
     #[error("the back-end failed at GET_CONFIG of {asked} bytes, after it had answered {had} bytes")]
     ConfigEnd { asked: usize, had: usize, source: FrontendError },
+    #[error(
+        "the end of the configuration space was not found within {} s: the back-end answered GET_CONFIG of 1 to {had} bytes",
+        CONFIG_SEARCH_TIMEOUT.as_secs()
+    )]
+    ConfigSlow { had: usize },
     #[error("a device of type {kind} needs {least} bytes of configuration space, and has {len}")]
     ConfigNeeded { kind: DeviceKind, least: usize, len: usize },
     #[error("the back-end offers SHMEM and gives no shared memory region, which a device of type {0} needs")]
     NoRegions(DeviceKind),
+    #[error(
+        "the back-end asks for {0:#x} bytes for its record of requests in flight (GET_INFLIGHT_FD), more than the \
+         {MAX_INFLIGHT:#x} that it may have"
+    )]
+    Inflight(u64),
 }
 
 impl HandshakeError {
@@ -55,34 +81,60 @@ impl HandshakeError {
 
     /// What the user can do.
     pub fn hint(&self, spec: &DeviceSpec) -> Option<String> {
-        let config_size = |size| format!("say how many bytes it has with config-size={size}");
+        let kind = spec.kind;
+        let config_size = |has: usize| match (has, kind.least_config()) {
+            (0, 0) => "say how many bytes it has with config-size=N, or config-size=0 for none".to_string(),
+            (has, least) if has < least => format!(
+                "a device of type {kind} needs {least} bytes: say how many the back-end has with config-size=N, or give \
+                 them in hex with config="
+            ),
+            (has, _) => format!("say how many bytes it has with config-size={has}"),
+        };
         Some(match self {
             HandshakeError::Frontend(FrontendError::Negotiation(error)) => {
                 return negotiation_hint(error, spec);
             }
-            HandshakeError::Queues { available, .. } => format!(
-                "start the back-end with more queues{}",
-                if *available == 0 { "" } else { ", or say how many to use with queues=N" }
-            ),
-            HandshakeError::ConfigShort { given, .. } => config_size(given.to_string()),
-            HandshakeError::ConfigEnd { had, .. } => config_size(had.to_string()),
+            &HandshakeError::Queues { available, .. } => match kind.least_queues() {
+                least if available < least.into() => {
+                    format!("start the back-end with more queues: a device of type {kind} needs {least}")
+                }
+                _ => format!("start the back-end with more queues, or say queues={available}"),
+            },
+            HandshakeError::ConfigShort { given: has, .. }
+            | HandshakeError::ConfigRefused { has, .. }
+            | HandshakeError::ConfigEnd { had: has, .. } => config_size(*has),
+            HandshakeError::ConfigSlow { .. } => {
+                "say how many bytes it has with config-size=N: it is asked once then".to_string()
+            }
             HandshakeError::ConfigNeeded { .. } => "give the bytes in hex with config=".to_string(),
             HandshakeError::NoRegions(_) => SHMEM_HINT.to_string(),
-            HandshakeError::Frontend(error) => match error.request()? {
-                FrontendRequest::GetConfig => config_size("N".to_string()),
+            HandshakeError::Frontend(error) if error.is_unanswered() => match error.request()? {
+                FrontendRequest::GetConfig => config_size(0),
                 FrontendRequest::GetShmemConfig => SHMEM_HINT.to_string(),
                 _ => return None,
             },
-            HandshakeError::TooFewAsked { .. } => return None,
+            HandshakeError::Inflight(_) => {
+                "without reconnect= the back-end is asked for no such record".to_string()
+            }
+            HandshakeError::Frontend(_) | HandshakeError::TooFewAsked { .. } => return None,
         })
     }
 
     /// Whether the back-end hung up.
     pub fn is_hang_up(&self) -> bool {
         match self {
-            HandshakeError::Frontend(FrontendError::Connection { source, .. }) => source.is_hang_up(),
+            HandshakeError::Frontend(error) | HandshakeError::ConfigEnd { source: error, .. } => {
+                error.is_hang_up()
+            }
             _ => false,
         }
+    }
+
+    /// Whether the back-end hung up at the first GET_CONFIG that is larger than what front-ends usually ask
+    /// for: its buffer may end there, as those of libvhost-user and the `vhost` crate do.
+    pub fn is_end_of_usual_config(&self) -> bool {
+        let usual = usize::from(USUAL_MAX_CONFIG);
+        matches!(self, HandshakeError::ConfigEnd { had, .. } if *had == usual) && self.is_hang_up()
     }
 }
 
@@ -91,7 +143,7 @@ const SHMEM_HINT: &str =
 
 fn negotiation_hint(error: &NegotiationError, spec: &DeviceSpec) -> Option<String> {
     if let Some(bit) = error.other_shmem_bit() {
-        return Some(format!("the back-end may mean SHMEM by bit {bit}, as drafts did: try shmem-bit={bit}"));
+        return Some(other_bit_hint(bit));
     }
     Some(match error.protocol_feature() {
         Some("CONFIG") if spec.kind.to_string() == "fs" => "name the file system with tag=NAME".to_string(),
@@ -101,15 +153,24 @@ fn negotiation_hint(error: &NegotiationError, spec: &DeviceSpec) -> Option<Strin
     })
 }
 
+/// Of a back-end that does not offer the bit that means SHMEM, but `bit`.
+fn other_bit_hint(bit: u32) -> String {
+    match bit {
+        SHMEM_BIT => format!("it offers SHMEM as the specification has it: say shmem-bit={bit}"),
+        _ => format!(
+            "if it means SHMEM by bit {bit}, as drafts did and not as the specification does ({}), say shmem-bit={bit}",
+            name(bit, SHMEM_BIT)
+        ),
+    }
+}
+
 /// What the handshake learns from a back-end.
 #[derive(Debug)]
 pub struct Handshake {
     /// The connection.
     pub frontend: Frontend,
-    /// The number of queues.
-    pub queues: u16,
     /// The largest size of each queue.
-    pub queue_size: u16,
+    pub queue_sizes: Vec<u16>,
     /// The configuration space; zeroes where neither the back-end nor the user says what is in it.
     pub config: Vec<u8>,
     /// Size in bytes of each shared memory region; the index is its id, 0 means none. Empty without SHMEM.
@@ -165,8 +226,7 @@ pub fn handshake(
     config.resize(config.len().max(size), 0);
     Ok(Handshake {
         frontend,
-        queues,
-        queue_size: spec.wanted_queue_size(),
+        queue_sizes: vec![spec.wanted_queue_size(); queues.into()],
         config,
         region_sizes,
         memory_slots,
@@ -187,6 +247,11 @@ pub fn changed_configuration(
     spec.kind.limit_queues(&mut config, frontend.agreement.guest_features, queues);
     config.resize(len, 0);
     Ok(config)
+}
+
+/// The largest size of a queue.
+pub fn largest(queue_sizes: &[u16]) -> u16 {
+    queue_sizes.iter().copied().max().unwrap_or(0)
 }
 
 fn region_sizes(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u64>, HandshakeError> {
@@ -258,54 +323,62 @@ fn ask_configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u
     if size == 0 {
         return Ok(Vec::new());
     }
-    // The larger sizes are for back-ends that answer only a request for all that they have, such as Cloud
-    // Hypervisor's disk.
-    let mut short = 0;
-    for &asked in &sizes {
-        let config = frontend.set_up().config(asked)?;
-        if config.len() == asked {
-            return Ok(config);
-        }
-        if !config.is_empty() && spec.config_size.is_none() {
-            log::warn!(
-                "{}: the back-end answers GET_CONFIG of {asked} bytes with {}",
-                spec.name,
-                config.len()
-            );
-            return Ok(config);
-        }
-        short = config.len();
+    let config = frontend.set_up().config(size)?;
+    let given = config.len();
+    if given == size {
+        return Ok(config);
     }
-    Err(HandshakeError::ConfigShort { asked: size, given: short })
+    if given > 0 {
+        if spec.config_size.is_some() {
+            return Err(HandshakeError::ConfigShort { asked: size, given });
+        }
+        log::warn!("{}: the back-end answers GET_CONFIG of {size} bytes with {given}", spec.name);
+        return Ok(config);
+    }
+    // It refuses. One that answers a part of what it has, has fewer bytes than these: more would be past its
+    // end. One that answers only a request for all that it has, such as Cloud Hypervisor's disk, may have
+    // more.
+    let has = find_end(frontend, size - 1)?.len();
+    if has == 0 {
+        for &asked in &sizes[1..] {
+            let config = frontend.set_up().config(asked)?;
+            if config.len() == asked {
+                return Ok(config);
+            }
+        }
+    }
+    Err(HandshakeError::ConfigRefused { asked: size, has })
 }
 
-/// The configuration space of a type whose size is not known: asks for one byte, then for two, and so on, up
-/// to the first request that is not answered in full. So one request at most reaches past its end, by a byte,
-/// and nothing of that answer is used.
+/// The configuration space of a type whose size is not known.
 fn find_configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u8>, HandshakeError> {
-    let mut to = frontend.set_up();
-    let mut found = Vec::new();
-    for asked in 1..=USUAL_MAX_CONFIG {
-        let had = found.len();
-        let config = to.config(asked).map_err(|source| HandshakeError::ConfigEnd { asked, had, source })?;
-        if config.len() < asked {
-            break;
-        }
-        found = config;
-    }
-    if found.len() == USUAL_MAX_CONFIG {
-        log::warn!(
-            "{}: the back-end may have more than {USUAL_MAX_CONFIG} bytes of configuration space: say how many with \
-             config-size=N",
-            spec.name
-        );
-    }
+    let found = find_end(frontend, MAX_CONFIG)?;
     if found.is_empty() {
         log::warn!(
             "{}: the back-end gives no configuration space, and it stays empty: if there is one, say its bytes with \
              config-size=N",
             spec.name
         );
+    }
+    Ok(found)
+}
+
+/// Asks for one byte, then for two, and so on up to `most`, or to the first request that is not answered in
+/// full. So one request at most reaches past the end, by a byte, and nothing of that answer is used.
+fn find_end(frontend: &mut Frontend, most: usize) -> Result<Vec<u8>, HandshakeError> {
+    let end = Deadline::after(CONFIG_SEARCH_TIMEOUT);
+    let mut found = Vec::new();
+    for asked in 1..=most {
+        let had = found.len();
+        if end.has_passed() {
+            return Err(HandshakeError::ConfigSlow { had });
+        }
+        let config = frontend.set_up().config(asked);
+        let config = config.map_err(|source| HandshakeError::ConfigEnd { asked, had, source })?;
+        if config.len() < asked {
+            break;
+        }
+        found = config;
     }
     Ok(found)
 }
@@ -335,21 +408,29 @@ fn queues(spec: &DeviceSpec, usual: Option<u16>, there: Option<u64>) -> Result<u
 
 impl Handshake {
     /// Asks for the size of the record of requests in flight, where one was agreed on (SHM-98).
-    pub fn ask_inflight_size(&mut self) -> Result<(), FrontendError> {
+    pub fn ask_inflight_size(&mut self) -> Result<(), HandshakeError> {
         if self.frontend.agreement.has(protocol::INFLIGHT_SHMFD) {
-            self.inflight_size = self.frontend.inflight_size(self.queues, self.queue_size)?;
+            let (queues, size) = (self.queue_sizes.len() as u16, largest(&self.queue_sizes));
+            self.inflight_size = self.frontend.inflight_size(queues, size)?;
         }
-        Ok(())
+        match self.inflight_size {
+            0..=MAX_INFLIGHT => Ok(()),
+            size => Err(HandshakeError::Inflight(size)),
+        }
     }
 
     /// Says what was agreed, and warns of what does not fit.
     pub fn report(&self, spec: &DeviceSpec) {
         let (name, kind, agreement) = (&spec.name, spec.kind, &self.frontend.agreement);
         let (offered, bit) = (agreement.offered, spec.shmem_bit);
-        if let Some(other) = other_shmem_bit(offered, bit).filter(|_| offered & 1 << bit == 0) {
+        // Bits 20 and 21 have other meanings in the specification: they are a reason to ask only where the
+        // device could have a region, or the user expects one.
+        let may_mean_shmem = |&other: &u32| bit != SHMEM_BIT || other == SHMEM_BIT || kind.has_regions();
+        let other = other_shmem_bit(offered, bit).filter(|_| offered & 1 << bit == 0).filter(may_mean_shmem);
+        if let Some(other) = other {
             log::warn!(
-                "{name}: the back-end does not offer SHMEM as protocol feature bit {bit}, but bit {other}: if it means \
-                 SHMEM by that, say shmem-bit={other}"
+                "{name}: the back-end does not offer SHMEM as protocol feature bit {bit}: {}",
+                other_bit_hint(other)
             );
         }
         if offered & 1 << bit != 0 && !agreement.shmem {
@@ -360,7 +441,11 @@ impl Handshake {
         // The handshake itself uses it.
         let unused = agreement.backend_features & !features & !F_PROTOCOL_FEATURES;
         let list = |names: String| if names.is_empty() { "none".to_string() } else { names };
-        let (id, queues, size, config) = (kind.id(), self.queues, self.queue_size, self.config.len());
+        let (id, queues, config) = (kind.id(), self.queue_sizes.len(), self.config.len());
+        let size = match self.queue_sizes.iter().all(|&size| size == self.queue_sizes[0]) {
+            true => largest(&self.queue_sizes).to_string(),
+            false => self.queue_sizes.iter().map(u16::to_string).collect::<Vec<_>>().join(", "),
+        };
         log::info!(
             "{name}: {kind} (device type {id}); queues: {queues} of up to {size}; configuration: {config} bytes; features: \
              {}; offered and not used: {}; protocol features: {}; offered and not used: {}",

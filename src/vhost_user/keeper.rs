@@ -13,10 +13,11 @@ use thiserror::Error;
 
 use super::backend::Backend;
 use super::connect::{self, ConnectError};
-use super::handshake::Handshake;
+use super::handshake::{Handshake, HandshakeError};
 use super::link::Order;
 use super::sharing::ANSWER_TIMEOUT;
-use super::wire::message::protocol_features::{CONFIGURE_MEM_SLOTS, names};
+use super::wire::frontend::QueueSize;
+use super::wire::message::protocol_features::names;
 use super::wire::negotiate::Agreement;
 use crate::config::device::DeviceSpec;
 use crate::report::with_causes;
@@ -48,12 +49,18 @@ enum Refusal {
         "the back-end that came back has {new} bytes in shared memory region {shmid}, the one before it had {old}"
     )]
     Layout { shmid: usize, old: u64, new: u64 },
-    #[error("the back-end that came back has {new} bytes of {what}, the one before it had {old}")]
-    Size { what: &'static str, old: u64, new: u64 },
+    #[error("{what}: the back-end that came back has {new}, the one before it had {old}")]
+    Count { what: &'static str, old: u64, new: u64 },
+    #[error(
+        "the back-end that came back refuses SET_VRING_NUM of {size} entries for queue {index}, which the one before it took"
+    )]
+    QueueSize { index: u16, size: u16 },
+    #[error("the back-end that came back hung up at SET_VRING_NUM of {size} entries for queue {index}")]
+    HungUp { index: u16, size: u16 },
     #[error("the back-end that came back cannot go on")]
     Start(#[source] DeviceError),
-    #[error("the back-end that came back died again")]
-    Died,
+    #[error("the back-end that came back is gone again: {0}")]
+    GoneAgain(String),
 }
 
 impl Refusal {
@@ -61,8 +68,19 @@ impl Refusal {
     fn may_pass(&self) -> bool {
         match self {
             Refusal::Connect(ConnectError::Handshake(error)) => error.is_fatal(),
-            Refusal::Connect(_) | Refusal::Died => true,
+            Refusal::Connect(_) | Refusal::HungUp { .. } | Refusal::GoneAgain(_) => true,
             _ => false,
+        }
+    }
+
+    /// When no time is left for another attempt: what came of them.
+    fn at_last(&self, limit: Duration, waited: Duration) -> String {
+        let (limit, waited, why) = (limit.as_secs(), waited.as_secs_f32(), with_causes(self));
+        match self {
+            Refusal::Connect(ConnectError::Connect(_)) => {
+                format!("the back-end did not come back within {limit} s: {why}")
+            }
+            _ => format!("the back-end came back and did not go on, after {waited:.1} s of {limit}: {why}"),
         }
     }
 }
@@ -70,16 +88,18 @@ impl Refusal {
 /// What a back-end must be like to take the place of the one before it.
 struct Predecessor {
     spec: DeviceSpec,
-    memory_slots: bool,
     region_sizes: Vec<u64>,
+    memory_slots: Option<u64>,
 }
 
 impl Keeper {
-    /// Starts the thread. `region_sizes` are the first back-end's.
-    pub fn start(backend: &Arc<Backend>, region_sizes: Vec<u64>) -> io::Result<Keeper> {
-        let spec = backend.spec.clone();
-        let first =
-            Predecessor { memory_slots: backend.agreement.has(CONFIGURE_MEM_SLOTS), region_sizes, spec };
+    /// Starts the thread. `region_sizes` and `memory_slots` are the first back-end's.
+    pub fn start(
+        backend: &Arc<Backend>,
+        region_sizes: Vec<u64>,
+        memory_slots: Option<u64>,
+    ) -> io::Result<Keeper> {
+        let first = Predecessor { spec: backend.spec.clone(), region_sizes, memory_slots };
         let kind = if first.spec.reconnect.is_some() { Kind::Reconnector } else { Kind::Keeper };
         let kept = Arc::clone(backend);
         let name = format!("keep-{}", first.spec.name);
@@ -129,9 +149,8 @@ impl Predecessor {
                 return link.lose(&with_causes(&refusal));
             }
             if Instant::now() >= until {
-                let limit = self.spec.reconnect.unwrap_or_default().as_secs();
-                let why = with_causes(&refusal);
-                return link.lose(&format!("the back-end did not come back within {limit} s: {why}"));
+                let limit = self.spec.reconnect.unwrap_or_default();
+                return link.lose(&refusal.at_last(limit, start.elapsed()));
             }
             if !link.pause(RETRY) {
                 return;
@@ -140,22 +159,35 @@ impl Predecessor {
     }
 
     fn try_return(&self, backend: &Backend) -> Result<(), Refusal> {
-        let handshake = connect::reconnect(
-            &self.spec,
-            self.memory_slots,
-            &backend.agreement,
-            backend.link.tracer.clone(),
-        )?;
-        self.compare(&handshake, backend)?;
+        let slots = self.memory_slots.is_some();
+        let tracer = &backend.link.tracer;
+        let mut handshake = connect::reconnect(&self.spec, slots, &backend.agreement, tracer.clone())?;
+        let examined = self.examine(&mut handshake, backend);
+        examined.inspect_err(|refusal| tracer.iter().for_each(|tracer| tracer.not_used(refusal)))?;
         if let Some(owner) = &backend.owner {
             owner.withdraw_all();
             backend.watch().close_files();
         }
         match backend.resume(handshake) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(Refusal::Died),
+            Ok(false) => Err(Refusal::GoneAgain(backend.link.why_given_up())),
             Err(error) => Err(Refusal::Start(error)),
         }
+    }
+
+    /// Tries the size of its queues, asks for the rest, and compares.
+    fn examine(&self, handshake: &mut Handshake, backend: &Backend) -> Result<(), Refusal> {
+        handshake.queue_sizes.clone_from(&backend.queue_sizes);
+        for (index, &size) in (0..).zip(&backend.queue_sizes) {
+            let tried = handshake.frontend.set_up().try_queue_size(index, size);
+            match tried.map_err(HandshakeError::from).map_err(ConnectError::from)? {
+                QueueSize::Taken => {}
+                QueueSize::Refused => return Err(Refusal::QueueSize { index, size }),
+                QueueSize::HungUp => return Err(Refusal::HungUp { index, size }),
+            }
+        }
+        handshake.ask_inflight_size().map_err(ConnectError::from)?;
+        self.compare(handshake, backend)
     }
 
     /// SHM-18, SHM-95
@@ -177,12 +209,26 @@ impl Predecessor {
                 return Err(Refusal::Layout { shmid, old, new });
             }
         }
+        let config = backend.config_bytes();
+        let announced = |config: &[u8]| self.spec.kind.queues(old.guest_features, config).unwrap_or(0).into();
         for (what, old, new) in [
-            ("configuration space", backend.config_bytes().len() as u64, new.config.len() as u64),
-            ("record of requests in flight", backend.inflight_size, new.inflight_size),
+            ("bytes of configuration space", config.len() as u64, new.config.len() as u64),
+            ("bytes of the record of requests in flight", backend.inflight_size, new.inflight_size),
         ] {
             if old != new {
-                return Err(Refusal::Size { what, old, new });
+                return Err(Refusal::Count { what, old, new });
+            }
+        }
+        for (what, old, new) in [
+            ("queues that the configuration space announces", announced(&config), announced(&new.config)),
+            (
+                "memory slots (GET_MAX_MEM_SLOTS)",
+                self.memory_slots.unwrap_or(0),
+                new.memory_slots.unwrap_or(0),
+            ),
+        ] {
+            if old > new {
+                return Err(Refusal::Count { what, old, new });
             }
         }
         Ok(())

@@ -105,6 +105,8 @@ struct State {
     away_until: Option<Instant>,
     /// Permanently: no session follows.
     is_lost: bool,
+    /// Why the last session was given up.
+    why: String,
     stop: bool,
     config_changed: bool,
     others_changed: bool,
@@ -125,6 +127,7 @@ impl Link {
             session,
             away_until: None,
             is_lost: false,
+            why: String::new(),
             stop: false,
             config_changed: false,
             others_changed: false,
@@ -158,6 +161,7 @@ impl Link {
         }
         session.hang_up();
         let why = with_causes(why);
+        state.why.clone_from(&why);
         match self.reconnect {
             None => self.lose_it(&mut state, &why),
             Some(limit) => {
@@ -172,6 +176,11 @@ impl Link {
                 self.ordered.notify_all();
             }
         }
+    }
+
+    /// Why the last session was given up.
+    pub fn why_given_up(&self) -> String {
+        self.lock().why.clone()
     }
 
     /// Gives the back-end up permanently: says why, once, and tells the driver.

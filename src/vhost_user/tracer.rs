@@ -97,7 +97,7 @@ impl Tracer {
             }
             SetStatus => number("status", payload),
             GetFeatures | SetOwner | GetProtocolFeatures | GetQueueNum | SetBackendReqFd | ResetDevice
-            | GetMaxMemSlots | GetShmemConfig => None,
+            | GetMaxMemSlots | GetStatus | GetShmemConfig => None,
         }
     }
 
@@ -110,6 +110,7 @@ impl Tracer {
             GetConfig => configuration(payload),
             GetInflightFd => inflight(payload),
             GetShmemConfig => shmem_config(payload),
+            GetStatus => number("status", payload),
             _ => number("value", payload),
         }
     }
@@ -197,10 +198,10 @@ fn backend_fields(id: u32, payload: &[u8], is_answer: bool) -> Option<Fields> {
         return number("value", payload);
     }
     match BackendRequest::from_id(id)? {
-        BackendRequest::ConfigChange => None,
         BackendRequest::ShmemMap | BackendRequest::ShmemUnmap => {
             MMap::decode(payload).map(|map| named!(map; shmid, fd_offset, shm_offset, len, flags))
         }
+        _ => None,
     }
 }
 

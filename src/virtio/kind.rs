@@ -9,7 +9,7 @@ mod table;
 use std::fmt;
 use std::str::FromStr;
 
-use table::{COMMON, Count, Facts, Feature, KINDS, Queues, UNKNOWN};
+use table::{COMMON, Count, Facts, Feature, KINDS, Queues, Regions, UNKNOWN};
 use thiserror::Error;
 
 /// A virtio device type.
@@ -36,7 +36,12 @@ impl DeviceKind {
 
     /// Whether the device is of no use without shared memory.
     pub fn needs_shmem(self) -> bool {
-        self.facts().needs_shmem
+        self.facts().regions == Regions::Always
+    }
+
+    /// Whether the device may have shared memory regions, as far as is known.
+    pub fn has_regions(self) -> bool {
+        self.facts().regions != Regions::Never
     }
 
     /// Whether a driver that writes what is in the configuration space already says nothing by it.
@@ -95,9 +100,7 @@ impl DeviceKind {
         let facts = self.facts();
         let Queues { fixed, each, count } = facts.queues;
         let times = count.and_then(|count| count.read(features, config)).unwrap_or(1).max(1);
-        let offered = facts.features.iter().filter(|feature| feature.mask() & features != 0);
-        let more: u16 = offered.map(|feature| feature.queues).sum();
-        let all = u32::from(each).saturating_mul(times).saturating_add((fixed + more).into());
+        let all = u32::from(each).saturating_mul(times).saturating_add((fixed + facts.more(features)).into());
         (facts.id != 0).then(|| all.min(MAX_QUEUES.into()) as u16)
     }
 
@@ -128,9 +131,7 @@ impl DeviceKind {
         let facts = self.facts();
         let Queues { fixed, each, count } = facts.queues;
         let Some(count) = count else { return };
-        let offered = facts.features.iter().filter(|feature| feature.mask() & features != 0);
-        let more: u16 = offered.map(|feature| feature.queues).sum();
-        let most = u32::from(queues.saturating_sub(fixed + more) / each.max(1)).max(1);
+        let most = u32::from(queues.saturating_sub(fixed + facts.more(features)) / each.max(1)).max(1);
         if count.read(features, config).is_some_and(|announced| announced > most) {
             count.write(config, most);
         }
@@ -146,6 +147,14 @@ impl DeviceKind {
         let bits = (0..64).filter(|bit| features & 1 << bit != 0);
         let names = bits.map(|bit| name(bit).map_or(format!("bit {bit}"), str::to_string));
         names.collect::<Vec<_>>().join(" ")
+    }
+}
+
+impl Facts {
+    /// The queues that these features bring.
+    fn more(&self, features: u64) -> u16 {
+        let offered = self.features.iter().filter(|feature| feature.mask() & features != 0);
+        offered.map(|feature| feature.queues).sum()
     }
 }
 
@@ -220,6 +229,7 @@ mod tests {
         let unknown = kind("200");
         assert_eq!((unknown.id(), unknown.to_string().as_str()), (200, "type-200"));
         assert!(unknown.is_unknown() && !unknown.needs_shmem() && !kind("usb").is_unknown());
+        assert!(kind("fs").has_regions() && !kind("fs").needs_shmem() && !kind("vsock").has_regions());
         assert_eq!((unknown.queues(0, &[]), unknown.least_queues()), (None, 1));
         assert_eq!(kind("pmem").needed_features(), [("VIRTIO_PMEM_F_SHMEM_REGION".to_string(), 1)]);
     }

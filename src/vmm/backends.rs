@@ -54,7 +54,7 @@ enum Cause {
     #[error(transparent)]
     Layout(#[from] LayoutError),
     #[error(
-        "the back-end has room for {room} regions of memory (GET_MAX_MEM_SLOTS), and the guest's RAM has {regions}"
+        "the back-end has room for {room} of the {regions} regions of memory that the guest's RAM has (GET_MAX_MEM_SLOTS)"
     )]
     MemoryRegions { room: u64, regions: usize },
     #[error(transparent)]

@@ -5,6 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use hotslot::config::device::DeviceSpec;
 use hotslot::vhost_user::connect::{self, ConnectError};
@@ -47,10 +48,18 @@ struct Peer {
     past_end: PastEnd,
     /// Answers only GET_CONFIG for all that it has.
     only_whole: bool,
+    /// How long it takes for an answer to GET_CONFIG.
+    delay: Duration,
+    /// Hangs up at GET_CONFIG of more bytes than this.
+    buffer: usize,
+    /// Answers GET_CONFIG with another message.
+    is_out_of_step: bool,
     /// How many queues it has.
     queues: u64,
     /// How many entries of a queue it takes.
     entries: u32,
+    /// The same for single queues, from the first on.
+    entries_of: Vec<u32>,
     refusal: Refusal,
     /// Its answer to GET_QUEUE_NUM is not the number of its queues.
     counts_pairs: bool,
@@ -67,8 +76,12 @@ impl Default for Peer {
             config: Vec::new(),
             past_end: PastEnd::Refuse,
             only_whole: false,
+            delay: Duration::ZERO,
+            buffer: 4096,
+            is_out_of_step: false,
             queues: 1,
             entries: 1024,
+            entries_of: Vec::new(),
             refusal: Refusal::Answer,
             counts_pairs: false,
             answers_early: true,
@@ -130,12 +143,18 @@ impl Peer {
                 GET_SHMEM_CONFIG => shmem_config(self.regions.len() as u32, 0, &self.regions),
                 GET_CONFIG => match self.configuration(&request, record) {
                     Some(answer) => answer,
-                    None if self.past_end == PastEnd::Silence => continue,
+                    None if self.past_end == PastEnd::Silence && self.buffer > 256 => continue,
                     None => return false,
                 },
                 _ if is_asked => quads([u64::from(refused)]),
                 _ => Vec::new(),
             };
+            if request.request == GET_CONFIG {
+                thread::sleep(self.delay);
+                if self.is_out_of_step {
+                    main.send(&message(GET_QUEUE_NUM, VERSION_1 | REPLY, &quads([2])));
+                }
+            }
             let has_answer = is_asked || [1, 15, 17, 24, 44].contains(&request.request);
             if has_answer
                 && main.send_with(&message(request.request, VERSION_1 | REPLY, &answer), &[]).is_err()
@@ -152,13 +171,17 @@ impl Peer {
     fn takes(&self, request: &Message, record: &Mutex<Asked>) -> bool {
         let [index, size] = [0, 4].map(|at| word(&request.payload, at));
         record.lock().unwrap().sizes.push((index, size));
-        u64::from(index) < self.queues * (1 + u64::from(self.counts_pairs)) && size <= self.entries
+        let most = self.entries_of.get(index as usize).unwrap_or(&self.entries);
+        u64::from(index) < self.queues * (1 + u64::from(self.counts_pairs)) && size <= *most
     }
 
     fn configuration(&self, request: &Message, record: &Mutex<Asked>) -> Option<Vec<u8>> {
         let [offset, size] = [0, 4].map(|at| word(&request.payload, at));
         assert_eq!((offset, request.payload.len()), (0, 12 + size as usize));
         let size = size as usize;
+        if size > self.buffer {
+            return None;
+        }
         let mut record = record.lock().unwrap();
         record.configs += 1;
         record.past_end = record.past_end.max(size.saturating_sub(self.config.len()));
@@ -207,6 +230,10 @@ fn bytes(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at % 251) as u8 + 1).collect()
 }
 
+fn queues(handshake: &Handshake) -> u64 {
+    handshake.queue_sizes.len() as u64
+}
+
 fn guest_features(handshake: &Handshake) -> u64 {
     // RING_RESET is the front-end's own.
     handshake.frontend.agreement.guest_features & !(1 << 40)
@@ -228,6 +255,10 @@ fn a_device_of_an_unknown_type_has_what_its_back_end_has() {
     for (protocol, (config, past_end)) in offers.iter().flat_map(|&offer| spaces.map(|space| (offer, space)))
     {
         for (queues, entries) in [1, 2, 3, 17].iter().flat_map(|&n| [64, 128, 1024].map(|size| (n, size))) {
+            // That search is long.
+            if config > 300 && (queues, entries) != (17, 128) {
+                continue;
+            }
             // Without REPLY_ACK a refusal shows only where the back-end hangs up.
             let answers = [Refusal::Answer].into_iter().filter(|_| protocol & PROTOCOL_F_REPLY_ACK != 0);
             peers.extend(answers.chain([Refusal::HangUp]).map(|refusal| {
@@ -240,16 +271,16 @@ fn a_device_of_an_unknown_type_has_what_its_back_end_has() {
         let listening = peer.clone().listen();
         let handshake = listening.connect("type=200").unwrap();
         let has = |bit| peer.protocol & bit != 0;
-        let config = if has(PROTOCOL_F_CONFIG) { peer.config.len().min(256) } else { 0 };
+        let config = if has(PROTOCOL_F_CONFIG) { peer.config.len() } else { 0 };
         assert_eq!(handshake.config, bytes(config));
-        assert_eq!(u64::from(handshake.queues), if has(PROTOCOL_F_MQ) { peer.queues } else { 1 });
-        assert_eq!(u32::from(handshake.queue_size), peer.entries.min(128));
+        assert_eq!(queues(&handshake), if has(PROTOCOL_F_MQ) { peer.queues } else { 1 });
+        assert!(handshake.queue_sizes.iter().all(|&size| u32::from(size) == peer.entries.min(128)));
         assert!(listening.asked().past_end <= 1);
     }
     // Without any protocol feature.
     let peer = Peer { features: VIRTIO_F_VERSION_1, queues: 17, config: bytes(8), ..Peer::default() };
     let handshake = peer.listen().connect("type=200").unwrap();
-    assert_eq!((handshake.queues, handshake.queue_size, handshake.config.len()), (1, 128, 0));
+    assert_eq!((handshake.queue_sizes, handshake.config.len()), (vec![128], 0));
 }
 
 #[test]
@@ -269,7 +300,8 @@ fn with_config_size_no_byte_past_the_end_is_asked_for() {
     let listening = Peer { config: bytes(40), ..Peer::default() }.listen();
     let error = listening.refused("type=200,config-size=41");
     assert!(
-        error.contains("GET_CONFIG of 41 bytes with 0; say") && error.contains("config-size="),
+        error.contains("refuses GET_CONFIG of 41 bytes, and answers up to 40; say")
+            && error.contains("config-size=40"),
         "{error}"
     );
 }
@@ -317,8 +349,76 @@ fn a_back_end_that_fails_at_its_end_is_one_sentence_with_the_remedy() {
         }
     });
     let peer = Peer { config: bytes(40), features: Peer::default().features | 1 << 14, ..Peer::default() };
-    let error = peer.listen().refused("type=blk");
-    assert!(error.contains("GET_CONFIG of 60 bytes with 0"), "{error}");
+    let listening = peer.clone().listen();
+    let error = listening.refused("type=blk");
+    assert!(error.contains("refuses GET_CONFIG of 60 bytes, and answers up to 40"), "{error}");
+    assert!(error.contains("config-size=40"), "{error}");
+    assert_eq!(listening.asked().past_end, 20, "what its features mean, and not more");
+    listening.connect("type=blk,config-size=40").unwrap();
+    // `config-size=0` would leave the driver of a disk without its capacity.
+    for (config, parts) in [
+        (bytes(0), ["GET_CONFIG of 60 bytes, and of fewer", "needs 8 bytes"]),
+        (bytes(7), ["answers up to 7", "needs 8 bytes"]),
+    ] {
+        let error = Peer { config, ..peer.clone() }.listen().refused("type=blk");
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        assert!(error.contains("config=") && !error.contains("config-size=0"), "{error}");
+    }
+}
+
+#[test]
+fn a_slow_back_end_has_a_deadline_for_each_request_and_one_for_the_search() {
+    // SHM-91: 7 s in all, which is more than one request may take; and too long. At the same time.
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let delay = Duration::from_millis(200);
+            let listening = Peer { config: bytes(34), delay, ..Peer::default() }.listen();
+            assert_eq!(listening.connect("type=200").unwrap().config, bytes(34));
+        });
+        scope.spawn(|| {
+            let delay = Duration::from_millis(500);
+            let listening = Peer { config: bytes(300), delay, ..Peer::default() }.listen();
+            let error = listening.refused("type=200");
+            assert!(
+                error.contains("not found within 15 s: the back-end answered GET_CONFIG of 1 to "),
+                "{error}"
+            );
+            assert!(error.contains("config-size=N"), "{error}");
+        });
+    });
+}
+
+#[test]
+fn a_back_end_whose_buffer_ends_at_the_usual_256_bytes_has_these() {
+    // SHM-91: as libvhost-user and the `vhost` crate, which hang up at more.
+    let peer = Peer { config: bytes(3840), buffer: 256, ..Peer::default() };
+    assert_eq!(peer.clone().listen().connect("type=200").unwrap().config, bytes(256));
+    // One that does not come back is told of.
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let once = thread::spawn(move || {
+        let (socket, _) = listener.accept().unwrap();
+        drop(listener);
+        peer.serve(socket, &Mutex::default());
+    });
+    let spec: DeviceSpec = format!("{},type=200", socket.display()).parse().unwrap();
+    let error = connect::connect(&spec, PATIENCE, false, None).unwrap_err();
+    once.join().unwrap();
+    let said = error.to_string();
+    assert!(said.contains("failed at GET_CONFIG of 257 bytes, after it had answered 256 bytes"), "{said}");
+    assert_eq!(error.hint(&spec).unwrap(), "say how many bytes it has with config-size=256");
+}
+
+#[test]
+fn an_answer_out_of_step_is_called_that() {
+    // SHM-12
+    let peer = Peer { config: bytes(8), queues: 3, is_out_of_step: true, ..Peer::default() };
+    let error = peer.listen().refused("type=vsock");
+    assert_eq!(
+        error,
+        "the back-end answered GET_CONFIG with an answer to GET_QUEUE_NUM: its answers are out of step; "
+    );
 }
 
 #[test]
@@ -337,14 +437,14 @@ fn a_feature_without_its_field_or_its_queue_is_not_offered_to_the_driver() {
     let console =
         Peer { features: features | 1 << 1, config: vec![0, 0, 0, 0, 1, 0, 0, 0], ..Peer::default() };
     let four = Peer { queues: 4, ..console.clone() }.listen().connect("type=console").unwrap();
-    assert_eq!((four.queues, guest_features(&four) & 1 << 1), (4, 1 << 1));
+    assert_eq!((queues(&four), guest_features(&four) & 1 << 1), (4, 1 << 1));
     for (peer, keys) in [
         (Peer { queues: 2, ..console.clone() }, "type=console"),
         (Peer { queues: 4, ..console.clone() }, "type=console,queues=2"),
         (Peer { queues: 4, ..console }.without(PROTOCOL_F_CONFIG), "type=console"),
     ] {
         let two = peer.listen().connect(keys).unwrap();
-        assert_eq!((two.queues, guest_features(&two) & 1 << 1), (2, 0), "{keys}");
+        assert_eq!((queues(&two), guest_features(&two) & 1 << 1), (2, 0), "{keys}");
     }
 }
 
@@ -357,7 +457,7 @@ fn the_number_of_queues_is_what_the_type_means_and_the_back_end_has() {
         config[34] = count;
         Peer { features: features | 1 << 12, config, queues, ..Peer::default() }
     };
-    for (peer, keys, queues, announced) in [
+    for (peer, keys, count, announced) in [
         (blk(4, 4), "type=blk", 4, 4),
         (blk(4, 2), "type=blk", 2, 2),
         (blk(2, 4), "type=blk", 2, 2),
@@ -365,34 +465,54 @@ fn the_number_of_queues_is_what_the_type_means_and_the_back_end_has() {
         (blk(4, 4).without(PROTOCOL_F_MQ), "type=blk", 4, 4),
     ] {
         let handshake = peer.listen().connect(keys).unwrap();
-        assert_eq!((handshake.queues, handshake.config[34]), (queues, announced), "{keys}");
+        assert_eq!((queues(&handshake), handshake.config[34]), (count, announced), "{keys}");
     }
     // passt and DPDK count pairs.
     let net = Peer { queues: 1, refusal: Refusal::HangUp, ..Peer::default() };
     let pair = Peer { counts_pairs: true, ..net.clone() };
-    assert_eq!(pair.listen().connect("type=net").unwrap().queues, 2);
+    assert_eq!(queues(&pair.listen().connect("type=net").unwrap()), 2);
     let error = net.clone().listen().refused("type=net,queues=4");
-    assert!(error.contains("has 3 queues (GET_QUEUE_NUM)") && error.contains("to have 4"), "{error}");
+    assert!(error.contains("has 3 of the 4 queues that the device is to have (GET_QUEUE_NUM)"), "{error}");
+    assert!(error.contains("queues=3"), "{error}");
     let error = net.listen().refused("type=net,queues=1");
     assert!(error.contains("queues=1: a device of type net has at least 2 queues"), "{error}");
 
-    for (queues, keys, parts) in [
-        (2, "type=scsi,config-size=36", ["2 queues", "have 3", "more queues"]),
-        (0, "type=200", ["0 queues", "have 1", "more queues"]),
-        (17, "type=200,queues=18", ["17 queues", "have 18", "queues=N"]),
+    for (count, keys, parts) in [
+        (
+            2,
+            "type=scsi,config-size=36",
+            ["has 2 of the 3 queues", "more queues: a device of type scsi needs 3"],
+        ),
+        (2, "type=can,config-size=2", ["has 2 of the 3 queues", "more queues: a device of type can needs 3"]),
+        (0, "type=200", ["has 0 of the 1 queues", "more queues"]),
+        (17, "type=200,queues=18", ["has 17 of the 18 queues", "say queues=17"]),
     ] {
-        let error = Peer { queues, config: bytes(36), ..Peer::default() }.listen().refused(keys);
+        let error = Peer { queues: count, config: bytes(36), ..Peer::default() }.listen().refused(keys);
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        assert_eq!(error.contains("say queues="), count == 17, "{error}");
     }
+    // A network back-end that counts queues, and not pairs: the first that it lacks is named.
+    let mut config = vec![0; 12];
+    config[8] = 17;
+    let features = features | 1 << 17 | 1 << 22;
+    let listening = Peer { features, config, queues: 17, ..Peer::default() }.listen();
+    let error = listening.refused("type=net");
+    assert!(error.contains("SET_VRING_NUM of 256 entries for queue 17, and any smaller number"), "{error}");
+    assert!(error.contains("takes 256 for queue 16; ") && error.contains("say queues=17"), "{error}");
+    assert_eq!(queues(&listening.connect("type=net,queues=17").unwrap()), 17);
     // It does not say how many it has.
     for refusal in [Refusal::Answer, Refusal::HangUp] {
         let peer = Peer { queues: 1, refusal, ..Peer::default() }.without(PROTOCOL_F_MQ);
-        let error = peer.listen().refused("type=console");
+        let error = peer.clone().listen().refused("type=console");
         assert!(
-            error.contains("SET_VRING_NUM of 128 entries for queue 1 and takes it for queue 0"),
+            error.contains(
+                "SET_VRING_NUM of 128 entries for queue 1, and any smaller number, and takes 128 for queue 0"
+            ),
             "{error}"
         );
-        assert!(error.contains("queues=N"), "{error}");
+        assert!(error.contains("more queues: a device of type console needs 2"), "{error}");
+        let error = peer.listen().refused("type=200,queues=3");
+        assert!(error.contains("say queues=1"), "{error}");
     }
 }
 
@@ -402,16 +522,38 @@ fn a_queue_size_that_is_refused_is_found_out_before_the_guest_runs() {
     for refusal in [Refusal::Answer, Refusal::HangUp] {
         let peer = Peer { entries: 100, refusal, queues: 3, ..Peer::default() };
         let listening = peer.clone().listen();
-        assert_eq!(listening.connect("type=200").unwrap().queue_size, 64);
-        assert_eq!(listening.asked().sizes, [(2, 128), (2, 64)]);
+        assert_eq!(listening.connect("type=200").unwrap().queue_sizes, [64; 3]);
+        // One that hangs up is not made to do so again for each queue.
+        let answers = refusal == Refusal::Answer;
+        let asked = match answers {
+            true => vec![(0, 128), (0, 64), (1, 128), (1, 64), (2, 128), (2, 64)],
+            false => vec![(0, 128), (0, 64), (1, 64), (2, 64)],
+        };
+        assert_eq!(listening.asked().sizes, asked);
         let error = peer.clone().listen().refused("type=200,queue-size=256");
-        let sentence = "refuses SET_VRING_NUM of 256 entries for queue 2 and takes 64; say queue-size=64";
+        let sentence = "refuses SET_VRING_NUM of 256 entries for queue 0 and takes 64; say queue-size=64";
         assert!(error.contains(sentence), "{error}");
-        let error = Peer { entries: 0, ..peer }.listen().refused("type=200");
+        let error = Peer { entries: 0, ..peer.clone() }.listen().refused("type=200");
         assert!(
-            error.contains("SET_VRING_NUM of 128 entries for queue 2, and any smaller number"),
+            error.contains("SET_VRING_NUM of 128 entries for queue 0, and any smaller number"),
             "{error}"
         );
+        // Each of its queues has a limit of its own, as far as it answers.
+        for entries_of in [vec![64, 1024, 16], vec![1024, 128, 32], vec![16, 64, 1024]] {
+            let peer = Peer { entries_of: entries_of.clone(), ..peer.clone() };
+            let mut sizes = entries_of.clone();
+            if !answers {
+                (1..3).for_each(|at| sizes[at] = sizes[at].min(sizes[at - 1]));
+            }
+            let expected: Vec<u16> = sizes.iter().map(|&size| size.min(128) as u16).collect();
+            assert_eq!(peer.clone().listen().connect("type=200").unwrap().queue_sizes, expected);
+            let error = peer.listen().refused("type=200,queue-size=128");
+            let (at, least) = (0..).zip(&expected).min_by_key(|(_, size)| **size).unwrap();
+            assert!(
+                error.contains(&format!("for queue {at} and takes {least}; say queue-size={least}")),
+                "{error}"
+            );
+        }
     }
     let dies = Peer { entries: 128, refusal: Refusal::Die, ..Peer::default() };
     let error = dies.clone().listen().refused("type=200,queue-size=256");
@@ -419,7 +561,7 @@ fn a_queue_size_that_is_refused_is_found_out_before_the_guest_runs() {
     assert!(error.contains("queue-size=128"), "{error}");
     // The usual size is no more than what the back-ends of `vhost-device` take.
     let console = Peer { queues: 2, ..dies }.listen().connect("type=console").unwrap();
-    assert_eq!(console.queue_size, 128);
+    assert_eq!(console.queue_sizes, [128; 2]);
 }
 
 #[test]
@@ -440,7 +582,7 @@ fn what_a_back_end_without_config_leaves_out_the_user_can_give() {
     let bare = || Peer { queues: 2, ..Peer::default() }.without(PROTOCOL_F_CONFIG);
     let fs = bare().listen().connect("type=fs,tag=share").unwrap();
     assert_eq!(fs.config, [b"share".as_slice(), &[0; 31], &[1, 0, 0, 0]].concat());
-    assert_eq!(fs.queues, 2);
+    assert_eq!(queues(&fs), 2);
     let error = bare().listen().refused("type=fs");
     assert!(error.contains("CONFIG") && error.contains("tag=NAME"), "{error}");
     let error = bare().listen().refused("type=vsock");
@@ -452,7 +594,7 @@ fn what_a_back_end_without_config_leaves_out_the_user_can_give() {
     // MAC, STATUS and CTRL_VQ: their fields say nothing, but for the address.
     let features = Peer::default().features | 1 << 5 | 1 << 15 | 1 << 16 | 1 << 17;
     let net = Peer { features, ..bare() }.listen().connect("type=net").unwrap();
-    assert_eq!((net.queues, guest_features(&net)), (2, VIRTIO_F_VERSION_1 | 1 << 15));
+    assert_eq!((queues(&net), guest_features(&net)), (2, VIRTIO_F_VERSION_1 | 1 << 15));
     let net = Peer { features: features & !(1 << 5), ..bare() };
     let net = net.listen().connect("type=net,mac=52:54:00:12:34:56").unwrap();
     assert_eq!(guest_features(&net), VIRTIO_F_VERSION_1 | 1 << 5 | 1 << 15);
@@ -461,7 +603,7 @@ fn what_a_back_end_without_config_leaves_out_the_user_can_give() {
     let own = Peer { config: [&bytes(36)[..], &[2, 0, 0, 0]].concat(), queues: 3, ..Peer::default() };
     let fs = own.listen().connect("type=fs,tag=x").unwrap();
     assert_eq!(fs.config, [b"x".as_slice(), &[0; 35], &[2, 0, 0, 0]].concat());
-    assert_eq!(fs.queues, 3);
+    assert_eq!(queues(&fs), 3);
 }
 
 #[test]

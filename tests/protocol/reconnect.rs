@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Instant;
 
 use hotslot::memory::Access;
@@ -15,27 +16,6 @@ use hotslot_test_support::names::request::*;
 use hotslot_test_support::wire::{NEED_REPLY, REPLY, SHMEM_MAP, VERSION_1, message};
 
 use crate::sharing::{Devices, address};
-
-/// What a start is, with two queues.
-const START: [u32; 17] = [
-    SET_FEATURES,
-    SET_MEM_TABLE,
-    SET_VRING_NUM,
-    SET_VRING_BASE,
-    SET_VRING_ADDR,
-    SET_VRING_CALL,
-    SET_VRING_ERR,
-    SET_VRING_KICK,
-    SET_VRING_ENABLE,
-    SET_VRING_NUM,
-    SET_VRING_BASE,
-    SET_VRING_ADDR,
-    SET_VRING_CALL,
-    SET_VRING_ERR,
-    SET_VRING_KICK,
-    SET_VRING_ENABLE,
-    SET_STATUS,
-];
 
 fn setup() -> Setup {
     Setup::default().reconnect(60)
@@ -65,10 +45,11 @@ fn a_back_end_that_comes_back_goes_on_where_its_rings_stand() {
     assert_eq!(bases(&asked), [7, 0xffff]);
     let first = ids(&bench.seen());
     let second = ids(&asked);
-    let handshake = &second[..second.len() - START.len() - 2];
+    let start = start();
+    let handshake = &second[..second.len() - start.len() - 2];
     assert_eq!(handshake, &first[..handshake.len()], "the same handshake");
     assert_eq!(second[handshake.len()], SET_BACKEND_REQ_FD);
-    assert_eq!(second[handshake.len() + 1..second.len() - 1], START);
+    assert_eq!(second[handshake.len() + 1..second.len() - 1], start);
     // What was made available, and used, while nobody looked.
     assert_eq!([bench.kicks(0), bench.kicks(1), bench.interrupts()], [1, 1, 1]);
     bench.assert_works();
@@ -98,14 +79,16 @@ fn one_that_dies_again_and_again_is_taken_up_each_time() {
 fn a_death_at_any_message_of_a_start_or_of_a_return_is_survived() {
     // SHM-94: before it answers the message, and after.
     for answers in [false, true] {
-        for (at, &request) in START.iter().enumerate() {
-            for by_return in [false, true] {
+        for by_return in [false, true] {
+            // A return begins with a look at the size of both queues.
+            let looks = if by_return { &[SET_VRING_NUM; 2][..] } else { &[] };
+            for (at, request) in looks.iter().copied().chain(start()).enumerate() {
                 // How many more of a start's messages it handles; then it dies, once.
                 let left = Arc::new(AtomicU64::new(u64::MAX));
                 let counter = Arc::clone(&left);
                 let bench = setup()
                     .script(move |asked, peer| {
-                        let is_counted = START.contains(&asked.request);
+                        let is_counted = start().contains(&asked.request);
                         if !is_counted || counter.load(Ordering::SeqCst) > 1 << 32 {
                             return Answer::Usual;
                         }
@@ -350,7 +333,7 @@ fn another_back_end_than_before_is_refused_by_what_differs() {
             Offer { regions: vec![(0, REGION), (7, REGION), (9, REGION)], ..first.clone() },
             "262144 bytes in shared memory region 9, the one before it had 0",
         ),
-        (Offer { queues: 1, ..first.clone() }, "1 queues (GET_QUEUE_NUM), and the device is to have 2"),
+        (Offer { queues: 1, ..first.clone() }, "has 1 of the 2 queues that the device is to have"),
     ] {
         let bench = setup().offering(first.clone()).start();
         bench.start().unwrap();
@@ -368,6 +351,72 @@ fn another_back_end_than_before_is_refused_by_what_differs() {
         assert_eq!(bench.guest().count(), 0);
         bench.start().unwrap_err();
     }
+}
+
+#[test]
+fn one_with_less_room_than_before_is_refused_by_what_it_lacks() {
+    // SHM-95: memory slots; a queue that takes less; queues that the configuration space announces.
+    let mut devices = Devices::new();
+    let recipient = devices.recipient(setup());
+    let offer = Offer { slots: 508, ..recipient.offer.clone() };
+    let bench = recipient.start();
+    bench.start().unwrap();
+    bench.kill();
+    bench.come_back(offer);
+    let why = bench.wait_for_loss();
+    assert!(
+        why.contains("(GET_MAX_MEM_SLOTS): the back-end that came back has 508, the one before it had 509"),
+        "{why}"
+    );
+
+    let most = Arc::new(AtomicU64::new(64));
+    let now = Arc::clone(&most);
+    let bench = setup()
+        .script(move |asked, _| {
+            // Of queue 1.
+            let refuses = asked.request == SET_VRING_NUM
+                && asked.payload[0] == 1
+                && u64::from(asked.payload[4]) > now.load(Ordering::SeqCst);
+            match refuses {
+                true => Answer::Bytes(message(SET_VRING_NUM, VERSION_1 | REPLY, &1u64.to_ne_bytes()), None),
+                false => Answer::Usual,
+            }
+        })
+        .start();
+    bench.start().unwrap();
+    bench.kill();
+    most.store(32, Ordering::SeqCst);
+    bench.come_back(Offer::default());
+    let why = bench.wait_for_loss();
+    assert!(
+        why.contains(
+            "came back refuses SET_VRING_NUM of 64 entries for queue 1, which the one before it took"
+        ),
+        "{why}"
+    );
+
+    let count = Arc::new(AtomicU64::new(2));
+    let now = Arc::clone(&count);
+    let mut setup = setup().on(GET_CONFIG, move |peer| {
+        let asked = peer.seen().last().unwrap().payload.clone();
+        let mut config = asked.clone();
+        config[12 + 34] = now.load(Ordering::SeqCst) as u8;
+        Answer::Bytes(message(GET_CONFIG, VERSION_1 | REPLY, &config), None)
+    });
+    (setup.kind, setup.keys) = ("blk", String::new());
+    setup.offer.features |= 1 << 12;
+    setup.offer.protocol |= PROTOCOL_F_CONFIG;
+    let offer = setup.offer.clone();
+    let bench = setup.start();
+    bench.start().unwrap();
+    bench.kill();
+    count.store(1, Ordering::SeqCst);
+    bench.come_back(offer);
+    let why = bench.wait_for_loss();
+    assert!(
+        why.contains("queues that the configuration space announces: the back-end that came back has 1"),
+        "{why}"
+    );
 }
 
 #[test]
@@ -402,6 +451,45 @@ fn one_that_does_not_come_back_in_time_is_lost() {
     assert!(!bench.shmem().is_expecting());
     bench.come_back(Offer::default());
     assert!(bench.start().is_err(), "it is too late");
+}
+
+#[test]
+fn one_that_comes_back_and_is_silent_is_not_called_absent_or_dead() {
+    // SHM-94. Each waits for as long as a request may take; so both at the same time.
+    thread::scope(|scope| {
+        for (request, part) in [
+            (GET_FEATURES, "GET_FEATURES failed: the back-end did not answer within 5000 ms"),
+            (
+                SET_BACKEND_REQ_FD,
+                "is gone again: SET_BACKEND_REQ_FD failed: the back-end did not answer within 5000 ms",
+            ),
+        ] {
+            scope.spawn(move || {
+                let silent = Arc::new(AtomicBool::new(false));
+                let is_silent = Arc::clone(&silent);
+                let bench = Setup::default()
+                    .reconnect(1)
+                    .on(request, move |_| match is_silent.load(Ordering::SeqCst) {
+                        true => Answer::Silence,
+                        false => Answer::Usual,
+                    })
+                    .start();
+                bench.start().unwrap();
+                silent.store(true, Ordering::SeqCst);
+                bench.kill();
+                bench.come_back(Offer::default());
+                let why = bench.wait_for_loss();
+                assert!(
+                    why.contains("came back and did not go on, after 5.") && why.contains(" s of 1: "),
+                    "{why}"
+                );
+                assert!(
+                    why.contains(part) && !why.contains("did not come back") && !why.contains("died"),
+                    "{why}"
+                );
+            });
+        }
+    });
 }
 
 #[test]
@@ -485,6 +573,27 @@ fn the_record_of_requests_in_flight_comes_back_and_is_new_after_a_reset() {
     bench.come_back(offer);
     bench.wait_until_back();
     assert_eq!(*found.lock().unwrap(), [0, 0x77, 0x77, 0, 0]);
+}
+
+#[test]
+fn a_record_of_requests_in_flight_that_no_queue_needs_is_refused_before_the_guest_runs() {
+    // SHM-98
+    for (size, is_taken) in [(1 << 30, true), ((1 << 30) + 1, false), (1 << 63, false), (u64::MAX, false)] {
+        let (mut setup, _) = with_inflight();
+        setup = setup.on(GET_INFLIGHT_FD, move |peer| {
+            let mut answer = peer.seen().last().unwrap().payload.clone();
+            answer[..8].copy_from_slice(&u64::to_ne_bytes(size));
+            Answer::Bytes(message(GET_INFLIGHT_FD, VERSION_1 | REPLY, &answer), Some(file_of(1, 0)))
+        });
+        let connected = setup.connect().0;
+        assert_eq!(connected.is_ok(), is_taken);
+        if let Err(error) = connected {
+            let error = error.to_string();
+            let sentence =
+                format!("asks for {size:#x} bytes for its record of requests in flight (GET_INFLIGHT_FD)");
+            assert!(error.contains(&sentence) && error.contains("0x40000000"), "{error}");
+        }
+    }
 }
 
 #[test]

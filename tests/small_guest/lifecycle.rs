@@ -6,6 +6,7 @@ use hotslot_test_support::backend::{Backend, Offer};
 use hotslot_test_support::files::{content, numbered_file};
 use hotslot_test_support::guest::Guest;
 use hotslot_test_support::kvm;
+use hotslot_test_support::names::backend_request::SHARED_OBJECT_LOOKUP;
 use hotslot_test_support::names::request::{ADD_MEM_REG, GET_VRING_BASE, REM_MEM_REG};
 use hotslot_test_support::names::{
     PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_CONFIGURE_MEM_SLOTS, PROTOCOL_F_MQ, PROTOCOL_F_REPLY_ACK,
@@ -105,18 +106,31 @@ fn what_is_agreed_and_done_is_said() {
     offer.features |= 1 << 1 | 1 << 29 | 1 << 34;
     offer.protocol = PROTOCOL_F_MQ | PROTOCOL_F_REPLY_ACK | PROTOCOL_F_SHMEM | 1 << 12;
     let cannot_map = Backend::offering(offer.clone());
-    offer.protocol = PROTOCOL_F_BACKEND_REQ | 1 << 20;
-    let draft = Backend::offering(offer);
-    let devices = [mapping.device("mapping"), cannot_map.device("cannot"), draft.device("draft")];
+    // GET_VRING_BASE_INFLIGHT and GPA_ADDRESSES in the specification, SHMEM in drafts (SHM-1).
+    offer.protocol = PROTOCOL_F_BACKEND_REQ | 1 << 20 | 1 << 21;
+    let draft = Backend::offering(offer.clone());
+    let newer = Backend::offering(offer.clone());
+    offer.protocol = PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_SHMEM;
+    let merged = Backend::offering(offer);
+    let devices = [
+        mapping.device("mapping"),
+        cannot_map.device("cannot"),
+        draft.device("draft").replace("rng", "fs,tag=draft"),
+        newer.device("newer"),
+        merged.device("merged") + ",shmem-bit=21",
+    ];
     let quiet = Guest::boot(devices.iter().flat_map(|device| ["--vhost-user", device])).exit();
     for warning in [
         "warn: mapping: the back-end has 2 queues, and 1 are used",
         "warn: cannot: the back-end offers SHMEM, but not BACKEND_REQ",
-        "warn: draft: the back-end does not offer SHMEM as protocol feature bit 22, but bit 20",
+        "warn: draft: the back-end does not offer SHMEM as protocol feature bit 22: if it means SHMEM by bit 21, as drafts \
+         did and not as the specification does (GPA_ADDRESSES), say shmem-bit=21",
+        "warn: merged: the back-end does not offer SHMEM as protocol feature bit 21: it offers SHMEM as the specification \
+         has it: say shmem-bit=22",
     ] {
         assert_eq!(quiet.matches(warning).count(), 1, "{warning}\n{quiet}");
     }
-    assert_eq!(quiet.matches("warn").count(), 4, "{quiet}");
+    assert_eq!(quiet.matches("warn").count(), 5, "{quiet}");
 
     let mapping = Backend::start();
     let mut guest = Guest::boot(["-vv", "--vhost-user", &mapping.device("mapping")]);
@@ -124,6 +138,8 @@ fn what_is_agreed_and_done_is_said() {
     assert_eq!(mapping.map(writable(page_at(3)), &numbered_file(1, 1)), 0);
     assert_eq!(mapping.map(page_at(3), &numbered_file(1, 1)), -i64::from(libc::EEXIST));
     assert_eq!(mapping.unmap(page_at(3)), 0);
+    mapping.channel().ask(SHARED_OBJECT_LOOKUP, page_at(0), &[]);
+    assert_eq!(mapping.channel().answer(SHARED_OBJECT_LOOKUP), -i64::from(libc::EOPNOTSUPP));
     let loud = guest.exit();
     for line in [
         "info: mapping: rng (device type 4); queues: 1 of up to 128; configuration: 0 bytes; features: VERSION_1 \
@@ -131,6 +147,7 @@ fn what_is_agreed_and_done_is_said() {
          RESET_DEVICE STATUS SHMEM; offered and not used: none",
         "debug: mapping: mapped 0x1000 bytes from 0x3000 on of region 0, read-write, from 0x0 on of a file",
         "debug: mapping: unmapped 0x1000 bytes from 0x3000 on of region 0",
+        "warn: mapping: BACKEND_SHARED_OBJECT_LOOKUP is refused: SHARED_OBJECT was not negotiated",
     ] {
         assert_eq!(loud.matches(line).count(), 1, "{line}\n{loud}");
     }

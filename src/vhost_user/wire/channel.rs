@@ -228,15 +228,17 @@ impl<H: Handler> Channel<H> {
     /// the one that the handler took.
     fn handle(&self, mut message: Message) -> Result<(), Refusal<H::Error>> {
         let request = BackendRequest::from_id(message.header.request).ok_or(Refusal::Unknown)?;
+        let is_negotiated = match request {
+            BackendRequest::ConfigChange => self.config,
+            BackendRequest::ShmemMap | BackendRequest::ShmemUnmap => self.shmem,
+            _ => false,
+        };
+        if !is_negotiated {
+            return Err(Refusal::NotNegotiated(request.feature()));
+        }
         if request == BackendRequest::ConfigChange {
-            if !self.config {
-                return Err(Refusal::NotNegotiated("CONFIG"));
-            }
             self.handler.config_changed();
             return Ok(());
-        }
-        if !self.shmem {
-            return Err(Refusal::NotNegotiated("SHMEM"));
         }
         let payload = MMap::decode(&message.payload).ok_or(Refusal::Size(message.payload.len()))?;
         let (file, lost) = (message.file.take(), message.files_lost);

@@ -11,6 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+};
 
 use super::connection::{Connection, ConnectionError, Deadline, Descriptors, Message};
 use super::message::{
@@ -33,8 +37,23 @@ pub enum FrontendError {
     /// SHM-12.
     #[error("the back-end answered {request} with {got} instead of {expected}")]
     WrongReply { request: FrontendRequest, got: String, expected: String },
+    /// SHM-12.
+    #[error("the back-end answered {request} with {got}: its answers are out of step")]
+    OutOfStep { request: FrontendRequest, got: String },
     #[error("the back-end refused {request} (it answered {value:#x})")]
     Refused { request: FrontendRequest, value: u64 },
+    /// SHM-90. Before the guest ran the back-end took `took`.
+    #[error(
+        "the back-end refuses SET_VRING_NUM of {size} entries for queue {index}, which the driver chose; before the guest \
+         ran it took {took}: queue-size=N sets what the driver may choose"
+    )]
+    QueueSize { index: u16, size: u16, took: u16 },
+    /// SHM-100.
+    #[error(
+        "the back-end does not keep FEATURES_OK (GET_STATUS says {status:#x}): it does not take the features {features:#x} \
+         that the driver chose"
+    )]
+    Features { features: u64, status: u64 },
     #[error(transparent)]
     Negotiation(#[from] NegotiationError),
     /// SHM-14.
@@ -48,7 +67,10 @@ impl FrontendError {
         match *self {
             FrontendError::Connection { request, .. }
             | FrontendError::WrongReply { request, .. }
+            | FrontendError::OutOfStep { request, .. }
             | FrontendError::Refused { request, .. } => Some(request),
+            FrontendError::QueueSize { .. } => Some(FrontendRequest::SetVringNum),
+            FrontendError::Features { .. } => Some(FrontendRequest::GetStatus),
             FrontendError::Negotiation(_) | FrontendError::RegionCount { .. } => None,
         }
     }
@@ -56,7 +78,20 @@ impl FrontendError {
     /// Whether the connection is of no use any more: the stream is broken, out of step, or the back-end is
     /// silent.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, FrontendError::Connection { .. } | FrontendError::WrongReply { .. })
+        use FrontendError::{Connection, OutOfStep, WrongReply};
+        matches!(self, Connection { .. } | WrongReply { .. } | OutOfStep { .. })
+    }
+
+    /// Whether the back-end hung up.
+    pub fn is_hang_up(&self) -> bool {
+        matches!(self, FrontendError::Connection { source, .. } if source.is_hang_up())
+    }
+
+    /// Whether the back-end hung up or is silent, instead of an answer.
+    pub fn is_unanswered(&self) -> bool {
+        let is_silence = |source: &ConnectionError| matches!(source, ConnectionError::TimedOut(_));
+        let silent = matches!(self, FrontendError::Connection { source, .. } if is_silence(source));
+        silent || self.is_hang_up()
     }
 }
 
@@ -86,6 +121,8 @@ pub enum QueueSize {
 pub struct Ring<'a> {
     pub index: u16,
     pub size: u16,
+    /// The size that the back-end took before the guest ran.
+    pub took: u16,
     /// The entry of the available ring that the back-end is to look at first.
     pub base: u16,
     pub descriptor_table: u64,
@@ -186,7 +223,7 @@ impl Conversation<'_> {
         let (request, fence) = (FrontendRequest::SetVringNum, FrontendRequest::GetFeatures);
         let ring = VringState { index: index.into(), value: size.into() }.encode();
         let mut tried = QueueSize::Taken;
-        let mut attempt = || {
+        let mut attempt = || -> Result<(), FrontendError> {
             let sized = self.send(request, &ring, &[], self.agreement.has(protocol::REPLY_ACK))?;
             let asked = self.send(fence, &[], &[], false)?;
             let (sized, answer) = self.receive(sized)?;
@@ -205,7 +242,7 @@ impl Conversation<'_> {
         };
         match attempt() {
             Ok(()) => Ok(tried),
-            Err(FrontendError::Connection { source, .. }) if source.is_hang_up() => Ok(QueueSize::HungUp),
+            Err(error) if error.is_hang_up() => Ok(QueueSize::HungUp),
             Err(error) => Err(error),
         }
     }
@@ -245,15 +282,28 @@ impl Conversation<'_> {
         self.ask(FrontendRequest::GetMaxMemSlots, &[])
     }
 
-    /// Tells the back-end the features and the memory, regions of one file, with which it is to start.
-    pub fn set_features_and_memory(
+    /// Tells the back-end the features that the driver accepted. Where STATUS was agreed on, looks whether
+    /// the back-end takes them (SHM-100).
+    pub fn set_features(&mut self, accepted: u64) -> Result<(), FrontendError> {
+        let features = self.agreement.features_for_backend(accepted);
+        self.tell(FrontendRequest::SetFeatures, &features.encode(), &[])?;
+        if !self.agreement.has(protocol::STATUS) {
+            return Ok(());
+        }
+        self.set_status(STATUS_FEATURES_OK)?;
+        let status: u64 = self.ask(FrontendRequest::GetStatus, &[])?;
+        match status & u64::from(STATUS_FEATURES_OK) == u64::from(STATUS_FEATURES_OK) {
+            true => Ok(()),
+            false => Err(FrontendError::Features { features, status }),
+        }
+    }
+
+    /// Tells the back-end the memory, regions of one file.
+    pub fn set_memory(
         &mut self,
-        accepted: u64,
         regions: &[MemoryRegion],
         file: BorrowedFd<'_>,
     ) -> Result<(), FrontendError> {
-        let features = self.agreement.features_for_backend(accepted);
-        self.tell(FrontendRequest::SetFeatures, &features.encode(), &[])?;
         let files = vec![file; regions.len()];
         self.tell(FrontendRequest::SetMemTable, &message::memory_table(regions), &files)
     }
@@ -302,12 +352,15 @@ impl Conversation<'_> {
 
     /// Starts a ring.
     pub fn start_ring(&mut self, ring: &Ring<'_>) -> Result<(), FrontendError> {
-        let &Ring { size, base, descriptor_table, available_ring, used_ring, .. } = ring;
+        let &Ring { size, took, base, descriptor_table, available_ring, used_ring, .. } = ring;
         let index = u32::from(ring.index);
         let state = |value| VringState { index, value }.encode();
         let addresses = VringAddr { index, flags: 0, descriptor_table, used_ring, available_ring, log: 0 };
         let event = u64::from(ring.index).encode();
-        self.tell(FrontendRequest::SetVringNum, &state(size.into()), &[])?;
+        self.tell(FrontendRequest::SetVringNum, &state(size.into()), &[]).map_err(|error| match error {
+            FrontendError::Refused { .. } => FrontendError::QueueSize { index: ring.index, size, took },
+            error => error,
+        })?;
         self.tell(FrontendRequest::SetVringBase, &state(base.into()), &[])?;
         self.tell(FrontendRequest::SetVringAddr, &addresses.encode(), &[])?;
         self.tell(FrontendRequest::SetVringCall, &event, &[ring.call])?;
@@ -326,8 +379,12 @@ impl Conversation<'_> {
         Ok(())
     }
 
-    /// Tells the back-end of the device's Status, where that was agreed on (SHM-70).
-    pub fn set_status(&mut self, status: u8) -> Result<(), FrontendError> {
+    /// Tells the back-end that the driver has started the device, where that was agreed on (SHM-70).
+    pub fn set_running(&mut self) -> Result<(), FrontendError> {
+        self.set_status(STATUS_RUNNING)
+    }
+
+    fn set_status(&mut self, status: u8) -> Result<(), FrontendError> {
         match self.agreement.has(protocol::STATUS) {
             true => self.tell(FrontendRequest::SetStatus, &u64::from(status).encode(), &[]),
             false => Ok(()),
@@ -467,15 +524,15 @@ impl Sent {
 
 /// Whether it is the reply to a request.
 fn check_answer(request: FrontendRequest, header: Header) -> Result<(), FrontendError> {
-    let wrong = |got, expected| Err(FrontendError::WrongReply { request, got, expected });
     let id = header.request;
-    if id != request as u32 {
-        return wrong(format!("a message with id {id}"), format!("id {}", request as u32));
-    }
-    if !header.is_reply() {
-        return wrong("a request".to_string(), "a reply".to_string());
-    }
-    Ok(())
+    let got = if id != request as u32 {
+        FrontendRequest::from_id(id).map_or(format!("message {id}"), |other| format!("an answer to {other}"))
+    } else if !header.is_reply() {
+        "a message that is no reply".to_string()
+    } else {
+        return Ok(());
+    };
+    Err(FrontendError::OutOfStep { request, got })
 }
 
 /// What NEED_REPLY brought.
@@ -485,6 +542,11 @@ fn acknowledged(request: FrontendRequest, reply: &[u8]) -> Result<(), FrontendEr
         value => Err(FrontendError::Refused { request, value }),
     }
 }
+
+/// The device's Status once the driver set FEATURES_OK, and DRIVER_OK (VIRTIO section 2.1).
+const STATUS_FEATURES_OK: u8 =
+    (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK) as u8;
+const STATUS_RUNNING: u8 = STATUS_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK as u8;
 
 fn decode<T: Layout>(request: FrontendRequest, reply: &[u8]) -> Result<T, FrontendError> {
     T::decode(reply).ok_or_else(|| wrong_size(request, reply.len(), T::LEN))

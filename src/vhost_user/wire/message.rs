@@ -225,16 +225,41 @@ ids! {
         AddMemReg = 37 => "ADD_MEM_REG",
         RemMemReg = 38 => "REM_MEM_REG",
         SetStatus = 39 => "SET_STATUS",
+        GetStatus = 40 => "GET_STATUS",
         GetShmemConfig = 44 => "GET_SHMEM_CONFIG",
     }
 }
 
 ids! {
-    /// Requests of the back-end, on the backend channel: those that we serve.
+    /// Requests of the back-end, on the backend channel. We serve those that need no feature but CONFIG and
+    /// SHMEM.
     BackendRequest {
+        Iotlb = 1 => "BACKEND_IOTLB_MSG",
         ConfigChange = 2 => "BACKEND_CONFIG_CHANGE_MSG",
+        HostNotifier = 3 => "BACKEND_VRING_HOST_NOTIFIER_MSG",
+        VringCall = 4 => "BACKEND_VRING_CALL",
+        VringErr = 5 => "BACKEND_VRING_ERR",
+        SharedObjectAdd = 6 => "BACKEND_SHARED_OBJECT_ADD",
+        SharedObjectRemove = 7 => "BACKEND_SHARED_OBJECT_REMOVE",
+        SharedObjectLookup = 8 => "BACKEND_SHARED_OBJECT_LOOKUP",
         ShmemMap = 9 => "BACKEND_SHMEM_MAP",
         ShmemUnmap = 10 => "BACKEND_SHMEM_UNMAP",
+    }
+}
+
+impl BackendRequest {
+    /// The feature without which the back-end must not send it.
+    pub fn feature(self) -> &'static str {
+        match self {
+            BackendRequest::Iotlb => "VIRTIO_F_ACCESS_PLATFORM",
+            BackendRequest::ConfigChange => "CONFIG",
+            BackendRequest::HostNotifier => "HOST_NOTIFIER",
+            BackendRequest::VringCall | BackendRequest::VringErr => "INBAND_NOTIFICATIONS",
+            BackendRequest::SharedObjectAdd
+            | BackendRequest::SharedObjectRemove
+            | BackendRequest::SharedObjectLookup => "SHARED_OBJECT",
+            BackendRequest::ShmemMap | BackendRequest::ShmemUnmap => "SHMEM",
+        }
     }
 }
 
@@ -285,15 +310,20 @@ pub mod protocol_features {
         "SHMEM",
     ];
 
-    /// The names of these bits, ascending; `shmem_bit` is the one that means SHMEM (SHM-1).
-    pub fn names(bits: u64, shmem_bit: u32) -> String {
-        let name = |bit: u32| match (bit, NAMES.get(bit as usize)) {
+    /// The name of a bit; `shmem_bit` is the one that means SHMEM (SHM-1).
+    pub fn name(bit: u32, shmem_bit: u32) -> String {
+        match (bit, NAMES.get(bit as usize)) {
             (58, _) => "SHMEM_ADDRESSES".to_string(),
             (_, Some(_)) if bit == shmem_bit => "SHMEM".to_string(),
             (_, Some(name)) if *name != "SHMEM" => (*name).to_string(),
             _ => format!("bit {bit}"),
-        };
-        (0..64).filter(|bit| bits & 1 << bit != 0).map(name).collect::<Vec<_>>().join(" ")
+        }
+    }
+
+    /// The names of these bits, ascending.
+    pub fn names(bits: u64, shmem_bit: u32) -> String {
+        let named = (0..64).filter(|bit| bits & 1 << bit != 0).map(|bit| name(bit, shmem_bit));
+        named.collect::<Vec<_>>().join(" ")
     }
 }
 
@@ -388,7 +418,7 @@ mod tests {
         }
         assert_eq!(BackendRequest::from_id(9), Some(BackendRequest::ShmemMap));
         assert_eq!(BackendRequest::from_id(10), Some(BackendRequest::ShmemUnmap));
-        for id in [0, 1, 8, 11, 44, u32::MAX] {
+        for id in [0, 11, 44, u32::MAX] {
             assert_eq!(BackendRequest::from_id(id), None);
         }
     }

@@ -18,8 +18,8 @@ pub struct Facts {
     pub queues: Queues,
     /// The largest queue that a driver may choose, where the user does not say.
     pub queue_size: u16,
-    /// Whether the device is of no use without shared memory.
-    pub needs_shmem: bool,
+    /// Whether the device has shared memory regions.
+    pub regions: Regions,
     /// Whether what a driver writes to the configuration space are settings: the same value again says
     /// nothing. QEMU has the settings of a SCSI host itself, and vhost-device-scsi ends at SET_CONFIG.
     pub has_settings: bool,
@@ -37,6 +37,15 @@ pub struct Queues {
     pub each: u16,
     /// Where the device says how often; `None`: once.
     pub count: Option<Count>,
+}
+
+/// Whether a device has shared memory regions.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Regions {
+    Never,
+    Maybe,
+    /// It is of no use without.
+    Always,
 }
 
 /// A number in the configuration space.
@@ -97,7 +106,7 @@ pub const UNKNOWN: Facts = Facts {
     config: None,
     queues: queues(1),
     queue_size: 128,
-    needs_shmem: false,
+    regions: Regions::Never,
     has_settings: false,
     answers_in_config: false,
     features: &[],
@@ -221,6 +230,7 @@ pub const KINDS: &[Facts] = &[
     // Section 5.7.
     Facts {
         queue_size: 256,
+        regions: Regions::Maybe,
         features: &[
             bit(0, "VIRGL"),
             bit(1, "EDID"),
@@ -274,13 +284,14 @@ pub const KINDS: &[Facts] = &[
     Facts { queue_size: 64, features: &[bit(0, "CTLS").field_ends(16)], ..kind(25, "sound", 12, queues(4)) },
     // Section 5.11: hiprio, the notification queue, request queues.
     Facts {
+        regions: Regions::Maybe,
         features: &[bit(0, "NOTIFICATION").field_ends(44).adds_queues(1)],
         ..kind(26, "fs", 40, Queues { fixed: 1, each: 1, count: count(36, 4, 0) })
     },
     // Section 5.19. The shared memory region takes the place of the fields `start` and `size`. Without that
     // region the persistent memory would be ours, not the back-end's.
     Facts {
-        needs_shmem: true,
+        regions: Regions::Always,
         features: &[bit(0, "SHMEM_REGION").needed()],
         ..kind(27, "pmem", 0, queues(1))
     },
@@ -323,7 +334,7 @@ pub const KINDS: &[Facts] = &[
     named(46, "tee"),
     named(47, "cpu-balloon"),
     // commandq, eventq.
-    kind(48, "media", 40, queues(2)),
+    Facts { regions: Regions::Maybe, ..kind(48, "media", 40, queues(2)) },
     named(49, "usb"),
 ];
 

@@ -313,6 +313,8 @@ fn usual(offer: &Offer, asked: &Message) -> Option<Vec<u8>> {
         request::GET_PROTOCOL_FEATURES => wire::quads([offer.protocol]),
         request::GET_QUEUE_NUM => wire::quads([offer.queues]),
         request::GET_MAX_MEM_SLOTS => wire::quads([offer.slots]),
+        // ACKNOWLEDGE, DRIVER, FEATURES_OK.
+        request::GET_STATUS => wire::quads([0xb]),
         request::GET_SHMEM_CONFIG => wire::shmem_config(offer.regions.len() as u32, 0, &offer.regions),
         request::GET_CONFIG | request::GET_VRING_BASE => asked.payload.clone(),
         _ if asked.flags & NEED_REPLY != 0 => wire::quads([0]),

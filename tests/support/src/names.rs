@@ -28,13 +28,32 @@ pub mod request {
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;
     pub const SET_STATUS: u32 = 39;
+    pub const GET_STATUS: u32 = 40;
     pub const GET_SHMEM_CONFIG: u32 = 44;
+
+    /// What a ring is started with.
+    pub const RING: [u32; 7] = [
+        SET_VRING_NUM,
+        SET_VRING_BASE,
+        SET_VRING_ADDR,
+        SET_VRING_CALL,
+        SET_VRING_ERR,
+        SET_VRING_KICK,
+        SET_VRING_ENABLE,
+    ];
+
+    /// What a device with two queues is started with.
+    pub fn start() -> Vec<u32> {
+        let memory = [SET_FEATURES, SET_STATUS, GET_STATUS, SET_MEM_TABLE];
+        [&memory[..], &RING, &RING, &[SET_STATUS]].concat()
+    }
 }
 
 /// Requests of the back-end, on the backend channel: `BACKEND_SHMEM_MAP` and so on.
 pub mod backend_request {
     pub const CONFIG_CHANGE_MSG: u32 = 2;
     pub const VRING_HOST_NOTIFIER_MSG: u32 = 3;
+    pub const SHARED_OBJECT_LOOKUP: u32 = 8;
     pub const SHMEM_MAP: u32 = 9;
     pub const SHMEM_UNMAP: u32 = 10;
     /// A number that the specification does not have.
