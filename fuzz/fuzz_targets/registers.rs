@@ -167,6 +167,11 @@ impl VirtioDevice for Device {
         GuestRange::new(start, len)
     }
 
+    fn accept_features(&mut self, features: u64) -> Result<(), DeviceError> {
+        assert_eq!((features & !OFFERED, features & VERSION_1), (0, VERSION_1));
+        Ok(())
+    }
+
     fn start(&mut self, features: u64, queues: &[QueueSetup]) -> Result<(), DeviceError> {
         assert_ne!(self.page.get(Register::Status) & DRIVER_OK, 0);
         assert_eq!((features & !OFFERED, features & VERSION_1), (0, VERSION_1));

@@ -201,6 +201,20 @@ impl Backend {
         if self.link.is_away() { Ok(()) } else { Err(gone) }
     }
 
+    /// The driver sets FEATURES_OK: with STATUS the back-end says whether it takes the features (SHM-100).
+    pub fn accept_features(&self, features: u64) -> Result<(), DeviceError> {
+        // That a back-end is lost is for the start to say, as without STATUS.
+        if !self.agreement.has(protocol::STATUS) || self.link.is_lost() {
+            return Ok(());
+        }
+        self.tell(&mut self.main(), CONTROL_TIMEOUT, |to| {
+            // SHM-75: the first message of a start.
+            self.shmem.open_gate();
+            to.set_features(features)?;
+            to.keep_features_ok(features)
+        })
+    }
+
     /// The driver started the device.
     pub fn start(&self, features: u64, queues: &[QueueSetup]) -> Result<(), DeviceError> {
         for queue in queues {

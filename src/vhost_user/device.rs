@@ -106,6 +106,10 @@ impl VirtioDevice for VhostUserDevice {
         self.backend.shmem.region(id)
     }
 
+    fn accept_features(&mut self, features: u64) -> Result<(), DeviceError> {
+        self.backend.accept_features(features)
+    }
+
     fn start(&mut self, features: u64, queues: &[QueueSetup]) -> Result<(), DeviceError> {
         self.backend.start(features, queues)
     }

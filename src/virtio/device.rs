@@ -69,6 +69,10 @@ pub trait VirtioDevice: Send {
     /// change.
     fn shared_memory(&self, id: u8) -> Option<GuestRange>;
 
+    /// The driver sets FEATURES_OK, with these features, a subset of those offered with VIRTIO_F_VERSION_1.
+    /// Stopped only. On an error FEATURES_OK stays clear, and the driver may accept others.
+    fn accept_features(&mut self, features: u64) -> Result<(), DeviceError>;
+
     /// The driver set DRIVER_OK, after it accepted `features`, a subset of those offered with
     /// VIRTIO_F_VERSION_1; `queues` are those that it enabled, maybe none. Stopped → running. The driver can
     /// already be interrupted. On an error the device is still running for the sake of the diagram: a `reset`

@@ -24,6 +24,8 @@ pub(super) enum Misuse {
     NotOffered { accepted: u64, beyond: bool, offered: u64 },
     #[error("FEATURES_OK stays clear: VIRTIO_F_VERSION_1 is not among the accepted features {0:#x}")]
     NoVersion1(u64),
+    #[error("FEATURES_OK stays clear: {0}")]
+    NotTaken(String),
     #[error("the device needs a reset; until then neither FEATURES_OK nor QueueReady can be set")]
     Broken,
     #[error("the driver gave up on the device")]

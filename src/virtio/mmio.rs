@@ -246,7 +246,7 @@ impl MmioTransport {
     }
 
     /// Whether FEATURES_OK may be set. The driver can accept other features and try again.
-    fn check_features(&self, state: &State) -> Result<(), Misuse> {
+    fn check_features(&self, state: &mut State) -> Result<(), Misuse> {
         let State { features: accepted, features_beyond: beyond, .. } = *state;
         if self.status() & DEVICE_NEEDS_RESET != 0 {
             // The driver's probe fails now, instead of waiting later for a queue that is not served.
@@ -258,7 +258,7 @@ impl MmioTransport {
         if accepted & VERSION_1 == 0 {
             return Err(Misuse::NoVersion1(accepted));
         }
-        Ok(())
+        state.device.accept_features(accepted).map_err(|error| Misuse::NotTaken(with_causes(&*error)))
     }
 
     fn start(&self, state: &mut State) {

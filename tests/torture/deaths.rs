@@ -154,8 +154,13 @@ fn after_the_set_up() {
 #[test]
 fn at_each_message_of_a_start_before_its_rings() {
     // SHM-64, SHM-66, SHM-76. The first SET_VRING_NUM was the set-up's.
-    let messages = ["RESET_DEVICE", "SET_STATUS", "SET_FEATURES", "SET_MEM_TABLE", "SET_VRING_NUM#2"];
-    survives(&at_each_moment(&messages, |_, _| Phase::Start(Sees::Hole)));
+    let messages = [
+        &["RESET_DEVICE", "SET_STATUS", "SET_FEATURES", "SET_STATUS#2", "GET_STATUS"][..],
+        &["SET_FEATURES#2", "SET_MEM_TABLE", "SET_VRING_NUM#2"],
+    ];
+    for messages in messages {
+        survives(&at_each_moment(messages, |_, _| Phase::Start(Sees::Hole)));
+    }
 }
 
 #[test]
@@ -167,13 +172,13 @@ fn at_each_message_of_a_start_from_its_rings_on() {
         "SET_VRING_CALL",
         "SET_VRING_KICK",
         "SET_VRING_ENABLE",
-        // The first one was the reset's.
-        "SET_STATUS#2",
+        // The first one was the reset's, the second that of FEATURES_OK.
+        "SET_STATUS#3",
     ];
     survives(&at_each_moment(&messages, |message, moment| {
         // The pattern is mapped before SET_VRING_KICK is answered.
         Phase::Start(match (message, moment) {
-            ("SET_VRING_KICK", "half" | "after") | ("SET_VRING_ENABLE" | "SET_STATUS#2", _) => Sees::Pattern,
+            ("SET_VRING_KICK", "half" | "after") | ("SET_VRING_ENABLE" | "SET_STATUS#3", _) => Sees::Pattern,
             _ => Sees::Hole,
         })
     }));
@@ -197,7 +202,7 @@ fn during_a_mapping() {
         (&["map", "die@UNMAP:after"], Sees::Pattern),
         (&["many", "die@MAP#100:sent"], Sees::Pattern),
         (&["flood=forever", "die@UNMAP#1000:half"], Sees::Pattern),
-        (&["stall", "die@SET_STATUS#2:after"], Sees::Pattern),
+        (&["stall", "die@SET_STATUS#3:after"], Sees::Pattern),
     ];
     let deaths =
         deaths.map(|(steps, sees)| (steps.iter().map(|step| step.to_string()).collect(), Phase::Start(sees)));
@@ -206,8 +211,8 @@ fn during_a_mapping() {
 
 #[test]
 fn at_each_message_of_a_reset() {
-    // SHM-64, SHM-69, SHM-76 The first RESET_DEVICE, and the first two SET_STATUS, were those of the start.
-    let messages = ["GET_VRING_BASE", "RESET_DEVICE#2", "SET_STATUS#3"];
+    // SHM-64, SHM-69, SHM-76 The first RESET_DEVICE, and the first three SET_STATUS, were those of the start.
+    let messages = ["GET_VRING_BASE", "RESET_DEVICE#2", "SET_STATUS#4"];
     survives(&at_each_moment(&messages, |_, _| Phase::Reset));
 }
 

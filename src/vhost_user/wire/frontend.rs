@@ -50,8 +50,7 @@ pub enum FrontendError {
     QueueSize { index: u16, size: u16, took: u16 },
     /// SHM-100.
     #[error(
-        "the back-end does not keep FEATURES_OK (GET_STATUS says {status:#x}): it does not take the features {features:#x} \
-         that the driver chose"
+        "the back-end does not keep FEATURES_OK (GET_STATUS says {status:#x}): it does not take the features {features:#x}"
     )]
     Features { features: u64, status: u64 },
     #[error(transparent)]
@@ -282,14 +281,15 @@ impl Conversation<'_> {
         self.ask(FrontendRequest::GetMaxMemSlots, &[])
     }
 
-    /// Tells the back-end the features that the driver accepted. Where STATUS was agreed on, looks whether
-    /// the back-end takes them (SHM-100).
+    /// Tells the back-end the features that the driver accepted.
     pub fn set_features(&mut self, accepted: u64) -> Result<(), FrontendError> {
         let features = self.agreement.features_for_backend(accepted);
-        self.tell(FrontendRequest::SetFeatures, &features.encode(), &[])?;
-        if !self.agreement.has(protocol::STATUS) {
-            return Ok(());
-        }
+        self.tell(FrontendRequest::SetFeatures, &features.encode(), &[])
+    }
+
+    /// Tells the back-end that the driver sets FEATURES_OK, and looks whether it keeps that (SHM-100). STATUS
+    /// was agreed on.
+    pub fn keep_features_ok(&mut self, features: u64) -> Result<(), FrontendError> {
         self.set_status(STATUS_FEATURES_OK)?;
         let status: u64 = self.ask(FrontendRequest::GetStatus, &[])?;
         match status & u64::from(STATUS_FEATURES_OK) == u64::from(STATUS_FEATURES_OK) {

@@ -41,6 +41,8 @@ struct Script {
     config: Vec<u8>,
     /// The next call fails.
     fail: bool,
+    /// Features that it does not take.
+    refused: u64,
     /// Runs inside the next call, as another thread would meanwhile.
     meanwhile: Option<Box<dyn FnOnce() + Send>>,
     started: Option<Vec<u16>>,
@@ -123,6 +125,12 @@ impl VirtioDevice for Fake {
     fn shared_memory(&self, id: u8) -> Option<GuestRange> {
         let region = REGIONS.iter().find(|region| region.0 == id)?;
         GuestRange::new(region.1, region.2)
+    }
+    fn accept_features(&mut self, features: u64) -> Result<(), DeviceError> {
+        let script = self.script.lock().unwrap();
+        assert!(script.started.is_none(), "it runs");
+        assert_eq!((features & !self.features, features & VERSION_1), (0, VERSION_1));
+        if features & script.refused != 0 { Err("it has no use for them".into()) } else { Ok(()) }
     }
     fn start(&mut self, features: u64, queues: &[QueueSetup]) -> Result<(), DeviceError> {
         self.call(Start(features, queues.iter().map(setup).collect()))
@@ -278,6 +286,11 @@ fn a_stock_driver_finds_negotiates_and_starts_the_device() {
     guest.write(DeviceFeaturesSel, 2);
     assert_eq!(guest.read(DeviceFeatures), 0);
     guest.accept(VERSION_1 | BLK_SIZE);
+    // SHM-100
+    guest.script.lock().unwrap().refused = BLK_SIZE;
+    guest.add_status(FEATURES_OK);
+    assert_eq!(guest.read(Status), 3);
+    guest.script.lock().unwrap().refused = 0;
     guest.add_status(FEATURES_OK);
     assert_eq!(guest.read(Status), 11);
     assert_eq!(guest.peek(0x100), u32::from_le_bytes([1, 2, 3, 4]));
