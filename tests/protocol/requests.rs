@@ -1,7 +1,7 @@
 //! SHMEM_MAP and SHMEM_UNMAP: what the guest sees of them, and what is refused.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -94,7 +94,8 @@ fn a_read_only_descriptor_serves_reading_only() {
         (&write_only, Access::ReadOnly, "not open for reading"),
     ] {
         let (shm_offset, len, file_offset) = (2 * PAGE, PAGE, 0);
-        let request = MapRequest { shmid: 0, shm_offset, len, file: file.as_fd(), file_offset, access };
+        let file = &Arc::new(file.try_clone().unwrap().into());
+        let request = MapRequest { shmid: 0, shm_offset, len, file, file_offset, access };
         let error = bench.shmem().map(&request).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
     }
