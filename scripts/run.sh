@@ -24,7 +24,7 @@
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the guest)
 #   --verbose, -v      hotslot's messages on standard error; -vv more of them
 #   HOTSLOT OPTION...  others of `hotslot --help` go to hotslot: -i, -c, --log, --log-file, --unavailable-page, --backend-loss,
-#                      --trace-vhost-user, --connect-timeout, --sandbox, --vhost-user
+#                      --trace-vhost-user, --connect-timeout, --sandbox, --gdb, --dump, --vhost-user
 #
 # Options may stand in any order before COMMAND, and are refused before anything is built. What is missing is installed
 # and built first, which is told on standard error. Where this machine's KVM cannot boot Linux, everything runs on the
@@ -109,7 +109,7 @@ parse() {
         --shell) shell=1 && shift && continue ;;
         --tty) tty=1 && shift && continue ;;
         --verbose | -v | -vv) verbose=1 hotslot_options+=("$1") && shift && continue ;;
-        --kernel | --modules | --share | --disk | --backend | --type | --module | --cpus | -m | --memory | -i | --initramfs | -c | --cmdline | --log | --log-file | --unavailable-page | --backend-loss | --trace-vhost-user | --connect-timeout | --sandbox | --vhost-user)
+        --kernel | --modules | --share | --disk | --backend | --type | --module | --cpus | -m | --memory | -i | --initramfs | -c | --cmdline | --log | --log-file | --unavailable-page | --backend-loss | --trace-vhost-user | --connect-timeout | --sandbox | --gdb | --dump | --vhost-user)
             (($# > 1)) || wrong "$1 needs a value"
             ;;
         -*) wrong "$1: there is no such option" ;;

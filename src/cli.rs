@@ -8,7 +8,8 @@ use clap_complete::Shell;
 
 use crate::config::device::{self, DeviceSpec};
 use crate::config::{
-    BackendLoss, Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, SerialLine, UnavailablePage, parse_duration,
+    BackendLoss, Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, GdbAddress, SerialLine, UnavailablePage,
+    parse_duration,
 };
 use crate::sandbox::Mode;
 use crate::size;
@@ -75,6 +76,17 @@ pub struct Cli {
     /// Add a debug-exit port: the byte that the guest writes to I/O port 0xf4 is the exit status
     #[arg(help_heading = MACHINE, long)]
     pub debug_exit: bool,
+
+    /// Wait for gdb before the guest's first instruction: on this port of 127.0.0.1, or on a Unix socket that
+    /// is made. `target remote :PORT` or `target remote PATH` in gdb connects
+    #[arg(help_heading = MACHINE, long, value_name = "PORT|unix:PATH")]
+    pub gdb: Option<GdbAddress>,
+
+    /// Write an ELF core for gdb and crash to this file: when the guest crashes or its kernel panics, at an
+    /// error of hotslot, and at SIGUSR2, after which the guest goes on. The machine's end waits for it up to
+    /// 60 seconds, or until another signal that ends the machine
+    #[arg(help_heading = MACHINE, long, value_name = "FILE")]
+    pub dump: Option<PathBuf>,
 
     /// What to do when the guest needs a page of a mapping that the host cannot provide (a full disk, an I/O
     /// error)
@@ -174,6 +186,7 @@ Traces:
 Signals:
   SIGTERM, SIGINT, SIGHUP, SIGQUIT end the machine at once; the guest is not asked
   SIGUSR1 prints the memory map with all live mappings
+  SIGUSR2 with --dump writes a dump; else it ends the machine
 
 Exit status:
   0      the guest switched itself off
@@ -184,7 +197,7 @@ Exit status:
   34     its kernel panicked (reboot=panic_warm, or pvpanic)
   35     with --unavailable-page exit: the host cannot provide a page of a mapping
   40     with --backend-loss exit: a device lost its back-end
-  128+n  signal n; 130 also Ctrl-a x
+  128+n  signal n; 130 also Ctrl-a x, 137 also `kill` in gdb
   n      the byte that the guest wrote to the port of --debug-exit";
 
 impl Cli {
@@ -228,6 +241,8 @@ impl Cli {
             unavailable_page: self.unavailable_page,
             backend_loss: self.backend_loss,
             trace: self.trace_vhost_user,
+            gdb: self.gdb,
+            dump: self.dump,
         })
     }
 }
@@ -277,6 +292,7 @@ mod tests {
             (&["--cpus", "many"], ["--cpus", "many"]),
             (&["--vhost-user", "a,type=fs,x=1"], ["--vhost-user", "unknown key `x`"]),
             (&["--serial", "pty"], ["--serial", "`pty` is not a good serial line"]),
+            (&["--gdb", "localhost:1234"], ["--gdb", "`localhost:1234` is not a good address for gdb"]),
             (&["--connect-timeout", "soon"], ["--connect-timeout", "`soon` is not a good time span"]),
         ] {
             let error = parse(&[&["-k", "k"], arguments].concat()).unwrap_err();

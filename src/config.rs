@@ -45,6 +45,10 @@ pub struct Config {
     pub backend_loss: BackendLoss,
     /// Where to record what passes between the guest and the back-ends.
     pub trace: Option<PathBuf>,
+    /// Where to wait for gdb before the guest's first instruction.
+    pub gdb: Option<GdbAddress>,
+    /// The file for a dump of the machine.
+    pub dump: Option<PathBuf>,
 }
 
 /// What happens when the guest needs a page of a mapping that the host cannot provide (SHM-87).
@@ -91,6 +95,27 @@ impl FromStr for SerialLine {
     }
 }
 
+/// Where gdb connects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GdbAddress {
+    /// This TCP port, of 127.0.0.1 only.
+    Port(u16),
+    /// This Unix socket, which is made.
+    Unix(PathBuf),
+}
+
+impl FromStr for GdbAddress {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        match (text.strip_prefix("unix:"), text.parse()) {
+            (Some(path), _) if !path.is_empty() => Ok(GdbAddress::Unix(path.into())),
+            (None, Ok(port)) if port > 0 && !text.starts_with('+') => Ok(GdbAddress::Port(port)),
+            _ => Err(BadValue::new("address for gdb", text, "a port from 1 to 65535, or unix:PATH")),
+        }
+    }
+}
+
 /// A time span: a whole number, of seconds or with the unit `s` or `ms`.
 pub fn parse_duration(text: &str) -> Result<Duration, BadValue> {
     let (number, unit): (_, fn(u64) -> Duration) = match text.strip_suffix("ms") {
@@ -113,6 +138,15 @@ mod tests {
         assert_eq!("file=a=b".parse(), Ok(SerialLine::File("a=b".into())));
         for text in ["", "on", "file", "file=", "pty"] {
             assert!(text.parse::<SerialLine>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn addresses_for_gdb() {
+        assert_eq!("1234".parse(), Ok(GdbAddress::Port(1234)));
+        assert_eq!("unix:/run/gdb".parse(), Ok(GdbAddress::Unix("/run/gdb".into())));
+        for text in ["", "0", "+1", "65536", "localhost:1234", "unix:", "/run/gdb"] {
+            assert!(text.parse::<GdbAddress>().is_err(), "{text}");
         }
     }
 

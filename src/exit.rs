@@ -21,6 +21,8 @@ pub enum Exit {
     DebugExit(u8),
     /// The user typed Ctrl-a x.
     Quit,
+    /// The user typed `kill` in gdb.
+    Killed,
     /// This process received this signal.
     Signal(i32),
 }
@@ -37,6 +39,8 @@ impl From<&Exit> for u8 {
             Exit::DebugExit(status) => *status,
             // As Ctrl-C ends other programs; on a raw terminal that key goes to the guest.
             Exit::Quit => 128 + libc::SIGINT as u8,
+            // As gdb ends other programs.
+            Exit::Killed => 128 + libc::SIGKILL as u8,
             // As a shell reports it.
             Exit::Signal(signal) => 128_u8.saturating_add(u8::try_from(*signal).unwrap_or(u8::MAX)),
         }
@@ -55,6 +59,7 @@ impl fmt::Display for Exit {
             Exit::BackendLost(why) => write!(f, "a device lost its back-end: {why}"),
             Exit::DebugExit(status) => write!(f, "the guest ended with status {status} (debug exit)"),
             Exit::Quit => write!(f, "ended by Ctrl-a x"),
+            Exit::Killed => write!(f, "killed by gdb"),
             Exit::Signal(libc::SIGHUP) => write!(f, "ended by SIGHUP"),
             Exit::Signal(libc::SIGINT) => write!(f, "ended by SIGINT"),
             Exit::Signal(libc::SIGQUIT) => write!(f, "ended by SIGQUIT"),
@@ -82,6 +87,7 @@ mod tests {
             (Exit::Signal(libc::SIGTERM), 143),
             (Exit::Signal(libc::SIGINT), 130),
             (Exit::Quit, 130),
+            (Exit::Killed, 137),
         ] {
             assert_eq!(u8::from(&exit), status, "{exit}");
         }

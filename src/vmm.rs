@@ -9,15 +9,19 @@
 //! | `backends` | the set-up's part for virtio devices: connect and negotiate, place windows, attach |
 //! | `run` | starts and stops the vCPU threads, and the main loop |
 //! | `exit_once` | how the machine ends: set by any thread, awaited by the main loop and by `signals` |
-//! | `signals` | the thread that takes SIGTERM and the like, and SIGUSR1, which prints the `memory_map` |
+//! | `signals` | the thread that takes SIGTERM and the like, SIGUSR1, which prints the `memory_map`, and SIGUSR2 for a `dump` |
 //! | `console` | the host's side of the serial port, and the escape key |
+//! | `gdb` | the thread that serves gdb: breakpoints, registers, memory |
+//! | `dump` | the thread that writes a core file of the machine |
 //! | `stuck` | finds processors that wait in KVM for a page that the host cannot provide (SHM-45, SHM-87) |
 
 mod backends;
 mod build;
 mod console;
+mod dump;
 mod error;
 mod exit_once;
+mod gdb;
 mod memory_map;
 mod run;
 mod signals;
@@ -30,7 +34,9 @@ use crate::kvm::vcpu::{Machine, VcpuState};
 use crate::kvm::vm::Processor;
 
 use console::Console;
+use dump::DumpFile;
 use exit_once::ExitOnce;
+use gdb::Gdb;
 use memory_map::MemoryMap;
 
 /// A machine that is ready to run.
@@ -47,5 +53,7 @@ pub struct Vmm {
     resets: Resets,
     /// What to say when the guest crashes.
     crash_hint: Option<&'static str>,
+    gdb: Option<Gdb>,
+    dump: Option<DumpFile>,
     exit: Arc<ExitOnce>,
 }

@@ -1,7 +1,9 @@
-//! KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`], [`stats`]).
+//! KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`], [`pause`],
+//! [`stats`]).
 
 mod operands;
-mod paging;
+pub mod paging;
+pub mod pause;
 pub mod slots;
 pub mod stats;
 pub mod vcpu;

@@ -16,11 +16,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_fpu, kvm_regs, kvm_sregs};
+use kvm_bindings::{
+    CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_debug_exit_arch, kvm_fpu, kvm_regs, kvm_sregs,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
+use super::pause::Pause;
 use super::stats::FaultCount;
 use super::vm::{KvmError, Processor, failed_to};
 use super::{operands, paging};
@@ -60,6 +63,13 @@ const MAX_UNEXPLAINED_EFAULTS: u32 = 100;
 /// tries it serves interrupts, since another vCPU may wait for that; but not in [`Machine::carry_out`].
 const RETRY: Duration = Duration::from_millis(10);
 
+/// The exception that `int3` causes, #BP, and that instruction (Intel SDM, volume 3, section 6.15).
+pub const BREAKPOINT: u32 = 3;
+/// See [`BREAKPOINT`].
+pub const INT3: u8 = 0xcc;
+/// `out dx, al`: see [`Pause::set_port_breakpoints`].
+pub const OUT: u8 = 0xee;
+
 /// Counts accesses that no device claimed: reads gave all-ones, writes were dropped.
 #[derive(Debug, Default)]
 pub struct UnclaimedCounts {
@@ -86,6 +96,8 @@ pub struct Machine {
     pub unclaimed: UnclaimedCounts,
     /// Set before the processors are interrupted for the last time; then none goes back to the guest.
     pub stopping: Arc<AtomicBool>,
+    /// Where they pause, and leave their registers.
+    pub pause: Pause,
 }
 
 /// A processor's thread.
@@ -118,7 +130,8 @@ impl Vcpu {
             awaited: None,
             is_waiting: Arc::clone(&is_waiting),
         };
-        let thread = thread::spawn(format!("vcpu{id}"), Kind::Vcpu, move || ended(runner.run(&state)))?;
+        let kind = if runner.machine.pause.event().is_some() { Kind::DebuggedVcpu } else { Kind::Vcpu };
+        let thread = thread::spawn(format!("vcpu{id}"), kind, move || ended(runner.run(&state)))?;
         Ok(Vcpu { thread, is_waiting, faults })
     }
 
@@ -174,6 +187,39 @@ impl Machine {
         }
     }
 
+    /// Reads guest physical memory as it is. False where some of it is missing.
+    pub fn peek(&self, address: u64, data: &mut [u8]) -> bool {
+        self.ram.read_slice(data, GuestAddress(address)).is_ok() || self.missing_pages.peek(address, data)
+    }
+
+    /// The guest physical address of a linear one, on a processor with these registers.
+    pub fn physical(&self, sregs: &kvm_sregs, linear: u64) -> Option<u64> {
+        paging::physical(sregs, linear, |address, data| self.peek(address, data))
+    }
+
+    /// Reads memory at a linear address; how much of it is there.
+    pub fn read_linear(&self, sregs: &kvm_sregs, linear: u64, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        for (linear, len) in pages(linear, data.len() as u64) {
+            let part = &mut data[done..done + len as usize];
+            if !self.physical(sregs, linear).is_some_and(|address| self.peek(address, part)) {
+                break;
+            }
+            done += part.len();
+        }
+        done
+    }
+
+    /// Writes RAM at a linear address. False where some of it is no RAM: the part before that is written.
+    pub fn write_linear(&self, sregs: &kvm_sregs, linear: u64, mut data: &[u8]) -> bool {
+        pages(linear, data.len() as u64).all(|(linear, len)| {
+            let (part, rest) = data.split_at(len as usize);
+            data = rest;
+            let address = self.physical(sregs, linear).map(GuestAddress);
+            address.is_some_and(|address| self.ram.write_slice(part, address).is_ok())
+        })
+    }
+
     /// How the machine ends because of what an access met.
     fn end_at(&self, met: Met) -> Option<Exit> {
         match met {
@@ -207,6 +253,15 @@ struct Runner {
 impl Runner {
     fn run(&mut self, state: &VcpuState) -> Result<Option<Exit>, KvmError> {
         self.apply(state)?;
+        let result = self.run_guest();
+        // For a dump, which must not change how the machine ends.
+        if let Err(error) = self.machine.pause.leave(self.index(), &self.processor.fd) {
+            log::debug!("vCPU {}: its registers cannot be read: {error}", self.processor.id);
+        }
+        result
+    }
+
+    fn run_guest(&mut self) -> Result<Option<Exit>, KvmError> {
         let _interruptible = Interruptible::new(&mut self.processor.fd).map_err(|error| {
             KvmError::Ioctl(format!("let a signal interrupt vCPU {}", self.processor.id), error)
         })?;
@@ -219,10 +274,28 @@ impl Runner {
                 log::debug!("vCPU {} stops here:\n{}", self.processor.id, Registers(&self.processor.fd));
                 return Ok(None);
             }
+            if self.machine.pause.is_wanted(self.index()) {
+                // KVM_RUN only completes the access that KVM passed on last: then the registers are right.
+                self.processor.fd.set_kvm_immediate_exit(1);
+            }
             if let Some(exit) = self.enter()? {
                 return Ok(Some(exit));
             }
         }
+    }
+
+    /// Its place in [`Machine::pause`].
+    fn index(&self) -> usize {
+        self.processor.id as usize
+    }
+
+    /// Waits as long as a debugger or a dump holds the vCPU.
+    fn park(&self, event: Option<kvm_debug_exit_arch>) -> Result<Option<Exit>, KvmError> {
+        let Machine { pause, stopping, .. } = &*self.machine;
+        pause
+            .park(self.index(), &self.processor.fd, event, stopping)
+            .map_err(failed_to(format!("pause vCPU {}", self.processor.id)))?;
+        Ok(None)
     }
 
     fn apply(&self, state: &VcpuState) -> Result<(), KvmError> {
@@ -286,11 +359,15 @@ impl Runner {
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 let data: *const [u8] = data;
+                if let Some(breakpoint) = self.port_breakpoint() {
+                    return self.stop_at_port(&breakpoint);
+                }
                 let width = self.port_width();
                 // SAFETY: as above: pages of the vCPU, which only this thread uses until the next KVM_RUN.
                 Ok(self.port_out(port, width, unsafe { &*data }))
             }
-            Ok(VcpuExit::Intr) => Ok(self.interrupted()),
+            Ok(VcpuExit::Debug(event)) => self.park(Some(event)),
+            Ok(VcpuExit::Intr) => self.interrupted(),
             Ok(VcpuExit::MemoryFault { gpa, .. }) => Ok(self.fault(Some(gpa))),
             Ok(VcpuExit::Shutdown) => Ok(Some(self.crash(format!("triple fault on vCPU {vcpu}")))),
             Ok(VcpuExit::FailEntry(reason, _)) => {
@@ -299,6 +376,13 @@ impl Runner {
             Ok(VcpuExit::InternalError) => {
                 // SAFETY: with KVM_EXIT_INTERNAL_ERROR this is the union's field; it consists of numbers.
                 let suberror = unsafe { self.processor.fd.get_kvm_run().__bindgen_anon_1.internal }.suberror;
+                if suberror == KVM_INTERNAL_ERROR_EMULATION
+                    && machine.pause.stops_at_int3(vcpu as usize)
+                    && is_int3(&mut self.processor.fd)
+                {
+                    let event = kvm_debug_exit_arch { exception: BREAKPOINT, ..Default::default() };
+                    return self.park(Some(event));
+                }
                 if suberror == KVM_INTERNAL_ERROR_EMULATION && machine.missing_pages.are_expected() {
                     // SHM-77: an access to a hole, by an instruction that KVM's emulator lacks. It needs none
                     // once there is a mapping.
@@ -312,13 +396,29 @@ impl Runner {
                 Err(KvmError::Ioctl(what, io::ErrorKind::Unsupported.into()))
             }
             Err(error) => match error.errno() {
-                libc::EINTR => Ok(self.interrupted()),
+                libc::EINTR => self.interrupted(),
                 // A processor that waits for its start was woken up.
                 libc::EAGAIN => Ok(None),
                 libc::EFAULT => Ok(self.fault(None)),
                 _ => Err(failed_to(format!("run vCPU {vcpu}"))(error)),
             },
         }
+    }
+
+    /// The registers, where a write to a port is a breakpoint.
+    fn port_breakpoint(&self) -> Option<kvm_regs> {
+        let pause = &self.machine.pause;
+        let regs = pause.has_port_breakpoints().then(|| self.processor.fd.get_regs().ok())??;
+        pause.is_port_breakpoint(regs.rip).then_some(regs)
+    }
+
+    /// Stops before the instruction, as at an `int3`. KVM completes the write first, and steps over it.
+    fn stop_at_port(&mut self, before: &kvm_regs) -> Result<Option<Exit>, KvmError> {
+        self.processor.fd.set_kvm_immediate_exit(1);
+        let _interrupted = self.processor.fd.run();
+        let vcpu = self.processor.id;
+        self.processor.fd.set_regs(before).map_err(failed_to(format!("set registers of vCPU {vcpu}")))?;
+        self.park(Some(kvm_debug_exit_arch { exception: BREAKPOINT, ..Default::default() }))
     }
 
     /// The width of the port access that KVM_RUN returned with: 1, 2 or 4 bytes.
@@ -346,18 +446,21 @@ impl Runner {
         })
     }
 
-    /// [`Vcpu::interrupt`] made KVM_RUN return: the machine stops, or the thread `stuck` saw this vCPU wait
-    /// or take many page faults.
-    fn interrupted(&mut self) -> Option<Exit> {
+    /// [`Vcpu::interrupt`] made KVM_RUN return: the machine stops, a debugger or a dump wants it to pause, or
+    /// the thread `stuck` saw this vCPU wait or take many page faults.
+    fn interrupted(&mut self) -> Result<Option<Exit>, KvmError> {
         if self.machine.stopping.load(Ordering::SeqCst) {
-            return None;
+            return Ok(None);
+        }
+        if self.machine.pause.is_wanted(self.index()) {
+            return self.park(None);
         }
         if let Some((address, access)) = self.awaited
             && !matches!(self.machine.missing_pages.provide(address, access), Met::Unavailable(_))
         {
             self.await_page(None);
         }
-        self.look(None).1
+        Ok(self.look(None).1)
     }
 
     /// KVM_RUN failed with EFAULT: the host cannot provide a page that the guest accessed.
@@ -401,18 +504,12 @@ impl Runner {
         let (Ok(regs), Ok(sregs)) = (self.processor.fd.get_regs(), self.processor.fd.get_sregs()) else {
             return Vec::new();
         };
-        let read = |address, data: &mut [u8]| self.read(address, data);
-        let translate = |linear| paging::physical(&sregs, linear, read);
+        let translate = |linear| self.machine.physical(&sregs, linear);
         let start = operands::instruction(&regs, &sregs);
-        let (mut code, mut fetched, mut accesses) = ([0; operands::LONGEST], 0, Vec::new());
-        for (linear, len) in pages(start, code.len() as u64) {
-            let Some(physical) = translate(linear) else { break };
-            accesses.push((physical, Access::ReadOnly));
-            if !read(physical, &mut code[fetched..fetched + len as usize]) {
-                break;
-            }
-            fetched += len as usize;
-        }
+        let mut code = [0; operands::LONGEST];
+        let fetched = self.machine.read_linear(&sregs, start, &mut code);
+        let of_code = pages(start, code.len() as u64).filter_map(|(linear, _)| translate(linear));
+        let mut accesses: Vec<_> = of_code.map(|physical| (physical, Access::ReadOnly)).collect();
         for operand in operands::of(&regs, &sregs, &code[..fetched]) {
             let physical = pages(operand.linear, operand.len).filter_map(|(linear, _)| translate(linear));
             accesses.extend(physical.map(|physical| (physical, operand.access)));
@@ -420,16 +517,19 @@ impl Runner {
         accesses
     }
 
-    /// Reads guest physical memory as it is. False where some of it is missing.
-    fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        self.machine.ram.read_slice(data, GuestAddress(address)).is_ok()
-            || self.machine.missing_pages.peek(address, data)
-    }
-
     fn crash(&self, reason: String) -> Exit {
         log::error!("{reason}\n{}", Registers(&self.processor.fd));
         Exit::Crash(reason)
     }
+}
+
+/// Whether the instruction that KVM cannot emulate is `int3`. A software KVM does not stop there by itself.
+fn is_int3(vcpu: &mut VcpuFd) -> bool {
+    // SAFETY: with KVM_EXIT_INTERNAL_ERROR, for an emulation, this is the union's field; all numbers.
+    let failure = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.emulation_failure };
+    // SAFETY: the union has only this field.
+    let code = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
+    code.insn_size > 0 && code.insn_bytes[0] == INT3
 }
 
 /// A dump of a processor's registers.

@@ -7,8 +7,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_TSC_DEADLINE_TIMER,
-    KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap, kvm_sregs,
+    CpuId, KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_SET_GUEST_DEBUG2,
+    KVM_CAP_TSC_DEADLINE_TIMER, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_SINGLESTEP, KVM_X86_QUIRK_SLOT_ZAP_ALL,
+    kvm_enable_cap, kvm_sregs,
 };
 use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use thiserror::Error;
@@ -83,6 +84,12 @@ pub fn has_hardware() -> bool {
     let Ok(text) = std::fs::read_to_string("/proc/cpuinfo") else { return true };
     let flags = text.lines().find(|line| line.starts_with("flags"));
     flags.is_none_or(|flags| flags.split(' ').any(|flag| ["vmx", "svm"].contains(&flag)))
+}
+
+/// Whether the processor is QEMU's. Its virtualization hands KVM neither `int3` of a guest nor the exceptions
+/// of debug registers (target/i386/tcg in QEMU's sources: `raise_interrupt2`, `helper_vmrun`).
+pub fn is_emulated() -> bool {
+    std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG CPU"))
 }
 
 /// For `map_err`: an ioctl that was to do `what`.
@@ -213,6 +220,13 @@ impl Vm {
         let fd = self.slots.vm.create_vcpu(u64::from(id));
         let fd = fd.map_err(failed_to(format!("create vCPU {id}")))?;
         Ok(Processor { id, fd, _slots: Arc::clone(&self.slots) })
+    }
+
+    /// The flags with which a processor runs for one instruction; without an interrupt, where KVM can do that
+    /// (Linux 5.15).
+    pub fn step_flags(&self) -> u32 {
+        let supported = self.slots.vm.check_extension_raw(u64::from(KVM_CAP_SET_GUEST_DEBUG2)).max(0) as u32;
+        KVM_GUESTDBG_SINGLESTEP | supported & KVM_GUESTDBG_BLOCKIRQ
     }
 
     /// A write to `event`, by any process, pulses interrupt line `gsi`.

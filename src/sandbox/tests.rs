@@ -8,8 +8,15 @@ use super::vmm::Kind;
 use super::*;
 use crate::thread;
 
-const KINDS: [(Kind, &str); 4] =
-    [(Kind::Vcpu, "vcpu0"), (Kind::Channel, "vhost-a"), (Kind::Keeper, "keep-a"), (Kind::Helper, "helper")];
+const KINDS: [(Kind, &str); 7] = [
+    (Kind::Vcpu, "vcpu0"),
+    (Kind::Channel, "vhost-a"),
+    (Kind::Keeper, "keep-a"),
+    (Kind::Helper, "helper"),
+    (Kind::DebuggedVcpu, "vcpu1"),
+    (Kind::Debugger, "gdb"),
+    (Kind::Dumper, "dump"),
+];
 
 /// A system call by its name, and code that makes it and gives its result.
 type Attempt = (&'static str, fn() -> libc::c_long);
@@ -75,7 +82,7 @@ fn hostile() {
         }),
         _ => thread::spawn(name.into(), kind, turn_hostile),
     };
-    if kind == Kind::Vcpu {
+    if matches!(kind, Kind::Vcpu | Kind::DebuggedVcpu) {
         Kind::MainLoop.confine();
     }
     hostile.unwrap().join().unwrap();

@@ -3,7 +3,9 @@
 use std::ffi::c_uint;
 use std::sync::OnceLock;
 
-use kvm_bindings::{KVMIO, kvm_cpuid2, kvm_fpu, kvm_msrs, kvm_regs, kvm_sregs, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVMIO, kvm_cpuid2, kvm_fpu, kvm_guest_debug, kvm_msrs, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+};
 use syscalls::Sysno;
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
@@ -17,6 +19,12 @@ pub enum Kind {
     MainLoop,
     /// `vcpuN`: runs the guest, and serves its accesses to registers.
     Vcpu,
+    /// The same, where gdb may set breakpoints.
+    DebuggedVcpu,
+    /// `gdb`: what gdb asks for.
+    Debugger,
+    /// `dump`: writes the machine into a file.
+    Dumper,
     /// `vhost-NAME`: a device's thread, which serves the backend channel.
     Channel,
     /// `keep-NAME`: asks a device's back-end, and tells it, what no vCPU waits for.
@@ -42,7 +50,7 @@ impl Kind {
         super::confine(self.tables());
         match self {
             Kind::MainLoop => _ = MAIN_IS_CONFINED.set(()),
-            Kind::Vcpu if super::is_confined() => _ = MAIN_IS_CONFINED.wait(),
+            Kind::Vcpu | Kind::DebuggedVcpu if super::is_confined() => _ = MAIN_IS_CONFINED.wait(),
             _ => {}
         }
     }
@@ -51,6 +59,9 @@ impl Kind {
         match self {
             Kind::MainLoop => &[EVERY_THREAD, MAIN_LOOP],
             Kind::Vcpu => &[VCPU, EVERY_THREAD, SOCKETS, FILES, TRACE],
+            Kind::DebuggedVcpu => &[VCPU, EVERY_THREAD, SOCKETS, FILES, TRACE, DEBUGGED],
+            Kind::Debugger => &[EVERY_THREAD, DEBUGGER],
+            Kind::Dumper => &[EVERY_THREAD, DUMPER],
             Kind::Channel => &[EVERY_THREAD, CHANNEL, SOCKETS, FILES, TRACE],
             Kind::Keeper => &[EVERY_THREAD, SOCKETS, TRACE],
             Kind::Reconnector => &[EVERY_THREAD, SOCKETS, RECONNECT, TRACE],
@@ -71,8 +82,10 @@ const KVM_SET_REGS: u32 = kvm(_IOC_WRITE, 0x82, size_of::<kvm_regs>());
 const KVM_GET_SREGS: u32 = kvm(_IOC_READ, 0x83, size_of::<kvm_sregs>());
 const KVM_SET_SREGS: u32 = kvm(_IOC_WRITE, 0x84, size_of::<kvm_sregs>());
 const KVM_SET_MSRS: u32 = kvm(_IOC_WRITE, 0x89, size_of::<kvm_msrs>());
+const KVM_GET_FPU: u32 = kvm(_IOC_READ, 0x8c, size_of::<kvm_fpu>());
 const KVM_SET_FPU: u32 = kvm(_IOC_WRITE, 0x8d, size_of::<kvm_fpu>());
 const KVM_SET_CPUID2: u32 = kvm(_IOC_WRITE, 0x90, size_of::<kvm_cpuid2>());
+const KVM_SET_GUEST_DEBUG: u32 = kvm(_IOC_WRITE, 0x9b, size_of::<kvm_guest_debug>());
 
 const MAIN_LOOP: &[Rule] = &[
     call(Sysno::epoll_wait, "waits for events"),
@@ -89,12 +102,27 @@ const VCPU: &[Rule] = &[
     ioctl(KVM_SET_FPU, "the same"),
     ioctl(KVM_GET_REGS, "which pages does an instruction need; the registers in a debug message"),
     ioctl(KVM_GET_SREGS, "the same"),
+    ioctl(KVM_GET_FPU, "the registers for a debugger or a dump"),
     ioctl(KVM_SET_USER_MEMORY_REGION, "a reset takes the slots of a device whose thread is stuck"),
     call(Sysno::preadv2, "forgets a kick at a reset"),
     call(Sysno::memfd_create, "a record for requests in flight, at a start with `reconnect=`"),
     call(Sysno::ftruncate, "the same"),
     on_self(Sysno::process_vm_readv, "reads a page of a mapping for the guest, if it is there"),
     on_self(Sysno::process_vm_writev, "writes to one"),
+];
+
+const DEBUGGED: &[Rule] = &[ioctl(KVM_SET_GUEST_DEBUG, "breakpoints and single steps")];
+
+const DEBUGGER: &[Rule] = &[
+    call(Sysno::accept4, "a debugger connects, to the socket that was made in the set-up"),
+    on_self(Sysno::process_vm_readv, "reads a page of a mapping for it, if the page is there"),
+];
+
+const DUMPER: &[Rule] = &[
+    call(Sysno::lseek, "which parts of RAM are more than zeroes"),
+    call(Sysno::pread64, "reads RAM"),
+    call(Sysno::ftruncate, "the length of the dump"),
+    call(Sysno::pwrite64, "writes it"),
 ];
 
 const CHANNEL: &[Rule] = &[

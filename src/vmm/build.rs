@@ -9,8 +9,10 @@ use kvm_bindings::CpuId;
 use super::Vmm;
 use super::backends::{self, Backend};
 use super::console::Console;
+use super::dump::DumpFile;
 use super::error::{VmmError, eventfd, failed_to};
 use super::exit_once::ExitOnce;
+use super::gdb::Gdb;
 use super::memory_map::MemoryMap;
 use crate::arch::x86_64::boot::Boot;
 use crate::arch::x86_64::cpuid::{self, Topology};
@@ -25,6 +27,7 @@ use crate::devices::i8042::I8042;
 use crate::devices::pci_ports::PciPorts;
 use crate::devices::power::PowerControl;
 use crate::devices::pvpanic::Pvpanic;
+use crate::kvm::pause::Pause;
 use crate::kvm::slots::Slots;
 use crate::kvm::vcpu::{BootRegisters, Machine, VcpuState};
 use crate::kvm::vm::{EMULATED_HOST, Kvm, KvmError, Processor, Vm, has_hardware};
@@ -68,7 +71,9 @@ impl Vmm {
         let end_at_unavailable = config.unavailable_page == UnavailablePage::Exit;
         let missing_pages =
             MissingPages::new(backends.iter().map(Backend::shared_memory), end_at_unavailable);
+        let debugger = config.gdb.is_some().then(eventfd).transpose()?;
         let machine = Arc::new(Machine {
+            pause: Pause::new(config.cpus as usize, debugger),
             ram: ram.memory().clone(),
             missing_pages: Arc::new(missing_pages),
             ..Machine::default()
@@ -88,10 +93,14 @@ impl Vmm {
         let topology = Topology { vcpus: config.cpus, tsc_deadline: kvm.has_tsc_deadline() };
         let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
 
+        // Last: a gdb that connects does not wait long.
+        let gdb = config.gdb.as_ref().map(|address| Gdb::listen(address, vm.step_flags())).transpose()?;
+        let dump = config.dump.as_ref().map(|path| DumpFile::open(path, &ram)).transpose()?;
         let ram = ram.regions.iter().map(|region| region.guest).collect();
         let crash_hint = is_hopeless.then_some(EMULATED_HOST);
         let resets = Resets::new(&config.cmdline, &machine.ram);
-        Ok(Vmm { vcpus, machine, console, memory_map: MemoryMap { ram, devices }, resets, crash_hint, exit })
+        let memory_map = MemoryMap { ram, devices };
+        Ok(Vmm { vcpus, machine, console, memory_map, resets, crash_hint, gdb, dump, exit })
     }
 }
 

@@ -28,6 +28,10 @@ pub(super) enum VmmError {
     AddressWidth { end: u64, bits: u32 },
     #[error("cannot open {0} for the serial port")]
     SerialFile(PathBuf, #[source] io::Error),
+    #[error("cannot listen for gdb on {0}")]
+    Gdb(String, #[source] io::Error),
+    #[error("cannot use {0} for a dump")]
+    Dump(PathBuf, #[source] io::Error),
     #[error("cannot {0}")]
     Os(&'static str, #[source] io::Error),
 }

@@ -8,24 +8,28 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::error::{VmmError, eventfd, watch};
 use crate::exit::Exit;
-use crate::report::{Failure, failure_text};
+use crate::report::{Failure, STATUS_ERROR, failure_text};
 
 /// What the program says last, and its exit status.
 #[derive(Clone, Debug)]
 pub(super) struct Ending {
     pub last: String,
     pub status: u8,
+    /// Whether it is a fault, of the guest or of hotslot, for which a dump is written.
+    pub is_fault: bool,
 }
 
 impl From<&Exit> for Ending {
     fn from(exit: &Exit) -> Self {
-        Ending { last: format!("hotslot: {exit}"), status: exit.into() }
+        let is_fault = matches!(exit, Exit::Crash(_) | Exit::Panicked);
+        Ending { last: format!("hotslot: {exit}"), status: exit.into(), is_fault }
     }
 }
 
 impl From<&dyn Failure> for Ending {
     fn from(failure: &dyn Failure) -> Self {
-        Ending { last: failure_text(failure), status: failure.status() }
+        let (last, status) = (failure_text(failure), failure.status());
+        Ending { last, status, is_fault: status == STATUS_ERROR }
     }
 }
 

@@ -10,6 +10,7 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 
 use super::Vmm;
 use super::console::Console;
+use super::dump::{self, Dumper};
 use super::error::{VmmError, failed_to};
 use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
@@ -32,13 +33,20 @@ impl Vmm {
     /// Runs the machine until it ends. That is the end of the process, too: nothing is unmapped, closed or
     /// joined first, since each of these can wait for a back-end's file.
     pub fn run(self) -> ! {
-        let Vmm { vcpus, machine, console, memory_map, resets, crash_hint, exit } = self;
+        let Vmm { vcpus, machine, console, memory_map, resets, crash_hint, gdb, dump, exit } = self;
         let serial_port = Arc::clone(&console.port);
-        let (events, raw_while_it_runs) = match set_up(console, memory_map, &exit) {
+        let dumper = dump.is_some().then(Arc::<Dumper>::default);
+        let (events, raw_while_it_runs) = match set_up(console, memory_map, dumper.clone(), &exit) {
             Ok(ready) => ready,
             Err(error) => end(&Ending::from(&error as &dyn Failure)),
         };
         let processors = start(vcpus, &machine, &Arc::new(resets), &exit);
+        let gdb = gdb.map_or(Ok(()), |gdb| gdb.start(&machine, &processors, &exit));
+        let dump = dump.zip(dumper.clone());
+        let dump = dump.map_or(Ok(()), |(dump, dumper)| dump.start(dumper, &machine, &processors));
+        if let Err(error) = gdb.and(dump) {
+            exit.set((&error as &dyn Failure).into());
+        }
         Kind::MainLoop.confine();
         let ending = serve(events, &exit);
         if let Some(hint) = crash_hint.filter(|_| ending.status == u8::from(&Exit::Crash(String::new()))) {
@@ -46,6 +54,9 @@ impl Vmm {
         }
 
         stop(&processors, &machine);
+        if let Some(dumper) = dumper {
+            finish_dump(&dumper, ending.is_fault);
+        }
         serial_port.flush();
         let UnclaimedCounts { mmio_reads, mmio_writes, ports } = &machine.unclaimed;
         log::info!(
@@ -65,9 +76,10 @@ fn end(ending: &Ending) -> ! {
 fn set_up(
     console: Console,
     memory_map: MemoryMap,
+    dumper: Option<Arc<Dumper>>,
     exit: &Arc<ExitOnce>,
 ) -> Result<(MainLoop, Option<RawTerminal>), VmmError> {
-    signals::watch(Arc::clone(exit), memory_map)?;
+    signals::watch(Arc::clone(exit), memory_map, dumper)?;
     let raw_while_it_runs = console.make_raw()?;
     let mut events =
         MainLoop::new().map_err(|error| failed_to("make the main loop")(io::Error::other(error)))?;
@@ -125,10 +137,22 @@ fn start(
 /// Stops the processors' threads, and waits for them until [`STOP_PROCESSORS`].
 fn stop(processors: &[Vcpu], machine: &Machine) {
     machine.stopping.store(true, Ordering::SeqCst);
+    machine.pause.wake();
     let start = Instant::now();
     // Repeated: a signal may arrive just before a thread blocks in a write of the serial port's output.
     while !processors.iter().all(Vcpu::has_ended) && start.elapsed() < STOP_PROCESSORS {
         processors.iter().for_each(Vcpu::interrupt);
         sleep(Duration::from_millis(1));
+    }
+}
+
+/// Has a dump written at a fault, and waits for one that is being written. The processors have left their
+/// registers.
+fn finish_dump(dumper: &Dumper, is_fault: bool) {
+    if is_fault {
+        dumper.want();
+    }
+    if !dumper.wait(dump::AT_MOST) {
+        say("hotslot: the dump is incomplete");
     }
 }

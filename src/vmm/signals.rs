@@ -8,11 +8,12 @@ use std::io::{self, Read};
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 use std::thread::{JoinHandle, sleep};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::signal::{block_signal, create_sigset};
 
+use super::dump::{self, Dumper};
 use super::error::{VmmError, failed_to};
 use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
@@ -29,7 +30,7 @@ const SIGNALS: [libc::c_int; 12] = [
     libc::SIGHUP,
     libc::SIGQUIT,
     PRINT_MEMORY_MAP,
-    libc::SIGUSR2,
+    WRITE_DUMP,
     libc::SIGALRM,
     libc::SIGVTALRM,
     libc::SIGPROF,
@@ -38,14 +39,21 @@ const SIGNALS: [libc::c_int; 12] = [
     libc::SIGSTKFLT,
 ];
 const PRINT_MEMORY_MAP: libc::c_int = libc::SIGUSR1;
+const WRITE_DUMP: libc::c_int = libc::SIGUSR2;
 
 /// How long the main loop has to stop the machine, once its end is set. With [`lines::end`]'s second the
 /// process is gone within 5 seconds.
 const STOP_WITHIN: Duration = Duration::from_secs(4);
+/// Time between two looks for another signal while a dump is written.
+const LOOK_FOR_SIGNALS: Duration = Duration::from_millis(100);
 
 /// Blocks the signals on this thread and all that it starts later, so that only the new thread takes them.
 /// Threads that were started earlier block all signals, see [`crate::thread`].
-pub(super) fn watch(exit: Arc<ExitOnce>, memory_map: MemoryMap) -> Result<(), VmmError> {
+pub(super) fn watch(
+    exit: Arc<ExitOnce>,
+    memory_map: MemoryMap,
+    dumper: Option<Arc<Dumper>>,
+) -> Result<(), VmmError> {
     for signal in SIGNALS {
         let _already_blocked = block_signal(signal);
     }
@@ -58,7 +66,7 @@ pub(super) fn watch(exit: Arc<ExitOnce>, memory_map: MemoryMap) -> Result<(), Vm
     }
     // SAFETY: the call has made the file descriptor, which has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
-    let signals = Signals { file, exit, memory_map: Arc::new(memory_map), printer: None };
+    let signals = Signals { file, exit, memory_map: Arc::new(memory_map), printer: None, dumper };
     thread::spawn("signals".into(), Kind::Helper, || signals.run())
         .map_err(failed_to("start the thread for signals"))?;
     Ok(())
@@ -70,13 +78,14 @@ struct Signals {
     memory_map: Arc<MemoryMap>,
     /// Prints the memory map, or did so. At most one at a time.
     printer: Option<JoinHandle<()>>,
+    dumper: Option<Arc<Dumper>>,
 }
 
 impl Signals {
     fn run(mut self) {
         loop {
-            if let Some(Ending { last, status }) = self.exit.get() {
-                sleep(STOP_WITHIN);
+            if let Some(Ending { last, status, .. }) = self.exit.get() {
+                self.wait_for_end();
                 // The main thread has not ended the process: it is stuck.
                 terminal::restore();
                 lines::end(&last, status);
@@ -92,13 +101,34 @@ impl Signals {
     }
 
     fn take(&mut self) {
+        while let Some(signal) = self.next() {
+            match (signal, &self.dumper) {
+                (PRINT_MEMORY_MAP, _) => self.print(),
+                (WRITE_DUMP, Some(dumper)) => dumper.want(),
+                _ => self.exit.set((&Exit::Signal(signal)).into()),
+            }
+        }
+    }
+
+    /// A signal that has arrived.
+    fn next(&mut self) -> Option<i32> {
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
-        while self.file.read_exact(&mut info).is_ok() {
-            // The first field, ssi_signo.
-            let [a, b, c, d, ..] = info;
-            match i32::from_ne_bytes([a, b, c, d]) {
-                PRINT_MEMORY_MAP => self.print(),
-                signal => self.exit.set((&Exit::Signal(signal)).into()),
+        self.file.read_exact(&mut info).ok()?;
+        // The first field, ssi_signo.
+        let [a, b, c, d, ..] = info;
+        Some(i32::from_ne_bytes([a, b, c, d]))
+    }
+
+    /// Gives the main loop its time. A dump that is being written has more, until another signal.
+    fn wait_for_end(&mut self) {
+        sleep(STOP_WITHIN);
+        let Some(dumper) = self.dumper.clone() else { return };
+        let start = Instant::now();
+        while !dumper.wait(LOOK_FOR_SIGNALS) {
+            let is_ended =
+                self.next().is_some_and(|signal| ![PRINT_MEMORY_MAP, WRITE_DUMP].contains(&signal));
+            if is_ended || start.elapsed() >= dump::AT_MOST {
+                return say("hotslot: the dump is incomplete");
             }
         }
     }

@@ -7,8 +7,10 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
 mod bad_backends;
+mod dump;
 mod faults;
 mod footprint;
+mod gdb;
 mod lifecycle;
 mod machine;
 mod mappings;

@@ -8,6 +8,7 @@
 //! | [`fuse`] | a file system whose server leaves requests unanswered |
 //! | [`recorder`], [`machine`] | the machine of such a device: it records its mappings, or a vCPU of KVM sees them |
 //! | [`guest`], [`monitor`], [`image`] | a running `hotslot`, and the small guest in it |
+//! | [`gdb`] | a debugger |
 //! | [`program`], [`torture`] | a running `hotslot-backend` |
 //! | [`driver`] | the front-end of the `vhost` crate, and a driver with one queue |
 //! | [`child`], [`built`], [`terminal`] | a program that runs, where cargo built it, what it runs on |
@@ -26,6 +27,7 @@ pub mod driver;
 pub mod files;
 pub mod full_disk;
 pub mod fuse;
+pub mod gdb;
 pub mod guest;
 pub mod image;
 pub mod kvm;
