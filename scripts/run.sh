@@ -22,6 +22,8 @@
 #   --shell            a file of this machine, target/run/pmem.img, as persistent memory, mounted at /mnt with DAX
 #   --cpus N, -m SIZE  processors (1) and memory (512M) of the guest
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the guest)
+#   --memory-picture FILE
+#                      draws the guest's memory into FILE, as SVG, at each SIGUSR1 of hotslot and at the end
 #   --verbose, -v      hotslot's messages on standard error; -vv more of them
 #   HOTSLOT OPTION...  others of `hotslot --help` go to hotslot: -i, -c, --log, --log-file, --unavailable-page, --backend-loss,
 #                      --trace-vhost-user, --connect-timeout, --sandbox, --gdb, --dump, --vhost-user
@@ -63,7 +65,7 @@ HOTSLOT=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot
 BACKEND=$HOTSLOT-backend
 
 # What the options ask for.
-job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' trace='' command=() memory=512M
+job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' written=() command=() memory=512M
 lines=() types=() modules=(virtio_mmio) hotslot_options=()
 
 main() {
@@ -109,7 +111,7 @@ parse() {
         --shell) shell=1 && shift && continue ;;
         --tty) tty=1 && shift && continue ;;
         --verbose | -v | -vv) verbose=1 hotslot_options+=("$1") && shift && continue ;;
-        --kernel | --modules | --share | --disk | --backend | --type | --module | --cpus | -m | --memory | -i | --initramfs | -c | --cmdline | --log | --log-file | --unavailable-page | --backend-loss | --trace-vhost-user | --connect-timeout | --sandbox | --gdb | --dump | --vhost-user)
+        --kernel | --modules | --share | --disk | --backend | --type | --module | --memory-picture | --cpus | -m | --memory | -i | --initramfs | -c | --cmdline | --log | --log-file | --unavailable-page | --backend-loss | --trace-vhost-user | --connect-timeout | --sandbox | --gdb | --dump | --vhost-user)
             (($# > 1)) || wrong "$1 needs a value"
             ;;
         -*) wrong "$1: there is no such option" ;;
@@ -149,10 +151,12 @@ parse() {
             memory=$2
             hotslot_options+=("$1" "$2")
             ;;
-        --trace-vhost-user)
+        --trace-vhost-user | --memory-picture)
+            [[ ! -e $2 || -f $2 ]] || wrong "$1 $2: this is not a regular file"
             # The emulated host gets it empty and gives it back.
-            : >"$2" || wrong "--trace-vhost-user $2: this file cannot be written"
-            trace=$(realpath "$2") && hotslot_options+=("$1" "$trace")
+            { : >"$2"; } 2>/dev/null || wrong "$1 $2: this file cannot be written"
+            written+=("$(realpath "$2")")
+            hotslot_options+=("$1" "${written[-1]}")
             ;;
         *) hotslot_options+=("$1" "$2") ;;
         esac
@@ -200,7 +204,7 @@ make_image() {
 # For host.sh: DEVICES, a line for each (type and keys, then the back-end's command line); and SETUP, words for guest.sh.
 devices() {
     devices='' setup='' lab=()
-    local here='' window=1G number fs
+    local here='' window=1G number fs file
     # There these are not files of the host's own disk, but of a directory that lab.sh shares.
     [[ $1 == kvm ]] || here=,foreign-files=on
     [[ -n $dax ]] || window=0
@@ -218,7 +222,7 @@ devices() {
         device "type=fs,name=share$here" "$fs --tag share --dir $(quote "$place")"
         setup+=" share${dax:+:dax}" lab+=(--share "$share")
     fi
-    [[ -z $trace ]] || lab+=(--file "$trace" --out "$trace")
+    for file in "${written[@]}"; do lab+=(--file "$file" --out "$file"); done
     if [[ -n $shell ]]; then
         device type=pmem,name=pmem0 "$(quote "$BACKEND") pmem --once --socket {socket} --file $(quote "$IMAGE")"
         setup+=" pmem" modules+=(virtio_pmem nd_pmem) lab+=(--file "$IMAGE" --out "$IMAGE")

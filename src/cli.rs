@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::config::device::{self, DeviceSpec};
@@ -120,9 +120,15 @@ pub struct Cli {
     #[arg(help_heading = HOST, long, value_name = "FILE")]
     pub trace_vhost_user: Option<PathBuf>,
 
-    /// Print the machine's fixed addresses, ports and interrupts, and its default kernel command line
-    #[arg(long, help_heading = ABOUT, group = "print")]
-    pub print_layout: bool,
+    /// Draw the guest physical memory with all live mappings into this file, as SVG: at each SIGUSR1, and at
+    /// the end
+    #[arg(help_heading = HOST, long, value_name = "FILE")]
+    pub memory_picture: Option<PathBuf>,
+
+    /// Print the machine's fixed addresses, ports and interrupts, and its default kernel command line; with
+    /// =svg a picture of the memory that --memory and --vhost-user configure
+    #[arg(long, help_heading = ABOUT, group = "print", value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
+    pub print_layout: Option<LayoutFormat>,
 
     /// Print a completion script for this shell
     #[arg(long, help_heading = ABOUT, group = "print", value_name = "SHELL")]
@@ -162,6 +168,15 @@ impl Trace {
     }
 }
 
+/// In which form the layout is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LayoutFormat {
+    /// A table
+    Text,
+    /// A picture
+    Svg,
+}
+
 // The groups of options in the help.
 const KERNEL: &str = "Kernel";
 const MACHINE: &str = "Machine";
@@ -185,7 +200,7 @@ Traces:
 
 Signals:
   SIGTERM, SIGINT, SIGHUP, SIGQUIT end the machine at once; the guest is not asked
-  SIGUSR1 prints the memory map with all live mappings
+  SIGUSR1 prints the memory map with all live mappings, and draws it with --memory-picture
   SIGUSR2 with --dump writes a dump; else it ends the machine
 
 Exit status:
@@ -238,6 +253,7 @@ impl Cli {
             serial: self.serial,
             connect_timeout: self.connect_timeout,
             debug_exit: self.debug_exit,
+            memory_picture: self.memory_picture,
             unavailable_page: self.unavailable_page,
             backend_loss: self.backend_loss,
             trace: self.trace_vhost_user,

@@ -41,6 +41,8 @@ pub struct Config {
     /// How long to wait for a back-end's socket.
     pub connect_timeout: Duration,
     pub debug_exit: bool,
+    /// Where the picture of the machine's memory is written, if anywhere.
+    pub memory_picture: Option<PathBuf>,
     pub unavailable_page: UnavailablePage,
     pub backend_loss: BackendLoss,
     /// Where to record what passes between the guest and the back-ends.

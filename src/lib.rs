@@ -9,6 +9,7 @@ pub mod devices;
 pub mod exit;
 pub mod kvm;
 pub mod memory;
+pub mod picture;
 pub mod report;
 pub mod sandbox;
 pub mod size;

@@ -4,14 +4,14 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use hotslot::arch::x86_64::layout::Layout;
-use hotslot::cli::{Cli, Command};
+use hotslot::cli::{Cli, Command, LayoutFormat};
 use hotslot::config::DEFAULT_CMDLINE;
 use hotslot::kvm;
 use hotslot::report::{self, Failure, STATUS_ERROR, STATUS_USAGE, failure_text, lines};
 use hotslot::sandbox::{self, SandboxError};
 use hotslot::terminal;
 use hotslot::trace::show::show;
-use hotslot::vmm::Vmm;
+use hotslot::vmm::{Vmm, picture};
 
 fn main() {
     match run(Cli::from_arguments(terminal::columns().is_some_and(|columns| columns < 80))) {
@@ -32,8 +32,16 @@ fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     if cli.version {
         text.extend(kvm::vm::describe().into_bytes());
     }
-    if cli.print_layout {
-        text.extend(format!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}\n").into_bytes());
+    match cli.print_layout {
+        None => {}
+        Some(LayoutFormat::Text) => {
+            text.extend(
+                format!("{Layout}\ndefault kernel command line:\n  {DEFAULT_CMDLINE}\n").into_bytes(),
+            );
+        }
+        Some(LayoutFormat::Svg) => {
+            text.extend(picture::of_layout(cli.memory, &cli.vhost_user)?.into_bytes());
+        }
     }
     if !text.is_empty() {
         // Unlike `print!`, this does not panic when stdout is closed.

@@ -1,7 +1,7 @@
-//! Sizes on a command line: `4096`, `64K`, `16M`, `8G`.
+//! Sizes on a command line: `4096`, `64K`, `16M`, `8G`; and in pictures: `64 KiB`, `2.75 GiB`.
 //!
 //! The units are binary (1K = 1024 bytes), because memory and files that are mapped into it come in pages.
-//! Called by the argument parsers of `hotslot` and `hotslot-backend`.
+//! Called by the argument parsers of `hotslot` and `hotslot-backend`, and by `picture`.
 
 /// Why a text is not a size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -40,9 +40,41 @@ pub fn parse(text: &str) -> Result<u64, SizeError> {
         .ok_or_else(|| SizeError::TooLarge(text.to_owned()))
 }
 
+/// A number of bytes for a reader: exact, in the largest unit in which it has at most two decimals.
+pub fn text(bytes: u64) -> String {
+    let units = ["TiB", "GiB", "MiB", "KiB"].into_iter().zip([40, 30, 20, 10]);
+    for (unit, shift) in units {
+        let hundredths = u128::from(bytes) * 100;
+        if bytes >> shift > 0 && hundredths.is_multiple_of(1 << shift) {
+            let (whole, rest) = (bytes >> shift, (hundredths >> shift) % 100);
+            let decimals = if rest == 0 { String::new() } else { format!(".{rest:02}") };
+            return format!("{whole}{} {unit}", decimals.trim_end_matches('0'));
+        }
+    }
+    if bytes == 1 { "1 byte".to_owned() } else { format!("{bytes} bytes") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn texts_are_exact() {
+        for (bytes, expected) in [
+            (0, "0 bytes"),
+            (1, "1 byte"),
+            (4095, "4095 bytes"),
+            (4096, "4 KiB"),
+            (639 << 10, "639 KiB"),
+            (3 << 29, "1.5 GiB"),
+            (11 << 28, "2.75 GiB"),
+            ((1 << 30) + 4096, "1048580 KiB"),
+            (1 << 63, "8388608 TiB"),
+            (u64::MAX, "18446744073709551615 bytes"),
+        ] {
+            assert_eq!(text(bytes), expected);
+        }
+    }
 
     #[test]
     fn numbers_with_and_without_a_unit() {

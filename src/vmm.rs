@@ -10,6 +10,7 @@
 //! | `run` | starts and stops the vCPU threads, and the main loop |
 //! | `exit_once` | how the machine ends: set by any thread, awaited by the main loop and by `signals` |
 //! | `signals` | the thread that takes SIGTERM and the like, SIGUSR1, which prints the `memory_map`, and SIGUSR2 for a `dump` |
+//! | `picture` | the picture of memory, and the thread that writes it |
 //! | `console` | the host's side of the serial port, and the escape key |
 //! | `gdb` | the thread that serves gdb: breakpoints, registers, memory |
 //! | `dump` | the thread that writes a core file of the machine |
@@ -23,6 +24,7 @@ mod error;
 mod exit_once;
 mod gdb;
 mod memory_map;
+pub mod picture;
 mod run;
 mod signals;
 mod stuck;
@@ -38,6 +40,7 @@ use dump::DumpFile;
 use exit_once::ExitOnce;
 use gdb::Gdb;
 use memory_map::MemoryMap;
+use picture::PictureFile;
 
 /// A machine that is ready to run.
 ///
@@ -50,6 +53,7 @@ pub struct Vmm {
     machine: Arc<Machine>,
     console: Console,
     memory_map: MemoryMap,
+    picture: Option<PictureFile>,
     resets: Resets,
     /// What to say when the guest crashes.
     crash_hint: Option<&'static str>,

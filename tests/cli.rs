@@ -214,6 +214,17 @@ fn wrong_usage() {
     refused(&["-k", "good", "trace", "good"], here, &["trace", "cannot be used with"], None);
     rustix::fs::mkfifoat(rustix::fs::CWD, here.join("pipe"), 0o600.into()).unwrap();
     refused(&["-k", "good", "--log-file", "pipe"], here, &["pipe", "no process reads this pipe"], None);
+    for (file, part) in [
+        ("pipe", "memory picture pipe: it is not a regular file"),
+        ("/dev/null", "it is not a regular file"),
+        (".", "it is not a regular file"),
+        ("no/where", "cannot create the memory picture no/where: No such file"),
+    ] {
+        refused(&["-k", "good", "--memory-picture", file], here, &[part], None);
+    }
+    refused(&["--print-layout=png"], here, &["png", "text, svg"], None);
+    refused(&["--print-layout=svg", "-m", "1M"], here, &["1048576 bytes", "too few"], Some("128M"));
+    refused(&["--print-layout=svg", "-m", "4096T"], here, &["52 bits of physical address"], None);
     refused(&["-k", "good", "--log-file", "no/where"], here, &["no/where", "No such file"], None);
 }
 

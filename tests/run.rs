@@ -43,6 +43,9 @@ fn wrong_options_are_refused_by_their_names() {
         (&["--backend", "program"], "{socket} is missing"),
         (&["--backend", "program {socket}", "true"], "its --type is missing"),
         (&["--type", "blk"], "there is no --backend before it"),
+        (&["--memory-picture"], "--memory-picture needs a value"),
+        (&["--memory-picture", "/dev/null"], "--memory-picture /dev/null: this is not a regular file"),
+        (&["--memory-picture", "/no/where/a.svg"], "a.svg: this file cannot be written"),
         (&["--tty"], "--tty: there is no COMMAND"),
         (&["--tty", "true"], "--tty: standard input is no terminal"),
     ] {

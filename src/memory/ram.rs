@@ -83,6 +83,12 @@ fn split(size: u64, gap_start: u64, gap_end: u64) -> Vec<GuestRange> {
     [GuestRange::new(0, low), GuestRange::new(gap_end, size - low)].into_iter().flatten().collect()
 }
 
+/// Where `size` bytes of RAM are, which leave the addresses from `gap_start` to `gap_end` free.
+pub fn ranges(size: u64, gap_start: u64, gap_end: u64) -> Result<Vec<GuestRange>, RamError> {
+    check_size(size, u64::MAX)?;
+    Ok(split(size, gap_start, gap_end))
+}
+
 impl Ram {
     /// Makes `size` bytes of RAM that leave the addresses from `gap_start` to `gap_end` free. No page is
     /// accessed yet, so none is resident.

@@ -8,10 +8,11 @@ use super::vmm::Kind;
 use super::*;
 use crate::thread;
 
-const KINDS: [(Kind, &str); 7] = [
+const KINDS: [(Kind, &str); 8] = [
     (Kind::Vcpu, "vcpu0"),
     (Kind::Channel, "vhost-a"),
     (Kind::Keeper, "keep-a"),
+    (Kind::Painter, "memory-picture"),
     (Kind::Helper, "helper"),
     (Kind::DebuggedVcpu, "vcpu1"),
     (Kind::Debugger, "gdb"),

@@ -31,6 +31,8 @@ pub enum Kind {
     Keeper,
     /// The same, of a device with `reconnect=`: connects again to a back-end that died.
     Reconnector,
+    /// `memory-picture`: writes the picture of the machine's memory.
+    Painter,
     /// Any other: waits, looks, and tells.
     Helper,
 }
@@ -65,6 +67,7 @@ impl Kind {
             Kind::Channel => &[EVERY_THREAD, CHANNEL, SOCKETS, FILES, TRACE],
             Kind::Keeper => &[EVERY_THREAD, SOCKETS, TRACE],
             Kind::Reconnector => &[EVERY_THREAD, SOCKETS, RECONNECT, TRACE],
+            Kind::Painter => &[EVERY_THREAD, PAINTER],
             Kind::Helper => &[EVERY_THREAD, STARTS_THREADS, HELPER],
         }
     }
@@ -139,6 +142,9 @@ const RECONNECT: &[Rule] = &[
     call_if(Sysno::socketpair, Argument::Is(0, libc::AF_UNIX as u32), "a new backend channel"),
     call(Sysno::pread64, "where a ring stands: the used index in RAM"),
 ];
+
+const PAINTER: &[Rule] =
+    &[call(Sysno::ftruncate, "empties the file of the picture"), call(Sysno::pwrite64, "writes the picture")];
 
 const HELPER: &[Rule] = &[call(Sysno::pread64, "a vCPU's statistics")];
 

@@ -14,6 +14,7 @@ use super::error::{VmmError, eventfd, failed_to};
 use super::exit_once::ExitOnce;
 use super::gdb::Gdb;
 use super::memory_map::MemoryMap;
+use super::picture::PictureFile;
 use crate::arch::x86_64::boot::Boot;
 use crate::arch::x86_64::cpuid::{self, Topology};
 use crate::arch::x86_64::regs::Entry;
@@ -49,6 +50,7 @@ impl Vmm {
         check_numbers(config)?;
         let ram = Ram::new(config.memory, layout::GAP, layout::GAP_END)?;
         let boot = Boot::plan(&config.kernel, &config.initramfs, &config.cmdline, &ram)?;
+        let picture = config.memory_picture.as_deref().map(PictureFile::create).transpose()?;
 
         // The machine, with its memory.
         let kvm = Kvm::open()?;
@@ -100,7 +102,7 @@ impl Vmm {
         let crash_hint = is_hopeless.then_some(EMULATED_HOST);
         let resets = Resets::new(&config.cmdline, &machine.ram);
         let memory_map = MemoryMap { ram, devices };
-        Ok(Vmm { vcpus, machine, console, memory_map, resets, crash_hint, gdb, dump, exit })
+        Ok(Vmm { vcpus, machine, console, memory_map, picture, resets, crash_hint, gdb, dump, exit })
     }
 }
 

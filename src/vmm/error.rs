@@ -26,6 +26,8 @@ pub(super) enum VmmError {
     /// `end` is the first address after RAM.
     #[error("guest memory up to {end:#x} is beyond this processor's {bits} bits of physical address")]
     AddressWidth { end: u64, bits: u32 },
+    #[error("cannot create the memory picture {0}")]
+    PictureFile(PathBuf, #[source] io::Error),
     #[error("cannot open {0} for the serial port")]
     SerialFile(PathBuf, #[source] io::Error),
     #[error("cannot listen for gdb on {0}")]

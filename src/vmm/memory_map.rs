@@ -1,11 +1,12 @@
-//! The guest physical memory map, which SIGUSR1 prints: RAM, and each device's registers, shared memory
-//! regions and mappings at that moment.
+//! The guest physical memory map: RAM, and each device's registers, shared memory regions and mappings at
+//! that moment. SIGUSR1 prints it; `picture` draws its parts.
 
 use std::fmt;
 use std::sync::Arc;
 
-use crate::memory::shmem::SharedMemory;
+use crate::memory::shmem::{MappingInfo, SharedMemory};
 use crate::memory::{Access, GuestRange};
+use crate::picture::memory::{Kind, Part};
 use crate::vhost_user::sharing::Participant;
 
 /// The parts of the map. It displays as one line for each.
@@ -25,43 +26,68 @@ pub(super) struct DeviceMemory {
 
 impl fmt::Display for MemoryMap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ram = self.ram.iter().map(|range| format!("{range}  RAM"));
-        let devices = self.devices.iter().flat_map(DeviceMemory::lines);
-        let lines: Vec<_> = ram.chain(devices).map(|line| format!("  {line}")).collect();
+        let line = |part: &Part| format!("  {}  {}", part.range, part.text());
+        let mut lines: Vec<_> = self.ram().iter().map(line).collect();
+        for device in &self.devices {
+            for part in device.parts() {
+                lines.push(line(&part));
+                lines.extend(part.inside.iter().map(|mapping| format!("  {}", line(mapping))));
+            }
+            let total = device.shmem.filled();
+            if total.bytes > 0 {
+                lines.push(format!("  {}: {total}", device.name));
+            }
+        }
         f.write_str(&lines.join("\n"))
     }
 }
 
-impl DeviceMemory {
-    fn lines(&self) -> Vec<String> {
-        let mut lines = vec![format!("{}  registers of {}", self.registers, self.name)];
-        let mappings = self.shmem.mappings();
-        for (shmid, region) in self.shmem.regions() {
-            lines.push(format!("{region}  {} shared memory region {shmid}", self.name));
-            for mapping in mappings.iter().filter(|mapping| mapping.shmid == shmid) {
-                let access = match mapping.access {
-                    Access::ReadOnly => "read-only",
-                    Access::ReadWrite => "read-write",
-                };
-                let filled = match mapping.filled {
-                    0 => String::new(),
-                    bytes => format!(", the last {bytes:#x} bytes are zeroes (the file ends before them)"),
-                };
-                let unavailable = mapping.unavailable.map_or(String::new(), |page| {
-                    format!(", the guest waits for the page at {page:#x}, which the host cannot provide")
-                });
-                let is_shared = |participant: &Participant| participant.is_shared(mapping.guest.start());
-                let shared = if self.participant.as_ref().is_some_and(is_shared) { ", shared" } else { "" };
-                lines.push(format!(
-                    "  {}  mapping, {access}{shared}, file offset {:#x}{filled}{unavailable}",
-                    mapping.guest, mapping.file_offset
-                ));
-            }
-        }
-        let total = self.shmem.filled();
-        if total.bytes > 0 {
-            lines.push(format!("{}: {total}", self.name));
-        }
-        lines
+impl MemoryMap {
+    /// RAM, and what the devices have.
+    pub fn parts(&self) -> Vec<Part> {
+        self.ram().into_iter().chain(self.devices.iter().flat_map(DeviceMemory::parts)).collect()
     }
+
+    fn ram(&self) -> Vec<Part> {
+        self.ram.iter().map(|&range| Part::new(range, Kind::Ram, "RAM")).collect()
+    }
+}
+
+impl DeviceMemory {
+    fn parts(&self) -> Vec<Part> {
+        let mut parts = vec![registers(self.registers, &self.name)];
+        let mappings = self.shmem.mappings();
+        for (shmid, range) in self.shmem.regions() {
+            let mut region =
+                Part::new(range, Kind::Window, format!("{} shared memory region {shmid}", self.name));
+            let inside = mappings.iter().filter(|mapping| mapping.shmid == shmid);
+            region.inside = inside.map(|mapping| self.mapping(mapping)).collect();
+            parts.push(region);
+        }
+        parts
+    }
+
+    fn mapping(&self, mapping: &MappingInfo) -> Part {
+        let mut notes = vec![match mapping.access {
+            Access::ReadOnly => "read-only".to_owned(),
+            Access::ReadWrite => "read-write".to_owned(),
+        }];
+        if self.participant.as_ref().is_some_and(|device| device.is_shared(mapping.guest.start())) {
+            notes.push("shared".to_owned());
+        }
+        notes.push(format!("file offset {:#x}", mapping.file_offset));
+        if mapping.filled > 0 {
+            let filled = mapping.filled;
+            notes.push(format!("the last {filled:#x} bytes are zeroes (the file ends before them)"));
+        }
+        if let Some(page) = mapping.unavailable {
+            notes.push(format!("the guest waits for the page at {page:#x}, which the host cannot provide"));
+        }
+        Part { notes, ..Part::new(mapping.guest, Kind::Mapping(mapping.access), "mapping") }
+    }
+}
+
+/// The registers of a device.
+pub(super) fn registers(range: GuestRange, device: &str) -> Part {
+    Part::new(range, Kind::Registers, format!("registers of {device}"))
 }

@@ -14,8 +14,9 @@ use super::dump::{self, Dumper};
 use super::error::{VmmError, failed_to};
 use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
-use super::stuck::StuckWatch;
-use super::{signals, stuck};
+use super::picture::Painter;
+use super::signals::{self, Writers};
+use super::stuck::{self, StuckWatch};
 use crate::arch::x86_64::reset::Resets;
 use crate::exit::Exit;
 use crate::kvm::vcpu::{Machine, UnclaimedCounts, Vcpu, VcpuState};
@@ -33,10 +34,17 @@ impl Vmm {
     /// Runs the machine until it ends. That is the end of the process, too: nothing is unmapped, closed or
     /// joined first, since each of these can wait for a back-end's file.
     pub fn run(self) -> ! {
-        let Vmm { vcpus, machine, console, memory_map, resets, crash_hint, gdb, dump, exit } = self;
+        let Vmm { vcpus, machine, console, memory_map, picture, resets, crash_hint, gdb, dump, exit } = self;
         let serial_port = Arc::clone(&console.port);
+        let memory_map = Arc::new(memory_map);
         let dumper = dump.is_some().then(Arc::<Dumper>::default);
-        let (events, raw_while_it_runs) = match set_up(console, memory_map, dumper.clone(), &exit) {
+        let painter = picture.map(|file| Painter::start(file, Arc::clone(&memory_map))).transpose();
+        let ready = painter.and_then(|painter| {
+            let writers = Writers { painter, dumper };
+            let (events, raw_while_it_runs) = set_up(console, memory_map, writers.clone(), &exit)?;
+            Ok((events, raw_while_it_runs, writers))
+        });
+        let (events, raw_while_it_runs, Writers { painter, dumper }) = match ready {
             Ok(ready) => ready,
             Err(error) => end(&Ending::from(&error as &dyn Failure)),
         };
@@ -58,6 +66,9 @@ impl Vmm {
             finish_dump(&dumper, ending.is_fault);
         }
         serial_port.flush();
+        if let Some(painter) = painter {
+            painter.order_last();
+        }
         let UnclaimedCounts { mmio_reads, mmio_writes, ports } = &machine.unclaimed;
         log::info!(
             "no device claimed {mmio_reads:?} memory reads, {mmio_writes:?} memory writes and {ports:?} port accesses"
@@ -75,11 +86,11 @@ fn end(ending: &Ending) -> ! {
 /// Signals, terminal, main loop.
 fn set_up(
     console: Console,
-    memory_map: MemoryMap,
-    dumper: Option<Arc<Dumper>>,
+    memory_map: Arc<MemoryMap>,
+    writers: Writers,
     exit: &Arc<ExitOnce>,
 ) -> Result<(MainLoop, Option<RawTerminal>), VmmError> {
-    signals::watch(Arc::clone(exit), memory_map, dumper)?;
+    signals::watch(Arc::clone(exit), memory_map, writers)?;
     let raw_while_it_runs = console.make_raw()?;
     let mut events =
         MainLoop::new().map_err(|error| failed_to("make the main loop")(io::Error::other(error)))?;

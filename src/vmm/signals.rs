@@ -17,6 +17,7 @@ use super::dump::{self, Dumper};
 use super::error::{VmmError, failed_to};
 use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
+use super::picture::Painter;
 use crate::exit::Exit;
 use crate::report::{lines, say};
 use crate::sandbox::vmm::Kind;
@@ -51,8 +52,8 @@ const LOOK_FOR_SIGNALS: Duration = Duration::from_millis(100);
 /// Threads that were started earlier block all signals, see [`crate::thread`].
 pub(super) fn watch(
     exit: Arc<ExitOnce>,
-    memory_map: MemoryMap,
-    dumper: Option<Arc<Dumper>>,
+    memory_map: Arc<MemoryMap>,
+    writers: Writers,
 ) -> Result<(), VmmError> {
     for signal in SIGNALS {
         let _already_blocked = block_signal(signal);
@@ -66,19 +67,27 @@ pub(super) fn watch(
     }
     // SAFETY: the call has made the file descriptor, which has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
-    let signals = Signals { file, exit, memory_map: Arc::new(memory_map), printer: None, dumper };
+    let signals = Signals { file, exit, memory_map, writers, printer: None };
     thread::spawn("signals".into(), Kind::Helper, || signals.run())
         .map_err(failed_to("start the thread for signals"))?;
     Ok(())
+}
+
+/// The threads that signals set to work, where the user asked for what they write.
+#[derive(Clone)]
+pub(super) struct Writers {
+    /// Draws what SIGUSR1 prints.
+    pub painter: Option<Arc<Painter>>,
+    pub dumper: Option<Arc<Dumper>>,
 }
 
 struct Signals {
     file: File,
     exit: Arc<ExitOnce>,
     memory_map: Arc<MemoryMap>,
+    writers: Writers,
     /// Prints the memory map, or did so. At most one at a time.
     printer: Option<JoinHandle<()>>,
-    dumper: Option<Arc<Dumper>>,
 }
 
 impl Signals {
@@ -102,7 +111,7 @@ impl Signals {
 
     fn take(&mut self) {
         while let Some(signal) = self.next() {
-            match (signal, &self.dumper) {
+            match (signal, &self.writers.dumper) {
                 (PRINT_MEMORY_MAP, _) => self.print(),
                 (WRITE_DUMP, Some(dumper)) => dumper.want(),
                 _ => self.exit.set((&Exit::Signal(signal)).into()),
@@ -122,7 +131,7 @@ impl Signals {
     /// Gives the main loop its time. A dump that is being written has more, until another signal.
     fn wait_for_end(&mut self) {
         sleep(STOP_WITHIN);
-        let Some(dumper) = self.dumper.clone() else { return };
+        let Some(dumper) = self.writers.dumper.clone() else { return };
         let start = Instant::now();
         while !dumper.wait(LOOK_FOR_SIGNALS) {
             let is_ended =
@@ -135,6 +144,9 @@ impl Signals {
 
     /// On a thread of its own, which may wait for the locks of all devices.
     fn print(&mut self) {
+        if let Some(painter) = &self.writers.painter {
+            painter.order();
+        }
         if self.printer.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return;
         }

@@ -14,6 +14,7 @@ mod gdb;
 mod lifecycle;
 mod machine;
 mod mappings;
+mod picture;
 mod pvh;
 mod reconnect;
 mod registers;

@@ -105,7 +105,7 @@ pub struct Layout;
 impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "guest physical memory:")?;
-        for (name, start, len) in MEMORY {
+        for (name, start, len) in memory() {
             let end = if len == 0 { String::new() } else { format!("{:#011x}", start + len) };
             writeln!(f, "  {start:#011x}..{end:11}  {name}")?;
         }
@@ -123,21 +123,39 @@ impl fmt::Display for Layout {
     }
 }
 
-const MEMORY: [(&str, u64, u64); 13] = [
+/// A name, the first address, the length in bytes (0 where it depends on the machine).
+pub type Place = (&'static str, u64, u64);
+
+/// What is in RAM before the guest's first instruction, besides the kernel and the initramfs.
+pub const BOOT: [Place; 6] = [
     ("global descriptor table", GDT, 32),
     ("boot parameters", BOOT_PARAMS, PAGE_SIZE),
     ("page tables of the first instructions", PAGE_TABLES, 6 * PAGE_SIZE),
     ("kernel command line", CMDLINE, CMDLINE_SPACE),
     ("ACPI tables", ACPI, ACPI_SPACE),
     ("reset vector", RESET_VECTOR, RESET_VECTOR_LEN),
-    ("RAM, with the kernel and the initramfs", HIGH_RAM, GAP - HIGH_RAM),
-    ("virtio devices' registers, a page each", VIRTIO_REGISTERS, MAX_DEVICES as u64 * PAGE_SIZE),
+];
+
+/// What is in the gap of each machine.
+pub const FIXED: [Place; 3] = [
     ("IOAPIC", IOAPIC, PAGE_SIZE),
     ("local APICs", LOCAL_APIC, PAGE_SIZE),
     ("KVM's own pages", KVM_PAGES, 4 * PAGE_SIZE),
+];
+
+const RAM: Place = ("RAM, with the kernel and the initramfs", HIGH_RAM, GAP - HIGH_RAM);
+const REGISTERS: Place =
+    ("virtio devices' registers, a page each", VIRTIO_REGISTERS, MAX_DEVICES as u64 * PAGE_SIZE);
+
+const ABOVE: [Place; 2] = [
     ("RAM beyond 3 GiB, as far as there is", GAP_END, 0),
     ("then, from the next GiB on: windows of shared memory regions", GAP_END, 0),
 ];
+
+/// All of it, by rising address.
+fn memory() -> impl Iterator<Item = Place> {
+    BOOT.into_iter().chain([RAM, REGISTERS]).chain(FIXED).chain(ABOVE)
+}
 
 const PORTS: [(&str, Range<u16>); 7] = [
     ("keyboard controller, reset only", I8042),
@@ -166,17 +184,17 @@ mod tests {
 
     #[test]
     fn nothing_overlaps() {
-        assert_disjoint(&MEMORY);
+        assert_disjoint(&memory().collect::<Vec<_>>());
         assert_disjoint(&PORTS.map(|(name, ports)| (name, ports.start.into(), ports.len() as u64)));
     }
 
     #[test]
     fn boot_structures_are_in_low_ram_and_registers_in_the_gap() {
-        for (name, start, len) in &MEMORY[..4] {
+        for (name, start, len) in &BOOT[..4] {
             assert!(start + len <= LOW_RAM_END, "{name}");
         }
-        for (name, start, len) in &MEMORY[7..11] {
-            assert!(GAP <= *start && start + len <= GAP_END, "{name}");
+        for (name, start, len) in [&[REGISTERS][..], &FIXED].concat() {
+            assert!(GAP <= start && start + len <= GAP_END, "{name}");
             assert_eq!(start % PAGE_SIZE, 0, "{name}");
         }
         const { assert!(LOW_RAM_END <= ACPI && RESET_VECTOR + RESET_VECTOR_LEN <= HIGH_RAM) };

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
@@ -40,6 +41,11 @@ impl FullDisk {
         let mut filler = self.open(FILLER);
         while filler.write_all(&[1; PAGE as usize]).is_ok() {}
         file
+    }
+
+    /// A path that leads to it, as long as this is not dropped.
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()).into()
     }
 
     pub fn make_room(&self) {

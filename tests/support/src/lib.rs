@@ -11,6 +11,7 @@
 //! | [`gdb`] | a debugger |
 //! | [`program`], [`torture`] | a running `hotslot-backend` |
 //! | [`driver`] | the front-end of the `vhost` crate, and a driver with one queue |
+//! | [`picture`] | what a picture must hold to: nothing overlaps |
 //! | [`child`], [`built`], [`terminal`] | a program that runs, where cargo built it, what it runs on |
 //! | [`kvm`], [`process`], [`wait`] | whether `/dev/kvm` opens; what a process has of the host; deadlines |
 //!
@@ -34,6 +35,7 @@ pub mod kvm;
 pub mod machine;
 pub mod monitor;
 pub mod names;
+pub mod picture;
 pub mod process;
 pub mod program;
 pub mod recorder;
