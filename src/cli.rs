@@ -1,5 +1,6 @@
 //! The command line: the only source of the configuration. The doc comments here are its help text.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use crate::config::{
 };
 use crate::sandbox::Mode;
 use crate::size;
-use crate::trace::show::{Form, Sequence};
+use crate::trace::show::{Form, Sequence, parse_seconds};
 
 /// Boot a Linux kernel on KVM, with virtio devices that are other processes (vhost-user back-ends)
 ///
@@ -22,7 +23,7 @@ use crate::trace::show::{Form, Sequence};
 #[derive(Debug, Parser)]
 #[command(
     name = "hotslot",
-    override_usage = "hotslot --kernel <FILE> [OPTIONS]\n       hotslot trace <FILE> [--sequence <FORM>]",
+    override_usage = "hotslot --kernel <FILE> [OPTIONS]\n       hotslot trace <FILE> [--sequence <FORM> | --timeline]",
     version,
     disable_version_flag = true,
     max_term_width = 110,
@@ -156,15 +157,33 @@ pub struct Trace {
     /// The trace
     pub file: PathBuf,
 
-    /// Print a sequence diagram instead, in this language
+    /// Print a sequence diagram instead, in this form
     #[arg(long, value_name = "FORM")]
     pub sequence: Option<Sequence>,
+
+    /// Print a picture (SVG) of each shared memory region instead: its mappings over time
+    #[arg(long, conflicts_with = "sequence")]
+    pub timeline: bool,
+
+    /// Leave out what began earlier, in seconds as the trace has them
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = parse_seconds)]
+    pub from: Option<u64>,
+
+    /// Leave out what began later
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = parse_seconds)]
+    pub to: Option<u64>,
 }
 
 impl Trace {
     /// The form that was asked for.
     pub fn form(&self) -> Form {
-        self.sequence.map_or(Form::Text, Form::Sequence)
+        let form = self.sequence.map_or(Form::Text, Form::Sequence);
+        if self.timeline { Form::Timeline } else { form }
+    }
+
+    /// The times that were asked for, in nanoseconds.
+    pub fn when(&self) -> RangeInclusive<u64> {
+        self.from.unwrap_or(0)..=self.to.unwrap_or(u64::MAX)
     }
 }
 
@@ -196,7 +215,7 @@ const AFTER: &str = "Examples:
 
 Traces:
   hotslot trace FILE prints what --trace-vhost-user FILE recorded, a line for each message; with
-  --sequence mermaid it prints a sequence diagram for Mermaid
+  --sequence svg or mermaid it prints a sequence diagram, with --timeline each region's mappings over time
 
 Signals:
   SIGTERM, SIGINT, SIGHUP, SIGQUIT end the machine at once; the guest is not asked

@@ -23,7 +23,7 @@ fn main() {
 fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     fail_beyond_file_size_limit();
     if let Some(Command::Trace(trace)) = &cli.command {
-        return Ok(show(&trace.file, trace.form(), &mut io::stdout())?);
+        return Ok(show(&trace.file, trace.form(), trace.when(), &mut io::stdout())?);
     }
     sandbox::prepare(cli.sandbox).map_err(NoSandbox)?;
     lines::start().map_err(NoThread)?;

@@ -1,15 +1,16 @@
-//! What a picture is drawn on: boxes, lines and texts with whole coordinates, and the colours.
+//! What a picture is drawn on: boxes, lines and texts with whole coordinates, and the colours. Used by each
+//! picture.
 
 use svg::Document;
 use svg::node::Text;
 use svg::node::element::Element;
 
 /// The width of a picture, in pixels as all coordinates.
-pub(super) const WIDTH: u32 = 800;
+pub const WIDTH: u32 = 800;
 /// Free space around it.
-pub(super) const MARGIN: u32 = 16;
+pub const MARGIN: u32 = 16;
 /// From one line of text to the next.
-pub(super) const LINE: u32 = 15;
+pub const LINE: u32 = 15;
 /// The width that a character of [`FONT_SIZE`] may take. Those of monospace fonts take 0.60 of their size.
 const COLUMN: f32 = 7.4;
 const FONT_SIZE: u32 = 12;
@@ -38,14 +39,17 @@ const STYLE: &str = "
 
 /// Where a text's x coordinate is.
 #[derive(Clone, Copy)]
-pub(super) enum Anchor {
+pub enum Anchor {
+    /// The text begins there.
     Start,
+    /// It has its middle there.
     Middle,
+    /// It ends there.
     End,
 }
 
 /// The elements of a picture so far; the later ones cover the earlier ones.
-pub(super) struct Canvas(Vec<Element>);
+pub struct Canvas(Vec<Element>);
 
 impl Canvas {
     /// A canvas with a title in its first line.
@@ -60,12 +64,13 @@ impl Canvas {
         self.0.len()
     }
 
-    /// A box; `at` is a [`Self::place`], or `None` for in front of all.
+    /// A box: left, top, width and height. `at` is a [`Self::place`], or `None` for in front of all.
     pub fn rect(&mut self, class: &str, at: Option<usize>, [x, y, width, height]: [u32; 4]) {
         let rect = element("rect", class).with("x", x).with("y", y);
         self.0.insert(at.unwrap_or(self.0.len()), rect.with("width", width).with("height", height).0);
     }
 
+    /// A line from a point to another.
     pub fn line(&mut self, class: &str, [x1, y1, x2, y2]: [u32; 4]) {
         let line = element("line", class).with("x1", x1).with("y1", y1);
         self.0.push(line.with("x2", x2).with("y2", y2).0);
@@ -124,12 +129,12 @@ fn columns(text: &str) -> usize {
 }
 
 /// How many columns a width has room for.
-pub(super) fn columns_in(width: u32) -> usize {
+pub fn columns_in(width: u32) -> usize {
     (width as f32 / COLUMN) as usize
 }
 
 /// A text with at most so many columns: its end is cut off where it has more.
-pub(super) fn fit(text: &str, most: usize) -> String {
+pub fn fit(text: &str, most: usize) -> String {
     if columns(text) <= most {
         return text.to_owned();
     }
@@ -141,17 +146,18 @@ pub(super) fn fit(text: &str, most: usize) -> String {
     text.chars().take_while(fits).chain(['…']).collect()
 }
 
-/// Puts pieces into lines of at most so many columns, with commas between them.
-pub(super) fn wrap(pieces: &[String], most: usize) -> Vec<String> {
-    let mut lines: Vec<String> = Vec::new();
-    for piece in pieces {
+/// Breaks a text into lines of at most so many columns, behind spaces and opening parentheses. At least one
+/// line.
+pub fn wrap(text: &str, most: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_inclusive([' ', '(']) {
         match lines.last_mut() {
-            Some(line) if columns(line) + 2 + columns(piece) < most => *line = format!("{line}, {piece}"),
-            last => {
-                last.into_iter().for_each(|line| line.push(','));
-                lines.push(fit(piece, most - 1));
-            }
+            Some(line) if columns(line) + columns(word.trim_end()) <= most => line.push_str(word),
+            _ => lines.push(fit(word, most)),
         }
+    }
+    if lines.len() > 1 {
+        lines.retain(|line| !line.is_empty());
     }
     lines
 }

@@ -179,7 +179,7 @@ impl Column {
         if !part.inside.is_empty() {
             pieces.push(format!("in here a pixel is {}", size::text(inner.0)));
         }
-        let lines = wrap(&pieces, columns_in(WIDTH - MARGIN - TEXT));
+        let lines = wrap(&pieces.join(", "), columns_in(WIDTH - MARGIN - TEXT));
         let to_scale = scale.pixels(part.range.len());
         let (top, behind) = (self.y, self.canvas.place());
         let (left, width) = (BOX + depth * INSET, BOX_WIDTH - depth * INSET);

@@ -3,18 +3,21 @@
 
 use std::fs::File;
 use std::io::{self, BufReader};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use thiserror::Error;
 
 use super::read::{Problem, read};
-use super::{mermaid, text};
+use super::{mermaid, sequence, text, timeline};
 use crate::report::{Failure, STATUS_ERROR, STATUS_USAGE, say, with_causes};
 
 /// The languages of sequence diagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Sequence {
+    /// A picture
+    Svg,
     /// Text for Mermaid, as in Markdown on many sites
     Mermaid,
 }
@@ -26,6 +29,16 @@ pub enum Form {
     Text,
     /// A diagram with the guest, hotslot and the back-ends.
     Sequence(Sequence),
+    /// A picture of the mappings of each region, over time.
+    Timeline,
+}
+
+/// A time of a trace on the command line: seconds, as they are in its text; in nanoseconds.
+pub fn parse_seconds(text: &str) -> Result<u64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| seconds.is_finite() && *seconds >= 0.0);
+    seconds
+        .map(|seconds| (seconds * 1e9) as u64)
+        .ok_or_else(|| "it is a number of seconds, as in 1.5".to_owned())
 }
 
 /// Why a trace is not shown.
@@ -36,6 +49,8 @@ pub enum ShowError {
     File(PathBuf, #[source] io::Error),
     #[error("{path} has no record of a trace", path = .0.display())]
     NoTrace(PathBuf),
+    #[error("{path} has no record in the times of --from and --to: it goes from {first} s to {last} s", path = .path.display())]
+    NothingThere { path: PathBuf, first: String, last: String },
     /// The rest was shown.
     #[error("{count} lines of {path} are no records", path = .path.display())]
     BadLines { path: PathBuf, count: usize },
@@ -55,19 +70,31 @@ impl Failure for ShowError {
     }
 }
 
-/// Writes the trace in this form to `out`.
+/// Writes the records that begin in these nanoseconds in this form to `out`.
 ///
 /// # Errors
 ///
 /// It cannot be read, or, after the rest was written, some lines were no records.
-pub fn show(path: &Path, form: Form, out: &mut impl io::Write) -> Result<(), ShowError> {
+pub fn show(
+    path: &Path,
+    form: Form,
+    when: RangeInclusive<u64>,
+    out: &mut impl io::Write,
+) -> Result<(), ShowError> {
     let failed = |error| ShowError::File(path.to_owned(), error);
-    let trace = File::open(path).and_then(|file| read(BufReader::new(file))).map_err(failed)?;
-    if trace.records.is_empty() {
+    let mut trace = File::open(path).and_then(|file| read(BufReader::new(file))).map_err(failed)?;
+    let (Some(first), Some(last)) = (trace.records.first(), trace.records.last()) else {
         return Err(ShowError::NoTrace(path.to_owned()));
+    };
+    let [first, last] = [first, last].map(|record| text::seconds(record.time_ns));
+    trace.records.retain(|record| when.contains(&record.time_ns));
+    if trace.records.is_empty() {
+        return Err(ShowError::NothingThere { path: path.to_owned(), first, last });
     }
     let shown = match form {
         Form::Text => text::print(&trace.records),
+        Form::Sequence(Sequence::Svg) => sequence::draw(&trace.records),
+        Form::Timeline => timeline::draw(&trace.records),
         Form::Sequence(Sequence::Mermaid) => mermaid::draw(&trace.records),
     };
     // Unlike `print!`, this does not panic when the output is closed.

@@ -204,7 +204,8 @@ fn descriptors(descriptors: &[Descriptor], lost: bool) -> String {
     }
 }
 
-fn seconds(ns: u64) -> String {
+/// A time with microseconds.
+pub fn seconds(ns: u64) -> String {
     format!("{}.{:06}", ns / 1_000_000_000, ns / 1000 % 1_000_000)
 }
 

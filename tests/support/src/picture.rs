@@ -43,7 +43,8 @@ fn of_text(node: &Node, text: &str) -> Place {
 
 /// Checks a picture. The result is its texts.
 ///
-/// Texts meet no other text and no edge of a box; boxes are beside or in each other; all is inside the picture.
+/// Texts meet no other text and no edge of a box; boxes are beside or in each other; all is inside the
+/// picture.
 pub fn texts(svg: &str) -> Vec<String> {
     let document = Document::parse(svg).unwrap_or_else(|error| panic!("{error}:\n{svg}"));
     let elements = |name: &'static str| document.descendants().filter(move |node| node.has_tag_name(name));
@@ -77,4 +78,11 @@ pub fn texts(svg: &str) -> Vec<String> {
         }
     }
     texts.into_iter().map(|(_, text)| text).collect()
+}
+
+/// The boxes of a class: left, top, right and bottom.
+pub fn boxes(svg: &str, class: &str) -> Vec<[f64; 4]> {
+    let document = Document::parse(svg).unwrap();
+    let is_one = |node: &Node| node.has_tag_name("rect") && node.attribute("class") == Some(class);
+    document.descendants().filter(is_one).map(|node| of_box(&node).0).collect()
 }
