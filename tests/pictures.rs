@@ -66,6 +66,15 @@ fn the_layout_of_the_configured_machine() {
 }
 
 #[test]
+fn the_picture_of_the_readme() {
+    let readme = include_str!("../README.md");
+    assert!(readme.contains("](src/picture/memory.svg)"), "it shows the picture");
+    let parts =
+        ["RAM, 512 MiB", "registers of share", "share shared memory region 0, 1 GiB", "mapping at +0x200000"];
+    has(include_str!("../src/picture/memory.svg"), &parts);
+}
+
+#[test]
 fn the_mappings_of_several_windows() {
     let parts = vec![
         // In any order.
