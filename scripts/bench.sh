@@ -14,7 +14,8 @@
 #                      clock: on the emulated host itself, and in a guest with our back-ends and with virtiofsd (which
 #                      cargo installs) and qemu-storage-daemon
 #   mapping            how long a MAP and an UNMAP take that are well, by the same clock: with this hotslot, in its sandbox and
-#                      without one, and with others that are named (of an earlier version)
+#                      without one, and with others that are named (of an earlier version, which must give a
+#                      guest input that polls the serial port)
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"

@@ -70,8 +70,8 @@ fn what_is_shared_is_given_back(counts: &dyn Fn() -> (usize, usize)) {
             assert_eq!(owner.map(writable(page_at(2 * page)), &files[0]), 0);
             assert_eq!(owner.map(writable(page_at(2 * page + 1)), &files[1]), 0);
         }
-        // Two to send to others, and two to know where the files end.
-        descriptors_are(idle.0 + 4);
+        // One of each file: to send to others, and to know where it ends.
+        descriptors_are(idle.0 + 2);
         match round {
             0 => {
                 for page in 0..60 {
