@@ -348,9 +348,13 @@ fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
     let (echoing, busy) = (guest(echo), guest(hang));
     let typed = |keys: &'static [u8]| move |mut ours: &File, _: &mut Child| ours.write_all(keys).unwrap();
     type Act<'a> = &'a dyn Fn(&File, &mut Child);
-    let cases: [(&NamedTempFile, Act, i32); 7] = [
+    // Pasted faster than the guest reads.
+    let pasted =
+        |mut ours: &File, _: &mut Child| ours.write_all(&[&[b'x'; 20_000][..], b"q"].concat()).unwrap();
+    let cases: [(&NamedTempFile, Act, i32); 8] = [
         // Ctrl-C is the guest's; so is Ctrl-a Ctrl-a, as one.
         (&echoing, &typed(b"\x03\x01\x01abcq"), 5),
+        (&echoing, &pasted, 20_000 % 256),
         (&echoing, &typed(b"\x01h\x01x"), 130),
         // Also when the guest reads nothing, and much was typed.
         (
@@ -379,6 +383,26 @@ fn the_terminal_is_raw_meanwhile_and_itself_afterwards() {
         assert_eq!(status.code().or(signal.map(|signal| -signal)), Some(expected), "case {number}");
         assert_eq!(settings(&theirs), before, "case {number}");
     }
+}
+
+#[test]
+fn input_that_is_dropped_is_told_of() {
+    if !kvm::is_here() {
+        return;
+    }
+    let kernel = guest(hang);
+    let (mut ours, theirs) = terminal();
+    let before = settings(&theirs);
+    let child = hotslot(&kernel).stdin(theirs.try_clone().unwrap()).spawn().unwrap();
+    while settings(&theirs) == before {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    ours.write_all(&[b'x'; (1 << 20) + 100]).unwrap();
+    ours.write_all(b"\x01x").unwrap();
+    let (status, _, stderr) = finish(child);
+    assert_eq!(status, Some(130), "{stderr}");
+    let told = stderr.matches("input from the terminal is lost").count();
+    assert_eq!(told, 1, "{stderr}");
 }
 
 #[test]

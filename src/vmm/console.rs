@@ -19,9 +19,10 @@ use crate::exit::Exit;
 use crate::report::{create, say};
 use crate::terminal::{self, Command, EscapeFilter, RawTerminal};
 
-/// How many typed bytes are kept for a guest that does not read; more are dropped, as a terminal drops them,
-/// so that the escape key is always read. A pipe or a file is read only when the guest has room.
-const TYPED_AHEAD: usize = 4096;
+/// How many bytes from a terminal are kept for a guest that does not read: more than anybody pastes. What
+/// comes then is dropped, which is said, so that the escape key is always read. A pipe or a file is read only
+/// when the guest has room.
+const TYPED_AHEAD: usize = 1 << 20;
 
 /// The serial port with the host's end of its input.
 pub(super) struct Console {
@@ -33,6 +34,8 @@ pub(super) struct Console {
     /// `Some` on a terminal.
     escape: Option<EscapeFilter>,
     pending: VecDeque<u8>,
+    /// Whether input was dropped since the guest last took some.
+    drops: bool,
     /// Signalled when the port may have room again.
     wants_input: Arc<EventFd>,
     exit: Arc<ExitOnce>,
@@ -69,6 +72,7 @@ impl Console {
             is_watched: false,
             escape: terminal.then(EscapeFilter::default),
             pending: VecDeque::new(),
+            drops: false,
             wants_input,
             exit,
         })
@@ -86,6 +90,7 @@ impl Console {
         if room > 0 {
             let taken = self.port.enqueue(&self.pending.make_contiguous()[..room]);
             self.pending.drain(..taken);
+            self.drops &= taken == 0;
         }
     }
 
@@ -117,6 +122,11 @@ impl Console {
         };
         if self.pending.len() < TYPED_AHEAD {
             self.pending.extend(byte);
+        } else if byte.is_some() && !self.drops {
+            self.drops = true;
+            log::warn!(
+                "input from the terminal is lost: the guest has {TYPED_AHEAD} bytes to read before it"
+            );
         }
     }
 
