@@ -10,6 +10,7 @@
 
 mod boot;
 mod console;
+mod counter;
 mod files;
 mod finish;
 mod hammer;

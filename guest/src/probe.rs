@@ -13,10 +13,10 @@ use crate::map::{self, Mapping, PAGE};
 use crate::outcome::{Outcome, failed};
 use crate::parameters::number;
 use crate::sys::run_on;
-use crate::{files, hammer, keep, rights, speed};
+use crate::{counter, files, hammer, keep, rights, speed};
 
 const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | mem-read ADDRESS LENGTH | \
-                     mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | panic | files DIR | fill FILE MIB | \
+                     mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | counter [OFFSET | reset] | panic | files DIR | fill FILE MIB | \
                      sum FILE read|map | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
                      xattr FILE NAME | rights DIR | locked FILE | with-lock FILE SHELL-LINE | speed memory MIB | speed mapped|read|pages|writes|direct FILE | \
                      speed program NAME PROGRAM ARG... | keep NAME FILE | kept FILE NUMBER | cut DIR";
@@ -32,6 +32,9 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["mem-read", address, length] => mem_read(address, length),
         ["mem-write", address, bytes] => mem_write(address, bytes),
         ["hammer", window, board] => hammer(window, board),
+        ["counter"] => counter::counter(0, false),
+        ["counter", "reset"] => counter::counter(0, true),
+        ["counter", offset] => physical(offset).and_then(|offset| counter::counter(offset, false)),
         ["panic"] => panic_kernel(),
         ["files", directory] => files::all(directory),
         ["fill", file, mib] => files::fill(file, mib),
