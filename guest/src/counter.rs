@@ -20,7 +20,7 @@ const STATUS: usize = 0x70;
 /// Starts the device, and prints three times the number at `offset` of its window; or what is there after a
 /// reset of the device, and after another start.
 pub fn counter(offset: u64, then_reset: bool) -> Outcome<String> {
-    let address = registers()?;
+    let (name, address) = take()?;
     let (page, first) = physical(address, PAGE)?;
     let write = |register: usize, value| page.atomic_u32(first + register).store(value, Ordering::Release);
     let start = || {
@@ -45,6 +45,7 @@ pub fn counter(offset: u64, then_reset: bool) -> Outcome<String> {
             sleep(Duration::from_millis(500));
         }
     }
+    ask_linux("bind", &name)?;
     Ok("probe counter: done".to_owned())
 }
 
@@ -60,8 +61,8 @@ impl Number {
     }
 }
 
-/// The address of the device's registers, which Linux has let go of.
-fn registers() -> Outcome<u64> {
+/// Takes the device from Linux: its name there, and the address of its registers.
+fn take() -> Outcome<(String, u64)> {
     let devices = Path::new("/sys/bus/virtio/devices");
     for entry in fs::read_dir(devices).map_err(failed("look at", devices))?.flatten() {
         let is_it = fs::read_to_string(entry.path().join("device")).is_ok_and(|kind| kind.trim() == TYPE);
@@ -72,9 +73,15 @@ fn registers() -> Outcome<u64> {
         let line = iomem.lines().find(|line| line.ends_with(&*name));
         let address = line.and_then(|line| line.trim().split('-').next());
         let address = address.and_then(|digits| u64::from_str_radix(digits, 16).ok());
-        let unbind = Path::new("/sys/bus/platform/drivers/virtio-mmio/unbind");
-        fs::write(unbind, name.as_bytes()).map_err(failed("write to", unbind))?;
-        return address.ok_or_else(|| format!("/proc/iomem does not have {name}"));
+        let address = address.ok_or_else(|| format!("/proc/iomem does not have {name}"))?;
+        ask_linux("unbind", &name)?;
+        return Ok((name.into_owned(), address));
     }
     Err("there is no device of type 63: start hotslot with the back-end of the lessons".to_owned())
+}
+
+/// Has Linux' virtio-mmio let go of the device with this name, or take it (`bind`), which resets it.
+fn ask_linux(what: &str, name: &str) -> Outcome<()> {
+    let file = Path::new("/sys/bus/platform/drivers/virtio-mmio").join(what);
+    fs::write(&file, name).map_err(failed("write to", &file))
 }

@@ -15,6 +15,11 @@ pub fn hotslot_backend() -> PathBuf {
     program("hotslot-backend")
 }
 
+/// A program of `examples/`.
+pub fn example(name: &str) -> PathBuf {
+    program(&format!("examples/{name}"))
+}
+
 fn program(name: &str) -> PathBuf {
     let path = profile().join(name);
     assert!(path.exists(), "cargo builds {} with the package's tests", path.display());
