@@ -1,6 +1,7 @@
-//! A solution of the last lesson (`src/lessons.md`): a back-end of the same device as `counter.rs`, which shows
-//! the time, in seconds since 1970, and needs no crate for the protocol. A message of vhost-user is a header
-//! of three words (request, flags, length), then so many bytes; descriptors come with the header.
+//! A solution of the last lesson (`src/lessons.md`): a back-end of the same device as `counter.rs`, which
+//! shows the time, in seconds since 1970, and needs no crate for the protocol. A message of vhost-user is
+//! a header of three words (request, flags, length), then so many bytes; descriptors come with the
+//! header.
 //!
 //!     clock SOCKET
 

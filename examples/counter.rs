@@ -1,11 +1,12 @@
-//! The back-end of the lessons (`src/lessons.md`): a device with one shared memory region and one file, which
-//! has a single page and a number in it that grows. Each time that the driver starts the device, the back-end
-//! has the front-end map that page into the region: vhost-user's SHMEM_MAP.
+//! The back-end of the lessons (`src/lessons.md`): a device with one shared memory region and one file,
+//! which has a single page and a number in it that grows. Each time that the driver starts the device,
+//! the back-end has the front-end map that page into the region: vhost-user's SHMEM_MAP.
 //!
 //!     counter SOCKET [OFFSET...]
 //!
-//! maps the page at each OFFSET of the region, at 0 where none is given. `probe counter` (`guest/src/counter.rs`)
-//! is the driver. The crate `vhost-user-backend` speaks the protocol; what is left to do is in this file.
+//! maps the page at each OFFSET of the region, at 0 where none is given. `probe counter`
+//! (`guest/src/counter.rs`) is the driver. The crate `vhost-user-backend` speaks the protocol; what is
+//! left to do is in this file.
 
 use std::fs::File;
 use std::io;

@@ -29,6 +29,10 @@ pub mod design {}
 #[doc = include_str!("drawings.md")]
 pub mod drawings {}
 
+#[doc = include_str!("manual/links.md")]
+#[doc = include_str!("lessons.md")]
+pub mod lessons {}
+
 /// The manual: what hotslot, its back-ends and its scripts do, page by page.
 ///
 /// Each page links to others by file names, which lead somewhere on a forge. `manual/links.md` comes first

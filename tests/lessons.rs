@@ -1,6 +1,6 @@
-//! The lessons (`src/lessons.md`) and the solutions of their exercises, with their back-end, `examples/counter.rs`,
-//! and hotslot. The guest is not Linux here but the monitor of the tests: the back-end cannot tell.
-//! `tests/linux` runs the lessons' commands with Linux.
+//! The lessons (`src/lessons.md`) and the solutions of their exercises, with their back-end,
+//! `examples/counter.rs`, and hotslot. The guest is not Linux here but the monitor of the tests: the
+//! back-end cannot tell. `tests/linux` runs the lessons' commands with Linux.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
@@ -15,6 +15,7 @@ use hotslot_test_support::{built, child, kvm};
 use tempfile::TempDir;
 
 const LESSONS: &str = include_str!("../src/lessons.md");
+const HOTSLOT_TRACE: &str = "target/release/hotslot trace target/trace";
 
 /// A guest with the device of an example, which may start.
 struct Lesson {
@@ -32,7 +33,7 @@ impl Lesson {
         let mut command = Command::new(built::example(example));
         let back_end = Running::start(command.arg(&socket).args(arguments));
         eventually("the back-end listens", || socket.exists());
-        let device = format!("{},type=63", socket.display());
+        let device = format!("{},type=63,name=counter", socket.display());
         let guest = Guest::boot(["--trace-vhost-user", trace.to_str().unwrap(), "--vhost-user", &device]);
         Lesson { back_end, guest, trace, _directory: directory }
     }
@@ -50,29 +51,30 @@ impl Lesson {
         eventually("the count grows", || self.guest.read64(address) > first);
     }
 
-    /// What `hotslot trace` prints, after the end.
-    fn trace(self) -> String {
+    /// Ends the guest, and types the lessons' command that looks at the trace with `pipe`. What it prints.
+    fn solve(self, pipe: &str) -> String {
         self.guest.exit();
-        let output = child::run(Command::new(built::hotslot()).arg("trace").arg(&self.trace));
-        assert!(output.status.success(), "{output:?}");
+        let typed = LESSONS.lines().find(|line| line.starts_with(HOTSLOT_TRACE) && line.ends_with(pipe));
+        let typed = typed.unwrap_or_else(|| panic!("src/lessons.md has no command that ends with {pipe}"));
+        let trace = format!("{} trace {}", built::hotslot().display(), self.trace.display());
+        let line = typed.replacen(HOTSLOT_TRACE, &trace, 1);
+        let output = child::run(Command::new("sh").args(["-c", &line]));
+        assert!(output.status.success(), "{line}: {output:?}");
         String::from_utf8(output.stdout).unwrap()
     }
 }
 
-/// The lesson prints this line.
-fn taught(line: &str) {
-    assert!(LESSONS.lines().any(|taught| taught.trim() == line), "src/lessons.md lacks {line:?}");
-}
-
 #[test]
-fn a_register_access_is_in_the_trace_and_what_it_caused_below_it() {
+fn the_trace_has_the_mapping_below_what_caused_it() {
     if !kvm::is_here() {
         return;
     }
     let mut lesson = Lesson::new("counter", &[]);
     lesson.start();
-    let text = lesson.trace();
-    eprintln!("{text}");
+    let text = lesson.solve("| grep -B 1 SHMEM_MAP");
+    let mut lines = text.lines();
+    assert!(lines.next().unwrap().contains("  -> SET_MEM_TABLE("), "{text}");
+    assert!(lines.next().unwrap().contains("<- BACKEND_SHMEM_MAP("), "{text}");
 }
 
 #[test]
@@ -103,10 +105,11 @@ fn mappings_that_overlap_or_reach_out_of_the_region_are_refused_and_the_first_st
     for offset in ["0x0", "0x1800", "0x200000"] {
         lesson.back_end.wait_for(&format!("SHMEM_MAP at {offset}: refused"));
     }
-    eprintln!("{}{}", lesson.guest.log(), lesson.back_end.said());
     lesson.grows(window);
     lesson.grows(window + 0x3000);
-    lesson.guest.exit();
+    let text = lesson.solve("| grep -o ' = -E.*'");
+    let errors: Vec<&str> = text.lines().filter_map(|line| line.split([' ', ':']).nth(2)).collect();
+    assert_eq!(errors, ["-EEXIST", "-EINVAL", "-ERANGE"], "{text}");
 }
 
 #[test]
@@ -122,7 +125,9 @@ fn a_reset_takes_the_mapping_away_and_the_next_start_brings_it_back() {
     assert_eq!(lesson.guest.read64(window), u64::MAX);
     lesson.start();
     assert!(lesson.guest.read64(window) >= count, "the file is the same");
-    lesson.guest.exit();
+    let text = lesson.solve("| grep -A 3 'counter guest.* Status = 0x0'");
+    assert_eq!(text.matches("*** reset (mappings=1)").count(), 1, "{text}");
+    assert!(text.contains("  -> RESET_DEVICE()"), "{text}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
-//! `probe counter`: the driver of `examples/counter.rs`, the back-end of the lessons. It takes the device from
-//! Linux' virtio-mmio, which has no driver for its type, and uses its registers and its window through
-//! `/dev/mem`.
+//! `probe counter`: the driver of `examples/counter.rs`, the back-end of the lessons. It takes the device
+//! from Linux' virtio-mmio, which has no driver for its type, and uses its registers and its window
+//! through `/dev/mem`.
 
 use std::fs;
 use std::path::Path;

@@ -7,6 +7,7 @@
 
 mod fs;
 mod host;
+mod lessons;
 mod run;
 
 use std::path::Path;
