@@ -57,10 +57,13 @@ main() {
     check "contract" scripts/contract.sh --list
     local targets
     mapfile -t targets < <(test_targets)
+    # Cargo builds them by itself only where no test is named.
+    check "examples" cargo build --workspace --locked --examples
     tests "tests without Linux" cargo test --workspace --locked --no-fail-fast --lib --bins "${targets[@]}"
     [[ -z $long ]] || tests "tests that take long" cargo test --release --locked --test small_guest -- --ignored
     if [[ -z $quick ]]; then
         check "fuzzing" scripts/fuzz.sh --seconds "$fuzz_seconds"
+        check "examples for Linux" cargo build --release --locked --examples
         say "Linux guests: $(linux_guests)"
         linux_tools
         # More at a time than processors: most of them only wait for a session.

@@ -1,12 +1,12 @@
 //! The lessons (`src/lessons.md`), with Linux: what they have their guests do, in one guest, to save
 //! time. What the tests need no Linux for is in `tests/lessons.rs`.
 
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use hotslot_test_support::built;
 
-use crate::host::{HOTSLOT, PROJECT, in_turn};
+use crate::host::{HOTSLOT, in_turn};
+use crate::run::run_sh;
 
 const LESSONS: &str = include_str!("../../src/lessons.md");
 
@@ -45,23 +45,20 @@ fn what_the_lessons_do_in_their_guests() {
     std::fs::write(&numbers, format!("{input}\n")).unwrap();
     let back_end = format!("{} {{socket}} {}", built::example("counter").display(), offsets.join(" "));
     let output = in_turn(|| {
-        let mut command = Command::new("timeout");
-        command.args(["--foreground", "580", &format!("{PROJECT}/scripts/run.sh"), "--trace-vhost-user"]);
-        command.arg(&trace).args(["--backend", &back_end, "--type", "63,name=counter", "--", "sh", "-c"]);
-        command.env("HOTSLOT_PROGRAMS", Path::new(HOTSLOT).parent().unwrap()).env("TMPDIR", temporary.path());
-        command.env_remove("KERNEL").env_remove("MODULES");
+        let mut command = run_sh(&temporary);
+        command.arg("--trace-vhost-user").arg(&trace);
+        command.args(["--backend", &back_end, "--type", "63,name=counter", "--", "sh", "-c"]);
         command.arg(commands.join("\n")).stdin(std::fs::File::open(&numbers).unwrap());
         command.output().unwrap()
     });
     let [out, said] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
     assert_eq!(output.status.code(), Some(42), "{out}{said}");
-    let mut lines = out.lines();
-    assert!(lines.next().unwrap().starts_with("6."), "{out}");
+    assert!(out.lines().next().unwrap().ends_with("amd64"), "{out}");
 
     let found =
         |name: &str| -> Vec<&str> { out.lines().filter_map(|line| line.strip_prefix(name)).collect() };
     assert_eq!(found("probe counter: ").len(), 6, "{out}{said}");
-    // At 0 and, as an exercise asks, at 0x3000; in that exercise there is nothing at 0, but here there is.
+    // At 0 and at 0x3000. The exercise with the latter has a hole at 0, but here the page is there, too.
     let counts: Vec<u64> = found("count: ").iter().map(|count| count.parse().unwrap()).collect();
     assert!(counts.len() == 15 && counts.is_sorted() && counts[0] < counts[14], "{out}");
     assert_eq!(found("reset: "), ["all ones"]);

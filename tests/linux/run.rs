@@ -18,7 +18,7 @@ const SECONDS: &str = "580";
 const END_TIME: Duration = Duration::from_secs(30);
 
 /// `run.sh`, whose temporary files go to `temporary`.
-fn run_sh(temporary: &TempDir) -> Command {
+pub fn run_sh(temporary: &TempDir) -> Command {
     let mut command = Command::new("timeout");
     command.args(["--foreground", SECONDS, &format!("{PROJECT}/scripts/run.sh")]);
     command.env("HOTSLOT_PROGRAMS", Path::new(HOTSLOT).parent().unwrap()).env("TMPDIR", temporary.path());

@@ -15,9 +15,15 @@ pub fn hotslot_backend() -> PathBuf {
     program("hotslot-backend")
 }
 
-/// A program of `examples/`.
+/// A program of `examples/`. Cargo builds these with all tests, and not with a test that is named.
 pub fn example(name: &str) -> PathBuf {
-    program(&format!("examples/{name}"))
+    let path = profile().join("examples").join(name);
+    assert!(
+        path.exists(),
+        "no {}: `cargo build --examples` builds it, as scripts/test.sh does",
+        path.display()
+    );
+    path
 }
 
 fn program(name: &str) -> PathBuf {
