@@ -126,7 +126,7 @@ fn a_reset_takes_the_mapping_away_and_the_next_start_brings_it_back() {
     lesson.start();
     assert!(lesson.guest.read64(window) >= count, "the file is the same");
     let text = lesson.solve("| grep -A 3 'counter guest.* Status = 0x0'");
-    assert_eq!(text.matches("*** reset (mappings=1)").count(), 1, "{text}");
+    assert_eq!(text.matches("*** reset (unmapped=1)").count(), 1, "{text}");
     assert!(text.contains("  -> RESET_DEVICE()"), "{text}");
 }
 

@@ -188,14 +188,14 @@ fn story() -> Trace {
     trace.map(1200, "share", (1, 1), Some(0), Some("0x1000 bytes from 0x1000 on overlap the mapping at 0x0"));
     trace.map(1500, "share", (131_072, 512), Some(0), None);
     trace.map(2000, "share", (0, 512), None, None);
-    trace.event(2500, "disk", "gone", r#","fields":{"seconds":60},"reason":"the back-end hung up""#);
+    trace.event(2500, "disk", "gone", r#","fields":{"deadline_seconds":60},"reason":"the back-end hung up""#);
     trace.event(2600, "disk", "back", "");
     trace.line(
         2800,
         "disk",
         r#""kind":"noise","channel":"backend","direction":"from-backend","bytes":"0a0b","reason":"version 2""#,
     );
-    trace.event(3000, "share", "reset", r#","fields":{"mappings":1}"#);
+    trace.event(3000, "share", "reset", r#","fields":{"unmapped":1}"#);
     trace.event(3500, "disk", "", "");
     trace.line(4000, "disk", r#""kind":"left-out","count":7"#);
     trace
@@ -213,7 +213,7 @@ fn a_trace_as_a_sequence_diagram() {
             "SET_STATUS(status=0xf",
             "refused: -EEXIST: 0x1000 bytes from 0x1000",
             "no message (0a0b): version 2",
-            "gone (seconds=60): the back-end hung up",
+            "gone (deadline_seconds=60): the back-end hung up",
             "7 records are missing",
             "1.200005",
         ],
@@ -240,7 +240,7 @@ fn a_trace_as_a_time_line_of_mappings() {
             "+0x20000000",
             "rw, file +0x2000",
             "× 1.200005 BACKEND_SHMEM_MAP(",
-            "¦ 3.000005 reset (mappings=1)",
+            "¦ 3.000005 reset (unmapped=1)",
             "4.000005",
         ],
     );

@@ -129,9 +129,10 @@ fn a_start_a_mapping_and_a_reset_are_there_in_order_with_their_reasons() {
 
     let text = traced.text();
     assert_line(&text, &["BACKEND_SHMEM_MAP(shmid=0", "shm_offset=0x1000", "-EEXIST", "overlap"]);
+    assert_line(&text, &["BACKEND_SHMEM_MAP(shmid=0", "flags=0x1 (read-write)", "= 0 <"]);
     assert_line(&text, &["unknown request 99(payload=010203)", "-EOPNOTSUPP", "its id is unknown"]);
     assert_line(&text, &["guest, vcpu0: Status = 0xf (ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK)"]);
-    assert_line(&text, &["*** reset (mappings=1)"]);
+    assert_line(&text, &["*** reset (unmapped=1)"]);
     assert_line(&text, &["*** region (shmid=7, guest_address=0x"]);
     // What caused what: messages of the start are indented below the writes of FEATURES_OK and DRIVER_OK.
     let caused = lines(&text, &["device   -> SET_FEATURES("]);
@@ -161,7 +162,7 @@ fn a_death_and_a_return_are_told_with_their_reasons() {
         let found = text.lines().position(|line| words.iter().all(|word| line.contains(word)));
         found.unwrap_or_else(|| panic!("no {words:?} in:\n{text}"))
     };
-    let gone = place(&["*** gone (seconds=60)", "the back-end hung up"]);
+    let gone = place(&["*** gone (deadline_seconds=60)", "the back-end hung up"]);
     let back = place(&["*** back"]);
     let asked = place(&["-> SET_OWNER()"]);
     assert!(asked < gone && gone < back, "{text}");
@@ -287,7 +288,7 @@ fn each_request_that_is_refused_has_its_errno_and_its_reason() {
         ("unmap-fd", &["BACKEND_SHMEM_UNMAP(", "-EBADF", "a file descriptor came with it"]),
         ("wrong-size", &["-EPROTO", "its payload has 39 bytes, not 40"]),
         ("unknown-id", &["unknown request 255(", "-EOPNOTSUPP"]),
-        ("unasked", &["-EEXIST, which was not asked for"]),
+        ("unasked", &["-EEXIST (no answer was asked for)"]),
     ] {
         assert!(output.contains(&format!("{case}: ")), "{output}");
         assert!(!lines(&text, words).is_empty(), "{case}: no {words:?} in:\n{text}");
@@ -308,7 +309,7 @@ fn what_the_driver_must_not_write_is_there_with_its_reason() {
     let line = lines(
         &text,
         &[
-            "guest, vcpu0: Status = 0x4 (DRIVER_OK), and reads 0x0 (reset) then: DRIVER_OK cannot be set before",
+            "guest, vcpu0: Status = 0x4 (DRIVER_OK), but reads 0x0 (reset) afterwards: DRIVER_OK cannot be set before",
         ],
     );
     assert_eq!(line.len(), 1, "{text}");
@@ -409,8 +410,8 @@ fn a_trace_is_printed_as_text_and_drawn() {
     let fixed = file(FIXED);
     let expected = concat!(
         "    0.000000 -    a trace by hotslot 0.1.0, begun at 1700000000.123 (Unix time)\n",
-        "    0.002000 disk guest, vcpu0: Status = 0xf (ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK), and reads 0x4f \
-         (ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK DEVICE_NEEDS_RESET) then <0.000310>\n",
+        "    0.002000 disk guest, vcpu0: Status = 0xf (ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK), but reads 0x4f \
+         (ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK DEVICE_NEEDS_RESET) afterwards <0.000310>\n",
         "    0.002100 disk   -> SET_STATUS(status=0xf (ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK)) = 0 \
          <0.000021>\n",
         "    0.003000 disk <- BACKEND_SHMEM_MAP(shmid=0, fd_offset=0, shm_offset=0x1000, len=0x2000, flags=0x1) \
@@ -425,8 +426,8 @@ fn a_trace_is_printed_as_text_and_drawn() {
         "    participant G as guest\n",
         "    participant H as hotslot\n",
         "    participant B0 as back-end of disk\n",
-        "    G->>H: disk: Status = 0xf (ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK), and reads 0x4f (ACKNOWLEDGE \
-         DRIVER FEATURES_OK DRIVER_OK DEVICE_NEEDS_RESET) then\n",
+        "    G->>H: disk: Status = 0xf (ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK), but reads 0x4f (ACKNOWLEDGE \
+         DRIVER FEATURES_OK DRIVER_OK DEVICE_NEEDS_RESET) afterwards\n",
         "    H->>B0: SET_STATUS(status=0xf (ACKNOWLEDGE DRIVER FEATURES_OK DRIVER_OK))\n",
         "    B0-->>H: 0\n",
         "    B0->>H: BACKEND_SHMEM_MAP(shmid=0, fd_offset=0, shm_offset=0x1000, len=0x2000, flags=0x1) [file of \

@@ -202,12 +202,12 @@ pub enum ReadOrWrite {
 /// | `connected` | a connection to a back-end was accepted; the handshake follows | |
 /// | `not-used` | the back-end is not used, for `reason`, and at the start of the machine that ends it | |
 /// | `region` | a shared memory region was placed | `shmid`, `guest_address`, `size` |
-/// | `gone` | the session is over, for `reason`; the guest waits for the back-end to come back | `seconds` |
+/// | `gone` | the session is over, for `reason`; the guest waits so long for the back-end to come back | `deadline_seconds` |
 /// | `lost` | no other back-end may come, for `reason`; the device needs a reset | |
 /// | `back` | a back-end came back, and goes on | |
 /// | `channel-closed` | the back-end closed the backend channel | |
-/// | `reset` | the device was reset: its mappings are gone | `mappings` |
-/// | `old-mappings-gone` | the back-end that came back has not made these anew | `mappings` |
+/// | `reset` | the device was reset: so many mappings are gone | `unmapped` |
+/// | `old-mappings-gone` | the back-end that came back has not made so many anew | `unmapped` |
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
     /// Its name.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! seconds      device
-//!     0.104512 disk   guest, vcpu0: Status = 0xf (...), and reads 0x4f (...) then <0.000310>
+//!     0.104512 disk   guest, vcpu0: Status = 0xf (...), but reads 0x4f (...) afterwards <0.000310>
 //!     0.104530 disk     -> SET_FEATURES(features=0x130000000 ...) = 0 <0.000021>
 //!     0.104615 disk   <- BACKEND_SHMEM_MAP(shmid=0, ...) [file of memory, ...] = -EEXIST: ... <0.000009>
 //!     0.204100 disk   *** gone: the back-end hung up
@@ -77,7 +77,8 @@ pub fn result(message: &Message) -> String {
     });
     let mut text = match (&message.errno, answer, message.result) {
         (Some(errno), Some(_), _) => format!("-{errno}"),
-        (Some(errno), None, _) => format!("-{errno}, which was not asked for"),
+        (Some(errno), None, _) if message.needs_reply => format!("-{errno}, which could not be sent"),
+        (Some(errno), None, _) => format!("-{errno} (no answer was asked for)"),
         (None, Some(answer), _) if answer.is_empty() => "an empty answer".to_owned(),
         (None, Some(answer), _) => answer,
         (None, None, Outcome::Done) if message.direction == Direction::ToBackend => "sent".to_owned(),
@@ -111,7 +112,7 @@ pub fn register(access: &Access) -> String {
         ReadOrWrite::Write => format!("{place} = {}", shown(value)),
     };
     if let Some(shows) = shows.filter(|&shows| shows != value) {
-        let _ = write!(text, ", and reads {} then", shown(shows));
+        let _ = write!(text, ", but reads {} afterwards", shown(shows));
     }
     if let Some(reason) = &access.reason {
         let _ = write!(text, ": {reason}");
@@ -155,7 +156,8 @@ fn fields(fields: &Fields) -> String {
 
 /// Addresses, lengths and bits in hex, counts and numbers of things decimal.
 fn value(name: &str, number: u64) -> String {
-    let counts = ["shmid", "index", "value", "nregions", "num_queues", "queue_size", "seconds", "mappings"];
+    let counts =
+        ["shmid", "index", "value", "nregions", "num_queues", "queue_size", "deadline_seconds", "unmapped"];
     match name {
         "status" => format!("{number:#x} ({})", status(number)),
         _ if number == 0 || counts.contains(&name) && number < 1 << 32 => number.to_string(),

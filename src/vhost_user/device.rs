@@ -125,7 +125,7 @@ impl VirtioDevice for VhostUserDevice {
         }
         let cleared = self.backend.watch().clear(CLEAR_TIMEOUT);
         if let Ok(Ok(count)) = cleared {
-            link.event("reset", &[("mappings", count as u64)], None);
+            link.event("reset", &[("unmapped", count as u64)], None);
         }
         match cleared {
             Ok(Ok(0)) => {}

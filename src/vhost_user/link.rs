@@ -167,7 +167,7 @@ impl Link {
             Some(limit) => {
                 // One that dies before it has gone on gets no more time.
                 let until = *state.away_until.get_or_insert(Instant::now() + limit);
-                self.event("gone", &[("seconds", limit.as_secs())], Some(&why));
+                self.event("gone", &[("deadline_seconds", limit.as_secs())], Some(&why));
                 self.shmem.expect_mappings(until + RETURN_TIMEOUT);
                 self.log.warn(format_args!(
                     "{why}; the guest waits for the back-end to come back, {} s at most",
@@ -246,7 +246,11 @@ impl Link {
     pub fn channel_ended(&self, session: &Session, why: &ChannelError) {
         match why {
             ChannelError::Connection(ConnectionError::HungUp) => {
-                self.event("channel-closed", &[], None);
+                self.event(
+                    "channel-closed",
+                    &[],
+                    Some("the back-end closed the backend channel, and may go on"),
+                );
                 log::debug!("{}: the back-end closed the backend channel", self.name);
             }
             // SHM-64

@@ -199,7 +199,12 @@ fn backend_fields(id: u32, payload: &[u8], is_answer: bool) -> Option<Fields> {
     }
     match BackendRequest::from_id(id)? {
         BackendRequest::ShmemMap | BackendRequest::ShmemUnmap => {
-            MMap::decode(payload).map(|map| named!(map; shmid, fd_offset, shm_offset, len, flags))
+            let map = MMap::decode(payload)?;
+            let mut fields = named!(map; shmid, fd_offset, shm_offset, len, flags);
+            if map.flags == MMap::READ_WRITE {
+                fields.0.push(("names".to_owned(), "read-write".to_owned().into()));
+            }
+            Some(fields)
         }
         _ => None,
     }

@@ -316,7 +316,7 @@ impl Watched {
         match self.shmem.unmap_old(|| self.orders.lock().progress += 1) {
             Ok(0) => {}
             Ok(count) => {
-                self.link.event("old-mappings-gone", &[("mappings", count as u64)], None);
+                self.link.event("old-mappings-gone", &[("unmapped", count as u64)], None);
                 let why = "the back-end that came back did not make them again";
                 self.link.log.log(Level::Info, format_args!("{count} mappings are gone: {why}"));
             }
