@@ -7,7 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 pub use hotslot_test_support::files::{MIB, memfd};
 use hotslot_test_support::names::*;
@@ -176,12 +179,31 @@ impl Machine {
     /// The back-end has died, and this one has taken its place: connects to it and goes on, without a
     /// FUSE_INIT. Its questions on the channel are not served yet.
     pub fn reconnect(&mut self, backend: &Backend) {
+        self.reconnect_and_serve(backend, 0);
+    }
+
+    /// The same, and serves so many questions on the channel meanwhile, slowly. Returns those that the
+    /// back-end had asked when it gave the last answer that a start takes.
+    pub fn reconnect_and_serve(&mut self, backend: &Backend, count: usize) -> Vec<Message> {
         // The back-end serves one connection at a time.
         self.front_end = Frontend::from_stream(UnixStream::pair().unwrap().0, 1);
         (self.front_end, self.channel) = Self::negotiate(backend, self.rings.len());
+        let channel = self.channel.try_clone();
+        let answered = Arc::new(AtomicUsize::new(0));
+        let counts = Arc::clone(&answered);
+        let serve = move |_| {
+            let asked = channel.receive().unwrap();
+            thread::sleep(Duration::from_millis(50));
+            counts.fetch_add(1, Ordering::SeqCst);
+            channel.reply(&asked, 0);
+            asked
+        };
+        let served = thread::spawn(move || (0..count).map(serve).collect::<Vec<_>>());
         self.goes_on = true;
         self.start();
         self.goes_on = false;
+        let in_time = answered.load(Ordering::SeqCst);
+        served.join().unwrap().into_iter().take(in_time).collect()
     }
 
     /// As if the last request of a queue were not answered.

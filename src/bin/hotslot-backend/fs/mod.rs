@@ -52,6 +52,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use rustix::thread::CapabilitySet;
 use vhost::vhost_user::{Backend, VhostUserProtocolFeatures};
@@ -83,6 +84,10 @@ use crate::ring::{Memory, Taken};
 use crate::{sandbox, server};
 
 const NAME: &str = "fs";
+
+/// For mapping again what the guest has mapped, during SET_MEM_TABLE. Some front-ends serve the backend
+/// channel only once they have the answer to that: they get it after this time. hotslot waits for 10 s.
+const MAP_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// `struct virtio_fs_config { u8 tag[36]; le32 num_request_queues; le32 notify_buf_size; }`; the last is
 /// there with VIRTIO_FS_F_NOTIFICATION.
@@ -360,22 +365,29 @@ impl Fs {
     }
 
     /// At the start of a session: has the front-end map what the guest has mapped. Requests for the window
-    /// wait for that, the front-end does not.
+    /// wait for that. So does the front-end: it takes old mappings away once it has the answers of the start
+    /// and the channel is quiet, and a mapping that came later would leave a hole until then.
     fn map_again(&self) -> io::Result<()> {
         let mapped = std::mem::take(&mut *lock(&self.mapped));
         let Some(window) = self.window.clone().filter(|_| !mapped.is_empty()) else {
             return Ok(());
         };
         let directory = Arc::clone(&self.directory);
-        let (begins, begun) = mpsc::channel();
+        let (progress, made) = mpsc::channel();
         thread::Builder::new().name("map-again".to_owned()).spawn(move || {
-            let begun = || {
-                let _waits = begins.send(());
+            let tell = || {
+                let _waits = progress.send(());
             };
-            window.restore(&mapped, begun, |mapping| directory.open_mapped(mapping));
+            window.restore(&mapped, tell, |mapping| directory.open_mapped(mapping));
+            tell();
         })?;
-        // An error: the thread has panicked.
-        let _ = begun.recv();
+        // It has begun. (An error: the thread has panicked.)
+        let _ = made.recv();
+        if made.recv_timeout(MAP_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            say(format_args!(
+                "{NAME}: what the guest has mapped is not all mapped again after {MAP_TIMEOUT:?}; going on meanwhile"
+            ));
+        }
         Ok(())
     }
 }
