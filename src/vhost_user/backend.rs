@@ -225,14 +225,16 @@ impl Backend {
         main.driver = Some(Driver { features, inflight });
         main.rings = queues.iter().map(|queue| (queue.index, queue.clone())).collect();
         self.link.expect(true);
-        self.start_session(main, |_| Ok(0))
+        self.start_session(main, |_| Ok(0), &[])
     }
 
-    /// Has the back-end do what the driver set up, each ring from its base on.
+    /// Has the back-end do what the driver set up, each ring from its base on. `lost` is what the driver
+    /// wrote to the configuration space of a back-end that died.
     fn start_session(
         &self,
         main: &mut Main,
         base: impl Fn(&QueueSetup) -> Result<u16, DeviceError>,
+        lost: &[(u32, Vec<u8>)],
     ) -> Result<(), DeviceError> {
         // What the driver has set up stays the record, whatever happens to this session.
         let (driver, queues) = (main.driver.take(), std::mem::take(&mut main.rings));
@@ -256,6 +258,8 @@ impl Backend {
                     let (count, size) = (self.queue_sizes.len() as u16, largest(&self.queue_sizes));
                     to.set_inflight(file.as_fd(), self.inflight_size, count, size)?;
                 }
+                // What the bytes mean may depend on the features, and on the record of requests in flight.
+                write_config(to, lost)?;
                 for ring in &rings {
                     // Also where it fails: a ring that the back-end was told of in part may run, and must be
                     // stopped.
@@ -396,8 +400,11 @@ impl Backend {
             self.link.give_up(&session, &error);
             return Ok(false);
         }
-        self.restore_config(main, config)?;
-        self.start_session(main, |queue| Ok(self.used_index(queue)?))?;
+        let lost = self.lost_config(config);
+        if main.driver.is_none() {
+            self.tell(main, CONTROL_TIMEOUT, |to| write_config(to, &lost))?;
+        }
+        self.start_session(main, |queue| Ok(self.used_index(queue)?), &lost)?;
         // Whatever it maps because of all this is on its channel then, even if nothing was answered.
         self.tell(main, CONTROL_TIMEOUT, |to| to.wait_until_handled())?;
         self.link.returned();
@@ -413,8 +420,9 @@ impl Backend {
         Ok(true)
     }
 
-    /// Writes again what the driver wrote to the configuration space; the rest is the new back-end's.
-    fn restore_config(&self, main: &mut Main, mut new: Vec<u8>) -> Result<(), DeviceError> {
+    /// What the driver wrote to the configuration space and the new back-end does not have, by offset. The
+    /// driver sees that, and in all other places what the new back-end has.
+    fn lost_config(&self, mut new: Vec<u8>) -> Vec<(u32, Vec<u8>)> {
         let mut lost = vec![false; new.len()];
         {
             let Config { bytes, written } = &*self.config();
@@ -422,19 +430,16 @@ impl Backend {
                 lost[at] = std::mem::replace(&mut new[at], bytes[at]) != bytes[at];
             }
         }
-        self.tell(main, CONTROL_TIMEOUT, |to| {
-            let mut start = 0;
-            for run in lost.chunk_by(|a, b| a == b) {
-                let end = start + run.len();
-                if run[0] {
-                    to.set_config(start as u32, &new[start..end])?;
-                }
-                start = end;
+        let (mut start, mut runs) = (0, Vec::new());
+        for run in lost.chunk_by(|a, b| a == b) {
+            let end = start + run.len();
+            if run[0] {
+                runs.push((start as u32, new[start..end].to_vec()));
             }
-            Ok(())
-        })?;
+            start = end;
+        }
         self.show_config(new);
-        Ok(())
+        runs
     }
 
     /// Where a ring stands, for a back-end that takes it up: the index of the used ring in RAM. What was made
@@ -478,6 +483,11 @@ impl Backend {
     fn config(&self) -> MutexGuard<'_, Config> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Tells the back-end what the driver wrote to places of the configuration space.
+fn write_config(to: &mut Conversation<'_>, written: &[(u32, Vec<u8>)]) -> Result<(), FrontendError> {
+    written.iter().try_for_each(|(start, bytes)| to.set_config(*start, bytes))
 }
 
 /// The two ends of a channel, ours first, where one was agreed on.

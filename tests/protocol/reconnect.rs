@@ -250,6 +250,10 @@ fn what_the_driver_does_while_it_is_away_is_done_when_it_is_back() {
     let written = asked.iter().filter(|seen| seen.request == SET_CONFIG);
     let written: Vec<_> = written.map(|seen| (seen.payload[0], seen.payload[12..].to_vec())).collect();
     assert_eq!(written, [(1, vec![1]), (3, vec![7, 8])]);
+    // What they mean may depend on the features.
+    let place = |request| asked.iter().rposition(|seen| seen.request == request).unwrap();
+    let order = [SET_FEATURES, SET_CONFIG, SET_VRING_KICK].map(place);
+    assert!(order.is_sorted(), "{order:?}");
     assert_eq!(bench.device().config(), [0, 1, 0, 7, 8, 0, 0, 0]);
     let kicks = asked.iter().filter(|seen| seen.request == SET_VRING_KICK);
     assert_eq!(kicks.map(|seen| seen.payload[0]).collect::<Vec<_>>(), [1]);
