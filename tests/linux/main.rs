@@ -322,12 +322,16 @@ fn a_disk_of_another_back_end_that_does_not_see_them_fails_and_the_machine_goes_
 
 #[test]
 fn back_ends_die_and_come_back_and_the_guest_notices_a_pause() {
-    // SHM-76, SHM-77, SHM-94, SHM-95, SHM-96
+    // SHM-76, SHM-77, SHM-94, SHM-95, SHM-96, SHM-97
     let guest = RECONNECT.guest("reconnect");
     guest.ended(0, "the guest ended with status 0 (debug exit)");
-    for device in ["pmem", "blk"] {
-        assert_eq!(guest.err.matches(&format!("{device}: the back-end is back")).count(), 3, "{guest}");
+    // The disk once more: it stood still when the guest wrote to its configuration space.
+    for (device, times) in [("pmem", 3), ("blk", 4), ("fs", 3)] {
+        assert_eq!(guest.err.matches(&format!("{device}: the back-end is back")).count(), times, "{guest}");
     }
+    assert_eq!(guest.one("cache"), "write through", "{guest}");
+    let host = RECONNECT.host();
+    assert!(host.one("kept").contains(" blocks, "), "{host}");
     assert!(guest.one("rounds").parse::<u32>().unwrap() > 3, "{guest}");
     assert_eq!((guest.one("sectors"), guest.one("sectors later")), ("2048", "4096"), "{guest}");
     complains_of_nothing_else(&guest);
