@@ -76,7 +76,7 @@ mkfifo "$DIR/keys"
 exec 3<>"$DIR/keys"
 {
     timeout -s KILL "$LIMIT" "$HOTSLOT" -k "$KERNEL" -i "$IMAGE" -m 1G --cpus "$CPUS" -v --debug-exit --connect-timeout 30s \
-        -c "quiet $WORDS" "$@" <"$DIR/keys" >>"$OUT/console" 2>"$OUT/hotslot"
+        --trace-vhost-user "$OUT/trace" -c "quiet $WORDS" "$@" <"$DIR/keys" >>"$OUT/console" 2>"$OUT/hotslot"
     echo $? >"$OUT/status"
 } &
 guest=$!

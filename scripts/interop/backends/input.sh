@@ -1,5 +1,5 @@
 # shellcheck shell=sh disable=SC2034
-# An input device: the host's power button, whose presses the guest counts.
+# An input device: the first of the host, on which the host presses the power key; the guest counts that.
 FROM=crate:vhost-device-input:0.1.0
 DEVICE=type=input
 SUFFIX=0
@@ -11,6 +11,9 @@ back_end() { inside vhost-device-input --socket-path "$SOCKET" --event-list /dev
 key() { printf '%b' '\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\001\0\164\0\00'"$1"'\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0'; }
 # What is written to an event device is an event of it.
 beside() {
+    wait_for '^input waits' || return
+    name=$(cat /sys/class/input/event0/device/name)
+    if grep -aq "^input waits for $name" "$OUT/console"; then report input name ok; else report input name WRONG "$name"; fi
     while wait_for '^input waits'; do
         for value in 1 0; do
             key $value >/dev/input/event0
@@ -21,9 +24,7 @@ beside() {
 
 work() {
     event=/dev/input/$(basename /sys/bus/virtio/drivers/virtio_input/virtio*/input/input*/event*)
-    cat "/sys/class/input/${event#/dev/input/}/device/name"
-    grep 'Power Button' "/sys/class/input/${event#/dev/input/}/device/name"
-    echo 'input waits' >/dev/console
+    echo "input waits for $(cat "/sys/class/input/${event#/dev/input/}/device/name")" >/dev/console
     # Ten events and what ends each.
     dd if="$event" of=events bs=24 count=20
     od -An -v -t u2 -j 16 -w24 events | awk '$1 == 1 && $2 == 116' | tee keys
