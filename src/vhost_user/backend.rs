@@ -204,10 +204,14 @@ impl Backend {
     /// The driver sets FEATURES_OK: with STATUS the back-end says whether it takes the features (SHM-100).
     pub fn accept_features(&self, features: u64) -> Result<(), DeviceError> {
         // That a back-end is lost is for the start to say, as without STATUS.
-        if !self.agreement.has(protocol::STATUS) || self.link.is_lost() {
+        if self.link.is_lost() { Ok(()) } else { self.offer_features(&mut self.main(), features) }
+    }
+
+    fn offer_features(&self, main: &mut Main, features: u64) -> Result<(), DeviceError> {
+        if !self.agreement.has(protocol::STATUS) {
             return Ok(());
         }
-        self.tell(&mut self.main(), CONTROL_TIMEOUT, |to| {
+        self.tell(main, CONTROL_TIMEOUT, |to| {
             // SHM-75: the first message of a start.
             self.shmem.open_gate();
             to.set_features(features)?;
@@ -401,8 +405,9 @@ impl Backend {
             return Ok(false);
         }
         let lost = self.lost_config(config);
-        if main.driver.is_none() {
-            self.tell(main, CONTROL_TIMEOUT, |to| write_config(to, &lost))?;
+        match main.driver.as_ref().map(|driver| driver.features) {
+            None => self.tell(main, CONTROL_TIMEOUT, |to| write_config(to, &lost))?,
+            Some(features) => self.offer_features(main, features)?,
         }
         self.start_session(main, |queue| Ok(self.used_index(queue)?), &lost)?;
         // Whatever it maps because of all this is on its channel then, even if nothing was answered.

@@ -61,7 +61,9 @@ impl DumpFile {
         let failed = |error| VmmError::Dump(path.to_owned(), error);
         // A pipe does not wait for its reader, and is refused.
         let mut options = File::options();
-        let file = options.write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK).open(path);
+        options.write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
+        // What a guest has in memory is its user's alone.
+        let file = options.mode(0o600).open(path);
         let file = file.map_err(failed)?;
         if !file.metadata().map_err(failed)?.is_file() {
             return Err(failed(io::Error::other("it is not a regular file, which a dump needs")));

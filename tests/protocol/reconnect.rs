@@ -45,7 +45,7 @@ fn a_back_end_that_comes_back_goes_on_where_its_rings_stand() {
     assert_eq!(bases(&asked), [7, 0xffff]);
     let first = ids(&bench.seen());
     let second = ids(&asked);
-    let start = start();
+    let start = [vec![SET_FEATURES, SET_STATUS, GET_STATUS], start()].concat();
     let handshake = &second[..second.len() - start.len() - 2];
     assert_eq!(handshake, &first[..handshake.len()], "the same handshake");
     assert_eq!(second[handshake.len()], SET_BACKEND_REQ_FD);
@@ -355,6 +355,24 @@ fn another_back_end_than_before_is_refused_by_what_differs() {
         assert_eq!(bench.guest().count(), 0);
         bench.start().unwrap_err();
     }
+}
+
+#[test]
+fn one_that_does_not_take_the_drivers_features_is_refused() {
+    // SHM-95, SHM-100
+    let status = Arc::new(AtomicU64::new(0xb));
+    let now = Arc::clone(&status);
+    let answer = move |_: &_| {
+        let status = now.load(Ordering::SeqCst).to_ne_bytes();
+        Answer::Bytes(message(GET_STATUS, VERSION_1 | REPLY, &status), None)
+    };
+    let bench = setup().on(GET_STATUS, answer).start();
+    bench.start().unwrap();
+    bench.kill();
+    status.store(3, Ordering::SeqCst);
+    bench.come_back(Offer::default());
+    let why = bench.wait_for_loss();
+    assert!(why.contains("does not keep FEATURES_OK (GET_STATUS says 0x3)"), "{why}");
 }
 
 #[test]

@@ -110,6 +110,7 @@ fn sigusr2_writes_a_core_and_the_guest_goes_on() {
     }
     // What the guest has never touched takes no place.
     let file = fs::metadata(&path).unwrap();
+    assert_eq!(file.mode() & 0o777, 0o600);
     assert!(file.len() > 64 * MIB && file.blocks() * 512 < 4 * MIB, "{file:?}");
     guest.exit();
 }
