@@ -81,10 +81,14 @@ impl Breakpoints {
         Breakpoints { is_emulated, ..Breakpoints::default() }
     }
 
-    /// False where no debug register is free.
+    /// False where no debug register is free. One that is there already stays the only one: gdb may repeat a
+    /// request.
     pub fn add(&mut self, watch: Watch) -> bool {
         if self.is_emulated {
             return false;
+        }
+        if self.watches.contains(&Some(watch)) {
+            return true;
         }
         let free = self.watches.iter_mut().find(|register| register.is_none());
         free.map(|register| *register = Some(watch)).is_some()
@@ -153,7 +157,7 @@ mod tests {
             Watch::memory(0x3002, 2, WatchKind::ReadWrite).unwrap(),
             Watch::memory(0x3004, 4, WatchKind::Write).unwrap(),
         ] {
-            assert!(breakpoints.add(watch));
+            assert!(breakpoints.add(watch) && breakpoints.add(watch));
         }
         assert!(!breakpoints.add(Watch::instruction(1, Kind::HardwareBreak)), "there are four registers");
         let debug = breakpoints.for_kvm(0);

@@ -188,7 +188,10 @@ impl Debuggee {
         let sregs = self.registers(tid(self.current))?.sregs;
         let Some(physical) = self.machine.physical(&sregs, address) else { return fault() };
         let at = GuestAddress(physical);
-        let Ok(byte) = self.machine.ram.read_obj(at) else { return fault() };
+        let Ok(found) = self.machine.ram.read_obj(at) else { return fault() };
+        // A second breakpoint in the same place must not take the first one's instruction for the guest's.
+        let same = self.breakpoints.software.values().find(|(place, _)| *place == physical);
+        let byte = same.map_or(found, |(_, byte)| *byte);
         self.breakpoints.software.insert(address, (physical, byte));
         Ok(self.machine.ram.write_obj(self.instruction(), at).is_ok())
     }
@@ -197,6 +200,9 @@ impl Debuggee {
     fn remove_instruction(&mut self, address: u64) -> bool {
         let Some((physical, byte)) = self.breakpoints.software.remove(&address) else { return false };
         let at = GuestAddress(physical);
+        if self.breakpoints.software.values().any(|(place, _)| *place == physical) {
+            return true;
+        }
         if self.machine.ram.read_obj::<u8>(at).is_ok_and(|byte| byte == self.instruction()) {
             return self.machine.ram.write_obj(byte, at).is_ok();
         }
@@ -333,7 +339,8 @@ impl SupportsBreakpoints for Debuggee {
 
 impl SwBreakpoint for Debuggee {
     fn add_sw_breakpoint(&mut self, addr: u64, _kind: usize) -> TargetResult<bool, Self> {
-        if self.breakpoints.add(Watch::instruction(addr, Kind::Break)) {
+        let is_there = self.breakpoints.software.contains_key(&addr);
+        if is_there || self.breakpoints.add(Watch::instruction(addr, Kind::Break)) {
             Ok(true)
         } else {
             self.add_instruction(addr)
