@@ -1,7 +1,7 @@
 //! The command line: the only source of the configuration. The doc comments here are its help text.
 
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{self, Path, PathBuf};
 use std::time::Duration;
 
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -12,6 +12,7 @@ use crate::config::{
     BackendLoss, Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, GdbAddress, SerialLine, UnavailablePage,
     parse_duration,
 };
+use crate::report::{Failure, STATUS_USAGE};
 use crate::sandbox::Mode;
 use crate::size;
 use crate::trace::show::{Form, Sequence, parse_seconds};
@@ -257,6 +258,37 @@ impl Cli {
         text
     }
 
+    /// Checks that no output goes to a file that another option names: each output empties its file.
+    ///
+    /// # Errors
+    ///
+    /// One does.
+    pub fn check_files(&self) -> Result<(), SameFile> {
+        let serial = if let SerialLine::File(path) = &self.serial { Some(path) } else { None };
+        let outputs = [
+            ("--memory-picture", self.memory_picture.as_ref()),
+            ("--log-file", self.log_file.as_ref()),
+            ("--trace-vhost-user", self.trace_vhost_user.as_ref()),
+            ("--dump", self.dump.as_ref()),
+            ("--serial", serial),
+        ];
+        let inputs = self.initramfs.iter().map(|path| ("--initramfs", Some(path)));
+        let inputs = inputs.chain([("--kernel", self.kernel.as_ref())]);
+        let mut others: Vec<_> = inputs.filter_map(|(option, path)| Some((option, place(path?)))).collect();
+        for (option, path) in outputs.into_iter().filter_map(|(option, path)| Some((option, path?))) {
+            let place = place(path);
+            // Several outputs may go to a terminal, or to /dev/null.
+            let is_special = std::fs::metadata(path).is_ok_and(|found| !found.is_file());
+            match others.iter().find(|(_, other)| *other == place) {
+                Some(&(other, _)) if !is_special => {
+                    return Err(SameFile { option, other, path: path.clone() });
+                }
+                _ => others.push((option, place)),
+            }
+        }
+        Ok(())
+    }
+
     /// The configuration; `None` without a kernel, which only `--print-layout` allows.
     pub fn into_config(self) -> Option<Config> {
         let default = (!self.no_default_cmdline).then(|| DEFAULT_CMDLINE.to_owned());
@@ -279,6 +311,28 @@ impl Cli {
             gdb: self.gdb,
             dump: self.dump,
         })
+    }
+}
+
+/// Where a file is or would be made, whatever the way to it.
+fn place(path: &Path) -> PathBuf {
+    let path = path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let to_be = || Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?));
+    path.canonicalize().ok().or_else(to_be).unwrap_or(path)
+}
+
+/// An output that would empty another file of the command line.
+#[derive(Debug, thiserror::Error)]
+#[error("{option} and {other} name the same file, {path}: each needs a file of its own", path = .path.display())]
+pub struct SameFile {
+    option: &'static str,
+    other: &'static str,
+    path: PathBuf,
+}
+
+impl Failure for SameFile {
+    fn status(&self) -> u8 {
+        STATUS_USAGE
     }
 }
 

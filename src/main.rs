@@ -27,6 +27,7 @@ fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     }
     sandbox::prepare(cli.sandbox).map_err(NoSandbox)?;
     lines::start().map_err(NoThread)?;
+    cli.check_files()?;
     start_log(&cli)?;
     let mut text = cli.text_to_print();
     if cli.version {
@@ -44,9 +45,7 @@ fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
         }
     }
     if !text.is_empty() {
-        // Unlike `print!`, this does not panic when stdout is closed.
-        let _closed = io::stdout().write_all(&text);
-        return Ok(());
+        return Ok(report::print(&mut io::stdout(), &text)?);
     }
     let config = cli.into_config().expect("invariant: the parser demands a kernel");
     Vmm::build(&config)?.run()

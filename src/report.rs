@@ -6,7 +6,7 @@ pub mod lines;
 use std::error::Error;
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -33,6 +33,25 @@ pub fn create(path: &Path) -> io::Result<File> {
     fcntl_setfl(&file, OFlags::empty())?;
     Ok(file)
 }
+
+/// Writes all of a text to stdout, or to what stands for it. That its reader closed it is no error: the reader has seen enough.
+///
+/// # Errors
+///
+/// The text could not be written, or only in part: the disk may be full.
+pub fn print(out: &mut impl Write, text: &[u8]) -> Result<(), NotPrinted> {
+    match out.write_all(text).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(NotPrinted(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Why the output is not complete.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write to stdout; the output is not complete")]
+pub struct NotPrinted(#[source] io::Error);
+
+impl Failure for NotPrinted {}
 
 /// The exit status of an error of the VMM itself.
 pub const STATUS_ERROR: u8 = 1;
@@ -70,7 +89,7 @@ pub fn failure_text(failure: &dyn Failure) -> String {
     format!("error: {}{hint}", with_causes(failure))
 }
 
-/// An error and its causes, each once, in one line.
+/// An error and its causes, each once, in one line without control characters: paths and files can have some.
 pub fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -78,7 +97,12 @@ pub fn with_causes(error: &dyn Error) -> String {
         text = format!("{text}: {error}");
         cause = error.source();
     }
-    text
+    clean(&text)
+}
+
+/// Without what a terminal could take for a command.
+pub fn clean(text: &str) -> String {
+    text.chars().map(|character| if character.is_control() { '?' } else { character }).collect()
 }
 
 /// The most lines at once.

@@ -187,6 +187,7 @@ fn impossible_devices() {
         ("a.sock,type=fs,queues=none", "`none`"),
         ("a.sock,pmem", "`pmem` is a device type: say type=pmem"),
         ("a.sock,type=fs,reconnect=0", "`0` is not a good reconnect"),
+        ("a.sock,type=fs,name=a\u{7f}", "1 to 64 characters for messages, without control characters"),
     ] {
         refused(&["-k", "good", "--vhost-user", device], here, &["--vhost-user", part], None);
     }
@@ -258,6 +259,63 @@ fn answered(command: &mut Command, directory: &Path, part: &str) {
     assert_eq!(answer.status, Some(0), "{command:?}");
     assert!(answer.stdout.contains(part), "{command:?}: {}", answer.stdout);
     assert_eq!(answer.stderr, "", "{command:?}");
+}
+
+#[test]
+fn output_that_is_lost_is_an_error_unless_its_reader_left() {
+    let files = files();
+    let here = files.path();
+    let record = r#"{"time_ns":1,"took_ns":0,"thread":"x","device":"d","kind":"event","event":"connected"}"#;
+    std::fs::write(here.join("trace"), format!("{record}\n")).unwrap();
+    for (program, arguments) in [
+        (built::hotslot(), &["trace", "trace"][..]),
+        (built::hotslot(), &["--print-layout=svg"]),
+        (built::hotslot(), &["--print-man"]),
+        (built::hotslot_backend(), &["man"]),
+        (built::hotslot_backend(), &["completions", "bash"]),
+    ] {
+        let to = |stdout: std::process::Stdio| {
+            let mut command = Command::new(&program);
+            command.args(arguments).current_dir(here).stdout(stdout).stderr(std::process::Stdio::piped());
+            let output = command.spawn().unwrap().wait_with_output().unwrap();
+            (output.status.code(), String::from_utf8(output.stderr).unwrap())
+        };
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let (status, said) = to(full.into());
+        assert_eq!(status, Some(1), "{arguments:?}: {said}");
+        assert!(
+            said.contains("error: cannot write to stdout; the output is not complete: No space"),
+            "{said}"
+        );
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        assert_eq!(to(writer.into()), (Some(0), String::new()), "{arguments:?}");
+    }
+}
+
+#[test]
+fn no_output_empties_another_file_of_the_command_line() {
+    let files = files();
+    let here = files.path();
+    std::os::unix::fs::symlink("good", here.join("link")).unwrap();
+    for output in ["--memory-picture", "--log-file", "--trace-vhost-user", "--dump"] {
+        let input = ["-k", "good", "-i", "initramfs"];
+        for (file, other) in [("./link", "--kernel"), ("initramfs", "--initramfs")] {
+            let sentence = format!("{output} and {other} name the same file, {file}");
+            refused(&[&input, &[output, file][..]].concat(), here, &[&sentence], None);
+        }
+        refused(
+            &[&input, &[output, "new", "--serial", "file=./new"][..]].concat(),
+            here,
+            &[&format!("--serial and {output} name the same file")],
+            None,
+        );
+    }
+    assert_eq!(std::fs::metadata(here.join("good")).unwrap().len(), 120 + 4096);
+    assert_eq!(std::fs::metadata(here.join("initramfs")).unwrap().len(), 4 << 20);
+    // What several outputs may go to.
+    let null = ["-k", "missing", "--log-file", "/dev/null", "--serial", "file=/dev/null"];
+    refused(&null, here, &["cannot open the kernel missing"], None);
 }
 
 #[test]

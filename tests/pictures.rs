@@ -109,10 +109,17 @@ fn of_many_mappings_the_first_ones_and_how_many_more() {
 
 #[test]
 fn names_and_numbers_of_any_kind() {
-    let names = ["<&\"'>]]>", "\u{0}\u{1b}[31m\u{202e}", &"x".repeat(300), &"共享内存".repeat(30), ""];
+    let names = [
+        "<&\"'>]]>",
+        "\u{0}\u{1b}[31m\u{202e}",
+        "\u{fffe}a\u{ffff}",
+        &"x".repeat(300),
+        &"共享内存".repeat(30),
+        "",
+    ];
     let parts = names.iter().zip(1..).map(|(name, number)| part(number << 40, 1, Kind::Registers, name));
     let svg = draw(names[0], parts.collect(), Some(1 << 63));
-    has(&svg, &["<&\"'>]]>, 1 byte", "\u{fffd}\u{fffd}[31m", "xxx…", "共享内存"]);
+    has(&svg, &["<&\"'>]]>, 1 byte", "\u{fffd}\u{fffd}[31m", "\u{fffd}a\u{fffd}", "xxx…", "共享内存"]);
     let last = part(u64::MAX - 4095, 4096, Kind::Fixed, "last");
     has(&draw("Memory", vec![last], None), &["last, 4 KiB"]);
     picture::texts(&draw("Nothing", Vec::new(), None));
@@ -272,6 +279,38 @@ fn a_long_trace_is_drawn_in_part() {
     for svg in [whole, timeline] {
         assert!(svg.len() < 2 * MIB as usize, "{}", svg.len());
     }
+}
+
+#[test]
+fn further_devices_than_a_machine_can_have_share_a_life_line() {
+    let mut trace = Trace::default();
+    for number in 1..=500 {
+        trace.event(number, &format!("device{number}"), "connected", "");
+        trace.map(number, &format!("device{number}"), (0, 1), Some(1), None);
+    }
+    let parts =
+        ["1: the back-end of device1", "19: the back-end of device19", "19: the back-end of device300"];
+    has(&trace.drawn(&["--sequence", "svg"]), &parts);
+}
+
+#[test]
+fn a_request_ends_each_mapping_that_it_overlaps() {
+    let mut trace = Trace::default();
+    for number in 0..4 {
+        trace.map(0, "share", (number * 2, 1), Some(1), None);
+    }
+    trace.map(10, "share", (2, 4), None, None);
+    trace.map(20, "share", (20, 1), Some(0), None);
+    // Pages 2 and 4 end half way, pages 0, 6 and 20 do not.
+    let svg = trace.drawn(&["--timeline"]);
+    let widths = svg.lines().filter(|line| line.contains("class=\"rw\"")).map(|line| {
+        let (_, width) = line.split_once(" width=\"").unwrap();
+        width.split_once('"').unwrap().0.parse::<u32>().unwrap()
+    });
+    let mut widths: Vec<_> = widths.collect();
+    widths.sort_unstable();
+    assert_eq!(widths.len(), 4, "{svg}");
+    assert!(widths[0] == widths[1] && widths[1] < widths[2] && widths[2] == widths[3], "{widths:?}");
 }
 
 #[test]

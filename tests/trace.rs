@@ -469,3 +469,26 @@ fn lines_that_are_no_records_are_named_and_the_rest_is_printed() {
     let escape = file(&FIXED.replace("it overlaps", r"it \u001b[2J overlaps"));
     assert!(!trace(escape.path(), &[]).1.contains('\u{1b}'));
 }
+
+#[test]
+fn nothing_of_a_bad_line_or_a_path_is_a_command_for_the_terminal() {
+    let (head, rest) = FIXED.split_once('\n').unwrap();
+    let bad = r#"{"time_ns":1,"took_ns":0,"thread":"x","kind":"\u001b[31m\nerror: no"}"#;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a\u{1b}[2J\nb");
+    std::fs::write(&path, format!("{head}\n{bad}\n{rest}")).unwrap();
+    let (status, _, said) = trace(&path, &[]);
+    assert_eq!((status, said.lines().count()), (Some(1), 2), "{said}");
+    assert!(said.contains("unknown variant `?[31m?error: no`") && !said.contains('\u{1b}'), "{said}");
+    let (_, _, said) = trace(&dir.path().join("\u{1b}c"), &[]);
+    assert!(said.contains("/?c: No such file"), "{said:?}");
+}
+
+#[test]
+fn a_device_s_name_of_any_length_is_printed_in_part() {
+    let long = file(&FIXED.replace(r#""disk""#, &format!("\"{}\"", "x".repeat(70_000))));
+    let (status, text, said) = trace(long.path(), &[]);
+    assert_eq!((status, said.as_str()), (Some(0), ""));
+    assert_line(&text, &["xxx…", "SET_STATUS"]);
+    assert!(text.lines().all(|line| line.len() < 500), "{text}");
+}

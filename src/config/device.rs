@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::report::clean;
 use crate::size;
 use crate::virtio::kind::{self, DeviceKind, MAX_QUEUES, UnknownKind};
 
@@ -17,6 +18,9 @@ pub const MAX_CONFIG: usize = 0xf00;
 
 /// VIRTIO section 5.11.4: a tag's bytes.
 const MAX_TAG: usize = 36;
+
+/// The characters of a name: it is in each message about the device.
+const MAX_NAME: usize = 64;
 
 /// SHMEM's protocol feature bit in the merged specification; drafts had 20 and 21 (SHM-1).
 pub const SHMEM_BIT: u32 = 22;
@@ -93,9 +97,12 @@ const KEYS: &[Key] = &[
     Key {
         name: "name",
         value: "NAME",
-        wanted: "what messages call the device",
+        wanted: "1 to 64 characters for messages, without control characters",
         help: "instead of the socket's file name",
-        set: |spec, text| (!text.is_empty()).then(|| spec.name = text.to_string()),
+        set: |spec, text| {
+            let is_good = (1..=MAX_NAME).contains(&text.chars().count()) && !text.contains(char::is_control);
+            is_good.then(|| spec.name = text.to_string())
+        },
     },
     Key {
         name: "queues",
@@ -318,7 +325,7 @@ impl FromStr for DeviceSpec {
         let kind = given.iter().find(|(key, _)| key.name == "type");
         let (_, kind) = kind.ok_or_else(|| DeviceStringError::NoType(socket.clone()))?;
         let mut spec = DeviceSpec {
-            name: socket.file_name().unwrap_or(socket.as_os_str()).to_string_lossy().into_owned(),
+            name: clean(&socket.file_name().unwrap_or(socket.as_os_str()).to_string_lossy()),
             socket,
             kind: kind.parse()?,
             queues: None,
@@ -430,6 +437,11 @@ mod tests {
             ("a.sock,type=fs,queue-size=100", "`100` is not a good queue-size"),
             ("a.sock,type=fs,shmem-bit=19", "`19` is not a good shmem-bit"),
             ("a.sock,type=fs,name=", "`` is not a good name"),
+            (
+                &format!("a.sock,type=fs,name={}", "x".repeat(65)),
+                "is not a good name: it is 1 to 64 characters",
+            ),
+            ("a.sock,type=fs,name=a\nb", "without control characters"),
             ("a.sock,type=fs,type=fs", "`type` is given twice"),
             ("a.sock,type=fs,retry=5", "unknown key `retry`: known are type, name, queues, queue-size"),
             ("a.sock,type=fs,reconnect=0", "`0` is not a good reconnect: it is a number of seconds from 1"),

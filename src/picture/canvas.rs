@@ -162,7 +162,8 @@ pub fn wrap(text: &str, most: usize) -> Vec<String> {
     lines
 }
 
-/// XML has no control characters.
+/// XML has no control characters, and neither of these two.
 fn visible(text: &str) -> String {
-    text.chars().map(|character| if character.is_control() { '\u{fffd}' } else { character }).collect()
+    let is_visible = |&character: &char| !character.is_control() && !"\u{fffe}\u{ffff}".contains(character);
+    text.chars().map(|character| Some(character).filter(is_visible).unwrap_or('\u{fffd}')).collect()
 }

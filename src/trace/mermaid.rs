@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use super::record::{Direction, Noise, Outcome, ReadOrWrite, Record, What};
 use super::text;
+use crate::report::clean;
 
 /// All of it, with line feeds.
 pub fn draw(records: &[Record]) -> String {
@@ -60,5 +61,5 @@ fn arrows(record: &Record, device: &str, backend: &str) -> Vec<String> {
 
 /// A text that ends neither a line nor a statement of Mermaid's.
 fn label(text: &str) -> String {
-    text::clean(text).replace(';', ",").replace('#', "no. ")
+    clean(text).replace(';', ",").replace('#', "no. ")
 }

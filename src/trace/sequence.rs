@@ -22,6 +22,8 @@ const SPACING: u32 = 60;
 /// What they get together where there are more, and the least for one.
 const ROOM: u32 = 120;
 const LEAST_SPACING: u32 = 18;
+/// How many back-ends have a life line of their own; a machine has no more. Further ones share the last.
+const MOST_BACKENDS: usize = 19;
 
 /// Draws all of it.
 pub fn draw(records: &[Record]) -> String {
@@ -132,12 +134,13 @@ struct Diagram<'a> {
 
 impl<'a> Diagram<'a> {
     fn new(devices: &'a [&'a str]) -> Diagram<'a> {
-        let further = (devices.len() as u32).saturating_sub(1);
+        let further = (devices.len().min(MOST_BACKENDS) as u32).saturating_sub(1);
         let spacing = ROOM.checked_div(further).unwrap_or(SPACING).clamp(LEAST_SPACING, SPACING);
         let mut canvas = Canvas::new("What passed between the guest, hotslot and the back-ends");
         let mut y = MARGIN + 2 * LINE;
         for (number, device) in (1..).zip(devices) {
             y += LINE;
+            let number = MOST_BACKENDS.min(number);
             let key = fit(&format!("{number}: the back-end of {device}"), columns_in(WIDTH - 2 * MARGIN));
             canvas.text("soft", Anchor::Start, MARGIN, y, &key);
         }
@@ -146,7 +149,7 @@ impl<'a> Diagram<'a> {
         diagram.canvas.text("soft", Anchor::End, TIMES, y, "seconds");
         diagram.canvas.text("title", Anchor::Middle, GUEST, y, "guest");
         diagram.canvas.text("title", Anchor::Middle, HOTSLOT, y, "hotslot");
-        for (number, device) in (1..).zip(devices) {
+        for (number, device) in (1..=MOST_BACKENDS).zip(devices) {
             let x = diagram.x(Line::Backend(device));
             diagram.canvas.text("title", Anchor::Middle, x, y, &format!("{number}"));
         }
@@ -159,14 +162,14 @@ impl<'a> Diagram<'a> {
             Line::Hotslot => HOTSLOT,
             Line::Backend(device) => {
                 let number = self.devices.iter().position(|other| *other == device).unwrap_or(0);
-                HOTSLOT + SPACING + number as u32 * self.spacing
+                HOTSLOT + SPACING + number.min(MOST_BACKENDS - 1) as u32 * self.spacing
             }
         }
     }
 
     /// Where the texts start.
     fn texts(&self) -> u32 {
-        let further = (self.devices.len() as u32).saturating_sub(1);
+        let further = (self.devices.len().min(MOST_BACKENDS) as u32).saturating_sub(1);
         HOTSLOT + SPACING + further * self.spacing + 16
     }
 
@@ -219,7 +222,7 @@ impl<'a> Diagram<'a> {
 
     fn finish(mut self, rest: &[Record]) -> String {
         let bottom = self.y;
-        let backends = self.devices.iter().map(|device| self.x(Line::Backend(device)));
+        let backends = self.devices.iter().take(MOST_BACKENDS).map(|device| self.x(Line::Backend(device)));
         for x in [GUEST, HOTSLOT].into_iter().chain(backends.collect::<Vec<_>>()) {
             self.canvas.line("guide", [x, self.top, x, bottom]);
         }

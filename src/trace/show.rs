@@ -11,7 +11,7 @@ use thiserror::Error;
 
 use super::read::{Problem, read};
 use super::{mermaid, sequence, text, timeline};
-use crate::report::{Failure, STATUS_ERROR, STATUS_USAGE, say, with_causes};
+use crate::report::{Failure, NotPrinted, STATUS_ERROR, STATUS_USAGE, clean, print, say, with_causes};
 
 /// The languages of sequence diagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -54,12 +54,14 @@ pub enum ShowError {
     /// The rest was shown.
     #[error("{count} lines of {path} are no records", path = .path.display())]
     BadLines { path: PathBuf, count: usize },
+    #[error(transparent)]
+    NotPrinted(#[from] NotPrinted),
 }
 
 impl Failure for ShowError {
     fn status(&self) -> u8 {
         match self {
-            ShowError::BadLines { .. } => STATUS_ERROR,
+            ShowError::BadLines { .. } | ShowError::NotPrinted(_) => STATUS_ERROR,
             _ => STATUS_USAGE,
         }
     }
@@ -74,7 +76,8 @@ impl Failure for ShowError {
 ///
 /// # Errors
 ///
-/// It cannot be read, or, after the rest was written, some lines were no records.
+/// It cannot be read, `out` does not take all of it, or, after the rest was written, some lines were no
+/// records.
 pub fn show(
     path: &Path,
     form: Form,
@@ -97,11 +100,12 @@ pub fn show(
         Form::Timeline => timeline::draw(&trace.records),
         Form::Sequence(Sequence::Mermaid) => mermaid::draw(&trace.records),
     };
-    // Unlike `print!`, this does not panic when the output is closed.
-    let _closed = out.write_all(shown.as_bytes());
+    let printed = print(out, shown.as_bytes());
     for problem in &trace.problems {
-        say(format_args!("hotslot: warn: {}: {}", path.display(), with_causes(problem)));
+        let path = clean(&path.display().to_string());
+        say(format_args!("hotslot: warn: {path}: {}", with_causes(problem)));
     }
+    printed?;
     let count = trace.problems.iter().filter(|problem| matches!(problem, Problem::NoRecord { .. })).count();
     match count {
         0 => Ok(()),

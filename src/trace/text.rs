@@ -16,21 +16,26 @@ use std::fmt::Write;
 
 use super::record::{Access, Descriptor, Direction, Event, Fields, Message, Outcome, Record, Value, What};
 use super::record::{Noise, ReadOrWrite};
+use crate::picture::canvas::fit;
+use crate::report::clean;
+
+/// Of a device's name so many columns are printed. hotslot's own traces have no longer ones.
+const MOST_OF_A_NAME: usize = 128;
 
 /// All of it, with line feeds.
 pub fn print(records: &[Record]) -> String {
-    let devices = records.iter().filter_map(|record| record.device.as_ref());
-    let width = devices.map(|device| device.chars().count()).max().unwrap_or(0);
+    let name = |record: &Record| fit(record.device.as_deref().unwrap_or("-"), MOST_OF_A_NAME);
+    let width = records.iter().map(|record| name(record).chars().count()).max().unwrap_or(0);
     // Until when each thread serves an access of its guest.
     let mut serves: BTreeMap<&str, u64> = BTreeMap::new();
     let mut text = String::new();
     for record in records {
-        let Record { time_ns, took_ns, thread, device, what } = record;
+        let Record { time_ns, took_ns, thread, what, .. } = record;
         let is_caused = serves.get(thread.as_str()).is_some_and(|end| time_ns < end);
         if matches!(what, What::Register(_)) {
             serves.insert(thread, time_ns.saturating_add(*took_ns));
         }
-        let (device, indent) = (device.as_deref().unwrap_or("-"), if is_caused { "  " } else { "" });
+        let (device, indent) = (name(record), if is_caused { "  " } else { "" });
         let mut line = format!("{:>12} {device:<width$} {indent}{}", seconds(*time_ns), said(record));
         if *took_ns > 0 {
             let _ = write!(line, " <{}>", seconds(*took_ns));
@@ -209,9 +214,4 @@ fn descriptors(descriptors: &[Descriptor], lost: bool) -> String {
 /// A time with microseconds.
 pub fn seconds(ns: u64) -> String {
     format!("{}.{:06}", ns / 1_000_000_000, ns / 1000 % 1_000_000)
-}
-
-/// Without what a terminal could take for a command.
-pub fn clean(text: &str) -> String {
-    text.chars().map(|character| if character.is_control() { '?' } else { character }).collect()
 }

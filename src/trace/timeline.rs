@@ -84,21 +84,34 @@ struct Remark {
 struct Region {
     /// Guest address and size.
     place: Option<(u64, u64)>,
-    /// Those that live, and those that ended.
-    living: Vec<Mapping>,
+    /// Those that live, by their start (no two overlap), and those that ended.
+    living: BTreeMap<u64, Mapping>,
     ended: Vec<Mapping>,
     remarks: Vec<Remark>,
 }
 
 impl Region {
-    /// Ends the living mappings that are like this.
-    fn end(&mut self, ns: u64, is_ended: impl Fn(&Mapping) -> bool) {
-        let ended = self.living.extract_if(.., |mapping| is_ended(mapping));
-        self.ended.extend(ended.map(|mapping| Mapping { to_ns: ns, ..mapping }));
+    /// Ends the living mappings that began before a time.
+    fn end_older(&mut self, ns: u64, than_ns: u64) {
+        let all = std::mem::take(&mut self.living).into_iter();
+        let (ended, living): (BTreeMap<_, _>, _) = all.partition(|(_, mapping)| mapping.from_ns < than_ns);
+        self.living = living;
+        self.ended.extend(ended.into_values().map(|mapping| Mapping { to_ns: ns, ..mapping }));
+    }
+
+    /// Ends the living mappings that overlap these offsets.
+    fn end_at(&mut self, ns: u64, start: u64, end: u64) {
+        // From the last one back: the ends are in the order of the starts.
+        while let Some(last) = self.living.range(..end).next_back()
+            && start < last.1.end
+        {
+            let at = *last.0;
+            self.ended.extend(self.living.remove(&at).map(|mapping| Mapping { to_ns: ns, ..mapping }));
+        }
     }
 
     fn mappings(&self) -> impl Iterator<Item = &Mapping> + Clone {
-        self.ended.iter().chain(&self.living)
+        self.ended.iter().chain(self.living.values())
     }
 }
 
@@ -126,8 +139,8 @@ impl<'a> Regions<'a> {
                     let gone = region.remarks.iter().rfind(|remark| remark.text.starts_with("gone"));
                     let gone = gone.map_or(0, |remark| remark.ns);
                     match event.event.as_str() {
-                        "reset" => region.end(ns, |_| true),
-                        "old-mappings-gone" => region.end(ns, |mapping| mapping.from_ns < gone),
+                        "reset" => region.end_older(ns, u64::MAX),
+                        "old-mappings-gone" => region.end_older(ns, gone),
                         _ => {}
                     }
                     region.remarks.push(Remark { ns, refused_at: None, text: happened(event) });
@@ -152,16 +165,17 @@ impl<'a> Regions<'a> {
             return;
         }
         // A mapping of a back-end that came back takes the place of the old one.
-        region.end(ns, |mapping| mapping.start < end && start < mapping.end);
+        region.end_at(ns, start, end);
         if message.name.ends_with("SHMEM_MAP") && start < end {
-            region.living.push(Mapping {
+            let mapping = Mapping {
                 start,
                 end,
                 file_offset: number("fd_offset").unwrap_or(0),
                 is_writable: number("flags").unwrap_or(0) & READ_WRITE != 0,
                 from_ns: ns,
                 to_ns: u64::MAX,
-            });
+            };
+            region.living.insert(start, mapping);
         }
     }
 }

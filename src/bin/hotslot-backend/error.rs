@@ -4,7 +4,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use hotslot::report::{Failure, STATUS_ERROR, STATUS_USAGE};
+use hotslot::report::{Failure, NotPrinted, STATUS_ERROR, STATUS_USAGE};
 use hotslot::sandbox::{self, SandboxError};
 
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +65,8 @@ pub enum Error {
     Session(String),
     #[error("the front-end did not do as specified, {0} times")]
     NotAsSpecified(u32),
+    #[error(transparent)]
+    NotPrinted(#[from] NotPrinted),
 }
 
 /// How a user makes a disk.
@@ -74,7 +76,9 @@ impl Failure for Error {
     /// [`STATUS_USAGE`] if another command line helps.
     fn status(&self) -> u8 {
         match self {
-            Error::SetUp { .. } | Error::Session(_) | Error::NotAsSpecified(_) => STATUS_ERROR,
+            Error::SetUp { .. } | Error::Session(_) | Error::NotAsSpecified(_) | Error::NotPrinted(_) => {
+                STATUS_ERROR
+            }
             _ => STATUS_USAGE,
         }
     }

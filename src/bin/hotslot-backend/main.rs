@@ -38,13 +38,13 @@ mod server;
 mod session;
 mod torture;
 
-use std::io::{self, Write};
+use std::io;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use hotslot::report::fail;
+use hotslot::report::{fail, print};
 use hotslot::sandbox::{Mode, prepare};
 
 use crate::error::Error;
@@ -89,11 +89,11 @@ fn main() -> ExitCode {
         Action::Fs(args) => fs::run(&args),
         Action::Console(args) => console::run(&args),
         Action::Torture(args) => torture::run(&args),
-        Action::Man { device } => print(&manual(device.as_deref())),
+        Action::Man { device } => Ok(print(&mut io::stdout(), &manual(device.as_deref()))?),
         Action::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "hotslot-backend", &mut text);
-            print(&text)
+            Ok(print(&mut io::stdout(), &text)?)
         }
     });
     served.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
@@ -109,10 +109,4 @@ fn manual(device: Option<&str>) -> Vec<u8> {
     // It only fails where a write to `text` does.
     let _never = clap_mangen::Man::new(page).render(&mut text);
     text
-}
-
-/// A closed stdout is not an error: the reader has seen enough.
-fn print(text: &[u8]) -> Result<(), Error> {
-    let _closed = io::stdout().write_all(text);
-    Ok(())
 }
