@@ -78,7 +78,9 @@ fn compare(what: &str, before: &[Footprint], after: &[Footprint]) {
         say(&format!("{what}: after:  {after}"));
     }
     for (before, after) in before.iter().zip(after) {
-        assert_eq!(after.counts(), before.counts());
+        // One that the warm-up had not closed yet may be gone.
+        let ((descriptors, areas, threads), most) = (after.counts(), before.counts());
+        assert!(descriptors <= most.0 && areas <= most.1 && threads <= most.2, "{before}, then {after}");
         assert!(after.resident() <= before.resident() + SLACK_KIB, "{before}, then {after}");
     }
 }
