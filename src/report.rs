@@ -34,7 +34,8 @@ pub fn create(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Writes all of a text to stdout, or to what stands for it. That its reader closed it is no error: the reader has seen enough.
+/// Writes all of a text to stdout, or to what stands for it. That its reader closed it is no error: the
+/// reader has seen enough.
 ///
 /// # Errors
 ///
