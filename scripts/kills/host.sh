@@ -3,6 +3,8 @@
 #
 # From kills.sh, in the environment: HOTSLOT, BACKEND and INIT (programs; the last has the probes), KERNEL and IMAGE (what the
 # guest boots), FIRST, LAST, and SECONDS_MOST (how long the guest writes at most from one kill to the next).
+# How long a guest may take until all of its programs write.
+START_SECONDS=600
 work=$(mktemp -d)
 truncate -s 2G "$work/ext4"
 mkfs.ext4 -q "$work/ext4"
@@ -66,7 +68,7 @@ check_image() {
 }
 
 for number in $(seq "$FIRST" "$LAST"); do
-    result=kept writes=0 all_verified=0 waited=0 devices='' kills=''
+    result=kept writes=0 all_verified=0 waited=0 signs='' kills=''
     rm -rf "$files"
     mkdir "$files"
     set -- --debug-exit
@@ -83,7 +85,7 @@ for number in $(seq "$FIRST" "$LAST"); do
         "$BACKEND" fs --socket "$work/fs$index" --dir "$share" --tag "fs$index" --window 256M --once &
         eval "fs$index=\$!"
         set -- "$@" --vhost-user "$work/pmem$index,type=pmem,name=pmem$index" --vhost-user "$work/fs$index,type=fs,name=fs$index"
-        devices="$devices pmem$index fs$index"
+        signs="$signs synced:pmem$index synced:fs$index"
     done
     sync
     options=$([ $((number % 2)) = 0 ] && echo rw || echo dax)
@@ -93,8 +95,11 @@ for number in $(seq "$FIRST" "$LAST"); do
     hotslot=$!
     began=$(date +%s)
     # fio takes longest to start: there is to be a file of either kind that it has verified.
-    for sign in $(printf 'synced:%s ' $devices) verified:pmem0 verified:fs0; do
-        until [ "$(last "${sign%:*} ${sign#*:}")" -gt 0 ] || ! kill -0 $hotslot 2>/dev/null; do sleep 1; done
+    for sign in $signs verified:pmem0 verified:fs0; do
+        until [ "$(last "${sign%:*} ${sign#*:}")" -gt 0 ] || ! kill -0 $hotslot 2>/dev/null; do
+            [ $(($(date +%s) - began)) -lt "$START_SECONDS" ] || { fault "nothing was $sign in $START_SECONDS s" && break; }
+            sleep 1
+        done
     done
     booted=$(($(date +%s) - began))
 
