@@ -324,8 +324,9 @@ impl FromStr for DeviceSpec {
         // Without it there is no `DeviceSpec` to set the others in.
         let kind = given.iter().find(|(key, _)| key.name == "type");
         let (_, kind) = kind.ok_or_else(|| DeviceStringError::NoType(socket.clone()))?;
+        let name = clean(&socket.file_name().unwrap_or(socket.as_os_str()).to_string_lossy());
         let mut spec = DeviceSpec {
-            name: clean(&socket.file_name().unwrap_or(socket.as_os_str()).to_string_lossy()),
+            name: name.chars().take(MAX_NAME).collect(),
             socket,
             kind: kind.parse()?,
             queues: None,
@@ -382,6 +383,8 @@ mod tests {
                 reconnect: None,
             }
         );
+        let device: DeviceSpec = format!("{},type=fs", "x".repeat(99)).parse().unwrap();
+        assert_eq!(device.name.len(), 64);
         let device: DeviceSpec =
             "a=b.sock,queues=3,type=26,share-shmem=on,queue-size=128,shmem-bit=20,shmem-rate=100,name=share,reconnect=60"
                 .parse()
