@@ -219,7 +219,8 @@ Traces:
   --sequence svg or mermaid it prints a sequence diagram, with --timeline each region's mappings over time
 
 Signals:
-  SIGTERM, SIGINT, SIGHUP, SIGQUIT end the machine at once; the guest is not asked
+  SIGTERM, SIGINT, SIGHUP, SIGQUIT end the machine at once; the guest is not asked. A dump that is being
+  written has up to 60 s more
   SIGUSR1 prints the memory map with all live mappings, and draws it with --memory-picture
   SIGUSR2 with --dump writes a dump; else it ends the machine
 
