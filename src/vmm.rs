@@ -10,6 +10,7 @@
 //! | `run` | starts and stops the vCPU threads, and the main loop |
 //! | `exit_once` | how the machine ends: set by any thread, awaited by the main loop and by `signals` |
 //! | `signals` | the thread that takes SIGTERM and the like, SIGUSR1, which prints the `memory_map`, and SIGUSR2 for a `dump` |
+//! | `writer` | a thread that writes a file when it is asked to: that of `picture`, and of `dump` |
 //! | `picture` | the picture of memory, and the thread that writes it |
 //! | `console` | the host's side of the serial port, and the escape key |
 //! | `gdb` | the thread that serves gdb: breakpoints, registers, memory |
@@ -28,6 +29,7 @@ pub mod picture;
 mod run;
 mod signals;
 mod stuck;
+mod writer;
 
 use std::sync::Arc;
 

@@ -180,8 +180,8 @@ impl Pause {
 
     /// Whether the processor is to stop at `int3`.
     pub fn stops_at_int3(&self, vcpu: usize) -> bool {
-        let seat = self.lock().seats.get(vcpu).cloned();
-        seat.is_some_and(|seat| seat.applied.control & KVM_GUESTDBG_USE_SW_BP > 0)
+        let state = self.lock();
+        state.seats.get(vcpu).is_some_and(|seat| seat.applied.control & KVM_GUESTDBG_USE_SW_BP > 0)
     }
 
     /// Leaves the processor's registers here: before it waits, and before its thread ends.
@@ -196,7 +196,8 @@ impl Pause {
 
     // --------------------------------------------------------------------------------- for holders
 
-    /// Holds all processors; waits until they are paused, or have ended. `interrupt` makes one of them look.
+    /// Holds all processors; waits until they are paused, or have ended, but at most a second: then
+    /// [`Pause::registers`] has none of those that still run. `interrupt` makes one of them look.
     pub fn hold(&self, holder: Holder, interrupt: impl Fn(usize)) {
         let end = Instant::now() + PAUSE_WITHIN;
         let mut state = self.lock();

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{SeekFrom, seek};
@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::error::{VmmError, failed_to};
+use super::writer::Writer;
 use crate::kvm::paging::{self, Mapped};
 use crate::kvm::pause::{Holder, Registers};
 use crate::kvm::vcpu::{Machine, Vcpu};
@@ -34,7 +35,8 @@ use core::{Piece, head};
 /// How long the end of the machine waits for a dump.
 pub(super) const AT_MOST: Duration = Duration::from_secs(60);
 
-/// How many ranges of linear addresses a dump has. A program header counts them in 16 bits.
+/// How many ranges of linear addresses a dump has: each meets at most the two regions of RAM, and the ELF
+/// header counts program headers in 16 bits (`e_phnum`).
 const MOST_RANGES: usize = 16_000;
 /// How many pages of page tables are looked at: those of 64 GiB in the smallest pages.
 const MOST_PAGES: usize = 16 << 20;
@@ -59,7 +61,7 @@ impl DumpFile {
     /// Opens or creates the file.
     pub fn open(path: &Path, ram: &Ram) -> Result<DumpFile, VmmError> {
         let failed = |error| VmmError::Dump(path.to_owned(), error);
-        // A pipe does not wait for its reader, and is refused.
+        // Opening a pipe must not wait for its reader. The check below refuses it.
         let mut options = File::options();
         options.write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
         // What a guest has in memory is its user's alone.
@@ -80,16 +82,12 @@ impl DumpFile {
     /// Starts the thread.
     pub fn start(
         self,
-        dumper: Arc<Dumper>,
+        dumper: Arc<Writer>,
         machine: &Arc<Machine>,
         vcpus: &Arc<Vec<Vcpu>>,
     ) -> Result<(), VmmError> {
         let (machine, vcpus) = (Arc::clone(machine), Arc::clone(vcpus));
-        let serve = move || {
-            loop {
-                dumper.serve(|| self.write_and_say(&machine, &vcpus));
-            }
-        };
+        let serve = move || dumper.serve(|| self.write_and_say(&machine, &vcpus));
         thread::spawn("dump".into(), Kind::Dumper, serve).map_err(failed_to("start the thread for dumps"))?;
         Ok(())
     }
@@ -199,44 +197,18 @@ fn mapped(machine: &Machine, processors: &[Registers]) -> Vec<Mapped> {
     ranges
 }
 
-/// Asks the thread `dump`, and waits for it.
-#[derive(Default)]
-pub(super) struct Dumper {
-    /// Lock order: innermost; held for a moment.
-    state: Mutex<State>,
-    changed: Condvar,
+/// Has a dump written at a fault, and waits for one that is being written. The processors have left their
+/// registers.
+pub(super) fn finish(dumper: &Writer, is_fault: bool) {
+    if is_fault {
+        dumper.order();
+    }
+    if !dumper.wait(AT_MOST) {
+        say_incomplete();
+    }
 }
 
-#[derive(Default)]
-struct State {
-    is_wanted: bool,
-    is_writing: bool,
-}
-
-impl Dumper {
-    /// Has a dump written, soon.
-    pub fn want(&self) {
-        self.lock().is_wanted = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits for dumps that are wanted; false if that takes longer.
-    pub fn wait(&self, limit: Duration) -> bool {
-        let is_busy = |state: &mut State| state.is_wanted || state.is_writing;
-        let waited = self.changed.wait_timeout_while(self.lock(), limit, is_busy);
-        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
-    }
-
-    /// Waits until a dump is wanted, and does `write`.
-    fn serve(&self, write: impl FnOnce()) {
-        let waited = self.changed.wait_while(self.lock(), |state| !state.is_wanted);
-        *waited.unwrap_or_else(PoisonError::into_inner) = State { is_wanted: false, is_writing: true };
-        write();
-        self.lock().is_writing = false;
-        self.changed.notify_all();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// The machine ends before a dump is written.
+pub(super) fn say_incomplete() {
+    say("hotslot: the dump is incomplete");
 }

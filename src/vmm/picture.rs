@@ -8,11 +8,12 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::error::{VmmError, failed_to};
 use super::memory_map::{MemoryMap, registers};
+use super::writer::Writer;
 use crate::arch::x86_64::layout::{self, Place};
 use crate::config::device::DeviceSpec;
 use crate::memory::{GuestRange, PAGE_SIZE, ram};
@@ -74,6 +75,17 @@ impl PictureFile {
         Ok(PictureFile { path: path.to_owned(), file: create(path).map_err(failed)? })
     }
 
+    /// Starts the thread.
+    pub fn start(self, map: Arc<MemoryMap>) -> Result<Arc<Writer>, VmmError> {
+        let painter = Arc::<Writer>::default();
+        let orders = Arc::clone(&painter);
+        thread::spawn("memory-picture".into(), ThreadKind::Painter, move || {
+            orders.serve(|| self.write(&map))
+        })
+        .map_err(failed_to("start the thread for the memory picture"))?;
+        Ok(painter)
+    }
+
     fn write(&self, map: &MemoryMap) {
         let parts = map.parts().into_iter().chain(places(&layout::FIXED, Kind::Fixed)).collect();
         let picture = draw("Guest physical memory of a running machine", parts, None);
@@ -86,60 +98,10 @@ impl PictureFile {
     }
 }
 
-/// Orders for the thread that writes the picture.
-pub(super) struct Painter {
-    /// Lock order: alone; never held while a picture is drawn.
-    orders: Mutex<Orders>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Orders {
-    given: u64,
-    /// How many of them a finished picture is newer than.
-    done: u64,
-}
-
-impl Painter {
-    /// Starts the thread.
-    pub fn start(file: PictureFile, map: Arc<MemoryMap>) -> Result<Arc<Painter>, VmmError> {
-        let painter = Arc::new(Painter { orders: Mutex::default(), changed: Condvar::new() });
-        let orders = Arc::clone(&painter);
-        thread::spawn("memory-picture".into(), ThreadKind::Painter, move || {
-            loop {
-                let given = orders.wait();
-                file.write(&map);
-                orders.lock().done = given;
-                orders.changed.notify_all();
-            }
-        })
-        .map_err(failed_to("start the thread for the memory picture"))?;
-        Ok(painter)
-    }
-
-    /// Orders a picture, and waits for nothing.
-    pub fn order(&self) {
-        self.lock().given += 1;
-        self.changed.notify_all();
-    }
-
-    /// Orders the last picture, and waits until [`LAST_PICTURE`].
-    pub fn order_last(&self) {
-        self.order();
-        let is_late = |orders: &mut Orders| orders.done < orders.given;
-        let waited = self.changed.wait_timeout_while(self.lock(), LAST_PICTURE, is_late);
-        if waited.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
-            log::warn!("the memory picture is out of date: it was not written in {LAST_PICTURE:?}");
-        }
-    }
-
-    /// Waits for an order.
-    fn wait(&self) -> u64 {
-        let is_idle = |orders: &mut Orders| orders.done == orders.given;
-        self.changed.wait_while(self.lock(), is_idle).unwrap_or_else(PoisonError::into_inner).given
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Orders> {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+/// Orders the last picture, and waits until [`LAST_PICTURE`].
+pub(super) fn finish(painter: &Writer) {
+    painter.order();
+    if !painter.wait(LAST_PICTURE) {
+        log::warn!("the memory picture is out of date: it was not written in {LAST_PICTURE:?}");
     }
 }

@@ -10,13 +10,14 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 
 use super::Vmm;
 use super::console::Console;
-use super::dump::{self, Dumper};
+use super::dump;
 use super::error::{VmmError, failed_to};
 use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
-use super::picture::Painter;
+use super::picture;
 use super::signals::{self, Writers};
 use super::stuck::{self, StuckWatch};
+use super::writer::Writer;
 use crate::arch::x86_64::reset::Resets;
 use crate::exit::Exit;
 use crate::kvm::vcpu::{Machine, UnclaimedCounts, Vcpu, VcpuState};
@@ -37,8 +38,8 @@ impl Vmm {
         let Vmm { vcpus, machine, console, memory_map, picture, resets, crash_hint, gdb, dump, exit } = self;
         let serial_port = Arc::clone(&console.port);
         let memory_map = Arc::new(memory_map);
-        let dumper = dump.is_some().then(Arc::<Dumper>::default);
-        let painter = picture.map(|file| Painter::start(file, Arc::clone(&memory_map))).transpose();
+        let dumper = dump.is_some().then(Arc::<Writer>::default);
+        let painter = picture.map(|file| file.start(Arc::clone(&memory_map))).transpose();
         let ready = painter.and_then(|painter| {
             let writers = Writers { painter, dumper };
             let (events, raw_while_it_runs) = set_up(console, memory_map, writers.clone(), &exit)?;
@@ -63,11 +64,11 @@ impl Vmm {
 
         stop(&processors, &machine);
         if let Some(dumper) = dumper {
-            finish_dump(&dumper, ending.is_fault);
+            dump::finish(&dumper, ending.is_fault);
         }
         serial_port.flush();
         if let Some(painter) = painter {
-            painter.order_last();
+            picture::finish(&painter);
         }
         let UnclaimedCounts { mmio_reads, mmio_writes, ports } = &machine.unclaimed;
         log::info!(
@@ -154,16 +155,5 @@ fn stop(processors: &[Vcpu], machine: &Machine) {
     while !processors.iter().all(Vcpu::has_ended) && start.elapsed() < STOP_PROCESSORS {
         processors.iter().for_each(Vcpu::interrupt);
         sleep(Duration::from_millis(1));
-    }
-}
-
-/// Has a dump written at a fault, and waits for one that is being written. The processors have left their
-/// registers.
-fn finish_dump(dumper: &Dumper, is_fault: bool) {
-    if is_fault {
-        dumper.want();
-    }
-    if !dumper.wait(dump::AT_MOST) {
-        say("hotslot: the dump is incomplete");
     }
 }

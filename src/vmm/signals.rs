@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::signal::{block_signal, create_sigset};
 
-use super::dump::{self, Dumper};
+use super::dump;
 use super::error::{VmmError, failed_to};
 use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
-use super::picture::Painter;
+use super::writer::Writer;
 use crate::exit::Exit;
 use crate::report::{lines, say};
 use crate::sandbox::vmm::Kind;
@@ -77,8 +77,8 @@ pub(super) fn watch(
 #[derive(Clone)]
 pub(super) struct Writers {
     /// Draws what SIGUSR1 prints.
-    pub painter: Option<Arc<Painter>>,
-    pub dumper: Option<Arc<Dumper>>,
+    pub painter: Option<Arc<Writer>>,
+    pub dumper: Option<Arc<Writer>>,
 }
 
 struct Signals {
@@ -113,7 +113,7 @@ impl Signals {
         while let Some(signal) = self.next() {
             match (signal, &self.writers.dumper) {
                 (PRINT_MEMORY_MAP, _) => self.print(),
-                (WRITE_DUMP, Some(dumper)) => dumper.want(),
+                (WRITE_DUMP, Some(dumper)) => dumper.order(),
                 _ => self.exit.set((&Exit::Signal(signal)).into()),
             }
         }
@@ -137,7 +137,7 @@ impl Signals {
             let is_ended =
                 self.next().is_some_and(|signal| ![PRINT_MEMORY_MAP, WRITE_DUMP].contains(&signal));
             if is_ended || start.elapsed() >= dump::AT_MOST {
-                return say("hotslot: the dump is incomplete");
+                return dump::say_incomplete();
             }
         }
     }
