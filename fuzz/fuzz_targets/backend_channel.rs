@@ -203,7 +203,7 @@ impl Device {
             PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_REPLY_ACK,
         ]);
         let quota = [4096, 1, 3, 8][usize::from(settings % 4)];
-        let limits = Limits { mappings: quota, bytes: u64::MAX, foreign_files: false };
+        let limits = Limits { mappings: quota, bytes: u64::MAX, foreign_files: false, prefault: false };
         let machine = Arc::<Machine>::default();
         let sizes = REGIONS.map(|(shmid, pages)| (shmid, pages * PAGE));
         let mut windows = WindowAllocator::new(1 << 32, 1 << 40);

@@ -42,7 +42,7 @@ fn device(text: &str) {
 
 fn check_device(device: &DeviceSpec) {
     let DeviceSpec { name, socket, kind, queues, queue_size, shmem_bit, share_shmem, .. } = device;
-    let DeviceSpec { shmem_rate, shmem_limit, foreign_files, reconnect, .. } = device;
+    let DeviceSpec { shmem_rate, shmem_limit, foreign_files, prefault, reconnect, .. } = device;
     assert!(!name.is_empty() && !socket.as_os_str().is_empty());
     assert!((1..=255).contains(&kind.id()));
     assert!(queues.is_none_or(|queues| (1..=256).contains(&queues)));
@@ -60,9 +60,10 @@ fn check_device(device: &DeviceSpec) {
     let shmem = shmem.map_or(String::new(), |(id, size)| format!(",shmem={id}:{size}"));
     let rate = shmem_rate.map_or(String::new(), |rate| format!(",shmem-rate={rate}"));
     assert!(*shmem_limit >= 4096);
-    let [share, foreign] = [share_shmem, foreign_files].map(|is_on| if *is_on { "on" } else { "off" });
+    let [share, foreign, prefault] =
+        [share_shmem, foreign_files, prefault].map(|is_on| if *is_on { "on" } else { "off" });
     let reconnect = reconnect.map_or(String::new(), |time| format!(",reconnect={}", time.as_secs()));
-    let more = format!("shmem-limit={shmem_limit},foreign-files={foreign}{reconnect}");
+    let more = format!("shmem-limit={shmem_limit},foreign-files={foreign},prefault={prefault}{reconnect}");
     let full = format!(
         "{},share-shmem={share},shmem-bit={shmem_bit},name={name},type={}{queues}{size}{config_size}{config}{mac}{tag}{shmem}{rate},{more}",
         socket.display(),

@@ -63,6 +63,8 @@ pub struct DeviceSpec {
     pub shmem_limit: u64,
     /// Whether its back-end may map files that need another process or the network (SHM-83).
     pub foreign_files: bool,
+    /// Whether the page tables of its mappings are filled before its back-end is answered (SHM-105).
+    pub prefault: bool,
     /// How long its back-end may be away when it dies; `None` where it is lost at once (SHM-94).
     pub reconnect: Option<Duration>,
 }
@@ -215,6 +217,17 @@ const KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "prefault",
+        value: "on",
+        wanted: "on or off",
+        help: "fills the page tables of each mapping before the back-end is answered: the guest's first access to a page \
+               costs no fault, and the answer waits until the file's pages are read in",
+        set: |spec, text| {
+            spec.prefault = text == "on";
+            ["on", "off"].contains(&text).then_some(())
+        },
+    },
+    Key {
         name: "reconnect",
         value: "SECONDS",
         wanted: "a number of seconds from 1 to 86400",
@@ -341,6 +354,7 @@ impl FromStr for DeviceSpec {
             shmem_rate: None,
             shmem_limit: SHMEM_LIMIT,
             foreign_files: false,
+            prefault: false,
             reconnect: None,
         };
         for (&Key { name, wanted, set, .. }, value) in given {
@@ -380,6 +394,7 @@ mod tests {
                 shmem_rate: None,
                 shmem_limit: 64 << 30,
                 foreign_files: false,
+                prefault: false,
                 reconnect: None,
             }
         );
@@ -454,6 +469,7 @@ mod tests {
             ("a.sock,type=fs,shmem-rate=-1", "`-1` is not a good shmem-rate"),
             ("a.sock,type=fs,shmem-limit=4095", "`4095` is not a good shmem-limit: it is a size from 4K"),
             ("a.sock,type=fs,shmem-limit=lots", "`lots` is not a good shmem-limit"),
+            ("a.sock,type=fs,prefault=1", "`1` is not a good prefault: it is on or off"),
             ("a.sock,type=fs,foreign-files=1", "`1` is not a good foreign-files: it is on or off"),
             ("a.sock,share-shmem=on,type=fs,share-shmem=on", "`share-shmem` is given twice"),
         ] {

@@ -1,9 +1,10 @@
 //! KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`], [`pause`],
-//! [`stats`]).
+//! [`stats`]; [`prefault`]).
 
 mod operands;
 pub mod paging;
 pub mod pause;
+pub mod prefault;
 pub mod slots;
 pub mod stats;
 pub mod vcpu;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
+use super::prefault::SpareVcpus;
 use crate::memory::{Access, GuestMapper, GuestRange, SlotId};
 
 /// The slots of one virtual machine.
@@ -20,6 +21,7 @@ pub struct Slots {
     pub(super) vm: Arc<VmFd>,
     /// The number of slots that the machine can have.
     pub limit: u32,
+    pub(super) spare_vcpus: SpareVcpus,
     /// Lock order: innermost. Held while KVM changes a slot, which waits for no other process.
     state: Mutex<State>,
 }
@@ -36,7 +38,7 @@ struct State {
 impl Slots {
     /// The slots of `vm`, at most `limit` (KVM_CAP_NR_MEMSLOTS) of them.
     pub fn new(vm: Arc<VmFd>, limit: u32) -> Self {
-        Slots { vm, limit, state: Mutex::default() }
+        Slots { vm, limit, spare_vcpus: SpareVcpus::default(), state: Mutex::default() }
     }
 
     /// Maps like [`GuestMapper::map`], for as long as the machine exists. Keeps `owner` until after that.
@@ -104,6 +106,10 @@ impl GuestMapper for Slots {
         state.slots[slot as usize] = None;
         state.free.push(slot);
         Ok(())
+    }
+
+    fn prefault(&self, guest: GuestRange) -> io::Result<()> {
+        self.spare_vcpus.prefault(guest)
     }
 }
 

@@ -3,13 +3,14 @@
 //! Called by `vmm::build`. Documentation/virt/kvm/api.rst in the Linux sources is the reference.
 
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_SET_GUEST_DEBUG2,
-    KVM_CAP_TSC_DEADLINE_TIMER, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_SINGLESTEP, KVM_X86_QUIRK_SLOT_ZAP_ALL,
-    kvm_enable_cap, kvm_sregs,
+    CpuId, KVM_API_VERSION, KVM_CAP_BINARY_STATS_FD, KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_PRE_FAULT_MEMORY,
+    KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_TSC_DEADLINE_TIMER, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_SINGLESTEP,
+    KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap, kvm_sregs,
 };
 use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use thiserror::Error;
@@ -111,9 +112,10 @@ const NEEDED: [(Cap, &str, &str); 9] = [
 ];
 
 /// What is of use where KVM has it.
-const OPTIONAL: [(u32, &str); 3] = [
+const OPTIONAL: [(u32, &str); 4] = [
     (KVM_CAP_TSC_DEADLINE_TIMER, "timers by the time stamp counter"),
     (KVM_CAP_DISABLE_QUIRKS2, "slots whose deletion keeps the other page tables"),
+    (KVM_CAP_PRE_FAULT_MEMORY, "page tables that are filled before the guest asks (`prefault=on`)"),
     (KVM_CAP_BINARY_STATS_FD, "statistics, by which a vCPU is found that waits in KVM"),
 ];
 
@@ -188,6 +190,8 @@ impl Kvm {
 pub struct Vm {
     /// Its memory slots, which own it.
     pub slots: Arc<Slots>,
+    /// Whether the deletion of a slot keeps the page tables of the others.
+    keeps_page_tables: bool,
 }
 
 impl Vm {
@@ -210,9 +214,9 @@ impl Vm {
         vm.set_tss_address(tss as usize)
             .map_err(failed_to(format!("use the pages at {tss:#x} for its TSS")))?;
         vm.create_irq_chip().map_err(failed_to("create the interrupt controllers"))?;
-        keep_page_tables_on_slot_deletion(&vm)?;
+        let keeps_page_tables = keep_page_tables_on_slot_deletion(&vm)?;
         let limit = kvm.kvm.get_nr_memslots() as u32;
-        Ok(Vm { slots: Arc::new(Slots::new(Arc::new(vm), limit)) })
+        Ok(Vm { slots: Arc::new(Slots::new(Arc::new(vm), limit)), keeps_page_tables })
     }
 
     /// Adds the processor with this id, which is its APIC id too.
@@ -220,6 +224,31 @@ impl Vm {
         let fd = self.slots.vm.create_vcpu(u64::from(id));
         let fd = fd.map_err(failed_to(format!("create vCPU {id}")))?;
         Ok(Processor { id, fd, _slots: Arc::clone(&self.slots) })
+    }
+
+    /// Adds up to `count` vCPUs that never run, through which [`GuestMapper::prefault`] fills page tables.
+    /// `cpuid` is that of the vCPUs that run: what depends on it is the same then, the depth of the page
+    /// tables above all.
+    ///
+    /// Adds none where KVM cannot fill page tables, nor before Linux 6.12: where the deletion of a slot drops
+    /// all page tables, the ioctl can wait for a vCPU to run that never does.
+    ///
+    /// [`GuestMapper::prefault`]: crate::memory::GuestMapper::prefault
+    pub fn add_spare_vcpus(&self, count: usize, ids: Range<u32>, cpuid: &CpuId) -> Result<(), KvmError> {
+        let can_fill = self.slots.vm.check_extension_raw(u64::from(KVM_CAP_PRE_FAULT_MEMORY)) > 0;
+        if count > 0 && !(can_fill && self.keeps_page_tables) {
+            log::info!(
+                "this KVM cannot fill its page tables ahead: prefault=on fills those of the host only"
+            );
+            return Ok(());
+        }
+        for id in ids.take(count) {
+            let vcpu = self.slots.vm.create_vcpu(u64::from(id));
+            let vcpu = vcpu.map_err(failed_to(format!("create vCPU {id}, which fills page tables")))?;
+            vcpu.set_cpuid2(cpuid).map_err(failed_to(format!("set CPUID of vCPU {id}")))?;
+            self.slots.spare_vcpus.add(vcpu);
+        }
+        Ok(())
     }
 
     /// The flags with which a processor runs for one instruction; without an interrupt, where KVM can do that
@@ -264,14 +293,15 @@ impl Processor {
 }
 
 /// Lets KVM keep the page tables of all other slots when one is deleted. Linux 6.12 and later can do this;
-/// before, each deletion slows the guest down for a moment.
-fn keep_page_tables_on_slot_deletion(vm: &VmFd) -> Result<(), KvmError> {
+/// before, each deletion slows the guest down for a moment. Tells whether KVM does.
+fn keep_page_tables_on_slot_deletion(vm: &VmFd) -> Result<bool, KvmError> {
     let quirks = vm.check_extension_raw(u64::from(KVM_CAP_DISABLE_QUIRKS2)).max(0) as u32;
     if quirks & KVM_X86_QUIRK_SLOT_ZAP_ALL == 0 {
         log::debug!("this KVM always drops all page tables when it deletes a memory slot");
-        return Ok(());
+        return Ok(false);
     }
     let mut capability = kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS2, ..Default::default() };
     capability.args[0] = u64::from(KVM_X86_QUIRK_SLOT_ZAP_ALL);
-    vm.enable_cap(&capability).map_err(failed_to("disable KVM_X86_QUIRK_SLOT_ZAP_ALL"))
+    vm.enable_cap(&capability).map_err(failed_to("disable KVM_X86_QUIRK_SLOT_ZAP_ALL"))?;
+    Ok(true)
 }

@@ -104,4 +104,13 @@ pub trait GuestMapper: Send + Sync {
     /// Takes a mapping away. Fails with ENOENT for a slot that is not live, else with KVM's errno; the
     /// mapping stays then.
     fn unmap(&self, slot: SlotId) -> io::Result<()>;
+
+    /// Fills the page tables between guest and host for a part of a mapping, as far as this machine can, so
+    /// that the guest's first access to a page costs no fault. Called by the thread that called `map`, with
+    /// no lock held: a page that is not there is read in.
+    ///
+    /// Fails with the errno of the host; the guest's accesses then do what was not done.
+    fn prefault(&self, _guest: GuestRange) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -101,6 +101,9 @@ impl fmt::Display for FilledTotal {
     }
 }
 
+/// After how many bytes of a mapping to look whether the device was reset: one huge page.
+const PREFAULT_STEP: u64 = 2 << 20;
+
 /// What a device's back-end may map.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -110,6 +113,8 @@ pub struct Limits {
     pub bytes: u64,
     /// Whether files that need another process or the network are taken, too (SHM-83).
     pub foreign_files: bool,
+    /// Whether a mapping's page tables are filled before the back-end is answered (SHM-105).
+    pub prefault: bool,
 }
 
 /// The shared memory of one device.
@@ -133,6 +138,7 @@ pub struct SharedMemory {
     /// Lock order: innermost, held for a look.
     expected_until: Mutex<Option<Instant>>,
     origins: Origins,
+    prefault: bool,
     log: MisuseLog,
 }
 
@@ -186,7 +192,16 @@ impl SharedMemory {
         });
         let (by_guest_address, expected_until) = (RwLock::default(), Mutex::default());
         let (origins, log) = (Origins::new(limits.foreign_files), MisuseLog::new(name));
-        Ok(SharedMemory { mapper, windows, state, by_guest_address, expected_until, origins, log })
+        Ok(SharedMemory {
+            mapper,
+            windows,
+            state,
+            by_guest_address,
+            expected_until,
+            origins,
+            prefault: limits.prefault,
+            log,
+        })
     }
 
     /// Where a region is; `None` for an id that has none.
@@ -236,7 +251,30 @@ impl SharedMemory {
         if shown.is_err() && !replaces {
             self.reserve_again(Some(span));
         }
-        Ok((shown?, span.host() as u64))
+        let shown = shown?;
+        if self.prefault {
+            self.fill_page_tables(key, span_len);
+        }
+        Ok((shown, span.host() as u64))
+    }
+
+    /// Fills the page tables of a new mapping, the host's and those between guest and host (SHM-105): reads
+    /// its pages in, and writes none. Ends early at a reset, at the end of the file, and where the host has
+    /// no memory: then the guest's accesses do the rest.
+    fn fill_page_tables(&self, key: Key, span_len: u64) {
+        for offset in (0..span_len).step_by(PREFAULT_STEP as usize) {
+            if !self.lock().ledger.gate_open {
+                return;
+            }
+            let part = self.span((key.0, key.1 + offset), PREFAULT_STEP.min(span_len - offset));
+            let filled = part.map(|part| {
+                part.populate(Access::ReadOnly)?;
+                self.mapper.prefault(part.guest())
+            });
+            if !matches!(filled, Some(Ok(()))) {
+                return;
+            }
+        }
     }
 
     /// Takes away the old mappings in the place of a mapping that is to be made (SHM-77). Whether one of them
@@ -447,7 +485,7 @@ impl SharedMemory {
             // KVM passes on every write to it; the guest did not miss a page.
             return Some(Page::Present);
         }
-        let error = match window.whole().populate(key.1 + offset, access) {
+        let error = match window.span(key.1 + offset, PAGE_SIZE)?.populate(access) {
             Ok(()) => {
                 let state = &mut *self.lock();
                 let unavailable = &mut state.ledger.mappings.get_mut(&key)?.kept.unavailable;

@@ -127,18 +127,17 @@ impl Span<'_> {
         Ok(())
     }
 
-    /// Makes the page that `offset` is in present, as an access of the guest would: reads it in, or for a
-    /// write also allocates its place in the file. Waits for the file system, without limit.
+    /// Makes its pages present, as an access of the guest would: reads them in, or for a write also allocates
+    /// their place in the file. Waits for the file system, without limit.
     ///
     /// Fails with EFAULT where an access would raise SIGBUS, with EINVAL where nothing is mapped.
-    pub fn populate(&self, offset: u64, access: Access) -> io::Result<()> {
-        let page = self.window.span(self.offset + offset / PAGE_SIZE * PAGE_SIZE, PAGE_SIZE);
-        let (at, len) = page.ok_or(Errno::INVAL)?.pages();
+    pub fn populate(&self, access: Access) -> io::Result<()> {
+        let (at, len) = self.pages();
         let advice = match access {
             Access::ReadOnly => Advice::LinuxPopulateRead,
             Access::ReadWrite => Advice::LinuxPopulateWrite,
         };
-        // SAFETY: the page lies in the window's own range; what is in it does not change.
+        // SAFETY: the pages lie in the window's own range; what is in them does not change.
         Ok(unsafe { mm::madvise(at, len, advice) }?)
     }
 
@@ -285,7 +284,8 @@ mod tests {
         let window = window(0x4000_0000, 0x3000);
         let whole = window.whole();
         let errno = |offset, access| {
-            let result = whole.populate(offset, access);
+            let page = window.span(offset / PAGE_SIZE * PAGE_SIZE, PAGE_SIZE);
+            let result = page.ok_or(io::Error::from(Errno::INVAL)).and_then(|page| page.populate(access));
             result.map_or_else(|error| error.raw_os_error().unwrap(), |()| 0)
         };
         assert_eq!(errno(0, Access::ReadOnly), libc::EINVAL, "nothing is mapped");

@@ -4,7 +4,8 @@ use std::ffi::c_uint;
 use std::sync::OnceLock;
 
 use kvm_bindings::{
-    KVMIO, kvm_cpuid2, kvm_fpu, kvm_guest_debug, kvm_msrs, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    KVMIO, kvm_cpuid2, kvm_fpu, kvm_guest_debug, kvm_msrs, kvm_pre_fault_memory, kvm_regs, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 use syscalls::Sysno;
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
@@ -89,6 +90,7 @@ const KVM_GET_FPU: u32 = kvm(_IOC_READ, 0x8c, size_of::<kvm_fpu>());
 const KVM_SET_FPU: u32 = kvm(_IOC_WRITE, 0x8d, size_of::<kvm_fpu>());
 const KVM_SET_CPUID2: u32 = kvm(_IOC_WRITE, 0x90, size_of::<kvm_cpuid2>());
 const KVM_SET_GUEST_DEBUG: u32 = kvm(_IOC_WRITE, 0x9b, size_of::<kvm_guest_debug>());
+const KVM_PRE_FAULT_MEMORY: u32 = kvm(_IOC_READ | _IOC_WRITE, 0xd5, size_of::<kvm_pre_fault_memory>());
 
 const MAIN_LOOP: &[Rule] = &[
     call(Sysno::epoll_wait, "waits for events"),
@@ -130,6 +132,7 @@ const DUMPER: &[Rule] = &[
 
 const CHANNEL: &[Rule] = &[
     ioctl(KVM_SET_USER_MEMORY_REGION, "a mapping's slot"),
+    ioctl(KVM_PRE_FAULT_MEMORY, "a mapping's page tables, with `prefault=on`"),
     fcntl(libc::F_GET_SEALS, "is a descriptor a file of memory"),
     call(Sysno::lseek, "the table of mounts, from its beginning"),
     call(Sysno::fstat, "which file is it, for other devices' back-ends"),

@@ -125,8 +125,8 @@ pub fn connect(
             return Err(BackendError::new(spec, tracer.as_ref(), Cause::MemoryRegions { room, regions }));
         }
         let sizes = (0..=u8::MAX).zip(handshake.region_sizes.iter().copied());
-        let &DeviceSpec { shmem_limit: bytes, foreign_files, .. } = spec;
-        let limits = Limits { mappings: quota, bytes, foreign_files };
+        let &DeviceSpec { shmem_limit: bytes, foreign_files, prefault, .. } = spec;
+        let limits = Limits { mappings: quota, bytes, foreign_files, prefault };
         let shmem = SharedMemory::new(&spec.name, sizes, &mut windows, slots.clone(), limits)
             .map_err(|error| BackendError::new(spec, tracer.as_ref(), error.into()))?;
         for (shmid, range) in shmem.regions() {

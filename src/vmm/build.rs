@@ -94,6 +94,12 @@ impl Vmm {
         let entry = boot.load(&ram, config.cpus, config.devices.len())?;
         let topology = Topology { vcpus: config.cpus, tsc_deadline: kvm.has_tsc_deadline() };
         let vcpus = create_vcpus(&vm, &supported, topology, entry)?;
+        let prefaulting = config.devices.iter().filter(|device| device.prefault).count();
+        vm.add_spare_vcpus(
+            prefaulting,
+            config.cpus..layout::MAX_VCPUS,
+            &cpuid::of_vcpu(&supported, topology, 0),
+        )?;
 
         // Last: a gdb that connects does not wait long.
         let gdb = config.gdb.as_ref().map(|address| Gdb::listen(address, vm.step_flags())).transpose()?;

@@ -364,6 +364,14 @@ fn files_are_cut_short_on_a_kvm_of_hardware() {
 }
 
 #[test]
+fn a_mapping_can_be_had_without_a_fault_of_the_guest() {
+    // SHM-105
+    let guest = SMALL.guest("prefault");
+    passed(&guest, 1);
+    assert!(guest.out.contains("faults of the guest: 0 with prefault=on"), "{guest}");
+}
+
+#[test]
 fn a_guest_whose_disk_is_full_waits_and_loses_nothing() {
     // SHM-87
     let host = FULL.host();

@@ -15,6 +15,7 @@ mod lifecycle;
 mod machine;
 mod mappings;
 mod picture;
+mod prefault;
 mod pvh;
 mod reconnect;
 mod registers;

@@ -30,7 +30,7 @@ pub(in crate::memory) fn bench() -> Bench {
         sizes,
         &mut windows,
         mapper,
-        Limits { mappings: 100, bytes: u64::MAX, foreign_files: false },
+        Limits { mappings: 100, bytes: u64::MAX, foreign_files: false, prefault: false },
     )
     .unwrap();
     let mut file = tempfile::tempfile().unwrap();
@@ -249,4 +249,42 @@ fn one_descriptor_is_kept_for_a_file_as_long_as_it_is_mapped() {
     bench.shmem.unmap_all(|| {}).unwrap();
     seen.push(kept());
     assert_eq!(seen, [0, 1, 1, 1, 0]);
+}
+
+/// What is prefaulted of a region's first 6 MiB, as offsets and lengths in MiB, where the file has `len`
+/// bytes and the gate is closed after `parts` of it. The file's blocks on its disk, before and after.
+fn prefaulted(len: u64, parts: usize) -> (Vec<(u64, u64)>, [u64; 2]) {
+    let guest = Arc::new(Guest::default());
+    let mut windows = WindowAllocator::new(1 << 32, 1 << 39);
+    let limits = Limits { mappings: 100, bytes: u64::MAX, foreign_files: false, prefault: true };
+    let shmem = SharedMemory::new("device", [(0, 8 << 20)], &mut windows, guest.clone(), limits).unwrap();
+    let shmem = Arc::new(shmem);
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(len).unwrap();
+    let before = file.metadata().unwrap().blocks();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (list, gate, region) = (Arc::clone(&seen), Arc::downgrade(&shmem), shmem.region(0).unwrap());
+    *guest.at_prefault.lock().unwrap() = Some(Box::new(move |range: GuestRange| {
+        let mut list = list.lock().unwrap();
+        list.push(((range.start() - region.start()) >> 20, range.len() >> 20));
+        if list.len() == parts {
+            gate.upgrade().unwrap().close_gate();
+        }
+    }));
+    let fd = Arc::new(file.try_clone().unwrap().into());
+    let access = Access::ReadWrite;
+    let request = MapRequest { shmid: 0, shm_offset: 0, len: 6 << 20, file: &fd, file_offset: 0, access };
+    shmem.map(&request).unwrap();
+    let list = seen.lock().unwrap().clone();
+    (list, [before, file.metadata().unwrap().blocks()])
+}
+
+#[test]
+fn prefaulting_ends_at_the_end_of_the_file_and_at_a_reset() {
+    // SHM-105
+    let (parts, [before, after]) = prefaulted(6 << 20, usize::MAX);
+    assert_eq!(parts, [(0, 2), (2, 2), (4, 2)]);
+    assert_eq!(before, after, "holes stay holes");
+    assert_eq!(prefaulted(5 << 20, usize::MAX).0, [(0, 2), (2, 2)]);
+    assert_eq!(prefaulted(6 << 20, 1).0, [(0, 2)]);
 }

@@ -14,4 +14,5 @@ tests() {
 tests truncation "$ENDURANCE" truncation::
 tests faults "$SMALL_GUEST" faults::
 tests unavailable "$SMALL_GUEST" unavailable::
+tests prefault "$SMALL_GUEST" prefault::
 tests linux "$ENDURANCE" --ignored a_linux_guest

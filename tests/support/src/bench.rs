@@ -181,8 +181,8 @@ impl Unbuilt {
     pub fn device(self, handshake: Handshake) -> Result<Bench, DeviceError> {
         let Unbuilt { spec, setup: Setup { guest, mut windows, quota, member, .. }, backend } = self;
         let sizes = (0..=255).zip(handshake.region_sizes.clone());
-        let (bytes, foreign_files) = (spec.shmem_limit, spec.foreign_files);
-        let limits = Limits { mappings: quota, bytes, foreign_files };
+        let &DeviceSpec { shmem_limit: bytes, foreign_files, prefault, .. } = &spec;
+        let limits = Limits { mappings: quota, bytes, foreign_files, prefault };
         let mapper: Arc<dyn GuestMapper> = guest.clone();
         let shmem = Arc::new(SharedMemory::new(&spec.name, sizes, &mut windows, mapper, limits)?);
         let page = RegisterPage::new()?;

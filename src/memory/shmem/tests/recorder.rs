@@ -15,7 +15,11 @@ pub struct Guest {
     pub no_slots: AtomicBool,
     /// Gives no slot back.
     pub keeps_slots: AtomicBool,
+    /// What happens when a range is prefaulted.
+    pub at_prefault: Mutex<Option<AtPrefault>>,
 }
+
+pub type AtPrefault = Box<dyn FnMut(GuestRange) + Send>;
 
 #[derive(Default)]
 struct Live {
@@ -65,6 +69,13 @@ impl GuestMapper for Guest {
         let start = live.slots.remove(&slot).ok_or_else(unknown)?;
         live.free.push(slot);
         live.mappings.remove(&start).map(drop).ok_or_else(unknown)
+    }
+
+    fn prefault(&self, guest: GuestRange) -> io::Result<()> {
+        if let Some(at_prefault) = &mut *self.at_prefault.lock().unwrap() {
+            at_prefault(guest);
+        }
+        Ok(())
     }
 }
 
