@@ -364,6 +364,14 @@ fn files_are_cut_short_on_a_kvm_of_hardware() {
 }
 
 #[test]
+fn huge_pages_of_a_mapping_are_the_guests_too() {
+    // SHM-36
+    let guest = SMALL.guest("huge");
+    passed(&guest, 1);
+    assert!(guest.out.contains("huge pages of the guest: transparent 2 MiB, reserved 2 MiB"), "{guest}");
+}
+
+#[test]
 fn a_mapping_can_be_had_without_a_fault_of_the_guest() {
     // SHM-105
     let guest = SMALL.guest("prefault");

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use hotslot_test_support::backend::Backend;
 use hotslot_test_support::files::{PAGE, content, memfd_with, numbered_file};
 use hotslot_test_support::guest::Guest;
+use hotslot_test_support::huge_pages::HugePages;
 use hotslot_test_support::kvm;
 use hotslot_test_support::wire::{MMap, page_at, writable};
 use rustix::fs::MemfdFlags;
@@ -89,27 +90,6 @@ fn a_file_cut_short_reads_as_zeroes_also_with_interrupts_on() {
     cut_short(true);
 }
 
-/// While it lives, this machine has so many more huge pages.
-struct HugePages(u64);
-
-impl HugePages {
-    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
-
-    /// `None` where this process may not have them.
-    fn reserve(count: u64) -> Option<HugePages> {
-        let read = || std::fs::read_to_string(Self::COUNT).ok()?.trim().parse::<u64>().ok();
-        let before = HugePages(read()?);
-        std::fs::write(Self::COUNT, (before.0 + count).to_string()).ok()?;
-        (read()? >= before.0 + count).then_some(before)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        std::fs::write(Self::COUNT, self.0.to_string()).unwrap();
-    }
-}
-
 #[test]
 fn a_file_of_huge_pages_cut_short_reads_as_zeroes() {
     // SHM-45
@@ -117,7 +97,7 @@ fn a_file_of_huge_pages_cut_short_reads_as_zeroes() {
     if !kvm::is_here() {
         return;
     }
-    let Some(_reserved) = HugePages::reserve(2) else {
+    let Some(_reserved) = HugePages::reserve(HUGE, 2) else {
         eprintln!("skipped: this machine has no huge pages for it");
         return;
     };

@@ -11,6 +11,7 @@ mod dump;
 mod faults;
 mod footprint;
 mod gdb;
+mod huge_pages;
 mod lifecycle;
 mod machine;
 mod mappings;

@@ -18,15 +18,6 @@ fn resident_pages(pid: i32, pages: u64) -> u64 {
     number(rss) / 4
 }
 
-/// The faults of the guest that KVM has resolved; `None` where it does not count them.
-fn guest_faults(pid: i32) -> Option<u64> {
-    let machines = fs::read_dir("/sys/kernel/debug/kvm").ok()?;
-    let name = format!("{pid}-");
-    let machine =
-        machines.flatten().find(|machine| machine.file_name().to_string_lossy().starts_with(&name))?;
-    fs::read_to_string(machine.path().join("pf_fixed")).ok()?.trim().parse().ok()
-}
-
 /// Maps 513 pages to a device with these further keys. How many pages were in the host's page tables when
 /// the back-end was answered, and how many faults the guest's first reads of all of them cost.
 fn map(keys: &str) -> (u64, Option<u64>) {
@@ -41,11 +32,12 @@ fn map(keys: &str) -> (u64, Option<u64>) {
     assert_eq!(guest.read64(region + 4 * MIB - PAGE), content(5, 0));
     assert_eq!(backend.map(MMap { len: PAGES * PAGE, ..page_at(0) }, &file), 0);
     let resident = resident_pages(guest.pid(), PAGES);
-    let before = guest_faults(guest.pid());
+    let faults = |guest: &Guest| kvm::statistic(guest.pid(), "pf_fixed");
+    let before = faults(&guest);
     for page in 0..PAGES {
         assert_eq!(guest.read64(region + page * PAGE), content(5, page * PAGE));
     }
-    let faults = guest_faults(guest.pid()).zip(before).map(|(after, before)| after - before);
+    let faults = faults(&guest).zip(before).map(|(after, before)| after - before);
     guest.exit();
     (resident, faults)
 }

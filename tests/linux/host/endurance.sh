@@ -14,5 +14,6 @@ tests() {
 tests truncation "$ENDURANCE" truncation::
 tests faults "$SMALL_GUEST" faults::
 tests unavailable "$SMALL_GUEST" unavailable::
+tests huge "$SMALL_GUEST" huge_pages::
 tests prefault "$SMALL_GUEST" prefault::
 tests linux "$ENDURANCE" --ignored a_linux_guest

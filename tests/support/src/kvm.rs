@@ -10,6 +10,16 @@ pub fn is_hardware() -> bool {
     flags.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag))
 }
 
+/// One of KVM's own statistics of the machine of process `pid`; `None` where KVM does not count it, or this
+/// process may not read it (debugfs).
+pub fn statistic(pid: i32, name: &str) -> Option<u64> {
+    let machines = std::fs::read_dir("/sys/kernel/debug/kvm").ok()?;
+    let prefix = format!("{pid}-");
+    let machine =
+        machines.flatten().find(|machine| machine.file_name().to_string_lossy().starts_with(&prefix))?;
+    std::fs::read_to_string(machine.path().join(name)).ok()?.trim().parse().ok()
+}
+
 /// True if the calling test can run. Says once which KVM there is; where there is none, says so for each
 /// test, and REQUIRE_KVM=1 makes that a failure.
 #[must_use]

@@ -5,6 +5,7 @@
 //! | [`names`], [`wire`] | the numbers of vhost-user, and its messages as bytes on a socket |
 //! | [`backend`], [`files`], [`full_disk`] | a scripted back-end, and what it maps |
 //! | [`mod@bench`] | a device of the library in this process, and the scripted back-end behind it |
+//! | [`huge_pages`] | a reservation of them |
 //! | [`fuse`] | a file system whose server leaves requests unanswered |
 //! | [`recorder`], [`machine`] | the machine of such a device: it records its mappings, or a vCPU of KVM sees them |
 //! | [`guest`], [`monitor`], [`image`] | a running `hotslot`, and the small guest in it |
@@ -30,6 +31,7 @@ pub mod full_disk;
 pub mod fuse;
 pub mod gdb;
 pub mod guest;
+pub mod huge_pages;
 pub mod image;
 pub mod kvm;
 pub mod machine;

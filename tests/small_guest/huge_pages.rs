@@ -1,0 +1,83 @@
+//! Huge pages of a file are huge pages of the guest, too: KVM maps each with one entry.
+
+use std::fs::File;
+
+use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::files::{MIB, PAGE, memfd, memfd_with};
+use hotslot_test_support::guest::Guest;
+use hotslot_test_support::huge_pages::HugePages;
+use hotslot_test_support::kvm;
+use hotslot_test_support::wire::{MMap, page_at, writable};
+use rustix::fs::MemfdFlags;
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+/// MADV_COLLAPSE (Linux 6.1), which libc lacks.
+const MADV_COLLAPSE: i32 = 25;
+
+const HUGE: u64 = 2 * MIB;
+const GIB: u64 = 1 << 30;
+
+/// Makes huge pages of a memfd's small ones. Whether the kernel can.
+fn collapse(file: &File, len: u64) -> bool {
+    let (len, huge) = (len as usize, HUGE as usize);
+    let (flags, protection) = (MapFlags::PRIVATE, ProtFlags::READ | ProtFlags::WRITE);
+    // SAFETY: the kernel chooses unused addresses.
+    let room = unsafe { mmap_anonymous(std::ptr::null_mut(), len + huge, protection, flags) }.unwrap();
+    let at = room.wrapping_byte_add(room.align_offset(huge));
+    // SAFETY: the range is inside the room, which is this function's and which nothing refers to.
+    unsafe { mmap(at, len, protection, MapFlags::SHARED | MapFlags::FIXED, file, 0) }.unwrap();
+    // SAFETY: as above.
+    let collapsed = unsafe { libc::madvise(at, len, MADV_COLLAPSE) } == 0;
+    // SAFETY: as above.
+    unsafe { munmap(room, len + huge) }.unwrap();
+    collapsed
+}
+
+/// Maps a file of `len` bytes with pages of `page` bytes, and touches each of them from the guest: how many
+/// entries of `counter` KVM made. `None` where KVM does not count.
+fn entries(file: &File, len: u64, page: u64, counter: &str) -> Option<u64> {
+    let backend = Backend::offering(Offer { regions: vec![(0, len)], ..Offer::default() });
+    let mut guest = Guest::with(&backend);
+    let (region, _) = guest.region(0);
+    assert_eq!(backend.map(writable(MMap { len, ..page_at(0) }), file), 0);
+    let before = kvm::statistic(guest.pid(), counter);
+    for at in (0..len).step_by(page as usize) {
+        guest.write64(region + at, at);
+        assert_eq!(guest.read64(region + at + page - PAGE), if page == PAGE { at } else { 0 });
+    }
+    let made = kvm::statistic(guest.pid(), counter).zip(before).map(|(after, before)| after - before);
+    guest.exit();
+    made
+}
+
+#[test]
+fn huge_pages_of_a_file_are_huge_pages_of_the_guest() {
+    // SHM-36
+    if !kvm::is_here() {
+        return;
+    }
+    let mut said = String::new();
+    let small = memfd(2 * HUGE);
+    if let Some(made) = entries(&small, 2 * HUGE, HUGE, "pages_2m") {
+        assert_eq!(made, 0, "small pages");
+    }
+    if collapse(&small, 2 * HUGE)
+        && let Some(made) = entries(&small, 2 * HUGE, HUGE, "pages_2m")
+    {
+        assert_eq!(made, 2);
+        said += " transparent 2 MiB,";
+    }
+    for (size, flag, counter) in
+        [(HUGE, MemfdFlags::HUGE_2MB, "pages_2m"), (GIB, MemfdFlags::HUGE_1GB, "pages_1g")]
+    {
+        let Some(_reserved) = HugePages::reserve(size, 1) else {
+            continue;
+        };
+        let file = memfd_with(MemfdFlags::HUGETLB | flag, size);
+        if let Some(made) = entries(&file, size, size, counter) {
+            assert_eq!(made, 1, "{counter}");
+            said += &format!(" reserved {} MiB,", size / MIB);
+        }
+    }
+    println!("huge pages of the guest:{said}");
+}
