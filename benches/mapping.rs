@@ -1,5 +1,10 @@
-//! How long MAP and UNMAP take that are well, from the request to its answer: of each hotslot that an
-//! argument names, in turns, so that two of them can be compared.
+//! How long a MAP and an UNMAP take that are well, from the request to its answer, and a reset: of each
+//! hotslot that an argument `NAME=PROGRAM` names, and of a server that makes only the system calls that
+//! cannot be avoided (`bare`).
+//!
+//! One line of output for each figure: `name min median p99 max`, in nanoseconds. A name is
+//! `OPERATION-RANGES-PAGES@NAME`. The ranges are the same ones again and again, or new ones each time.
+//! `live` in it: while [`LIVE`] other mappings exist. The last figures are single calls of the bare server.
 //!
 //! The guest is the tests' monitor. It does nothing meanwhile, not even wait in KVM_RUN: the back-end maps
 //! before it answers a message of the device's start, and the vCPU waits for that answer.
@@ -10,69 +15,100 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::process::Command;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use hotslot_test_support::backend::Backend;
-use hotslot_test_support::files::{PAGE, memfd};
+use hotslot_test_support::backend::{Answer, Backend, Offer};
+use hotslot_test_support::files::{MIB, PAGE, memfd};
 use hotslot_test_support::guest::{self, Guest};
-use hotslot_test_support::names::request::SET_VRING_ADDR;
-use hotslot_test_support::wire::page_at;
+use hotslot_test_support::names::request::{RESET_DEVICE, SET_VRING_ADDR};
+use hotslot_test_support::wire::{MMap, NEED_REPLY, REPLY, SHMEM_MAP, SHMEM_UNMAP, VERSION_1, message};
+use kvm_bindings::{
+    KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use rustix::mm::{self, MapFlags, ProtFlags};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-const ROUNDS: usize = 5;
-const PAIRS: usize = 200;
-/// Pairs before those that count.
-const WARM_UP: usize = 20;
+/// Machines for each program, without and with many mappings.
+const ROUNDS: usize = 2;
+const LIVE_ROUNDS: usize = 1;
+/// Pairs of MAP and UNMAP for each figure and machine, and those before them that do not count.
+const PAIRS: u64 = 200;
+const WARM_UP: u64 = 20;
+/// The same where each range is new: more than the ranges that hotslot keeps slots for.
+const WARM_UP_NEW: u64 = 1_200;
+/// The other mappings: a page each, at every second page from the start of the region.
+const LIVE: u64 = 16_000;
 
-/// What is mapped: a file in memory, and one of a file system.
-const FILES: [&str; 2] = ["memfd", "file"];
+/// The region, and where in it the pairs are: behind the other mappings.
+const WINDOW: u64 = 1024 * MIB;
+const SAME: u64 = 2 * PAGE * LIVE;
+const NEW: u64 = 256 * MIB;
+/// The argument with which this program is the bare server, on its standard input.
+const SERVE: &str = "--serve";
+/// Times by the name of their figure.
+type Samples = BTreeMap<String, Vec<Duration>>;
 
 fn main() {
-    let programs: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    let mut samples: BTreeMap<_, (Vec<Duration>, Vec<Duration>)> = BTreeMap::new();
-    for _ in 0..ROUNDS {
-        for program in &programs {
-            for file in FILES {
-                let (maps, unmaps) = samples.entry((file, program)).or_default();
-                for (map, unmap) in round(program, file) {
-                    maps.push(map);
-                    unmaps.push(unmap);
-                }
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    if arguments.first().is_some_and(|argument| argument == SERVE) {
+        return serve();
+    }
+    // A program takes no more mappings than half of its descriptors. Without the right to raise the limit
+    // the requests beyond it fail, with that reason.
+    let most = getrlimit(Resource::Nofile).maximum.unwrap_or(0).max(4 * LIVE);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(most), maximum: Some(most) });
+    let mut samples = Samples::new();
+    for round in 0..ROUNDS {
+        let live = if round < LIVE_ROUNDS { vec![0, LIVE] } else { vec![0] };
+        for live in live {
+            samples.append_all(bare_round(live), "bare");
+            for argument in &arguments {
+                let (name, program) = argument.split_once('=').expect("NAME=PROGRAM");
+                samples.append_all(round_of(program, live), name);
             }
         }
     }
-    println!("nanoseconds from request to answer, medians of {}", ROUNDS * PAIRS);
-    println!("{:>8}{:>8}  of", "MAP", "UNMAP");
-    for ((file, program), (mut maps, mut unmaps)) in samples {
-        let median = |times: &mut Vec<Duration>| {
-            times.sort_unstable();
-            times[times.len() / 2].as_nanos()
-        };
-        println!("{:8}{:8}  a {file}, {program}", median(&mut maps), median(&mut unmaps));
+    samples.append_all(calls(), "bare");
+    for (name, mut times) in samples {
+        times.sort_unstable();
+        let at = |place: usize| times[place.min(times.len() - 1)].as_nanos();
+        let (min, median, p99) = (at(0), at(times.len() / 2), at(times.len() * 99 / 100));
+        println!("{name} {min} {median} {p99} {}", at(times.len()));
     }
 }
 
-/// One machine: how long its pairs took. `program` may have options of hotslot behind it.
-fn round(program: &str, file: &str) -> Vec<(Duration, Duration)> {
-    let file = match file {
-        "memfd" => memfd(PAGE),
-        _ => {
-            let file: File = tempfile::tempfile().unwrap();
-            file.set_len(PAGE).unwrap();
-            file
+trait AppendAll {
+    fn append_all(&mut self, other: Vec<(String, Duration)>, program: &str);
+}
+
+impl AppendAll for Samples {
+    fn append_all(&mut self, other: Vec<(String, Duration)>, program: &str) {
+        for (figure, time) in other {
+            self.entry(format!("{figure}@{program}")).or_default().push(time);
         }
-    };
+    }
+}
+
+/// One machine of a program, which may have options behind it.
+fn round_of(program: &str, live: u64) -> Vec<(String, Duration)> {
     let (results, times) = mpsc::channel();
-    let backend = Backend::acting(SET_VRING_ADDR, move |connection| {
-        for _ in 0..WARM_UP + PAIRS {
-            let begin = Instant::now();
-            assert_eq!(connection.map(page_at(0), &file), 0);
-            let mapped = Instant::now();
-            assert_eq!(connection.unmap(page_at(0)), 0);
-            results.send((mapped - begin, mapped.elapsed())).unwrap();
-        }
-    });
+    let offer = Offer { regions: vec![(0, WINDOW)], ..Offer::default() };
+    let backend = Backend::scripted(
+        offer,
+        Box::new(move |request, connection| {
+            if request.request == SET_VRING_ADDR {
+                pairs(&Client(connection.channel().socket()), live, &results);
+            }
+            Answer::Usual
+        }),
+    );
     let kernel = guest::kernel();
     let mut words = program.split(' ');
     let mut command = Command::new(words.next().unwrap());
@@ -80,7 +116,199 @@ fn round(program: &str, file: &str) -> Vec<(Duration, Duration)> {
     command.arg(kernel.path());
     let mut guest = Guest::spawn(command, None);
     guest.start_device();
-    guest.exit();
     // All were sent before the start's last answer. The sender itself lives as long as the back-end.
-    times.try_iter().skip(WARM_UP).collect()
+    let mut times: Vec<_> = times.try_iter().collect();
+    let begin = Instant::now();
+    guest.reset_device();
+    times.extend((live > 0).then(|| ("reset-live".to_string(), begin.elapsed())));
+    guest.exit();
+    times
+}
+
+/// The same requests to a bare server.
+fn bare_round(live: u64) -> Vec<(String, Duration)> {
+    let (mut child, socket) = bare_server();
+    let (results, times) = mpsc::channel();
+    let client = Client(&socket);
+    pairs(&client, live, &results);
+    if live > 0 {
+        let begin = Instant::now();
+        client.ask(RESET_DEVICE, MMap::default(), &[]);
+        results.send(("reset-live".to_string(), begin.elapsed())).unwrap();
+    }
+    drop(socket);
+    child.wait().unwrap();
+    times.try_iter().collect()
+}
+
+fn bare_server() -> (Child, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    (command.arg(SERVE).stdin(OwnedFd::from(theirs)).spawn().unwrap(), ours)
+}
+
+/// Maps and unmaps; sends each figure's times.
+fn pairs(client: &Client<'_>, live: u64, results: &mpsc::Sender<(String, Duration)>) {
+    let file = memfd(2 * MIB);
+    for place in 0..live {
+        client.map(2 * PAGE * place, PAGE, &file);
+    }
+    let on_disk: File = tempfile::tempfile().unwrap();
+    on_disk.set_len(PAGE).unwrap();
+    let behind = if live > 0 { "-live" } else { "" };
+    let pair = |figure: &str, place: u64, len: u64, file: &File, counts: bool| {
+        let begin = Instant::now();
+        client.map(place, len, file);
+        let mapped = Instant::now();
+        client.unmap(place, len);
+        let times = [("map", mapped - begin), ("unmap", mapped.elapsed())];
+        for (operation, time) in times.into_iter().filter(|_| counts) {
+            results.send((format!("{operation}-{figure}{behind}"), time)).unwrap();
+        }
+    };
+    for (figure, len, file) in
+        [("same-4k", PAGE, &file), ("same-2m", 2 * MIB, &file), ("file-4k", PAGE, &on_disk)]
+    {
+        (0..WARM_UP + PAIRS).for_each(|number| pair(figure, SAME, len, file, number >= WARM_UP));
+    }
+    for number in 0..WARM_UP_NEW + PAIRS {
+        pair("new-4k", NEW + 2 * PAGE * number, PAGE, &file, number >= WARM_UP_NEW);
+    }
+}
+
+/// Sends a request and waits for the answer, with as few system calls as that takes.
+struct Client<'a>(&'a UnixStream);
+
+impl Client<'_> {
+    fn map(&self, shm_offset: u64, len: u64, file: &File) {
+        self.ask(SHMEM_MAP, MMap { shm_offset, len, ..MMap::default() }, &[file.as_raw_fd()]);
+    }
+
+    fn unmap(&self, shm_offset: u64, len: u64) {
+        self.ask(SHMEM_UNMAP, MMap { shm_offset, len, ..MMap::default() }, &[]);
+    }
+
+    fn ask(&self, id: u32, request: MMap, fds: &[RawFd]) {
+        let (mut socket, bytes) = (self.0, message(id, VERSION_1 | NEED_REPLY, &request.bytes()));
+        assert_eq!(socket.send_with_fds(&[&bytes[..]], fds).unwrap(), bytes.len());
+        let mut answer = [0; 20];
+        socket.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[..], message(id, VERSION_1 | REPLY, &[0; 8])[..], "it is refused");
+    }
+}
+
+/// Only the calls that no front-end with a slot for each mapping can avoid.
+struct Bare {
+    vm: VmFd,
+    /// KVM takes other ways for a machine that has none.
+    _vcpu: VcpuFd,
+    window: *mut u8,
+}
+
+/// Where the guest sees the window of the bare server.
+const GUEST: u64 = 4 << 30;
+
+impl Bare {
+    fn new() -> Bare {
+        let vm = Kvm::new().unwrap().create_vm().unwrap();
+        let mut quirk = kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS2, ..Default::default() };
+        quirk.args[0] = u64::from(KVM_X86_QUIRK_SLOT_ZAP_ALL);
+        // As hotslot: where KVM can do that.
+        let _ = vm.enable_cap(&quirk);
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let bare = Bare { vm, _vcpu: vcpu, window: std::ptr::null_mut() };
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: without MAP_FIXED the kernel chooses unused addresses.
+        let window =
+            unsafe { mm::mmap_anonymous(bare.window.cast(), WINDOW as usize, ProtFlags::empty(), flags) };
+        Bare { window: window.unwrap().cast(), ..bare }
+    }
+
+    fn slot(&self, slot: u32, offset: u64, len: u64) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: GUEST + offset,
+            memory_size: len,
+            userspace_addr: self.window as u64 + offset,
+            ..Default::default()
+        };
+        // SAFETY: the range is in the window, which stays.
+        unsafe { self.vm.set_user_memory_region(region) }.unwrap();
+    }
+
+    fn map(&self, offset: u64, len: u64, file: &OwnedFd) {
+        let (at, flags) = (self.window.wrapping_add(offset as usize), MapFlags::SHARED | MapFlags::FIXED);
+        // SAFETY: the range is in the window, into which no reference goes.
+        unsafe { mm::mmap(at.cast(), len as usize, ProtFlags::READ, flags, file, 0) }.unwrap();
+    }
+
+    fn reserve(&self, offset: u64, len: u64) {
+        let at = self.window.wrapping_add(offset as usize);
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: as above.
+        unsafe { mm::mmap_anonymous(at.cast(), len as usize, ProtFlags::empty(), flags) }.unwrap();
+    }
+}
+
+/// Serves MAP, UNMAP and RESET_DEVICE on standard input until the other end is closed; answers all else.
+fn serve() {
+    let bare = Bare::new();
+    let mut socket = UnixStream::from(rustix::io::dup(std::io::stdin()).unwrap());
+    // By offset; a number that is free is used again.
+    let mut slots: BTreeMap<u64, u32> = BTreeMap::new();
+    let mut free = Vec::new();
+    loop {
+        let mut request = [0; 52];
+        let (count, file) = socket.recv_with_fd(&mut request[..]).unwrap();
+        if count == 0 {
+            return;
+        }
+        assert_eq!(count, request.len(), "requests come whole");
+        let field = |at: usize| u64::from_ne_bytes(request[at..at + 8].try_into().unwrap());
+        let id = u32::from_ne_bytes(request[..4].try_into().unwrap());
+        let (offset, len) = (field(28), field(36));
+        match id {
+            SHMEM_MAP => {
+                let slot = free.pop().unwrap_or(slots.len() as u32);
+                bare.map(offset, len, &file.unwrap().into());
+                bare.slot(slot, offset, len);
+                slots.insert(offset, slot);
+            }
+            SHMEM_UNMAP => {
+                let slot = slots.remove(&offset).unwrap();
+                bare.slot(slot, offset, 0);
+                bare.reserve(offset, len);
+                free.push(slot);
+            }
+            RESET_DEVICE => {
+                slots.iter().for_each(|(&offset, &slot)| bare.slot(slot, offset, 0));
+                bare.reserve(0, WINDOW);
+            }
+            _ => {}
+        }
+        socket.write_all(&message(id, VERSION_1 | REPLY, &[0; 8])).unwrap();
+    }
+}
+
+/// The bare server's calls one by one, and a request that does nothing.
+fn calls() -> Vec<(String, Duration)> {
+    let mut times = Vec::new();
+    let mut timed = |figure: &str, number: u64, call: &mut dyn FnMut()| {
+        let begin = Instant::now();
+        call();
+        times.extend((number >= WARM_UP).then(|| (format!("call-{figure}"), begin.elapsed())));
+    };
+    let (bare, file) = (Bare::new(), OwnedFd::from(memfd(PAGE)));
+    let (mut child, socket) = bare_server();
+    let client = Client(&socket);
+    for number in 0..WARM_UP + PAIRS {
+        timed("mmap", number, &mut || bare.map(SAME, PAGE, &file));
+        timed("add-slot", number, &mut || bare.slot(0, SAME, PAGE));
+        timed("delete-slot", number, &mut || bare.slot(0, SAME, 0));
+        timed("reserve", number, &mut || bare.reserve(SAME, PAGE));
+        timed("round-trip", number, &mut || client.ask(0, MMap::default(), &[file.as_raw_fd()]));
+    }
+    drop(socket);
+    child.wait().unwrap();
+    times
 }

@@ -1,5 +1,5 @@
 #!/bin/bash
-# usage: bench.sh [neighbour|files|programs|mapping [HOTSLOT]...]
+# usage: bench.sh [neighbour|files|programs|mapping [NAME=HOTSLOT]...]
 #
 # Measures, and gives ratios of what it measured in one run; neighbour and files where none is named.
 #
@@ -13,9 +13,10 @@
 #   programs           how long programs take that work with such files (tar, ls, git, gcc, pages at random), by the same
 #                      clock: on the emulated host itself, and in a guest with our back-ends and with virtiofsd (which
 #                      cargo installs) and qemu-storage-daemon
-#   mapping            how long a MAP and an UNMAP take that are well, by the same clock: with this hotslot, in its sandbox and
-#                      without one, and with others that are named (of an earlier version, which must give a
-#                      guest input that polls the serial port)
+#   mapping            how long a MAP and an UNMAP take that are well, and a reset, by the same clock: with this hotslot, in
+#                      its sandbox and without one, with others that are named (of an earlier version, which must give a
+#                      guest input that polls the serial port), and with a server that only makes the system calls. One
+#                      line for each figure: name, minimum, median, 99th percentile, maximum, in nanoseconds
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -45,14 +46,18 @@ files() {
 }
 
 mapping() {
-    local program built programs=("$TARGET/release/hotslot" "$TARGET/release/hotslot --sandbox off") lab=()
+    local hotslot=$TARGET/release/hotslot program built lab=()
+    local programs=("hotslot=$hotslot" "no-sandbox=$hotslot --sandbox off")
     cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bin hotslot
     # A debug build of the client, as the tests have it: its own time is in all figures.
     built=$(cargo test --locked --manifest-path "$PROJECT/Cargo.toml" --bench mapping --no-run 2>&1 |
         sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
+    for program in "$@"; do programs+=("${program%%=*}=$(realpath "${program#*=}")"); done
     cd "$PROJECT"
-    for program in "$TARGET/release/hotslot" "$@"; do lab+=(--exec "$(realpath "$program")"); done
-    for program in "$@"; do programs+=("$(realpath "$program")"); done
+    for program in "${programs[@]}"; do
+        program=${program#*=}
+        lab+=(--exec "${program%% *}")
+    done
     scripts/lab.sh --icount --timeout 600 "${lab[@]}" -- "$(realpath "$built")" "${programs[@]}"
 }
 
