@@ -113,6 +113,8 @@ struct Machine(Mutex<Memory>);
 struct Memory {
     windows: Vec<GuestRange>,
     live: BTreeMap<u32, (GuestRange, Access)>,
+    /// The ranges of idle slots.
+    idle: Vec<GuestRange>,
     slots: u32,
     /// For each window, how far host addresses are from guest addresses.
     distance: BTreeMap<u64, u64>,
@@ -133,6 +135,7 @@ impl GuestMapper for Machine {
         if std::mem::take(&mut memory.fail) {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
+        memory.idle.retain(|idle| !idle.overlaps(&guest));
         memory.slots += 1;
         let slot = memory.slots;
         memory.live.insert(slot, (guest, access));
@@ -147,6 +150,24 @@ impl GuestMapper for Machine {
         }
         memory.live.remove(&slot);
         Ok(())
+    }
+
+    fn release(&self, SlotId(slot): SlotId) -> io::Result<()> {
+        let mut memory = self.0.lock().unwrap();
+        let (guest, _) = memory.live.remove(&slot).expect("it is live");
+        memory.idle.push(guest);
+        Ok(())
+    }
+
+    fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize> {
+        let mut memory = self.0.lock().unwrap();
+        let (mut left, before) = (most, memory.idle.len());
+        memory.idle.retain(|idle| {
+            let goes = left > 0 && idle.overlaps(&range);
+            left -= usize::from(goes);
+            !goes
+        });
+        Ok(before - memory.idle.len())
     }
 }
 

@@ -1,9 +1,11 @@
 //! KVM memory slots (KVM_SET_USER_MEMORY_REGION): one for each range of host memory that the guest sees.
 //!
 //! The one implementation of [`GuestMapper`] outside tests. The set-up maps RAM and the register pages;
-//! backend channels add and remove a slot for each mapping while the guest runs.
+//! backend channels add a slot for each mapping while the guest runs, and release it. A released slot is idle:
+//! the pages behind it are inaccessible. A mapping of the same range takes it over, and KVM changes no slot.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,6 +14,22 @@ use kvm_ioctls::VmFd;
 
 use super::prefault::SpareVcpus;
 use crate::memory::{Access, GuestMapper, GuestRange, SlotId};
+
+/// The idle slots that a machine may have, and the bytes of their ranges. With more, the oldest go. KVM keeps
+/// up to 10 bytes for each page of a slot (where it emulates page tables): 10 MiB for all.
+const MOST_IDLE: usize = 1024;
+const MOST_IDLE_BYTES: u64 = 4 << 30;
+
+/// How often slots changed, and how often that was saved, since the machine exists.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlotChanges {
+    /// Slots that were added.
+    pub added: u64,
+    /// Slots that were deleted.
+    pub deleted: u64,
+    /// Mappings that took over an idle slot: each saved the deletion of a slot and the addition of one.
+    pub taken_over: u64,
+}
 
 /// The slots of one virtual machine.
 ///
@@ -28,11 +46,80 @@ pub struct Slots {
 
 #[derive(Default)]
 struct State {
-    /// The range of each slot number; `None` for a number that can be used again.
-    slots: Vec<Option<GuestRange>>,
+    /// By number; `None` for a number that can be used again.
+    slots: Vec<Option<Slot>>,
     free: Vec<u32>,
+    idle: Idle,
     /// The owners of the host memory behind permanent slots.
     owners: Vec<Arc<dyn Any + Send + Sync>>,
+    changes: SlotChanges,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+struct Slot {
+    guest: GuestRange,
+    host: *mut u8,
+    access: Access,
+}
+
+// SAFETY: nothing here dereferences the address.
+unsafe impl Send for Slot {}
+
+/// The idle slots.
+#[derive(Default)]
+struct Idle {
+    /// Age and number, by first guest address. KVM has no two slots at one address.
+    by_address: BTreeMap<u64, (u64, u32)>,
+    /// First guest address by age: the oldest is first.
+    by_age: BTreeMap<u64, u64>,
+    /// The length of all ranges.
+    bytes: u64,
+    /// Slots that ever were idle: the next one's age.
+    count: u64,
+}
+
+impl Idle {
+    fn insert(&mut self, number: u32, guest: GuestRange) {
+        self.by_address.insert(guest.start(), (self.count, number));
+        self.by_age.insert(self.count, guest.start());
+        self.bytes += guest.len();
+        self.count += 1;
+    }
+
+    fn remove(&mut self, guest: GuestRange) {
+        if let Some((age, _)) = self.by_address.remove(&guest.start()) {
+            self.by_age.remove(&age);
+            self.bytes -= guest.len();
+        }
+    }
+
+    fn has(&self, number: u32, guest: GuestRange) -> bool {
+        self.by_address.get(&guest.start()).is_some_and(|&(_, idle)| idle == number)
+    }
+
+    fn oldest(&self) -> Option<u32> {
+        let (_, start) = self.by_age.first_key_value()?;
+        Some(self.by_address.get(start)?.1)
+    }
+
+    fn are_too_many(&self) -> bool {
+        self.by_address.len() > MOST_IDLE || self.bytes > MOST_IDLE_BYTES
+    }
+}
+
+impl State {
+    /// The slot of a number, and whether it is idle.
+    fn slot(&self, number: u32) -> Option<(Slot, bool)> {
+        let slot = (*self.slots.get(number as usize)?)?;
+        Some((slot, self.idle.has(number, slot.guest)))
+    }
+
+    /// The last idle slot that shares an address with the range.
+    fn idle_in(&self, range: GuestRange) -> Option<(u32, Slot)> {
+        let (_, &(_, number)) = self.idle.by_address.range(..=range.last()).next_back()?;
+        let (slot, _) = self.slot(number)?;
+        slot.guest.overlaps(&range).then_some((number, slot))
+    }
 }
 
 impl Slots {
@@ -59,6 +146,25 @@ impl Slots {
         Ok(())
     }
 
+    /// How often slots changed so far.
+    pub fn changes(&self) -> SlotChanges {
+        self.lock().changes
+    }
+
+    /// Deletes a slot, idle or live.
+    fn delete(&self, state: &mut State, number: u32) -> io::Result<()> {
+        let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
+        let (Slot { guest, .. }, is_idle) = state.slot(number).ok_or_else(unknown)?;
+        self.set(number, guest, 0, std::ptr::null_mut(), 0)?;
+        if is_idle {
+            state.idle.remove(guest);
+        }
+        state.slots[number as usize] = None;
+        state.free.push(number);
+        state.changes.deleted += 1;
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -80,32 +186,71 @@ impl Slots {
 
 impl GuestMapper for Slots {
     unsafe fn map(&self, guest: GuestRange, host: *mut u8, access: Access) -> io::Result<SlotId> {
+        let slot = Slot { guest, host, access };
+        let state = &mut *self.lock();
+        while let Some((number, idle)) = state.idle_in(guest) {
+            if idle == slot {
+                state.idle.remove(guest);
+                state.changes.taken_over += 1;
+                return Ok(SlotId(number));
+            }
+            self.delete(state, number)?;
+        }
+        if state.free.is_empty()
+            && state.slots.len() >= self.limit as usize
+            && let Some(oldest) = state.idle.oldest()
+        {
+            self.delete(state, oldest)?;
+        }
+        let number = state.free.last().copied().unwrap_or(state.slots.len() as u32);
+        if number >= self.limit {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
         let flags = match access {
             Access::ReadOnly => KVM_MEM_READONLY,
             Access::ReadWrite => 0,
         };
-        let mut state = self.lock();
-        let slot = state.free.last().copied().unwrap_or(state.slots.len() as u32);
-        if slot >= self.limit {
-            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
-        }
-        self.set(slot, guest, guest.len(), host, flags)?;
+        self.set(number, guest, guest.len(), host, flags)?;
         if state.free.pop().is_none() {
             state.slots.push(None);
         }
-        state.slots[slot as usize] = Some(guest);
-        Ok(SlotId(slot))
+        state.slots[number as usize] = Some(slot);
+        state.changes.added += 1;
+        Ok(SlotId(number))
     }
 
-    fn unmap(&self, SlotId(slot): SlotId) -> io::Result<()> {
-        let mut state = self.lock();
-        let Some(&Some(guest)) = state.slots.get(slot as usize) else {
+    fn unmap(&self, SlotId(number): SlotId) -> io::Result<()> {
+        let state = &mut *self.lock();
+        match state.slot(number) {
+            Some((_, false)) => self.delete(state, number),
+            _ => Err(io::Error::from_raw_os_error(libc::ENOENT)),
+        }
+    }
+
+    fn release(&self, SlotId(number): SlotId) -> io::Result<()> {
+        let state = &mut *self.lock();
+        let Some((Slot { guest, .. }, false)) = state.slot(number) else {
             return Err(io::Error::from_raw_os_error(libc::ENOENT));
         };
-        self.set(slot, guest, 0, std::ptr::null_mut(), 0)?;
-        state.slots[slot as usize] = None;
-        state.free.push(slot);
+        state.idle.insert(number, guest);
+        while state.idle.are_too_many()
+            && let Some(oldest) = state.idle.oldest()
+            // One that KVM does not delete stays idle. The next release tries it again.
+            && self.delete(state, oldest).is_ok()
+        {}
         Ok(())
+    }
+
+    fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize> {
+        let mut count = 0;
+        while count < most {
+            // For each anew: a thread with many of them does not keep others waiting.
+            let state = &mut *self.lock();
+            let Some((number, _)) = state.idle_in(range) else { break };
+            self.delete(state, number)?;
+            count += 1;
+        }
+        Ok(count)
     }
 
     fn prefault(&self, guest: GuestRange) -> io::Result<()> {
@@ -168,8 +313,19 @@ mod tests {
         Some((slots, vm.create_vcpu(0).unwrap()))
     }
 
+    /// Takes the access of the memory at `host` away from us, and so from the guest.
+    fn close(host: *mut u8) {
+        // SAFETY: it is a page of ours, which no reference goes into.
+        assert_eq!(unsafe { libc::mprotect(host.cast(), 4096, libc::PROT_NONE) }, 0);
+    }
+
     /// Runs the code: whether its write was an exit, whether its read was one, and what it read.
     fn run(processor: &mut VcpuFd) -> (bool, bool, u8) {
+        run_where(processor, || panic!("KVM finds no memory"))
+    }
+
+    /// The same; calls `fault` where KVM has a slot without memory.
+    fn run_where(processor: &mut VcpuFd, mut fault: impl FnMut()) -> (bool, bool, u8) {
         let mut sregs = processor.get_sregs().unwrap();
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
         processor.set_sregs(&sregs).unwrap();
@@ -179,13 +335,14 @@ mod tests {
         processor.set_regs(&regs).unwrap();
         let (mut write, mut read) = (false, false);
         loop {
-            match processor.run().unwrap() {
-                VcpuExit::Hlt => break,
-                VcpuExit::MmioWrite(PAGE_AT, [0x55]) => write = true,
-                VcpuExit::MmioRead(PAGE_AT, data) => {
+            match processor.run() {
+                Ok(VcpuExit::Hlt) => break,
+                Ok(VcpuExit::MmioWrite(PAGE_AT, [0x55])) => write = true,
+                Ok(VcpuExit::MmioRead(PAGE_AT, data)) => {
                     data.fill(0xff);
                     read = true;
                 }
+                Err(error) if error.errno() == libc::EFAULT => fault(),
                 exit => panic!("unexpected: {exit:?}"),
             }
         }
@@ -209,6 +366,84 @@ mod tests {
         let slot = show(Access::ReadWrite);
         assert_eq!((run(&mut processor), peek()), ((false, false, 0x55), 0x55)); // SHM-40
         slots.unmap(slot).unwrap();
+    }
+
+    #[test]
+    fn an_idle_slot_shows_a_hole_and_is_taken_over_as_it_is() {
+        // SHM-24, SHM-56, SHM-102
+        let Some((slots, mut processor)) = machine(8) else {
+            return;
+        };
+        let shown = page(&[7]);
+        // SAFETY: the page stays, and only the guest uses it.
+        let show = |access| unsafe { slots.map(guest_page(PAGE_AT), shown, access) }.unwrap();
+        let slot = show(Access::ReadWrite);
+        assert_eq!(run(&mut processor), (false, false, 0x55));
+        for _ in 0..3 {
+            slots.release(slot).unwrap();
+            for refused in [slots.release(slot), slots.unmap(slot)] {
+                assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::ENOENT));
+            }
+            assert_eq!(show(Access::ReadWrite), slot);
+        }
+        let changes = slots.changes();
+        assert_eq!((changes.added, changes.deleted, changes.taken_over), (2, 0, 3));
+        slots.release(slot).unwrap();
+        close(shown);
+        let retire = || assert_eq!(slots.retire(guest_page(PAGE_AT), 9).unwrap(), 1);
+        assert_eq!(run_where(&mut processor, retire), (true, true, 0xff));
+        slots.retire(guest_page(PAGE_AT), 9).unwrap();
+        assert_eq!(slots.changes().deleted, 1);
+        assert_eq!(run(&mut processor), (true, true, 0xff));
+    }
+
+    #[test]
+    fn idle_slots_make_way() {
+        // SHM-48, SHM-102
+        let Some((slots, _processor)) = machine(5) else {
+            return;
+        };
+        let memory = page(&[7]);
+        let range = |at, len| GuestRange::new(at, len).unwrap();
+        // SAFETY: nothing runs, so that nothing accesses the memory.
+        let map = |at, len, access| unsafe { slots.map(range(at, len), memory, access) }.unwrap();
+        let deleted = |count| assert_eq!(slots.changes().deleted, count);
+        // Another access, and a part of the range.
+        slots.release(map(0x10000, 0x4000, Access::ReadOnly)).unwrap();
+        slots.release(map(0x10000, 0x4000, Access::ReadWrite)).unwrap();
+        deleted(1);
+        let part = map(0x13000, 0x3000, Access::ReadWrite);
+        deleted(2);
+        // More numbers: the oldest one's.
+        slots.release(part).unwrap();
+        for at in [0x20000, 0x30000, 0x40000] {
+            slots.release(map(at, 0x1000, Access::ReadOnly)).unwrap();
+        }
+        deleted(2);
+        map(0x50000, 0x1000, Access::ReadOnly);
+        deleted(3);
+        assert_eq!(slots.retire(range(0x10000, 0x8000), 9).unwrap(), 0, "it was the oldest");
+        assert_eq!(slots.retire(range(0, 0x100000), 2).unwrap(), 2);
+        // One of them is left: the first. 4 GiB more are too many bytes.
+        slots.release(map(1 << 33, 4 << 30, Access::ReadOnly)).unwrap();
+        deleted(6);
+        assert_eq!(slots.retire(range(0, 1 << 40), 9).unwrap(), 1);
+        assert_eq!(slots.changes().taken_over, 0);
+    }
+
+    #[test]
+    fn no_more_slots_are_idle_than_that() {
+        // SHM-102
+        let Some((slots, _processor)) = machine(2 + MOST_IDLE as u32) else {
+            return;
+        };
+        let memory = page(&[7]);
+        for number in 0..MOST_IDLE as u64 + 3 {
+            // SAFETY: nothing runs, so that nothing accesses the memory.
+            let slot = unsafe { slots.map(guest_page(0x10000 + number * 0x2000), memory, Access::ReadOnly) };
+            slots.release(slot.unwrap()).unwrap();
+        }
+        assert_eq!(slots.changes().deleted, 3);
     }
 
     /// The owner of a permanent slot's memory, which looks at the machine when it is dropped.

@@ -127,6 +127,7 @@ impl Vcpu {
             processor,
             machine,
             unexplained_efaults: 0,
+            changes_seen: 0,
             awaited: None,
             is_waiting: Arc::clone(&is_waiting),
         };
@@ -245,6 +246,8 @@ struct Runner {
     processor: Processor,
     machine: Arc<Machine>,
     unexplained_efaults: u32,
+    /// The sum of [`MissingPages::changes`] over the accesses of the last EFAULT.
+    changes_seen: u64,
     /// The access to a page that the host could not provide.
     awaited: Option<(u64, Access)>,
     is_waiting: Arc<AtomicBool>,
@@ -467,6 +470,10 @@ impl Runner {
     fn fault(&mut self, address: Option<u64>) -> Option<Exit> {
         let (is_explained, exit) = self.look(address);
         self.unexplained_efaults = if is_explained { 0 } else { self.unexplained_efaults + 1 };
+        if !is_explained {
+            // Not all operands are known (a gather's are not): one may be in a slot that has no mapping.
+            self.machine.missing_pages.retire_all();
+        }
         if self.unexplained_efaults < MAX_UNEXPLAINED_EFAULTS {
             return exit;
         }
@@ -475,15 +482,17 @@ impl Runner {
         Some(self.crash(format!("vCPU {vcpu} touched guest memory that the host cannot provide{at}")))
     }
 
-    /// Provides the pages of mappings that the guest's instruction needs. If one cannot be had, pauses. The
-    /// first value: whether that explains why the instruction cannot go on.
+    /// Provides the pages of mappings that the guest's instruction needs, and takes away slots without a
+    /// mapping that it accesses. If a page cannot be had, pauses. The first value: whether that explains why
+    /// the instruction could not go on.
     fn look(&mut self, address: Option<u64>) -> (bool, Option<Exit>) {
         let known = address.map(|address| (address, Access::ReadOnly));
-        let mut is_explained = false;
+        let (mut is_explained, mut changes) = (false, 0);
         for (address, access) in known.into_iter().chain(self.accesses()) {
+            changes += self.machine.missing_pages.changes(address).unwrap_or(0);
             match self.machine.missing_pages.provide(address, access) {
                 Met::Nothing | Met::Page | Met::Expected => {}
-                Met::Zeroes => is_explained = true,
+                Met::Zeroes | Met::Retired => is_explained = true,
                 met @ Met::Unavailable(_) => {
                     self.await_page(Some((address, access)));
                     std::thread::sleep(RETRY);
@@ -491,6 +500,8 @@ impl Runner {
                 }
             }
         }
+        // What it met may have been unmapped, and mapped again before we looked.
+        is_explained |= std::mem::replace(&mut self.changes_seen, changes) != changes;
         (is_explained, None)
     }
 

@@ -4,6 +4,7 @@
 //! `memory::shmem` asks it first, then carries the request out, then records it here.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use super::error::ShmemError;
 use super::{Access, PAGE_SIZE};
@@ -142,12 +143,22 @@ impl<T> Ledger<T> {
 
     /// What is free around a place: where that starts, and its length in bytes. It is 0 for a place at the
     /// start of a region where something is mapped.
-    pub fn hole(&self, (shmid, offset): Key) -> (Key, u64) {
+    pub fn hole(&self, key: Key) -> (Key, u64) {
+        match self.mappings.contains_key(&key) {
+            true => (key, 0),
+            false => self.hole_without(key),
+        }
+    }
+
+    /// The same without the mapping that starts there.
+    pub fn hole_without(&self, (shmid, offset): Key) -> (Key, u64) {
         let before = self.mappings.range((shmid, 0)..(shmid, offset)).next_back();
         let start = before.map_or(0, |(&(_, start), mapping)| start + mapping.span_len());
-        let after = self.mappings.range((shmid, offset)..=(shmid, u64::MAX)).next();
-        let size = self.sizes.get(&shmid).copied().unwrap_or(0);
-        let end = after.map_or(size, |(&(_, start), _)| start);
+        let behind = (Bound::Excluded((shmid, offset)), Bound::Included((shmid, u64::MAX)));
+        let end = match self.mappings.range(behind).next() {
+            Some((&(_, start), _)) => start,
+            None => self.sizes.get(&shmid).copied().unwrap_or(0),
+        };
         ((shmid, start), end - start)
     }
 }

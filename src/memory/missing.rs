@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::Access;
 use super::shmem::{Filled, Page, SharedMemory, Unavailable};
-use crate::report::MisuseLog;
+use crate::report::{MisuseLog, with_causes};
 
 /// How often an access is tried before the vCPU pauses, if the file changes each time.
 const ATTEMPTS: usize = 8;
@@ -37,6 +37,8 @@ pub enum Met {
     Page,
     /// A page that was missing until now: zeroes took its place.
     Zeroes,
+    /// No mapping, but until now a slot with inaccessible pages (SHM-102).
+    Retired,
     /// No mapping, but the device's back-end may come back and make one (SHM-77).
     Expected,
     /// A page that the host cannot provide, for this reason, which names device and mapping.
@@ -73,7 +75,8 @@ impl MissingPages {
         let mut devices = self.devices.iter();
         let found = devices.find_map(|device| Some((device, device.shmem.provide(address, access)?)));
         let Some((Device { name, log, .. }, page)) = found else {
-            return Met::Nothing;
+            let is_retired = self.devices.iter().any(|device| device.shmem.retire_at(address));
+            return if is_retired { Met::Retired } else { Met::Nothing };
         };
         match page {
             Page::Present => {}
@@ -134,10 +137,25 @@ impl MissingPages {
             }
             match self.provide(address, access) {
                 Met::Page | Met::Zeroes => {}
+                Met::Retired => return Met::Nothing,
                 met => return met,
             }
         }
         Met::Unavailable(format!("{}: the page at {address:#x} comes and goes", device.name))
+    }
+
+    /// See [`SharedMemory::changes`].
+    pub fn changes(&self, address: u64) -> Option<u64> {
+        self.devices.iter().find_map(|device| device.shmem.changes(address))
+    }
+
+    /// Takes away all slots that unmapped ranges have kept, as far as KVM does it.
+    pub fn retire_all(&self) {
+        for device in &self.devices {
+            if let Err(error) = device.shmem.retire(usize::MAX) {
+                device.log.warn(format_args!("{}", with_causes(&error)));
+            }
+        }
     }
 
     /// Logs, for each device whose mappings were filled, how much was missing in all.
@@ -148,5 +166,33 @@ impl MissingPages {
                 log::info!("{}: {total}", device.name);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::PAGE_SIZE as PAGE;
+    use super::super::shmem::tests::bench;
+    use super::*;
+
+    #[test]
+    fn a_hole_that_kvm_cannot_access_is_one_that_it_knows_afterwards() {
+        // SHM-24, SHM-102
+        let bench = bench();
+        let (start, guest) = (bench.region(0).start(), Arc::clone(&bench.guest));
+        for (shmid, page) in [(0, 0), (0, 2), (7, 0)] {
+            bench.map(shmid, page * PAGE, PAGE).unwrap();
+            bench.shmem.unmap(shmid, page * PAGE, PAGE).unwrap();
+        }
+        bench.map(0, PAGE, PAGE).unwrap();
+        let pages = MissingPages::new([("device".to_string(), Arc::new(bench.shmem))], false);
+        assert_eq!((pages.provide(start + PAGE, Access::ReadOnly), guest.idle()), (Met::Page, 3));
+        assert_eq!((pages.provide(start + 8, Access::ReadOnly), guest.idle()), (Met::Retired, 2));
+        assert_eq!((pages.provide(start + 8, Access::ReadOnly), guest.idle()), (Met::Nothing, 2));
+        // One that KVM passed on is one to a hole already.
+        assert_eq!(pages.read(start + 2 * PAGE, &mut [0]), Met::Nothing);
+        assert!(pages.changes(start).is_some() && pages.changes(start - 1).is_none());
+        pages.retire_all();
+        assert_eq!(guest.idle(), 0);
     }
 }

@@ -84,26 +84,42 @@ pub struct SlotId(pub u32);
 
 /// Puts ranges of host memory into guest physical memory, and takes them away again.
 ///
-/// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. Neither method waits
-/// for another process, except that KVM waits for a vCPU that waits for a page of a foreign file. The guest
-/// sees a mapping when `map` has returned, and no longer sees it when `unmap` has: no vCPU can reach the
-/// memory then.
+/// ```text
+///          map ─▶ live ──release──▶ idle ──map of the same range, address and access──▶ live
+///                  │                 │
+///                unmap               └──retire; a map that needs its number or its range; too many──▶ gone
+///                  └──▶ gone
+/// ```
+///
+/// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. No method waits for
+/// another process, except that KVM waits for a vCPU that waits for a page of a foreign file. The guest sees
+/// a mapping when `map` has returned, and no longer sees it when `unmap` has: no vCPU can reach the memory
+/// then.
 pub trait GuestMapper: Send + Sync {
     /// Lets the guest see the memory at `host` as the addresses `guest`.
     ///
     /// Fails with ENOSPC when no slot is left, EEXIST when a mapping is there already, else with KVM's errno;
-    /// nothing is changed then.
+    /// no live mapping is changed then.
     ///
     /// # Safety
     ///
     /// `guest.len()` bytes from `host` on must stay an address range of the caller's (mapped or reserved)
-    /// until `unmap` has succeeded or the machine is gone, and no Rust reference may go into them: the guest
-    /// reads and, with [`Access::ReadWrite`], writes them at any time.
+    /// until the slot or the machine is gone, and no Rust reference may go into them: the guest reads and,
+    /// with [`Access::ReadWrite`], writes them at any time.
     unsafe fn map(&self, guest: GuestRange, host: *mut u8, access: Access) -> io::Result<SlotId>;
 
     /// Takes a mapping away. Fails with ENOENT for a slot that is not live, else with KVM's errno; the
     /// mapping stays then.
     fn unmap(&self, slot: SlotId) -> io::Result<()>;
+
+    /// Makes a slot idle: the caller is about to put inaccessible pages in place of the memory. Until it has,
+    /// the guest sees the memory. From now on the slot has no name. Fails with ENOENT for one that is not
+    /// live.
+    fn release(&self, slot: SlotId) -> io::Result<()>;
+
+    /// Takes up to `most` idle slots away that share an address with `range`, and gives their number: fewer
+    /// than `most` where no other is left. Fails with KVM's errno; the slot stays then.
+    fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize>;
 
     /// Fills the page tables between guest and host for a part of a mapping, as far as this machine can, so
     /// that the guest's first access to a page costs no fault. Called by the thread that called `map`, with

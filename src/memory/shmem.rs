@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::Instant;
 
@@ -139,6 +140,10 @@ pub struct SharedMemory {
     expected_until: Mutex<Option<Instant>>,
     origins: Origins,
     prefault: bool,
+    /// Whether an unmapped range keeps its slot. Not with `foreign-files=on`: replacing the pages can wait.
+    keeps_slots: bool,
+    /// Mappings made and removed: see [`Self::changes`].
+    changes: AtomicU64,
     log: MisuseLog,
 }
 
@@ -154,7 +159,8 @@ type Mapping = ledger::Mapping<Placed>;
 
 /// How a mapping was made, and what became of its pages. Lengths are in bytes.
 struct Placed {
-    slot: SlotId,
+    /// `None` once it is released: the mapping is being removed.
+    slot: Option<SlotId>,
     file: Arc<BackingFile>,
     /// The length of the zeroes at its end.
     filled: u64,
@@ -191,7 +197,8 @@ impl SharedMemory {
             reserve_vma: ReserveVma::take(),
         });
         let (by_guest_address, expected_until) = (RwLock::default(), Mutex::default());
-        let (origins, log) = (Origins::new(limits.foreign_files), MisuseLog::new(name));
+        let (origins, keeps_slots) = (Origins::new(limits.foreign_files), !limits.foreign_files);
+        let (changes, log) = (AtomicU64::new(0), MisuseLog::new(name));
         Ok(SharedMemory {
             mapper,
             windows,
@@ -200,6 +207,8 @@ impl SharedMemory {
             expected_until,
             origins,
             prefault: limits.prefault,
+            keeps_slots,
+            changes,
             log,
         })
     }
@@ -249,7 +258,7 @@ impl SharedMemory {
         let shown = self.show(request, span, kept);
         // An old mapping that was to be replaced still has its slot: its pages must not become a reservation.
         if shown.is_err() && !replaces {
-            self.reserve_again(Some(span));
+            self.clear(span, span)?;
         }
         let shown = shown?;
         if self.prefault {
@@ -280,21 +289,14 @@ impl SharedMemory {
     /// Takes away the old mappings in the place of a mapping that is to be made (SHM-77). Whether one of them
     /// stays there, whose slot the new mapping takes over.
     fn make_way(&self, key: Key, span_len: u64, access: Access) -> Result<bool, ShmemError> {
-        let mut removed = Vec::new();
-        {
-            let ledger = &mut self.lock().ledger;
+        let in_the_way = {
+            let ledger = &self.lock().ledger;
             if ledger.is_replaced(key, span_len, access) {
                 return Ok(true);
             }
-            for old in ledger.in_the_way(key, span_len) {
-                let mapping = ledger.mappings.get(&old).filter(|mapping| mapping.is_old);
-                mapping.map_or(Ok(()), |mapping| self.hide(old, mapping))?;
-                removed.extend(ledger.remove(old).map(|mapping| (old, mapping)));
-            }
-        }
-        for (old, mapping) in removed {
-            self.reserve_again(self.span(old, mapping.span_len()));
-        }
+            ledger.in_the_way(key, span_len)
+        };
+        in_the_way.into_iter().try_for_each(|old| self.take_away(old, |mapping| mapping.is_old))?;
         Ok(false)
     }
 
@@ -313,14 +315,15 @@ impl SharedMemory {
         ledger.admit(key, len, file_offset)?;
         let replaces = ledger.is_replaced(key, guest.len(), access);
         let replaced = if replaces { ledger.remove(key) } else { None };
-        // SAFETY: the span stays the window's, mapped or reserved, for as long as the slot exists: zeroes
-        // replace pages of it in one call (`fill`), and `unmap` and `unmap_all` take the slot away first. No
-        // Rust reference goes into it; only system calls access it.
+        // SAFETY: the span stays the window's, mapped or reserved, for as long as the slot exists, live or
+        // idle: other pages take the place of its own in one call, and `drop` keeps the window where a slot
+        // is left. No Rust reference goes into it; only system calls access it.
         let map = || unsafe { self.mapper.map(guest, span.host(), access) }.map_err(ShmemError::Guest);
-        let slot = replaced.as_ref().map_or_else(map, |old| Ok(old.kept.slot))?;
-        let placed = Placed { slot, file, filled: 0, unavailable: None };
+        let slot = replaced.as_ref().and_then(|old| old.kept.slot).map_or_else(map, Ok)?;
+        let placed = Placed { slot: Some(slot), file, filled: 0, unavailable: None };
         ledger.insert(key, len, file_offset, access, placed);
         self.index().insert(guest.start(), (guest.last(), access));
+        self.changes.fetch_add(1, Ordering::Relaxed);
         drop(state);
         // Closing the old file may block, so no lock is held.
         drop(replaced);
@@ -330,15 +333,52 @@ impl SharedMemory {
     /// Takes one whole mapping away; no vCPU can reach the file when this returns (SHM-56).
     pub fn unmap(&self, shmid: u8, shm_offset: u64, len: u64) -> Result<(), ShmemError> {
         let key = (shmid, shm_offset);
-        // What is removed is dropped after the lock: closing a file can wait.
-        let (hole, _removed) = {
+        self.lock().ledger.named(key, len)?;
+        self.take_away(key, |_| true)
+    }
+
+    /// Takes a mapping away, if it is one of `which`. Its slot stays, idle, where it may.
+    fn take_away(&self, key: Key, which: impl Fn(&Mapping) -> bool) -> Result<(), ShmemError> {
+        let (span, hole) = {
             let ledger = &mut self.lock().ledger;
-            self.hide(key, ledger.named(key, len)?)?;
-            let removed = ledger.remove(key);
-            (ledger.hole(key), removed)
+            let ((shmid, start), len) = ledger.hole_without(key);
+            let Some(mapping) = ledger.mappings.get_mut(&key).filter(|mapping| which(mapping)) else {
+                return Ok(());
+            };
+            let span = self.span(key, mapping.span_len()).ok_or(ShmemError::NoRegion(shmid))?;
+            // First the slot: a vCPU that meets inaccessible pages looks for an idle one.
+            self.hide(span, &mut mapping.kept, self.keeps_slots)?;
+            (span, self.span((shmid, start), len).unwrap_or(span))
         };
-        self.reserve_again(self.span(hole.0, hole.1));
+        self.clear(span, hole)?;
+        // What is removed is dropped after the lock: closing a file can wait.
+        let removed = self.lock().ledger.remove(key);
+        drop(removed);
         Ok(())
+    }
+
+    /// Takes away up to `most` slots that unmapped ranges have kept, and gives their number.
+    pub fn retire(&self, most: usize) -> Result<usize, ShmemError> {
+        let mut count = 0;
+        for window in self.windows.values() {
+            let retired = self.mapper.retire(window.guest(), most - count);
+            count += retired.map_err(ShmemError::Guest)?;
+        }
+        Ok(count)
+    }
+
+    /// The guest cannot access the page at `at`. Whether an unmapped range has kept its slot there: then it
+    /// is gone now, and the next access is one to a hole (SHM-24).
+    pub fn retire_at(&self, at: u64) -> bool {
+        let page = GuestRange::new(at / PAGE_SIZE * PAGE_SIZE, PAGE_SIZE);
+        let page = page.filter(|_| self.locate(at).is_some());
+        page.is_some_and(|page| self.mapper.retire(page, 1).is_ok_and(|count| count > 0))
+    }
+
+    /// A number that changes with each mapping that is made or removed; `None` where `at` is in no region. An
+    /// access that failed may have met what is no longer there.
+    pub fn changes(&self, at: u64) -> Option<u64> {
+        self.locate(at).map(|_| self.changes.load(Ordering::Relaxed))
     }
 
     /// Refuses every further `map` (SHM-71, SHM-75), until [`Self::open_gate`].
@@ -362,11 +402,15 @@ impl SharedMemory {
         self.unmap_each(|mapping| mapping.is_old, progress)
     }
 
-    /// Takes all mappings away (SHM-69), and gives their number. Where [`GuestMapper::unmap`] fails the
-    /// mapping stays; the first such error is returned, after the others have gone. Calls `progress` at each
-    /// step, since a step can take long.
-    pub fn unmap_all(&self, progress: impl FnMut()) -> Result<usize, ShmemError> {
-        self.unmap_each(|_| true, progress)
+    /// Takes all mappings away (SHM-69), and gives their number; and the slots that were kept. Where
+    /// [`GuestMapper::unmap`] fails the mapping stays; the first such error is returned, after the others have
+    /// gone. Calls `progress` at each step, since a step can take long.
+    pub fn unmap_all(&self, mut progress: impl FnMut()) -> Result<usize, ShmemError> {
+        let unmapped = self.unmap_each(|_| true, &mut progress);
+        while self.retire(1)? > 0 {
+            progress();
+        }
+        unmapped
     }
 
     fn unmap_each(
@@ -382,8 +426,8 @@ impl SharedMemory {
             let regions = self.windows.keys().map(|&shmid| (shmid, 0));
             keys.chain(regions).map(|key| ledger.hole(key)).collect()
         };
-        for (key, len) in holes {
-            self.reserve_again(self.span(key, len));
+        for hole in holes.into_iter().filter_map(|(key, len)| self.span(key, len)) {
+            self.reserve_again(hole);
             progress();
         }
         error.map_or(Ok(hidden.len()), Err)
@@ -395,7 +439,8 @@ impl SharedMemory {
         let (hidden, error) = self.take(|_| true, &mut || {});
         // Dropping it would close files.
         std::mem::forget(hidden);
-        error.map_or(Ok(()), Err)
+        let retired = self.retire(usize::MAX).map(drop);
+        error.map_or(retired, Err)
     }
 
     /// Takes mappings away from the guest.
@@ -410,7 +455,10 @@ impl SharedMemory {
         let keys: Vec<Key> = chosen.map(|(&key, _)| key).collect();
         for key in keys {
             progress();
-            let result = ledger.mappings.get(&key).map_or(Ok(()), |mapping| self.hide(key, mapping));
+            let result = ledger.mappings.get_mut(&key).map_or(Ok(()), |mapping| {
+                let span = self.span(key, mapping.span_len()).ok_or(ShmemError::NoRegion(key.0))?;
+                self.hide(span, &mut mapping.kept, false)
+            });
             match result {
                 Ok(()) => hidden.extend(ledger.remove(key).map(|mapping| (key, mapping))),
                 Err(error) => {
@@ -566,11 +614,18 @@ impl SharedMemory {
         self.by_guest_address.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reserves a span again that the guest no longer sees; after an unmapping all of the hole around it, so
-    /// that a part that could not be reserved earlier is reserved then. Called with no lock held: what is
-    /// there is the mapping of a back-end's file.
-    fn reserve_again(&self, hole: Option<Span<'_>>) {
-        let Some(hole) = hole else { return };
+    /// Makes `hole`, with `span` in it, inaccessible: after an unmapping all of the hole around it, so that a
+    /// part that could not be reserved earlier is reserved then. Where that fails, the guest sees nothing in
+    /// `span` all the same. Called with no lock held: what is there is the mapping of a back-end's file.
+    fn clear(&self, span: Span<'_>, hole: Span<'_>) -> Result<(), ShmemError> {
+        if self.reserve_again(hole) {
+            return Ok(());
+        }
+        self.mapper.retire(span.guest(), usize::MAX).map(drop).map_err(ShmemError::Guest)
+    }
+
+    /// Reserves a span again. False, with a message, where that fails.
+    fn reserve_again(&self, hole: Span<'_>) -> bool {
         let cleared = hole.clear().or_else(|_| {
             // It fails again only if the span is in the middle of what the kernel has merged into one area:
             // that takes two more.
@@ -579,19 +634,27 @@ impl SharedMemory {
             self.lock().reserve_vma = ReserveVma::take();
             cleared
         });
-        if let Err(error) = cleared {
+        if let Err(error) = &cleared {
             self.log.warn(format_args!(
                 "an unmapped file stays in the VMM's address space until the hole around it is reserved again: {error}"
             ));
         }
+        cleared.is_ok()
     }
 
-    /// Takes a mapping away from the guest; its pages stay where they are.
-    fn hide(&self, key: Key, mapping: &Mapping) -> Result<(), ShmemError> {
-        self.mapper.unmap(mapping.kept.slot).map_err(ShmemError::Guest)?;
-        if let Some(span) = self.span(key, mapping.span_len()) {
-            self.index().remove(&span.guest().start());
-        }
+    /// Takes a mapping away from the guest; its pages stay where they are. `keeps_slot`: the guest sees them
+    /// until the caller has cleared the span.
+    fn hide(&self, span: Span<'_>, placed: &mut Placed, keeps_slot: bool) -> Result<(), ShmemError> {
+        let hidden = match placed.slot {
+            Some(slot) if keeps_slot => self.mapper.release(slot),
+            Some(slot) => self.mapper.unmap(slot),
+            // A thread that clears the span does not return.
+            None => self.mapper.retire(span.guest(), usize::MAX).map(drop),
+        };
+        hidden.map_err(ShmemError::Guest)?;
+        placed.slot = None;
+        self.index().remove(&span.guest().start());
+        self.changes.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 }

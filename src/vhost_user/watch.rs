@@ -34,6 +34,12 @@ use crate::thread;
 /// How long the end of a device waits for its thread.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a device without requests keeps the slots of ranges that were unmapped.
+const KEEP_SLOTS: Duration = Duration::from_secs(3);
+
+/// So many of them are taken away at a time: KVM needs 30 us for each. A request may wait as long.
+const SLOTS_AT_A_TIME: usize = 8;
+
 /// The thread did not take the mappings away in time.
 #[derive(Debug, Error)]
 #[error("a call on a file or a descriptor of its back-end does not return")]
@@ -166,6 +172,7 @@ impl Watch {
             was_told: false,
             is_over: false,
             settles: false,
+            retires: None,
             link,
             shmem,
             shares,
@@ -205,6 +212,8 @@ struct Watched {
     is_over: bool,
     /// Old mappings go as soon as the channel is quiet.
     settles: bool,
+    /// When unmapped ranges lose their slots, unless a request comes before.
+    retires: Option<Deadline>,
     link: Arc<Link>,
     shmem: Arc<SharedMemory>,
     /// Where its mappings are shown to other devices: it closes their files.
@@ -224,9 +233,9 @@ impl Watched {
                     polled.push(PollFd::from_borrowed_fd(channel.socket().as_fd(), PollFlags::IN));
                 }
             }
-            let timeout = match self.next {
-                Some(next) => Some(next.time_left().unwrap_or_default()),
-                None => self.settles.then(Timespec::default),
+            let timeout = match (self.next, self.retires) {
+                (None, _) if self.settles => Some(Timespec::default()),
+                (next, retires) => next.or(retires).map(|due| due.time_left().unwrap_or_default()),
             };
             match poll(&mut polled, timeout.as_ref()) {
                 Ok(_) => {}
@@ -259,6 +268,8 @@ impl Watched {
                 self.give_up(&ConnectionError::HungUp);
             } else if self.settles {
                 self.settle();
+            } else if self.retires.is_some_and(|due| due.has_passed()) {
+                self.retire();
             }
         }
     }
@@ -328,8 +339,20 @@ impl Watched {
         self.link.settled();
     }
 
+    /// SHM-102
+    fn retire(&mut self) {
+        match self.shmem.retire(SLOTS_AT_A_TIME) {
+            Ok(SLOTS_AT_A_TIME) => {}
+            Ok(_) => self.retires = None,
+            Err(error) => {
+                self.retires = None;
+                self.link.log.warn(format_args!("slots without a mapping stay: {}", with_causes(&error)));
+            }
+        }
+    }
+
     fn serve(&mut self) {
-        self.next = None;
+        (self.next, self.retires) = (None, Some(Deadline::after(KEEP_SLOTS)));
         let Some(channel) = &self.channel else { return };
         let served = match self.interval.filter(|_| !self.hurries) {
             None => channel.serve(),

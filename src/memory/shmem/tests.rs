@@ -12,7 +12,7 @@ use super::*;
 const PAGE: u64 = PAGE_SIZE;
 
 pub(in crate::memory) struct Bench {
-    guest: Arc<Guest>,
+    pub guest: Arc<Guest>,
     pub shmem: SharedMemory,
     pub file: File,
     /// The same, as a request brings it.
@@ -21,18 +21,15 @@ pub(in crate::memory) struct Bench {
 
 /// Regions 0 and 7 of 16 pages each; a file whose page n is full of n + 1, 32 pages long.
 pub(in crate::memory) fn bench() -> Bench {
+    bench_with(Limits { mappings: 100, bytes: u64::MAX, foreign_files: false, prefault: false })
+}
+
+fn bench_with(limits: Limits) -> Bench {
     let guest = Arc::new(Guest::default());
     let mapper = Arc::clone(&guest);
     let mut windows = WindowAllocator::new(1 << 32, 1 << 39);
     let sizes = [(0, 16 * PAGE), (3, 0), (7, 16 * PAGE)];
-    let shmem = SharedMemory::new(
-        "device",
-        sizes,
-        &mut windows,
-        mapper,
-        Limits { mappings: 100, bytes: u64::MAX, foreign_files: false, prefault: false },
-    )
-    .unwrap();
+    let shmem = SharedMemory::new("device", sizes, &mut windows, mapper, limits).unwrap();
     let mut file = tempfile::tempfile().unwrap();
     for page in 0..32u8 {
         file.write_all(&[page + 1; PAGE as usize]).unwrap();
@@ -108,11 +105,82 @@ fn a_mapping_stays_where_the_machine_keeps_its_slot() {
     let bench = bench();
     bench.map(0, 0, PAGE).unwrap();
     bench.guest.keeps_slots.store(true, Ordering::Relaxed);
-    assert_eq!(bench.shmem.unmap(0, 0, PAGE).unwrap_err().errno(), libc::EIO);
     assert_eq!(bench.shmem.unmap_all(|| {}).unwrap_err().errno(), libc::EIO);
     assert_eq!((bench.reads(0, 0), bench.shmem.mappings().len()), (Some(1), 1));
+    // SHM-56: it has pages of nothing then.
+    bench.shmem.unmap(0, 0, PAGE).unwrap();
+    assert_eq!((bench.shmem.mappings().len(), bench.guest.idle()), (0, 1));
+    assert_eq!(bench.shmem.unmap_all(|| {}).unwrap_err().errno(), libc::EIO);
     bench.guest.keeps_slots.store(false, Ordering::Relaxed);
+    assert_eq!(bench.shmem.unmap_all(|| {}).unwrap(), 0);
+    assert_eq!(bench.guest.idle(), 0);
+}
+
+#[test]
+fn a_slot_outlives_its_mapping_over_pages_that_cannot_be_accessed() {
+    // SHM-56, SHM-102
+    let bench = bench();
+    let host = bench.shmem.windows[&0].whole().host();
+    for page in [0, 2, 4] {
+        bench.map(0, page * PAGE, PAGE).unwrap();
+    }
+    let before = bench.shmem.changes(bench.region(0).start());
+    bench.shmem.unmap(0, 2 * PAGE, PAGE).unwrap();
+    assert_ne!(bench.shmem.changes(bench.region(0).start()), before);
+    assert_eq!((bench.guest.idle(), bench.sees(0)), (1, vec![(0, PAGE), (4 * PAGE, PAGE)]));
+    let at = host.wrapping_add(2 * PAGE as usize) as u64;
+    let maps = bench.vmas();
+    let (.., what) = maps.iter().find(|&&(start, end, _)| start <= at && at < end).unwrap();
+    assert!(what.starts_with("---p"), "{what}");
+    // The same range, and another one over it.
+    bench.map(0, 2 * PAGE, PAGE).unwrap();
+    assert_eq!(bench.reads(0, 2 * PAGE), Some(1));
+    bench.shmem.unmap(0, 2 * PAGE, PAGE).unwrap();
+    bench.map(0, PAGE, 3 * PAGE).unwrap();
+    assert_eq!((bench.guest.idle(), bench.reads(0, 2 * PAGE)), (0, Some(2)));
+    // A reset leaves none.
+    bench.shmem.unmap(0, PAGE, 3 * PAGE).unwrap();
+    bench.shmem.unmap(0, 0, PAGE).unwrap();
+    assert_eq!(bench.guest.idle(), 2);
     assert_eq!(bench.shmem.unmap_all(|| {}).unwrap(), 1);
+    assert_eq!(bench.guest.idle(), 0);
+    // Nor does the end.
+    bench.map(0, 0, PAGE).unwrap();
+    bench.shmem.unmap(0, 0, PAGE).unwrap();
+    assert_eq!(bench.guest.idle(), 1);
+    drop(bench.shmem);
+    assert_eq!(bench.guest.idle(), 0);
+}
+
+#[test]
+fn a_device_that_takes_foreign_files_keeps_no_slot() {
+    // SHM-86, SHM-102
+    let bench = bench_with(Limits { mappings: 100, bytes: u64::MAX, foreign_files: true, prefault: false });
+    bench.map(0, 0, PAGE).unwrap();
+    bench.guest.keeps_slots.store(true, Ordering::Relaxed);
+    assert_eq!(bench.shmem.unmap(0, 0, PAGE).unwrap_err().errno(), libc::EIO);
+    bench.guest.keeps_slots.store(false, Ordering::Relaxed);
+    bench.shmem.unmap(0, 0, PAGE).unwrap();
+    assert_eq!((bench.guest.idle(), bench.sees(0)), (0, vec![]));
+}
+
+#[test]
+fn what_was_unmapped_goes_by_the_piece_or_where_the_guest_touches_it() {
+    // SHM-102
+    let bench = bench();
+    for page in (0..16).step_by(2) {
+        for shmid in [0, 7] {
+            bench.map(shmid, page * PAGE, PAGE).unwrap();
+            bench.shmem.unmap(shmid, page * PAGE, PAGE).unwrap();
+        }
+    }
+    let start = bench.region(0).start();
+    assert!(bench.shmem.retire_at(start + 2 * PAGE + 9));
+    assert!(!bench.shmem.retire_at(start + 2 * PAGE + 9), "it is gone");
+    assert!(!bench.shmem.retire_at(start + PAGE) && !bench.shmem.retire_at(start - 1));
+    assert_eq!(bench.guest.idle(), 15);
+    let pieces = [10, 10, 10].map(|most| bench.shmem.retire(most).unwrap());
+    assert_eq!((pieces, bench.guest.idle()), ([10, 5, 0], 0));
 }
 
 #[test]

@@ -25,6 +25,8 @@ struct Live {
     /// The guest address of each slot.
     slots: BTreeMap<SlotNumber, u64>,
     free: Vec<SlotNumber>,
+    /// The ranges of idle slots; where a machine shows what is mapped, it knows them.
+    idle: Vec<GuestRange>,
 }
 
 type SlotNumber = u32;
@@ -39,6 +41,20 @@ impl Live {
     fn at(&self, address: u64) -> Option<&Mapping> {
         let (_, mapping) = self.mappings.range(..=address).next_back()?;
         (address <= mapping.guest.last()).then_some(mapping)
+    }
+
+    fn retire(&mut self, range: GuestRange, most: usize, keeps_slots: bool) -> io::Result<usize> {
+        let before = self.idle.len();
+        let mut left = if keeps_slots { 0 } else { most };
+        self.idle.retain(|idle| {
+            let goes = left > 0 && idle.overlaps(&range);
+            left -= usize::from(goes);
+            !goes
+        });
+        match keeps_slots && self.idle.iter().any(|idle| idle.overlaps(&range)) {
+            true => Err(io::Error::from_raw_os_error(libc::EIO)),
+            false => Ok(before - self.idle.len()),
+        }
     }
 }
 
@@ -55,6 +71,7 @@ impl GuestMapper for Guest {
             Some(machine) => unsafe { machine.map(guest, host, access) }?.0,
             None => live.free.pop().unwrap_or(live.slots.len() as SlotNumber),
         };
+        live.idle.retain(|idle| !idle.overlaps(&guest));
         live.slots.insert(slot, guest.start());
         let host = host as usize;
         live.mappings.insert(guest.start(), Mapping { guest, host, access });
@@ -74,6 +91,28 @@ impl GuestMapper for Guest {
         }
         live.mappings.remove(&start).map(drop).ok_or_else(unknown)
     }
+
+    fn release(&self, SlotId(slot): SlotId) -> io::Result<()> {
+        let mut live = self.lock();
+        let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
+        let start = live.slots.remove(&slot).ok_or_else(unknown)?;
+        let mapping = live.mappings.remove(&start).ok_or_else(unknown)?;
+        match &self.machine {
+            Some(machine) => machine.release(SlotId(slot))?,
+            None => {
+                live.free.push(slot);
+                live.idle.push(mapping.guest);
+            }
+        }
+        Ok(())
+    }
+
+    fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize> {
+        match &self.machine {
+            Some(machine) => machine.retire(range, most),
+            None => self.lock().retire(range, most, self.keeps_slots.load(Ordering::Relaxed)),
+        }
+    }
 }
 
 impl Guest {
@@ -90,6 +129,11 @@ impl Guest {
     /// How many mappings there are.
     pub fn count(&self) -> usize {
         self.lock().mappings.len()
+    }
+
+    /// How many slots are idle, without a machine.
+    pub fn idle(&self) -> usize {
+        self.lock().idle.len()
     }
 
     /// What the guest sees of a region: offset, length, access.

@@ -28,6 +28,8 @@ struct Live {
     /// The guest address of each slot.
     slots: BTreeMap<SlotNumber, u64>,
     free: Vec<SlotNumber>,
+    /// The ranges of idle slots.
+    idle: Vec<GuestRange>,
 }
 
 type SlotNumber = u32;
@@ -43,6 +45,20 @@ impl Live {
         let (_, mapping) = self.mappings.range(..=address).next_back()?;
         (address <= mapping.guest.last()).then_some(mapping)
     }
+
+    fn retire(&mut self, range: GuestRange, most: usize, keeps_slots: bool) -> io::Result<usize> {
+        let before = self.idle.len();
+        let mut left = if keeps_slots { 0 } else { most };
+        self.idle.retain(|idle| {
+            let goes = left > 0 && idle.overlaps(&range);
+            left -= usize::from(goes);
+            !goes
+        });
+        match keeps_slots && self.idle.iter().any(|idle| idle.overlaps(&range)) {
+            true => Err(io::Error::from_raw_os_error(libc::EIO)),
+            false => Ok(before - self.idle.len()),
+        }
+    }
 }
 
 impl GuestMapper for Guest {
@@ -54,6 +70,7 @@ impl GuestMapper for Guest {
         let before = live.mappings.range(..=guest.last()).next_back();
         assert!(before.is_none_or(|(_, other)| !other.guest.overlaps(&guest)));
         let slot = live.free.pop().unwrap_or(live.slots.len() as SlotNumber);
+        live.idle.retain(|idle| !idle.overlaps(&guest));
         live.slots.insert(slot, guest.start());
         let host = host as usize;
         live.mappings.insert(guest.start(), Mapping { guest, host, access });
@@ -71,6 +88,20 @@ impl GuestMapper for Guest {
         live.mappings.remove(&start).map(drop).ok_or_else(unknown)
     }
 
+    fn release(&self, SlotId(slot): SlotId) -> io::Result<()> {
+        let mut live = self.lock();
+        let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
+        let start = live.slots.remove(&slot).ok_or_else(unknown)?;
+        let mapping = live.mappings.remove(&start).ok_or_else(unknown)?;
+        live.free.push(slot);
+        live.idle.push(mapping.guest);
+        Ok(())
+    }
+
+    fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize> {
+        self.lock().retire(range, most, self.keeps_slots.load(Ordering::Relaxed))
+    }
+
     fn prefault(&self, guest: GuestRange) -> io::Result<()> {
         if let Some(at_prefault) = &mut *self.at_prefault.lock().unwrap() {
             at_prefault(guest);
@@ -80,6 +111,11 @@ impl GuestMapper for Guest {
 }
 
 impl Guest {
+    /// How many slots are idle.
+    pub fn idle(&self) -> usize {
+        self.lock().idle.len()
+    }
+
     /// After a failed assertion, too: what is mapped is then taken away all the same.
     fn lock(&self) -> MutexGuard<'_, Live> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
