@@ -11,7 +11,7 @@ use hotslot_test_support::program::{Backend, assert_refused};
 
 use crate::fuse::{self, ROOT, quads, u32_at, u64_at, words};
 use crate::locks::{END, EXCLUSIVE, FLOCK, NONE, READ, host_lock, is_locked, lock};
-use crate::machine::{Answer, MIB, Machine, Place, SHMEM_MAP, fields, start};
+use crate::machine::{Answer, MIB, Machine, Place, SHMEM_MAP, SHMEM_UNMAP, fields, start};
 
 const ESTALE: i32 = libc::ESTALE;
 
@@ -336,6 +336,25 @@ fn the_window_is_mapped_again() {
         world.machine.unique += 2;
         world.machine.asking(fuse::SETUPMAPPING, f, &fuse::setupmapping(0, 2 * MIB, 1, 2 * MIB), &[]);
     }
+}
+
+/// A mapping whose file has no name any more is removed at the return, once. The back-end does not ask for that
+/// again when the guest removes it or the program dies again: the front-end would refuse, since nothing is there.
+#[test]
+fn the_mapping_of_a_lost_file_is_removed_once() {
+    let mut world = World::kept();
+    world.place.write("f", vec![1; MIB as usize]);
+    let f = world.lookup(ROOT, "f");
+    let body = fuse::setupmapping(0, MIB, 1, 2 * MIB);
+    world.machine.asking(fuse::SETUPMAPPING, f, &body, &[(SHMEM_MAP, 2 * MIB, MIB, 0, 1)]);
+    world.ok(fuse::UNLINK, ROOT, &fuse::name("f"));
+    world.kill();
+    let backend = world.backend.insert(start(&world.place, &world.args));
+    let asked = world.machine.reconnect_and_serve(backend, 1);
+    assert_eq!(asked.iter().map(fields).collect::<Vec<_>>(), [(SHMEM_UNMAP, 2 * MIB, MIB, 0, 0)]);
+    world.die_and_return();
+    world.machine.unique += 2;
+    world.machine.asking(fuse::REMOVEMAPPING, f, &fuse::removemapping(&[(2 * MIB, MIB)]), &[]);
 }
 
 /// A machine that starts anew finds nothing of the last one.

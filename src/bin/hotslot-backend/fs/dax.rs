@@ -44,7 +44,8 @@ impl Window {
     }
 
     /// What the guest of the last session has mapped is mapped again. `begun` is called once no other request
-    /// can come between; `open` opens a file for that. A front-end that refuses has it mapped still.
+    /// can come between; `open` opens a file for that. A front-end that refuses has it mapped still. Where the
+    /// file is not found, the mapping of the last session is removed: the front-end may keep it until then.
     pub fn restore(
         &self,
         kept: &BTreeMap<u64, Mapping>,
@@ -55,14 +56,22 @@ impl Window {
         begun();
         for (&offset, mapping) in kept {
             let Mapping { file_offset, len, writable, .. } = *mapping;
-            let mapped = open(mapping)
-                .map_err(|e| format!("the file at {offset:#x} of the window is not found again: {e}"))
-                .and_then(|file| self.channel.map(offset, len, (&file, file_offset), writable));
-            if let Err(e) = mapped {
-                self.complaints.say(e);
+            match open(mapping) {
+                Ok(file) => {
+                    if let Err(e) = self.channel.map(offset, len, (&file, file_offset), writable) {
+                        self.complaints.say(e);
+                    }
+                    mappings.insert(offset, *mapping);
+                }
+                Err(e) => {
+                    self.complaints
+                        .say(format_args!("the file at {offset:#x} of the window is not found again: {e}"));
+                    self.unmap(offset, len);
+                }
             }
-            mappings.insert(offset, *mapping);
         }
+        // The next process does not look for them.
+        self.keeper.commit(|| None);
     }
 
     pub fn size(&self) -> u64 {
