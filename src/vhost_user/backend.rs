@@ -354,13 +354,24 @@ impl Backend {
             return;
         }
         match changed_configuration(&mut main.frontend, &self.spec, queues, len) {
-            Ok(config) => take(config),
+            Ok(answer) => take(self.with_question(answer)),
             Err(error) if error.is_fatal() => self.link.give_up(&session, &error),
             Err(error) => {
                 let why = with_causes(&error);
                 self.link.log.warn(format_args!("the configuration stays as it was: {why}"));
             }
         }
+    }
+
+    /// Where the driver writes questions: the back-end's answer, and the driver's question beside it. The
+    /// question has several bytes, written one by one; a back-end that does not know one answers with zeroes.
+    fn with_question(&self, mut answer: Vec<u8>) -> Vec<u8> {
+        if self.spec.kind.answers_in_config() {
+            let Config { bytes, written } = &*self.config();
+            let own = answer.iter_mut().zip(bytes).zip(written).filter(|(_, is_written)| **is_written);
+            own.for_each(|((byte, question), _)| *byte = *question);
+        }
+        answer
     }
 
     fn show_config(&self, bytes: Vec<u8>) {

@@ -1,7 +1,7 @@
 //! A configuration space that changes while the guest runs (BACKEND_CONFIG_CHANGE_MSG).
 
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 
 use hotslot::virtio::device::VirtioDevice;
 use hotslot_test_support::bench::*;
@@ -101,18 +101,21 @@ fn without_config_there_is_no_configuration_to_change() {
 #[test]
 fn what_an_input_driver_writes_is_a_question_with_an_answer_in_the_same_space() {
     // VIRTIO section 5.8.5: `select` and `subsel` choose what the other fields say. A back-end is given the
-    // whole space, as the `vhost-device` back-ends expect it.
-    let selected = Arc::new(AtomicU8::new(0));
-    let now = Arc::clone(&selected);
+    // whole space, and answers a question that it does not know with zeroes only, as `vhost-device-input` does.
+    let asked_for = Arc::new(Mutex::new([0; 2]));
     let mut setup = Setup::default().script(move |asked, _| match asked.request {
         SET_CONFIG => {
             assert_eq!((asked.payload.len(), &asked.payload[..4]), (12 + 136, &[0; 4][..]));
-            now.store(asked.payload[12], Ordering::SeqCst);
+            asked_for.lock().unwrap().copy_from_slice(&asked.payload[12..14]);
             Answer::Usual
         }
         GET_CONFIG => {
-            let len = asked.payload.len() - 12;
-            let config = [&asked.payload[..12], &vec![now.load(Ordering::SeqCst); len]].concat();
+            let mut config = vec![0; asked.payload.len() - 12];
+            if let question @ ([1, 0] | [0x11, 1..=2]) = *asked_for.lock().unwrap() {
+                config[..2].copy_from_slice(&question);
+                config[2..].fill(question[0].wrapping_mul(16) + question[1]);
+            }
+            let config = [&asked.payload[..12], &config].concat();
             Answer::Bytes(message(GET_CONFIG, VERSION_1 | REPLY, &config), None)
         }
         _ => Answer::Usual,
@@ -123,9 +126,17 @@ fn what_an_input_driver_writes_is_a_question_with_an_answer_in_the_same_space() 
     let bench = setup.start();
     bench.start().unwrap();
     let generation = bench.register(Register::ConfigGeneration);
-    for select in [1, 0x12] {
+    let answers = |select: u8, subsel: u8, value: u8| {
         bench.device().write_config(0, &[select]).unwrap();
-        assert_eq!(bench.device().config(), [select; 136]);
-    }
+        bench.device().write_config(1, &[subsel]).unwrap();
+        let config = bench.device().config();
+        assert_eq!((&config[..2], &config[2..]), (&[select, subsel][..], &[value; 134][..]));
+    };
+    answers(1, 0, 0x10);
+    // The driver writes `select` first, and 0x11 with the 0 of before is no question that this back-end knows.
+    answers(0x11, 1, 0x11);
+    answers(0x11, 2, 0x12);
+    answers(0x11, 3, 0);
+    answers(0x11, 1, 0x11);
     assert_eq!(bench.register(Register::ConfigGeneration), generation, "no interrupt for an answer");
 }
