@@ -1,5 +1,5 @@
 #!/bin/bash
-# usage: interop.sh [--reconnect SECONDS] [--cpus N] [--list] [NAME... | many [NAME...] | debian | frontends]
+# usage: interop.sh [--reconnect SECONDS [--kills N]] [--cpus N] [--list] [NAME... | many [NAME...] | debian | frontends]
 #
 # Runs vhost-user back-ends that others wrote, and a stock Linux guest that uses each in earnest; kills the back-end under
 # the guest, and says what held. All of scripts/interop/backends where none is named.
@@ -13,6 +13,7 @@
 #   --reconnect SECONDS
 #                      also kills each back-end with SIGKILL while it works, and starts it again: the guest's work must go on
 #                      (the key reconnect=SECONDS). After that, as without this option, it is killed and stays dead
+#   --kills N          kills and starts each back-end so many times (default: 1); the guest repeats its work meanwhile
 #   --cpus N           vCPUs of the guests (default: 2; for many 4)
 #   --list             prints the back-ends, where they come from, and what is done with them
 #
@@ -20,6 +21,8 @@
 # cargo builds. Everything is kept in target/interop: 3 GB, and half an hour until it is there. It needs root for
 # mmdebstrap. All but frontends runs on an emulated host (lab.sh), also where this machine has KVM: the back-ends run as root
 # and in Debian's roots there. A back-end takes one to ten minutes.
+#
+# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither
 #
 # It prints a line for each: the back-end, its version, the work, the work while it died and came back, what the guest saw
 # when it stayed dead; below it what hotslot and the back-end agreed on. Exit status: 1 when some work was wrong.
@@ -35,6 +38,7 @@ WORK=$(realpath -m "$TARGET/interop")
 INTEROP=$PROJECT/scripts/interop
 # Where `field` looks: backends or frontends.
 FILES=backends
+PROGRAMS=${HOTSLOT_PROGRAMS:-$TARGET/release}
 MANY=(rng vsock passt disk scsi virtiofsd console)
 # What the roots hold, by suite.
 # shellcheck disable=SC2054 # the commas are mmdebstrap's
@@ -49,15 +53,14 @@ LIMIT=1500
 wrong=0
 
 main() {
-    local names=() cpus='' reconnect='' list='' mode='' name
+    local names=() cpus='' reconnect='' kills=1 list='' mode='' name
     while (($#)); do
         case $1 in
         -h | --help) usage && return ;;
         --list) list=1 ;;
-        --reconnect | --cpus)
-            if [[ $1 == --cpus ]]; then cpus=$(whole_number "$@"); else reconnect=$(whole_number "$@"); fi
-            shift
-            ;;
+        --reconnect) reconnect=$(whole_number "$@") && shift ;;
+        --kills) kills=$(whole_number "$@") && shift ;;
+        --cpus) cpus=$(whole_number "$@") && shift ;;
         many | debian | frontends) mode=$1 ;;
         *)
             [[ -e $INTEROP/backends/$1.sh ]] || die "$1: no such back-end (--list)"
@@ -67,10 +70,11 @@ main() {
         shift
     done
     [[ -z $list ]] || { list && return; }
+    LIMIT=$((LIMIT + 60 * (kills - 1)))
     if [[ -z $mode ]] && ((${#names[@]} == 0)); then mapfile -t names < <(all backends); fi
     ((EUID == 0)) || die "this needs root, for mmdebstrap"
 
-    cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bins
+    [[ -n ${HOTSLOT_PROGRAMS-} ]] || cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bins
     mkdir -p "$WORK"
     case $mode in
     many)
@@ -140,7 +144,7 @@ run() {
     shift 3
     pack "$out" "$@"
     # The emulated host's processor has AVX and no XSAVE, which Linux takes for a working AVX.
-    on_lab "$out" "$kernel" CPUS="$cpus" RECONNECT="$reconnect" NAMES="$*" \
+    on_lab "$out" "$kernel" CPUS="$cpus" RECONNECT="$reconnect" KILLS="$kills" NAMES="$*" \
         WORDS="noxsave hotslot.debug_exit=0xf4 NAMES=$(tr ' ' , <<<"$*") RECONNECT=$reconnect -- sh /interop/guest.sh"
     for name; do
         row "$out" "$name" "$(version "$(field "$name" FROM)")"
@@ -167,10 +171,10 @@ on_lab() {
         read -ra words <<<"$(field "$name" HOST_MODULES)"
         for each in "${words[@]}"; do lab+=(--module "$each"); done
     done
-    for each in INTEROP="$INTEROP" OUT="$out" WORK="$WORK" HOTSLOT="$TARGET/release/hotslot" LIMIT="$LIMIT" \
+    for each in INTEROP="$INTEROP" OUT="$out" WORK="$WORK" HOTSLOT="$PROGRAMS/hotslot" LIMIT="$LIMIT" \
         KERNEL="$kernel/vmlinux" IMAGE="$out/guest.cpio"; do lab+=(--env "$each"); done
     say "${out##*/}: started at $(date +%T), see $out"
-    "$PROJECT/scripts/lab.sh" --memory 4G --timeout $((LIMIT + 300)) --share "$WORK" --exec "$TARGET/release/hotslot" \
+    "$PROJECT/scripts/lab.sh" --memory 4G --timeout $((LIMIT + 300)) --share "$WORK" --exec "$PROGRAMS/hotslot" \
         --file "$INTEROP" --file "$kernel/vmlinux" --log "$out/kernel" "${lab[@]}" -- /bin/sh "$INTEROP/host.sh" \
         </dev/null >"$out/lab" 2>&1 || say "the emulated host did not come to its end: $(tail -n 1 "$out/lab")"
     rm "$out/guest.cpio"
@@ -227,7 +231,7 @@ frontends() {
             say "$name with $suite's QEMU: started at $(date +%T), see $out"
             # What it mounts is mounted for it alone.
             env NAME="$name" INTEROP="$INTEROP" ROOT="$WORK/$suite" OUT="$out" LIMIT="$LIMIT" \
-                BACKEND="$TARGET/release/hotslot-backend" unshare -m /bin/sh "$INTEROP/qemu.sh" || true
+                BACKEND="$PROGRAMS/hotslot-backend" unshare -m /bin/sh "$INTEROP/qemu.sh" || true
             rm -rf "$out/kernel" "$out/guest.cpio" "$out/files"
             tr -d '\r' <"$out/console" >"$out/lines"
             row "$out" "$name" "QEMU $(version "$suite:qemu-system-x86")"
@@ -240,7 +244,9 @@ row() {
     local out=$1 name=$2 lines
     touch "$out/host" "$out/lines"
     lines=$(grep -h "^CHECK $name " "$out/lines" "$out/host") || true
-    printf '%-12s %-24s %s\n' "$name" "$3" "$(cut -d ' ' -f 3- <<<"$lines" | sed 's/ WRONG.*/ WRONG/' | paste -sd ';')"
+    # A work that was repeated is one entry, with its number.
+    printf '%-12s %-24s %s\n' "$name" "$3" "$(cut -d ' ' -f 3- <<<"$lines" | sed 's/ WRONG.*/ WRONG/; s/^\(return ok\).*/\1/' |
+        uniq -c | sed 's/^ *1 //; s/^ *\([0-9]*\) \(.*\)/\2 (\1 times)/' | paste -sd ';')"
     grep WRONG <<<"$lines" | sed 's/^/    /' || true
     # What the guest's kernel complained of while no back-end stayed dead.
     grep '^KERNEL [wr]' "$out/lines" | sed 's/^/    /' || true

@@ -4,8 +4,8 @@
 #
 # From interop.sh, in the environment: NAMES (files in backends/, one word each), INTEROP (this directory), OUT (a directory
 # for what is printed), WORK (where Debian's roots and the crates' programs lie), HOTSLOT, KERNEL and IMAGE, CPUS, RECONNECT
-# (seconds; empty where a device stays lost), LIMIT (seconds for the guest), WORDS (of the kernel's command line). For a guest
-# with a login: LOGIN (what is typed there) and DISK (the image of its root).
+# (seconds; empty where a device stays lost), KILLS (how often each dies and returns then), LIMIT (seconds for the guest),
+# WORDS (of the kernel's command line). For a guest with a login: LOGIN (what is typed there) and DISK (the image of its root).
 export DIR=/run/interop
 mkdir -p $DIR
 # passt becomes "nobody", and makes its socket.
@@ -60,13 +60,29 @@ wait_for() {
         sleep 0.2
     done
 }
+# wait_for_return DEATH: until each device's back-end was back for so many times.
+wait_for_return() {
+    for device in $all; do
+        tries=$((RECONNECT * 5))
+        until [ "$(grep -c ": $device: the back-end is back" "$OUT/hotslot")" -ge "$1" ]; do
+            tries=$((tries - 1))
+            if [ $tries = 0 ] || [ -e "$OUT/status" ]; then
+                report "${device%-[ab]}" "death $1 WRONG: the back-end of $device is not back"
+                return 1
+            fi
+            sleep 0.2
+        done
+    done
+}
 kill_all() { for name in $NAMES; do kill -KILL "$(cat "$DIR/$name.pid")"; done; }
 
 set --
+all=''
 for name in $NAMES; do
     (load "$name" && prepare) || exit 1
     start "$name"
     for device in $(load "$name" && devices); do
+        all="$all ${device##*name=}"
         set -- "$@" --vhost-user "$device${RECONNECT:+,reconnect=$RECONNECT}"
     done
 done
@@ -87,9 +103,13 @@ if [ -n "$LOGIN" ] && wait_for 'login: $'; then
     if wait_for '# $'; then echo "$LOGIN" >&3; fi
 fi
 if [ -n "$RECONNECT" ] && wait_for '^DEATH and return'; then
-    sleep 2
-    kill_all
-    for name in $NAMES; do start "$name"; done
+    for death in $(seq "$KILLS"); do
+        sleep 2
+        kill_all
+        for name in $NAMES; do start "$name"; done
+        wait_for_return "$death" || break
+    done
+    echo enough >&3
 fi
 if wait_for '^DEATH permanent'; then kill_all; fi
 wait $guest
