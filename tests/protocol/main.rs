@@ -16,3 +16,4 @@ mod reconnect;
 mod replies;
 mod requests;
 mod sharing;
+mod stopped;

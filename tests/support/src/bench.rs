@@ -320,6 +320,11 @@ impl Bench {
         self.ram.write_all_at(&used.to_le_bytes(), place).unwrap();
     }
 
+    /// The guest's RAM, as the file that the back-end gets.
+    pub fn ram(&self) -> &File {
+        &self.ram
+    }
+
     /// How often a queue was kicked since the last look.
     pub fn kicks(&self, index: u16) -> u64 {
         self.kicks[usize::from(index)].read().unwrap_or(0)
