@@ -436,6 +436,13 @@ impl Handshake {
         if offered & 1 << bit != 0 && !agreement.shmem {
             log::warn!("{name}: the back-end offers SHMEM, but not BACKEND_REQ: it cannot map anything");
         }
+        let has_record = agreement.has(protocol::INFLIGHT_SHMFD) || !kind.needs_inflight_record();
+        if spec.reconnect.is_some() && !has_record {
+            log::warn!(
+                "{name}: the back-end does not offer INFLIGHT_SHMFD: when it dies and comes back (reconnect), requests that \
+                 it has begun may be lost or done twice"
+            );
+        }
         let acked = agreement.protocol_features.unwrap_or(0);
         let features = agreement.guest_features & !NOT_CARRIED;
         // The handshake itself uses it.

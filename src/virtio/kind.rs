@@ -110,6 +110,11 @@ impl DeviceKind {
         self.facts().name == "net"
     }
 
+    /// Whether a back-end has several requests begun at a time, of which none may be lost or done twice.
+    pub fn needs_inflight_record(self) -> bool {
+        matches!(self.facts().name, "blk" | "scsi" | "fs")
+    }
+
     /// Of a back-end's features, those that a driver can use with this many queues and bytes of configuration
     /// space: none whose field or queue is missing.
     pub fn usable(self, features: u64, queues: u16, config_len: usize) -> u64 {
