@@ -1,5 +1,6 @@
 #!/bin/bash
-# usage: interop.sh [--reconnect SECONDS [--kills N]] [--cpus N] [--list] [NAME... | many [NAME...] | debian | frontends]
+# usage: interop.sh [--reconnect SECONDS [--kills N]] [--cpus N] [--icount] [--list]
+#                   [NAME... | many [NAME...] | debian | frontends]
 #
 # Runs vhost-user back-ends that others wrote, and a stock Linux guest that uses each in earnest; kills the back-end under
 # the guest, and says what held. All of scripts/interop/backends where none is named.
@@ -15,6 +16,8 @@
 #                      (the key reconnect=SECONDS). After that, as without this option, it is killed and stays dead
 #   --kills N          kills and starts each back-end so many times (default: 1); the guest repeats its work meanwhile
 #   --cpus N           vCPUs of the guests (default: 2; for many 4)
+#   --icount           the clock of the emulated host counts instructions (lab.sh), and guests have one vCPU: on a busy
+#                      machine no time limit of the guest's passes for that
 #   --list             prints the back-ends, where they come from, and what is done with them
 #
 # The back-ends are Debian's packages, of its suite sid and of bookworm, each suite in a root of its own, or crates, which
@@ -49,6 +52,7 @@ declare -A PACKAGES=(
 )
 # Seconds for one guest.
 LIMIT=1500
+CLOCK=()
 
 wrong=0
 
@@ -61,6 +65,7 @@ main() {
         --reconnect) reconnect=$(whole_number "$@") && shift ;;
         --kills) kills=$(whole_number "$@") && shift ;;
         --cpus) cpus=$(whole_number "$@") && shift ;;
+        --icount) CLOCK=(--icount) cpus=1 ;;
         many | debian | frontends) mode=$1 ;;
         *)
             [[ -e $INTEROP/backends/$1.sh ]] || die "$1: no such back-end (--list)"
@@ -71,6 +76,8 @@ main() {
     done
     [[ -z $list ]] || { list && return; }
     LIMIT=$((LIMIT + 60 * (kills - 1)))
+    # An instruction clock is slower than the time.
+    LAB_LIMIT=$(((LIMIT + 300) * (${#CLOCK[@]} ? 8 : 1)))
     if [[ -z $mode ]] && ((${#names[@]} == 0)); then mapfile -t names < <(all backends); fi
     ((EUID == 0)) || die "this needs root, for mmdebstrap"
 
@@ -82,7 +89,7 @@ main() {
         run "many-${names[0]}" "${cpus:-4}" "$reconnect" "${names[@]}"
         names=()
         ;;
-    debian) debian ;;
+    debian) debian "${cpus:-2}" ;;
     frontends) frontends ;;
     esac
     for name in ${names[@]+"${names[@]}"}; do run "$name" "${cpus:-2}" "$reconnect" "$name"; done
@@ -174,7 +181,7 @@ on_lab() {
     for each in INTEROP="$INTEROP" OUT="$out" WORK="$WORK" HOTSLOT="$PROGRAMS/hotslot" LIMIT="$LIMIT" \
         KERNEL="$kernel/vmlinux" IMAGE="$out/guest.cpio"; do lab+=(--env "$each"); done
     say "${out##*/}: started at $(date +%T), see $out"
-    "$PROJECT/scripts/lab.sh" --memory 4G --timeout $((LIMIT + 300)) --share "$WORK" --exec "$PROGRAMS/hotslot" \
+    "$PROJECT/scripts/lab.sh" --memory 4G --timeout "$LAB_LIMIT" ${CLOCK[@]+"${CLOCK[@]}"} --share "$WORK" --exec "$PROGRAMS/hotslot" \
         --file "$INTEROP" --file "$kernel/vmlinux" --log "$out/kernel" "${lab[@]}" -- /bin/sh "$INTEROP/host.sh" \
         </dev/null >"$out/lab" 2>&1 || say "the emulated host did not come to its end: $(tail -n 1 "$out/lab")"
     rm "$out/guest.cpio"
@@ -182,7 +189,7 @@ on_lab() {
     tr -d '\r' <"$out/console" >"$out/lines"
 }
 
-# Debian, with its root on one back-end and its network by another.
+# debian CPUS: Debian, with its root on one back-end and its network by another.
 debian() {
     local out=$WORK/out/debian root=$WORK/guest kernel name
     make_root guest
@@ -195,7 +202,7 @@ debian() {
     mkfs.ext4 -q -d "$root" "$out/disk.img"
     "$PROJECT/scripts/image.sh" -o "$out/guest.cpio" --module virtio_mmio --module virtio_blk --module virtio_net \
         --file "$PROJECT/scripts/debian:/check" --file "$INTEROP/login.sh:/check/login.sh"
-    on_lab "$out" "$kernel" CPUS=2 RECONNECT= NAMES='disk passt' DISK="$out/disk.img" WWW="$out/www" \
+    on_lab "$out" "$kernel" CPUS="$1" RECONNECT= NAMES='disk passt' DISK="$out/disk.img" WWW="$out/www" \
         LOGIN='exec bash /check/login.sh' WORDS='noxsave rdinit=/check/init.sh CONFIGURATION=blk'
     if e2fsck -fn "$out/disk.img" >"$out/fsck" 2>&1; then echo 'CHECK debian work ok'; else echo 'CHECK debian fsck WRONG'; fi >"$out/host"
     rm "$out/disk.img"
