@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use crate::counter::{Counter, Counts};
 use crate::exit::Exit;
 
 /// Something with registers on a bus.
@@ -30,19 +31,28 @@ pub struct BadRange;
 
 struct Entry {
     len: u64,
+    name: String,
     device: Arc<dyn BusDevice>,
+    reads: Counter,
+    writes: Counter,
 }
 
 /// A set of disjoint address ranges, each with its handler.
 #[derive(Default)]
 pub struct Bus {
     /// Lock order: innermost. Never held while a handler runs.
-    ranges: RwLock<BTreeMap<u64, Entry>>,
+    ranges: RwLock<BTreeMap<u64, Arc<Entry>>>,
 }
 
 impl Bus {
-    /// Gives the `len` addresses from `start` on to `device`.
-    pub fn insert(&self, start: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), BadRange> {
+    /// Gives the `len` addresses from `start` on to `device`, whose accesses are counted under `name`.
+    pub fn insert(
+        &self,
+        start: u64,
+        len: u64,
+        name: &str,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), BadRange> {
         let last = len.checked_sub(1).and_then(|len| start.checked_add(len)).ok_or(BadRange)?;
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
         if let Some((&other, entry)) = ranges.range(..=last).next_back()
@@ -50,15 +60,28 @@ impl Bus {
         {
             return Err(BadRange);
         }
-        ranges.insert(start, Entry { len, device });
+        let (name, reads, writes) = (name.to_owned(), Counter::default(), Counter::default());
+        ranges.insert(start, Arc::new(Entry { len, name, device, reads, writes }));
         Ok(())
+    }
+
+    /// For each device: where its range starts, its name, and its accesses.
+    pub fn counts(&self) -> Vec<(u64, String, Counts)> {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let counts = |(&start, entry): (&u64, &Arc<Entry>)| {
+            let Entry { name, reads, writes, .. } = &**entry;
+            let counts = vec![("reads".to_owned(), reads.get()), ("writes".to_owned(), writes.get())];
+            (start, name.clone(), counts)
+        };
+        ranges.iter().map(counts).collect()
     }
 
     /// Reads for the guest. False where no device claims all of these addresses: `data` is then all-ones.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
         match self.find(addr, data.len()) {
-            Some((offset, device)) => {
-                device.read(offset, data);
+            Some((offset, entry)) => {
+                entry.reads.count();
+                entry.device.read(offset, data);
                 true
             }
             None => {
@@ -71,17 +94,20 @@ impl Bus {
     /// Writes for the guest. `Err` where no device claims all of these addresses: the write is dropped.
     pub fn write(&self, addr: u64, data: &[u8]) -> Result<Option<Exit>, Unclaimed> {
         match self.find(addr, data.len()) {
-            Some((offset, device)) => Ok(device.write(offset, data)),
+            Some((offset, entry)) => {
+                entry.writes.count();
+                Ok(entry.device.write(offset, data))
+            }
             None => Err(Unclaimed),
         }
     }
 
-    fn find(&self, addr: u64, len: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
+    fn find(&self, addr: u64, len: usize) -> Option<(u64, Arc<Entry>)> {
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
         let (&start, entry) = ranges.range(..=addr).next_back()?;
         let offset = addr - start;
         let end = offset.checked_add(u64::try_from(len).ok()?)?;
-        (end <= entry.len).then(|| (offset, Arc::clone(&entry.device)))
+        (end <= entry.len).then(|| (offset, Arc::clone(entry)))
     }
 }
 
@@ -112,7 +138,7 @@ mod tests {
     #[test]
     fn accesses_reach_the_handler_with_offsets_of_its_range() {
         let (bus, device) = (Bus::default(), Arc::new(Recorder::default()));
-        bus.insert(0x1000, 0x100, device.clone()).unwrap();
+        bus.insert(0x1000, 0x100, "device", device.clone()).unwrap();
         let mut data = [0; 2];
         assert!(bus.read(0x1042, &mut data));
         assert_eq!(data, [0x42; 2]);
@@ -121,9 +147,24 @@ mod tests {
     }
 
     #[test]
+    fn accesses_are_counted_under_the_name_of_the_device_that_claims_them() {
+        let (bus, device) = (Bus::default(), Arc::new(Recorder::default()));
+        bus.insert(0x2000, 0x100, "second", device.clone()).unwrap();
+        bus.insert(0x1000, 0x100, "first", device).unwrap();
+        for address in [0x1000, 0x10fe, 0x10ff, 0x2010, 0x3000] {
+            bus.read(address, &mut [0; 2]);
+        }
+        let _end = bus.write(0x2000, &[1]);
+        let counts = |reads, writes| vec![("reads".to_owned(), reads), ("writes".to_owned(), writes)];
+        let expected =
+            [(0x1000, "first".to_owned(), counts(2, 0)), (0x2000, "second".to_owned(), counts(1, 1))];
+        assert_eq!(bus.counts(), expected);
+    }
+
+    #[test]
     fn unclaimed_addresses_read_all_ones() {
         let bus = Bus::default();
-        bus.insert(0x1000, 0x100, Arc::new(Recorder::default())).unwrap();
+        bus.insert(0x1000, 0x100, "device", Arc::new(Recorder::default())).unwrap();
         for addr in [0, 0xfff, 0x1100, 0x10fd, u64::MAX] {
             let mut data = [0; 4];
             assert!(!bus.read(addr, &mut data), "{addr:#x}");
@@ -136,14 +177,18 @@ mod tests {
     fn overlapping_or_impossible_ranges_are_refused() {
         let bus = Bus::default();
         let device = Arc::new(Recorder::default());
-        bus.insert(0x1000, 0x100, device.clone()).unwrap();
+        bus.insert(0x1000, 0x100, "device", device.clone()).unwrap();
         for (start, len) in [(0x1000, 1), (0xfff, 2), (0x10ff, 1), (0, 0x2000), (0x1010, 0x10)] {
-            assert_eq!(bus.insert(start, len, device.clone()), Err(BadRange), "{start:#x} overlaps");
+            assert_eq!(
+                bus.insert(start, len, "device", device.clone()),
+                Err(BadRange),
+                "{start:#x} overlaps"
+            );
         }
         for (start, len) in [(0, 0), (u64::MAX, 2)] {
-            assert_eq!(bus.insert(start, len, device.clone()), Err(BadRange), "{start:#x}");
+            assert_eq!(bus.insert(start, len, "device", device.clone()), Err(BadRange), "{start:#x}");
         }
-        bus.insert(0xf00, 0x100, device.clone()).unwrap();
-        bus.insert(0x1100, 0x100, device).unwrap();
+        bus.insert(0xf00, 0x100, "device", device.clone()).unwrap();
+        bus.insert(0x1100, 0x100, "device", device).unwrap();
     }
 }

@@ -127,6 +127,11 @@ pub struct Cli {
     #[arg(help_heading = HOST, long, value_name = "FILE")]
     pub memory_picture: Option<PathBuf>,
 
+    /// Add the machine's statistics to this file, as a line of JSON: at each SIGUSR1, and at the
+    /// end. SIGUSR1, and the end with -v, print them, too
+    #[arg(help_heading = HOST, long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
+
     /// Print the machine's fixed addresses, ports and interrupts, and its default kernel command line; with
     /// =svg a picture of the memory that --memory and --vhost-user configure
     #[arg(long, help_heading = ABOUT, group = "print", value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
@@ -221,7 +226,7 @@ Traces:
 Signals:
   SIGTERM, SIGINT, SIGHUP, SIGQUIT end the machine at once; the guest is not asked. A dump that is being
   written has up to 60 s more
-  SIGUSR1 prints the memory map with all live mappings, and draws it with --memory-picture
+  SIGUSR1 prints the memory map with all live mappings, and statistics; draws the map with --memory-picture
   SIGUSR2 with --dump writes a dump; else it ends the machine
 
 Exit status:
@@ -271,6 +276,7 @@ impl Cli {
             ("--log-file", self.log_file.as_ref()),
             ("--trace-vhost-user", self.trace_vhost_user.as_ref()),
             ("--dump", self.dump.as_ref()),
+            ("--stats", self.stats.as_ref()),
             ("--serial", serial),
         ];
         let inputs = self.initramfs.iter().map(|path| ("--initramfs", Some(path)));
@@ -311,6 +317,7 @@ impl Cli {
             trace: self.trace_vhost_user,
             gdb: self.gdb,
             dump: self.dump,
+            stats: self.stats,
         })
     }
 }

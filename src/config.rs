@@ -49,6 +49,8 @@ pub struct Config {
     pub trace: Option<PathBuf>,
     /// Where to wait for gdb before the guest's first instruction.
     pub gdb: Option<GdbAddress>,
+    /// Where the machine's statistics are written, if anywhere.
+    pub stats: Option<PathBuf>,
     /// The file for a dump of the machine.
     pub dump: Option<PathBuf>,
 }

@@ -5,6 +5,7 @@ pub mod arch;
 pub mod bus;
 pub mod cli;
 pub mod config;
+pub mod counter;
 pub mod devices;
 pub mod exit;
 pub mod kvm;
@@ -77,6 +78,10 @@ pub mod manual {
     #[doc = include_str!("manual/links.md")]
     #[doc = include_str!("manual/speed.md")]
     pub mod speed {}
+
+    #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/statistics.md")]
+    pub mod statistics {}
 
     #[doc = include_str!("manual/links.md")]
     #[doc = include_str!("manual/testing.md")]

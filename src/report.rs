@@ -106,6 +106,30 @@ pub fn clean(text: &str) -> String {
     text.chars().map(|character| if character.is_control() { '?' } else { character }).collect()
 }
 
+/// The name of an errno value that hotslot answers with, or its number.
+pub fn errno_name(errno: i32) -> String {
+    match errno {
+        libc::EACCES => "EACCES",
+        libc::EBADF => "EBADF",
+        libc::EBUSY => "EBUSY",
+        libc::EEXIST => "EEXIST",
+        libc::EINVAL => "EINVAL",
+        libc::EIO => "EIO",
+        libc::EMFILE => "EMFILE",
+        libc::ENODEV => "ENODEV",
+        libc::ENOENT => "ENOENT",
+        libc::ENOMEM => "ENOMEM",
+        libc::ENOSPC => "ENOSPC",
+        libc::EOPNOTSUPP => "EOPNOTSUPP",
+        libc::EOVERFLOW => "EOVERFLOW",
+        libc::EPERM => "EPERM",
+        libc::EPROTO => "EPROTO",
+        libc::ERANGE => "ERANGE",
+        other => return other.to_string(),
+    }
+    .to_owned()
+}
+
 /// The most lines at once.
 const BURST: u32 = 10;
 /// Time that earns one more line. A device reset earns none: a guest can reset as often as it likes.

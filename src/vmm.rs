@@ -9,12 +9,13 @@
 //! | `backends` | the set-up's part for virtio devices: connect and negotiate, place windows, attach |
 //! | `run` | starts and stops the vCPU threads, and the main loop |
 //! | `exit_once` | how the machine ends: set by any thread, awaited by the main loop and by `signals` |
-//! | `signals` | the thread that takes SIGTERM and the like, SIGUSR1, which prints the `memory_map`, and SIGUSR2 for a `dump` |
-//! | `writer` | a thread that writes a file when it is asked to: that of `picture`, and of `dump` |
+//! | `signals` | the thread that takes SIGTERM and the like, SIGUSR1, which prints the `memory_map` and the `stats`, and SIGUSR2 for a `dump` |
+//! | `writer` | a thread that writes a file when it is asked to: those of `picture`, `dump` and `stats` |
 //! | `picture` | the picture of memory, and the thread that writes it |
 //! | `console` | the host's side of the serial port, and the escape key |
 //! | `gdb` | the thread that serves gdb: breakpoints, registers, memory |
 //! | `dump` | the thread that writes a core file of the machine |
+//! | `stats` | what was counted, for people and as JSON lines |
 //! | `stuck` | finds processors that wait in KVM for a page that the host cannot provide (SHM-45, SHM-87) |
 
 mod backends;
@@ -28,6 +29,7 @@ mod memory_map;
 pub mod picture;
 mod run;
 mod signals;
+mod stats;
 mod stuck;
 mod writer;
 
@@ -43,6 +45,7 @@ use exit_once::ExitOnce;
 use gdb::Gdb;
 use memory_map::MemoryMap;
 use picture::PictureFile;
+use stats::{Stats, StatsFile};
 
 /// A machine that is ready to run.
 ///
@@ -54,8 +57,10 @@ pub struct Vmm {
     /// With the devices on its buses, and their connections to back-ends.
     machine: Arc<Machine>,
     console: Console,
-    memory_map: MemoryMap,
+    memory_map: Arc<MemoryMap>,
     picture: Option<PictureFile>,
+    stats: Arc<Stats>,
+    stats_file: Option<StatsFile>,
     resets: Resets,
     /// What to say when the guest crashes.
     crash_hint: Option<&'static str>,

@@ -226,6 +226,8 @@ fn wrong_usage() {
     refused(&["--print-layout=png"], here, &["png", "text, svg"], None);
     refused(&["--print-layout=svg", "-m", "1M"], here, &["1048576 bytes", "too few"], Some("128M"));
     refused(&["--print-layout=svg", "-m", "4096T"], here, &["52 bits of physical address"], None);
+    refused(&["-k", "good", "--stats", "no/where"], here, &["for statistics: No such file"], None);
+    refused(&["-k", "good", "--stats", "pipe"], here, &["pipe", "no process reads this pipe"], None);
     refused(&["-k", "good", "--log-file", "no/where"], here, &["no/where", "No such file"], None);
 }
 
@@ -298,7 +300,7 @@ fn no_output_empties_another_file_of_the_command_line() {
     let files = files();
     let here = files.path();
     std::os::unix::fs::symlink("good", here.join("link")).unwrap();
-    for output in ["--memory-picture", "--log-file", "--trace-vhost-user", "--dump"] {
+    for output in ["--memory-picture", "--log-file", "--trace-vhost-user", "--dump", "--stats"] {
         let input = ["-k", "good", "-i", "initramfs"];
         for (file, other) in [("./link", "--kernel"), ("initramfs", "--initramfs")] {
             let sentence = format!("{output} and {other} name the same file, {file}");

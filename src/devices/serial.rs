@@ -22,6 +22,7 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::counter::Counter;
 use crate::exit::Exit;
 
 /// The registers that we look at ourselves, by their offsets.
@@ -56,6 +57,8 @@ pub struct SerialPort {
     /// Lock order: innermost. Not held while output is written.
     state: Mutex<State>,
     output: Output,
+    /// How often it interrupted the guest.
+    pub interrupts: Arc<Counter>,
 }
 
 struct State {
@@ -146,9 +149,12 @@ impl State {
 impl SerialPort {
     /// A port that pulses `interrupt`, and signals `wants_input` whenever there may be room for more input.
     pub fn new(interrupt: EventFd, output: Output, wants_input: Arc<EventFd>) -> Self {
+        let interrupts = Arc::<Counter>::default();
+        let line = InterruptLine(interrupt, Arc::clone(&interrupts));
         SerialPort {
+            interrupts,
             state: Mutex::new(State {
-                uart: Serial::with_events(InterruptLine(interrupt), WantsInput(wants_input), Vec::new()),
+                uart: Serial::with_events(line, WantsInput(wants_input), Vec::new()),
                 line_control: 0,
                 modem_control: 0,
                 was_told: false,
@@ -236,12 +242,13 @@ impl BusDevice for SerialPort {
     }
 }
 
-struct InterruptLine(EventFd);
+struct InterruptLine(EventFd, Arc<Counter>);
 
 impl Trigger for InterruptLine {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
+        self.1.count();
         self.0.write(1)
     }
 }

@@ -1,6 +1,7 @@
 //! KVM: the machine ([`vm`]), its memory slots ([`slots`]) and its processors ([`vcpu`], [`pause`],
-//! [`stats`]; [`prefault`]).
+//! [`counters`], [`stats`]; [`prefault`]).
 
+pub mod counters;
 mod operands;
 pub mod paging;
 pub mod pause;

@@ -13,6 +13,7 @@ use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
 use super::prefault::SpareVcpus;
+use crate::counters;
 use crate::memory::{Access, GuestMapper, GuestRange, SlotId};
 
 /// The idle slots that a machine may have, and the bytes of their ranges. With more, the oldest go. KVM keeps
@@ -20,15 +21,16 @@ use crate::memory::{Access, GuestMapper, GuestRange, SlotId};
 const MOST_IDLE: usize = 1024;
 const MOST_IDLE_BYTES: u64 = 4 << 30;
 
-/// How often slots changed, and how often that was saved, since the machine exists.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SlotChanges {
-    /// Slots that were added.
-    pub added: u64,
-    /// Slots that were deleted.
-    pub deleted: u64,
-    /// Mappings that took over an idle slot: each saved the deletion of a slot and the addition of one.
-    pub taken_over: u64,
+counters! {
+    /// Changes of slots, each of which is one KVM_SET_USER_MEMORY_REGION.
+    SlotCounters {
+        /// Slots that were added.
+        added,
+        /// Slots that were deleted.
+        deleted,
+        /// Mappings that took over an idle slot: each saved the deletion of a slot and the addition of one.
+        taken_over,
+    }
 }
 
 /// The slots of one virtual machine.
@@ -40,6 +42,8 @@ pub struct Slots {
     /// The number of slots that the machine can have.
     pub limit: u32,
     pub(super) spare_vcpus: SpareVcpus,
+    /// Changes so far.
+    pub counters: SlotCounters,
     /// Lock order: innermost. Held while KVM changes a slot, which waits for no other process.
     state: Mutex<State>,
 }
@@ -52,7 +56,6 @@ struct State {
     idle: Idle,
     /// The owners of the host memory behind permanent slots.
     owners: Vec<Arc<dyn Any + Send + Sync>>,
-    changes: SlotChanges,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -125,7 +128,8 @@ impl State {
 impl Slots {
     /// The slots of `vm`, at most `limit` (KVM_CAP_NR_MEMSLOTS) of them.
     pub fn new(vm: Arc<VmFd>, limit: u32) -> Self {
-        Slots { vm, limit, spare_vcpus: SpareVcpus::default(), state: Mutex::default() }
+        let (spare_vcpus, counters) = Default::default();
+        Slots { vm, limit, spare_vcpus, counters, state: Mutex::default() }
     }
 
     /// Maps like [`GuestMapper::map`], for as long as the machine exists. Keeps `owner` until after that.
@@ -146,11 +150,6 @@ impl Slots {
         Ok(())
     }
 
-    /// How often slots changed so far.
-    pub fn changes(&self) -> SlotChanges {
-        self.lock().changes
-    }
-
     /// Deletes a slot, idle or live.
     fn delete(&self, state: &mut State, number: u32) -> io::Result<()> {
         let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
@@ -161,7 +160,7 @@ impl Slots {
         }
         state.slots[number as usize] = None;
         state.free.push(number);
-        state.changes.deleted += 1;
+        self.counters.deleted.count();
         Ok(())
     }
 
@@ -191,7 +190,7 @@ impl GuestMapper for Slots {
         while let Some((number, idle)) = state.idle_in(guest) {
             if idle == slot {
                 state.idle.remove(guest);
-                state.changes.taken_over += 1;
+                self.counters.taken_over.count();
                 return Ok(SlotId(number));
             }
             self.delete(state, number)?;
@@ -211,11 +210,11 @@ impl GuestMapper for Slots {
             Access::ReadWrite => 0,
         };
         self.set(number, guest, guest.len(), host, flags)?;
+        self.counters.added.count();
         if state.free.pop().is_none() {
             state.slots.push(None);
         }
         state.slots[number as usize] = Some(slot);
-        state.changes.added += 1;
         Ok(SlotId(number))
     }
 
@@ -386,14 +385,14 @@ mod tests {
             }
             assert_eq!(show(Access::ReadWrite), slot);
         }
-        let changes = slots.changes();
-        assert_eq!((changes.added, changes.deleted, changes.taken_over), (2, 0, 3));
+        let SlotCounters { added, deleted, taken_over } = &slots.counters;
+        assert_eq!((added.get(), deleted.get(), taken_over.get()), (2, 0, 3));
         slots.release(slot).unwrap();
         close(shown);
         let retire = || assert_eq!(slots.retire(guest_page(PAGE_AT), 9).unwrap(), 1);
         assert_eq!(run_where(&mut processor, retire), (true, true, 0xff));
         slots.retire(guest_page(PAGE_AT), 9).unwrap();
-        assert_eq!(slots.changes().deleted, 1);
+        assert_eq!(slots.counters.deleted.get(), 1);
         assert_eq!(run(&mut processor), (true, true, 0xff));
     }
 
@@ -407,7 +406,7 @@ mod tests {
         let range = |at, len| GuestRange::new(at, len).unwrap();
         // SAFETY: nothing runs, so that nothing accesses the memory.
         let map = |at, len, access| unsafe { slots.map(range(at, len), memory, access) }.unwrap();
-        let deleted = |count| assert_eq!(slots.changes().deleted, count);
+        let deleted = |count| assert_eq!(slots.counters.deleted.get(), count);
         // Another access, and a part of the range.
         slots.release(map(0x10000, 0x4000, Access::ReadOnly)).unwrap();
         slots.release(map(0x10000, 0x4000, Access::ReadWrite)).unwrap();
@@ -428,7 +427,7 @@ mod tests {
         slots.release(map(1 << 33, 4 << 30, Access::ReadOnly)).unwrap();
         deleted(6);
         assert_eq!(slots.retire(range(0, 1 << 40), 9).unwrap(), 1);
-        assert_eq!(slots.changes().taken_over, 0);
+        assert_eq!(slots.counters.taken_over.get(), 0);
     }
 
     #[test]
@@ -443,7 +442,7 @@ mod tests {
             let slot = unsafe { slots.map(guest_page(0x10000 + number * 0x2000), memory, Access::ReadOnly) };
             slots.release(slot.unwrap()).unwrap();
         }
-        assert_eq!(slots.changes().deleted, 3);
+        assert_eq!(slots.counters.deleted.get(), 3);
     }
 
     /// The owner of a permanent slot's memory, which looks at the machine when it is dropped.

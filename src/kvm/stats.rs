@@ -1,14 +1,14 @@
-//! A processor's page fault statistics (KVM_GET_STATS_FD, Linux 5.14; those used here are of 5.19).
+//! KVM's own statistics of a machine and of its processors (KVM_GET_STATS_FD, Linux 5.14; those of page
+//! faults are of 5.19).
 //!
-//! `vmm::stuck` reads them while the guest runs.
+//! `vmm::stuck` and `vmm::stats` read them while the guest runs.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 
-use kvm_ioctls::VcpuFd;
+use crate::counter::Counts;
 
 /// `_IO(KVMIO, 0xce)`.
 const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
@@ -16,7 +16,7 @@ const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
 /// The bytes of a struct kvm_stats_desc before its name: flags, exponent and size, offset, bucket_size.
 const ENTRY_LEN: u64 = 16;
 
-/// The faults that the processor took.
+/// The faults that a processor took.
 const TAKEN: &str = "pf_taken";
 /// The faults that were resolved: a page was mapped, the access was emulated, or another processor had
 /// resolved it. `pf_guest`, the faults that KVM passed on to the guest, is not among them: it also counts
@@ -25,6 +25,25 @@ const TAKEN: &str = "pf_taken";
 /// causes needless searches for missing pages.
 const RESOLVED: [&str; 4] = ["pf_fixed", "pf_emulate", "pf_spurious", "pf_fast"];
 
+/// Those of a processor that are read here.
+pub(super) const OF_VCPU: [&str; 12] = [
+    "exits",
+    "io_exits",
+    "mmio_exits",
+    "signal_exits",
+    "irq_exits",
+    "halt_exits",
+    "irq_injections",
+    TAKEN,
+    RESOLVED[0],
+    RESOLVED[1],
+    RESOLVED[2],
+    RESOLVED[3],
+];
+/// Those of a machine.
+pub(super) const OF_VM: [&str; 5] =
+    ["mmu_shadow_zapped", "remote_tlb_flush", "pages_4k", "pages_2m", "pages_1g"];
+
 /// `N` numbers of 32 bits, at this offset in the file.
 fn numbers<const N: usize>(file: &File, offset: u64) -> io::Result<[u32; N]> {
     let mut bytes = [[0; 4]; N];
@@ -32,52 +51,61 @@ fn numbers<const N: usize>(file: &File, offset: u64) -> io::Result<[u32; N]> {
     Ok(bytes.map(u32::from_ne_bytes))
 }
 
-/// Counts the faults that KVM could not resolve: it lets the processor wait and retry.
-pub struct FaultCount {
+/// The statistics of a machine or of a processor.
+pub struct Statistics {
     file: File,
-    taken: u64,
-    resolved: Vec<u64>,
+    /// The names that KVM has, and where the numbers are.
+    places: Vec<(&'static str, u64)>,
 }
 
-impl FaultCount {
-    /// Finds the two kinds of faults among the processor's statistics.
-    pub fn of(vcpu: &VcpuFd) -> io::Result<FaultCount> {
+impl Statistics {
+    /// Finds some by their names. KVM may lack them.
+    pub(super) fn of(of: &impl AsRawFd, names: &[&'static str]) -> io::Result<Statistics> {
         // SAFETY: the call takes no argument, and touches no memory of this process.
-        let fd = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_STATS_FD) };
+        let fd = unsafe { libc::ioctl(of.as_raw_fd(), KVM_GET_STATS_FD) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the call has made the file descriptor, which has no other owner.
         let file = unsafe { File::from_raw_fd(fd) };
-        FaultCount::in_file(file)
+        Statistics::in_file(file, names)
     }
 
-    fn in_file(file: File) -> io::Result<FaultCount> {
+    fn in_file(file: File, names: &[&'static str]) -> io::Result<Statistics> {
         let [_flags, name_len, count, _id, entries, data] = numbers(&file, 0)?;
-        let mut name = vec![0; name_len as usize];
-        let mut places = HashMap::new();
+        let mut bytes = vec![0; name_len as usize];
+        let mut places = Vec::new();
         for index in 0..u64::from(count) {
             let entry = u64::from(entries) + index * (ENTRY_LEN + u64::from(name_len));
             let [_flags, _exponent_and_size, offset, _bucket_size] = numbers(&file, entry)?;
-            file.read_exact_at(&mut name, entry + ENTRY_LEN)?;
-            let name: Vec<u8> = name.iter().copied().take_while(|byte| *byte != 0).collect();
-            places.insert(name, u64::from(data) + u64::from(offset));
+            file.read_exact_at(&mut bytes, entry + ENTRY_LEN)?;
+            let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+            if let Some(known) = names.iter().find(|known| known.as_bytes() == name) {
+                places.push((*known, u64::from(data) + u64::from(offset)));
+            }
         }
-        let place = |name: &str| places.get(name.as_bytes()).copied().ok_or(io::ErrorKind::NotFound);
-        let resolved = RESOLVED.into_iter().map(place).collect::<Result<_, _>>()?;
-        Ok(FaultCount { taken: place(TAKEN)?, resolved, file })
+        Ok(Statistics { file, places })
     }
 
-    /// The number of them so far; `None` if the statistics cannot be read.
-    pub fn unresolved(&self) -> Option<u64> {
-        let read = |place| {
-            let mut value = [0; 8];
-            self.file.read_exact_at(&mut value, place).ok()?;
-            Some(u64::from_ne_bytes(value))
-        };
+    /// Their values now; empty if they cannot be read.
+    pub fn counts(&self) -> Counts {
+        let values = self.places.iter().map(|(name, place)| Some(((*name).to_owned(), self.read(*place)?)));
+        values.collect::<Option<_>>().unwrap_or_default()
+    }
+
+    /// The faults so far that KVM could not resolve: it lets the processor wait and retry. `None` where KVM
+    /// does not tell.
+    pub fn unresolved_faults(&self) -> Option<u64> {
+        let value = |name: &str| self.read(self.places.iter().find(|(known, _)| *known == name)?.1);
         // The resolved ones first: a fault between the reads may count as unresolved, but never hides one.
-        let resolved = self.resolved.iter().map(|place| read(*place)).sum::<Option<u64>>()?;
-        Some(read(self.taken)?.saturating_sub(resolved))
+        let resolved = RESOLVED.into_iter().map(value).sum::<Option<u64>>()?;
+        Some(value(TAKEN)?.saturating_sub(resolved))
+    }
+
+    fn read(&self, place: u64) -> Option<u64> {
+        let mut value = [0; 8];
+        self.file.read_exact_at(&mut value, place).ok()?;
+        Some(u64::from_ne_bytes(value))
     }
 }
 
@@ -112,8 +140,17 @@ mod tests {
             ("pf_guest", 50),
         ];
         let all = [&values[..], &[("pf_spurious", 6)]].concat();
-        assert_eq!(FaultCount::in_file(statistics(&all)).unwrap().unresolved(), Some(70));
+        let unresolved =
+            |values| Statistics::in_file(statistics(values), &OF_VCPU).unwrap().unresolved_faults();
+        assert_eq!(unresolved(&all), Some(70));
         // A kernel before 5.19 lacks some.
-        assert!(FaultCount::in_file(statistics(&values)).is_err());
+        assert_eq!(unresolved(&values), None);
+    }
+
+    #[test]
+    fn of_all_that_kvm_has_those_are_read_that_were_asked_for() {
+        let file = statistics(&[("pf_guest", 1), ("exits", 2), ("exits_of_others", 3), ("halt_exits", 4)]);
+        let read = Statistics::in_file(file, &OF_VCPU).unwrap();
+        assert_eq!(read.counts(), [("exits".to_owned(), 2), ("halt_exits".to_owned(), 4)]);
     }
 }

@@ -12,7 +12,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -23,11 +23,13 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
+use super::counters::{VcpuCounters, Wait};
 use super::pause::Pause;
-use super::stats::FaultCount;
+use super::stats::Statistics;
 use super::vm::{KvmError, Processor, failed_to};
 use super::{operands, paging};
 use crate::bus::Bus;
+use crate::counters;
 use crate::exit::Exit;
 use crate::memory::missing::{Met, MissingPages};
 use crate::memory::{Access, PAGE_SIZE};
@@ -70,15 +72,16 @@ pub const INT3: u8 = 0xcc;
 /// `out dx, al`: see [`Pause::set_port_breakpoints`].
 pub const OUT: u8 = 0xee;
 
-/// Counts accesses that no device claimed: reads gave all-ones, writes were dropped.
-#[derive(Debug, Default)]
-pub struct UnclaimedCounts {
-    /// Reads from memory addresses without RAM, mapping or device.
-    pub mmio_reads: AtomicU64,
-    /// Writes to them, and to read-only mappings.
-    pub mmio_writes: AtomicU64,
-    /// Accesses to I/O ports without a device. A kernel that looks for hardware makes many.
-    pub ports: AtomicU64,
+counters! {
+    /// Accesses that no device claimed: reads gave all-ones, writes were dropped.
+    UnclaimedCounters {
+        /// Reads from memory addresses without RAM, mapping or device.
+        mmio_reads,
+        /// Writes to them, and to read-only mappings.
+        mmio_writes,
+        /// Accesses to I/O ports without a device. A kernel that looks for hardware makes many.
+        ports,
+    }
 }
 
 /// The state that the processors of one machine share.
@@ -93,7 +96,7 @@ pub struct Machine {
     /// Asked about every EFAULT, and every access that no device claims.
     pub missing_pages: Arc<MissingPages>,
     /// Accesses without a device.
-    pub unclaimed: UnclaimedCounts,
+    pub unclaimed: UnclaimedCounters,
     /// Set before the processors are interrupted for the last time; then none goes back to the guest.
     pub stopping: Arc<AtomicBool>,
     /// Where they pause, and leave their registers.
@@ -105,8 +108,7 @@ pub struct Vcpu {
     thread: JoinHandle<()>,
     /// Whether it waits for a page of a mapping.
     is_waiting: Arc<AtomicBool>,
-    /// `None` where KVM has no such statistics.
-    faults: Option<FaultCount>,
+    statistics: Option<Arc<Statistics>>,
 }
 
 impl Vcpu {
@@ -119,9 +121,7 @@ impl Vcpu {
     ) -> io::Result<Vcpu> {
         register_signal_handler(SIGRTMIN(), on_interrupt)?;
         let id = processor.id;
-        let faults = FaultCount::of(&processor.fd)
-            .inspect_err(|error| log::debug!("vCPU {id}: KVM has no page fault statistics: {error}"))
-            .ok();
+        let statistics = processor.statistics.clone();
         let is_waiting = Arc::new(AtomicBool::new(false));
         let mut runner = Runner {
             processor,
@@ -130,10 +130,12 @@ impl Vcpu {
             changes_seen: 0,
             awaited: None,
             is_waiting: Arc::clone(&is_waiting),
+            page_wait: Wait::default(),
+            hole_wait: Wait::default(),
         };
         let kind = if runner.machine.pause.event().is_some() { Kind::DebuggedVcpu } else { Kind::Vcpu };
         let thread = thread::spawn(format!("vcpu{id}"), kind, move || ended(runner.run(&state)))?;
-        Ok(Vcpu { thread, is_waiting, faults })
+        Ok(Vcpu { thread, is_waiting, statistics })
     }
 
     /// Makes the processor look soon at [`Machine::stopping`], and whether the pages are there that its
@@ -148,7 +150,7 @@ impl Vcpu {
 
     /// How many of the guest's page faults KVM did not resolve so far, where it can tell.
     pub fn unresolved_faults(&self) -> Option<u64> {
-        self.faults.as_ref()?.unresolved()
+        self.statistics.as_ref()?.unresolved_faults()
     }
 
     /// Whether it waits, as far as is known, for a page of a mapping.
@@ -166,12 +168,22 @@ impl Machine {
     /// Carries out an access that KVM passed on; again while the host cannot provide its page, or while a
     /// back-end that died may come back and map one. The guest is not entered meanwhile: KVM needs the result
     /// first.
-    fn carry_out(&self, address: u64, access: Access, mut action: impl FnMut() -> Met) -> Met {
+    fn carry_out(
+        &self,
+        counters: &VcpuCounters,
+        address: u64,
+        access: Access,
+        mut action: impl FnMut() -> Met,
+    ) -> Met {
+        let VcpuCounters { page_waits, longest_page_wait_us, hole_waits, longest_hole_wait_us, .. } =
+            counters;
+        let (mut page_wait, mut hole_wait) = (Wait::default(), Wait::default());
         loop {
             let mut met = action();
             match met {
                 // SHM-77: as soon as nothing is expected any more, it meets something else.
                 Met::Expected if !self.stopping.load(Ordering::SeqCst) => {
+                    hole_wait.goes_on(hole_waits, longest_hole_wait_us);
                     std::thread::sleep(RETRY);
                     continue;
                 }
@@ -182,6 +194,7 @@ impl Machine {
                 if self.stopping.load(Ordering::SeqCst) {
                     return met;
                 }
+                page_wait.goes_on(page_waits, longest_page_wait_us);
                 std::thread::sleep(RETRY);
                 met = self.missing_pages.provide(address, access);
             }
@@ -251,6 +264,8 @@ struct Runner {
     /// The access to a page that the host could not provide.
     awaited: Option<(u64, Access)>,
     is_waiting: Arc<AtomicBool>,
+    page_wait: Wait,
+    hole_wait: Wait,
 }
 
 impl Runner {
@@ -322,8 +337,13 @@ impl Runner {
     fn enter(&mut self) -> Result<Option<Exit>, KvmError> {
         let (vcpu, machine) = (self.processor.id, &self.machine);
         let exit = self.processor.fd.run();
+        let counters = &*self.processor.counters;
+        counters.exit(&exit);
         if exit.is_ok() {
             self.unexplained_efaults = 0;
+        }
+        if !matches!(exit, Ok(VcpuExit::InternalError)) {
+            self.hole_wait.ends();
         }
         match exit {
             Ok(VcpuExit::MmioRead(address, data)) => {
@@ -333,9 +353,9 @@ impl Runner {
                     return Ok(None);
                 }
                 let read = || machine.missing_pages.read(address, data);
-                let met = machine.carry_out(address, Access::ReadOnly, read);
+                let met = machine.carry_out(counters, address, Access::ReadOnly, read);
                 if met == Met::Nothing {
-                    machine.unclaimed.mmio_reads.fetch_add(1, Ordering::Relaxed);
+                    machine.unclaimed.mmio_reads.count();
                     log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
                 }
                 Ok(machine.end_at(met))
@@ -345,9 +365,9 @@ impl Runner {
                     return Ok(exit);
                 }
                 let write = || machine.missing_pages.write(address, data);
-                let met = machine.carry_out(address, Access::ReadWrite, write);
+                let met = machine.carry_out(counters, address, Access::ReadWrite, write);
                 if met == Met::Nothing {
-                    machine.unclaimed.mmio_writes.fetch_add(1, Ordering::Relaxed);
+                    machine.unclaimed.mmio_writes.count();
                     log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");
                 }
                 Ok(machine.end_at(met))
@@ -389,6 +409,7 @@ impl Runner {
                 if suberror == KVM_INTERNAL_ERROR_EMULATION && machine.missing_pages.are_expected() {
                     // SHM-77: an access to a hole, by an instruction that KVM's emulator lacks. It needs none
                     // once there is a mapping.
+                    self.hole_wait.goes_on(&counters.hole_waits, &counters.longest_hole_wait_us);
                     std::thread::sleep(RETRY);
                     return Ok(None);
                 }
@@ -434,7 +455,7 @@ impl Runner {
     fn port_in(&self, port: u16, width: usize, data: &mut [u8]) {
         for item in data.chunks_mut(width) {
             if !self.machine.ports.read(port.into(), item) {
-                self.machine.unclaimed.ports.fetch_add(1, Ordering::Relaxed);
+                self.machine.unclaimed.ports.count();
             }
         }
     }
@@ -443,7 +464,7 @@ impl Runner {
     fn port_out(&self, port: u16, width: usize, data: &[u8]) -> Option<Exit> {
         data.chunks(width).find_map(|item| {
             self.machine.ports.write(port.into(), item).unwrap_or_else(|_| {
-                self.machine.unclaimed.ports.fetch_add(1, Ordering::Relaxed);
+                self.machine.unclaimed.ports.count();
                 None
             })
         })
@@ -508,6 +529,11 @@ impl Runner {
     fn await_page(&mut self, page: Option<(u64, Access)>) {
         self.awaited = page;
         self.is_waiting.store(page.is_some(), Ordering::Relaxed);
+        let VcpuCounters { page_waits, longest_page_wait_us, .. } = &*self.processor.counters;
+        match page {
+            Some(_) => self.page_wait.goes_on(page_waits, longest_page_wait_us),
+            None => self.page_wait.ends(),
+        }
     }
 
     /// The guest physical addresses that the vCPU's instruction accesses, its own among them.

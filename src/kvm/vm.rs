@@ -4,6 +4,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 
@@ -17,7 +18,9 @@ use thiserror::Error;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::counters::VcpuCounters;
 use super::slots::Slots;
+use super::stats::{self, Statistics};
 use crate::report::{Failure, STATUS_ERROR, STATUS_USAGE, with_causes};
 
 /// Why KVM cannot be used.
@@ -223,7 +226,13 @@ impl Vm {
     pub fn create_vcpu(&self, id: u32) -> Result<Processor, KvmError> {
         let fd = self.slots.vm.create_vcpu(u64::from(id));
         let fd = fd.map_err(failed_to(format!("create vCPU {id}")))?;
-        Ok(Processor { id, fd, _slots: Arc::clone(&self.slots) })
+        let statistics = statistics(&format!("vCPU {id}"), &fd, &stats::OF_VCPU).map(Arc::new);
+        Ok(Processor { id, statistics, fd, counters: Arc::default(), _slots: Arc::clone(&self.slots) })
+    }
+
+    /// KVM's statistics of the machine, where it has some.
+    pub fn statistics(&self) -> Option<Statistics> {
+        statistics("the machine", &*self.slots.vm, &stats::OF_VM)
     }
 
     /// Adds up to `count` vCPUs that never run, through which [`GuestMapper::prefault`] fills page tables.
@@ -282,6 +291,10 @@ impl Vm {
 pub struct Processor {
     pub(super) id: u32,
     pub(super) fd: VcpuFd,
+    /// What its thread counts.
+    pub counters: Arc<VcpuCounters>,
+    /// KVM's statistics of it, where it has some.
+    pub statistics: Option<Arc<Statistics>>,
     _slots: Arc<Slots>,
 }
 
@@ -290,6 +303,11 @@ impl Processor {
     pub fn system_registers(&self) -> Result<kvm_sregs, KvmError> {
         self.fd.get_sregs().map_err(failed_to("read system registers"))
     }
+}
+
+fn statistics(of: &str, fd: &impl AsRawFd, names: &[&'static str]) -> Option<Statistics> {
+    let statistics = Statistics::of(fd, names);
+    statistics.inspect_err(|error| log::debug!("KVM has no statistics of {of}: {error}")).ok()
 }
 
 /// Lets KVM keep the page tables of all other slots when one is deleted. Linux 6.12 and later can do this;

@@ -22,7 +22,9 @@ pub(super) struct Ledger<T> {
     quota: usize,
     /// How many bytes they may have, and have.
     limit: u64,
-    mapped: u64,
+    pub mapped: u64,
+    /// How many bytes were ever mapped.
+    pub mapped_ever: u64,
     /// Mappings ever made.
     made: u64,
     /// Whether anything may be mapped.
@@ -55,7 +57,7 @@ impl<T> Ledger<T> {
     /// bytes; the gate is open.
     pub fn new(sizes: impl IntoIterator<Item = (u8, u64)>, quota: usize, limit: u64) -> Self {
         let (sizes, mappings) = (sizes.into_iter().collect(), BTreeMap::new());
-        Ledger { sizes, mappings, quota, limit, mapped: 0, made: 0, gate_open: true }
+        Ledger { sizes, mappings, quota, limit, mapped: 0, mapped_ever: 0, made: 0, gate_open: true }
     }
 
     /// Whether `len` bytes of a file, from `file_offset` on, may be mapped at `key`. Gives the length of the
@@ -120,6 +122,7 @@ impl<T> Ledger<T> {
     pub fn insert(&mut self, key: Key, len: u64, file_offset: u64, access: Access, kept: T) {
         let mapping = Mapping { len, file_offset, access, number: self.made, is_old: false, kept };
         self.mapped += mapping.span_len();
+        self.mapped_ever += mapping.span_len();
         self.mappings.insert(key, mapping);
         self.made += 1;
     }

@@ -19,7 +19,8 @@ use super::ledger::{self, Key, Ledger};
 use super::origin::Origins;
 use super::window::{ReserveVma, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
-use crate::report::MisuseLog;
+use crate::counter::{Counter, Counts, CountsBy};
+use crate::report::{MisuseLog, errno_name};
 
 /// A back-end's request to map a file. Offsets and lengths are in bytes.
 #[derive(Debug)]
@@ -145,6 +146,21 @@ pub struct SharedMemory {
     /// Mappings made and removed: see [`Self::changes`].
     changes: AtomicU64,
     log: MisuseLog,
+    /// What the back-end asked for.
+    pub requests: RequestCounters,
+    /// Accesses to mappings that KVM passed on, and that were carried out for the guest.
+    pub carried_out: Counter,
+}
+
+/// A back-end's requests by what came of them.
+#[derive(Default)]
+pub struct RequestCounters {
+    /// SHMEM_MAPs that were carried out.
+    pub maps: Counter,
+    /// SHMEM_UNMAPs that were carried out.
+    pub unmaps: Counter,
+    /// Refused requests, by errno.
+    pub refused: CountsBy<i32>,
 }
 
 struct State {
@@ -199,6 +215,7 @@ impl SharedMemory {
         let (by_guest_address, expected_until) = (RwLock::default(), Mutex::default());
         let (origins, keeps_slots) = (Origins::new(limits.foreign_files), !limits.foreign_files);
         let (changes, log) = (AtomicU64::new(0), MisuseLog::new(name));
+        let (requests, carried_out) = Default::default();
         Ok(SharedMemory {
             mapper,
             windows,
@@ -210,6 +227,8 @@ impl SharedMemory {
             keeps_slots,
             changes,
             log,
+            requests,
+            carried_out,
         })
     }
 
@@ -593,6 +612,29 @@ impl SharedMemory {
     /// How much the guest found missing so far.
     pub fn filled(&self) -> FilledTotal {
         self.lock().filled
+    }
+
+    /// What happened so far, and how many bytes are mapped now.
+    pub fn counts(&self) -> Counts {
+        let RequestCounters { maps, unmaps, refused } = &self.requests;
+        let refused = refused.get();
+        let (mapped, mapped_ever, zeroed) = {
+            let State { ledger, filled, .. } = &*self.lock();
+            (ledger.mapped, ledger.mapped_ever, filled.bytes)
+        };
+        let counts = [
+            ("maps", maps.get()),
+            ("unmaps", unmaps.get()),
+            ("refused", refused.iter().map(|(_, count)| count).sum()),
+            ("mapped_bytes", mapped),
+            ("mapped_bytes_ever", mapped_ever),
+            ("zeroed_bytes", zeroed),
+            ("carried_out", self.carried_out.get()),
+        ];
+        let named = counts.map(|(name, count)| (name.to_owned(), count)).into_iter();
+        let by_errno =
+            refused.iter().map(|&(errno, count)| (format!("refused_{}", errno_name(errno)), count));
+        named.chain(by_errno).collect()
     }
 
     /// The region and the offset in it that a guest address is at, and the region's window.

@@ -241,7 +241,12 @@ impl Place {
     }
 }
 
-fn write_all(fd: BorrowedFd<'_>, mut text: &[u8]) -> io::Result<()> {
+/// Writes all of a text, whatever interrupts that. Waits for the reader.
+///
+/// # Errors
+///
+/// It is written in part, or not at all.
+pub fn write_all(fd: BorrowedFd<'_>, mut text: &[u8]) -> io::Result<()> {
     while !text.is_empty() {
         // Not by `io::stderr`, whose lock a panic would wait for.
         match rustix::io::write(fd, text) {

@@ -95,6 +95,7 @@ const KVM_PRE_FAULT_MEMORY: u32 = kvm(_IOC_READ | _IOC_WRITE, 0xd5, size_of::<kv
 const MAIN_LOOP: &[Rule] = &[
     call(Sysno::epoll_wait, "waits for events"),
     call(Sysno::epoll_ctl, "waits for serial input only while the guest has room"),
+    call(Sysno::pread64, "KVM's statistics, at the end with `-v`"),
 ];
 
 const VCPU: &[Rule] = &[
@@ -149,7 +150,7 @@ const RECONNECT: &[Rule] = &[
 const PAINTER: &[Rule] =
     &[call(Sysno::ftruncate, "empties the file of the picture"), call(Sysno::pwrite64, "writes the picture")];
 
-const HELPER: &[Rule] = &[call(Sysno::pread64, "a vCPU's statistics")];
+const HELPER: &[Rule] = &[call(Sysno::pread64, "KVM's statistics")];
 
 /// The sockets to a back-end.
 const SOCKETS: &[Rule] = &[

@@ -48,6 +48,7 @@ impl Handler for ShmemHandler {
         let file = Arc::new(file);
         let request = MapRequest { shmid, shm_offset, len, file: &file, file_offset, access };
         let (mapping, host) = self.shmem.map(&request)?;
+        self.shmem.requests.maps.count();
         // Not at a limited rate: a user who asks for debug messages wants each.
         log::debug!(
             "{}: mapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}, {}, from {file_offset:#x} on of a file",
@@ -67,6 +68,7 @@ impl Handler for ShmemHandler {
     fn unmap(&self, request: &MMap) -> Result<(), ShmemError> {
         let &MMap { shmid, shm_offset, len, .. } = request;
         self.shmem.unmap(shmid, shm_offset, len)?;
+        self.shmem.requests.unmaps.count();
         log::debug!("{}: unmapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}", self.link.name);
         if let (Some(sharing), Some(region)) = (&self.sharing, self.shmem.region(shmid)) {
             sharing.withdraw(region.start() + shm_offset);
@@ -83,7 +85,8 @@ impl Handler for ShmemHandler {
         error.errno()
     }
 
-    fn refused(&self, request: fmt::Arguments<'_>, why: &dyn Error) {
+    fn refused(&self, request: fmt::Arguments<'_>, errno: i32, why: &dyn Error) {
+        self.shmem.requests.refused.count(errno);
         self.link.log.warn(format_args!("{request} is refused: {}", with_causes(why)));
     }
 }

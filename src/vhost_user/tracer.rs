@@ -17,7 +17,7 @@ use super::wire::message::{
 };
 use super::wire::observer::{Observer, Outcome, Pending, Request, Socket};
 use crate::config::device::DeviceSpec;
-use crate::report::with_causes;
+use crate::report::{errno_name, with_causes};
 use crate::trace::descriptor::{describe, describe_ours};
 use crate::trace::record::{self, Channel, Descriptor, Direction, Fields, Message, Noise, Value, What};
 use crate::trace::recorder::Recorder;
@@ -261,28 +261,4 @@ fn hex(bytes: &[u8]) -> String {
         text.push_str("...");
     }
     text
-}
-
-/// The name of an errno value that hotslot answers with, or its number.
-fn errno_name(errno: i32) -> String {
-    match errno {
-        libc::EACCES => "EACCES",
-        libc::EBADF => "EBADF",
-        libc::EBUSY => "EBUSY",
-        libc::EEXIST => "EEXIST",
-        libc::EINVAL => "EINVAL",
-        libc::EIO => "EIO",
-        libc::EMFILE => "EMFILE",
-        libc::ENODEV => "ENODEV",
-        libc::ENOENT => "ENOENT",
-        libc::ENOMEM => "ENOMEM",
-        libc::ENOSPC => "ENOSPC",
-        libc::EOPNOTSUPP => "EOPNOTSUPP",
-        libc::EOVERFLOW => "EOVERFLOW",
-        libc::EPERM => "EPERM",
-        libc::EPROTO => "EPROTO",
-        libc::ERANGE => "ERANGE",
-        other => return other.to_string(),
-    }
-    .to_owned()
 }

@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::register_page::{Register, RegisterPage, Registers};
 use super::status::{DEVICE_NEEDS_RESET, DRIVER_OK};
+use crate::counter::Counter;
 
 /// A device's one interrupt, and the registers that say what it means.
 ///
@@ -28,13 +29,15 @@ use super::status::{DEVICE_NEEDS_RESET, DRIVER_OK};
 pub struct Interrupt {
     page: Arc<RegisterPage>,
     call: EventFd,
+    /// How often hotslot, and not the back-end, interrupted the driver.
+    pub sent: Counter,
 }
 
 impl Interrupt {
     /// The interrupt of the device behind this page.
     pub fn new(page: Arc<RegisterPage>) -> io::Result<Arc<Interrupt>> {
         let call = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Arc::new(Interrupt { page, call }))
+        Ok(Arc::new(Interrupt { page, call, sent: Counter::default() }))
     }
 
     /// The eventfd that interrupts the guest: an irqfd for KVM, the call eventfd of each queue for a
@@ -45,6 +48,7 @@ impl Interrupt {
 
     /// Interrupts the driver: a back-end that died may have used a buffer and not said so.
     pub fn signal(&self) {
+        self.sent.count();
         // The only error is EAGAIN, a full counter: then an interrupt is pending anyway.
         let _ = self.call.write(1);
     }

@@ -24,6 +24,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use virtio_bindings::virtio_config::*;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
@@ -37,6 +38,8 @@ use super::queue::{MAX_QUEUE_SIZE, Queue};
 use super::register_page::{CONFIG_MAX, CONFIG_START, Register, RegisterPage};
 use super::status::{self, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
 use crate::bus::BusDevice;
+use crate::counter::Counts;
+use crate::counters;
 use crate::exit::Exit;
 use crate::report::{MisuseLog, with_causes};
 
@@ -91,10 +94,21 @@ pub struct MmioTransport {
     /// One for each queue.
     kicks: Vec<Arc<EventFd>>,
     used_acknowledged: EventFd,
+    counters: Counters,
     /// Lock order: before the page's, and before all locks of the device. A device waits for its back-end
     /// under this lock: the guest's other writes to this device then wait, too, except QueueNotify and
     /// InterruptACK, which do not take it. Threads that the back-end waits for never take it.
     state: Mutex<State>,
+}
+
+counters! {
+    /// What the driver's accesses cost, as far as they come here.
+    Counters {
+        /// Writes of QueueNotify that were exits: KVM signals a kick without one.
+        kicks,
+        /// The longest time that a vCPU spent in a write to a register.
+        longest_write_us,
+    }
 }
 
 /// What the driver's writes add up to since the last reset, and the device.
@@ -141,6 +155,7 @@ impl MmioTransport {
             offered: device.features() & !NOT_CARRIED,
             kicks: queues.iter().map(|_| event().map(Arc::new)).collect::<io::Result<_>>()?,
             used_acknowledged: event()?,
+            counters: Counters::default(),
             state: Mutex::new(State {
                 device,
                 running: false,
@@ -178,6 +193,13 @@ impl MmioTransport {
             event: &self.used_acknowledged,
         };
         kicks.chain([acknowledgement]).collect()
+    }
+
+    /// What is counted here, and the interrupts that hotslot itself sent.
+    pub fn counts(&self) -> Counts {
+        let mut counts = self.counters.counts();
+        counts.push(("interrupts".to_owned(), self.interrupt.sent.get()));
+        counts
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -414,6 +436,7 @@ impl MmioTransport {
     // Notifications: sections 4.2.3.3 and 4.2.3.4. Without the transport's lock.
 
     fn notify(&self, value: u32) -> Result<(), Misuse> {
+        self.counters.kicks.count();
         let kick = usize::try_from(value).ok().and_then(|index| self.kicks.get(index));
         kick::signal(kick.ok_or(Misuse::NoQueue(value))?);
         Ok(())
@@ -483,6 +506,13 @@ impl BusDevice for MmioTransport {
 impl MmioTransport {
     /// Carries out a write of the guest, and logs what is wrong with it.
     pub(super) fn carry_out(&self, offset: u64, data: &[u8]) -> Result<(), Misuse> {
+        let began = Instant::now();
+        let written = self.write_at(offset, data);
+        self.counters.longest_write_us.keep_longest(began.elapsed());
+        written
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), Misuse> {
         if let Some(offset) = offset.checked_sub(CONFIG_START as u64) {
             return self.write_config(offset, data).inspect_err(|misuse| {
                 self.log

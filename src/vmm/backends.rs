@@ -200,18 +200,18 @@ pub fn attach(
             vm.register_ioeventfd(bell.event, address + bell.offset, bell.value)?;
         }
         let on_bus: Arc<dyn BusDevice> = match trace {
-            Some(trace) => TracedRegisters::new(transport, trace.recorder(&spec.name)),
-            None => transport,
+            Some(trace) => TracedRegisters::new(Arc::clone(&transport), trace.recorder(&spec.name)),
+            None => transport.clone(),
         };
         machine
             .mmio
-            .insert(address, PAGE_SIZE, on_bus)
+            .insert(address, PAGE_SIZE, &spec.name, on_bus)
             .expect("invariant: `layout` gives each device a page of its own");
         let registers = GuestRange::new(address, PAGE_SIZE).expect("invariant: below 4 GiB");
         // SAFETY: the page is mapped until it is dropped; it is written through atomics only.
         unsafe { vm.slots.map_permanent(registers, page.host_ptr(), Access::ReadOnly, page.clone()) }
             .map_err(&registers_failed)?;
-        attached.push(DeviceMemory { name: spec.name, registers, shmem, participant });
+        attached.push(DeviceMemory { name: spec.name, registers, shmem, transport, participant });
     }
     Ok(attached)
 }

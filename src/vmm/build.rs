@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvm_bindings::CpuId;
 
@@ -15,6 +16,7 @@ use super::exit_once::ExitOnce;
 use super::gdb::Gdb;
 use super::memory_map::MemoryMap;
 use super::picture::PictureFile;
+use super::stats::{COM1, Stats, StatsFile};
 use crate::arch::x86_64::boot::Boot;
 use crate::arch::x86_64::cpuid::{self, Topology};
 use crate::arch::x86_64::regs::Entry;
@@ -46,11 +48,13 @@ impl Vmm {
     ///
     /// Everything that is wrong with the configuration, its files or the host. Nothing is left behind then.
     pub fn build(config: &Config) -> Result<Vmm, Box<dyn Failure>> {
+        let began = Instant::now();
         // The user's configuration: can such a machine exist?
         check_numbers(config)?;
         let ram = Ram::new(config.memory, layout::GAP, layout::GAP_END)?;
         let boot = Boot::plan(&config.kernel, &config.initramfs, &config.cmdline, &ram)?;
         let picture = config.memory_picture.as_deref().map(PictureFile::create).transpose()?;
+        let stats_file = config.stats.as_deref().map(StatsFile::create).transpose()?;
 
         // The machine, with its memory.
         let kvm = Kvm::open()?;
@@ -85,7 +89,7 @@ impl Vmm {
         let exit = Arc::new(ExitOnce::new()?);
         let console = attach_serial_port(&machine, &vm, &config.serial, &exit)?;
         attach_power(&machine.ports, config.debug_exit);
-        insert(&machine.ports, layout::PCI_CONFIGURATION, Arc::new(PciPorts::default()));
+        insert(&machine.ports, layout::PCI_CONFIGURATION, "pci-ports", Arc::new(PciPorts::default()));
         let ends_at_loss = (config.backend_loss == BackendLoss::Exit).then_some(&exit);
         let devices = backends::attach(backends, &machine, &vm, &ram, ends_at_loss, trace.as_ref())?;
 
@@ -107,8 +111,32 @@ impl Vmm {
         let ram = ram.regions.iter().map(|region| region.guest).collect();
         let crash_hint = is_hopeless.then_some(EMULATED_HOST);
         let resets = Resets::new(&config.cmdline, &machine.ram);
-        let memory_map = MemoryMap { ram, devices };
-        Ok(Vmm { vcpus, machine, console, memory_map, picture, resets, crash_hint, gdb, dump, exit })
+        let memory_map = Arc::new(MemoryMap { ram, devices });
+        let counted =
+            |(processor, _): &(Processor, _)| (Arc::clone(&processor.counters), processor.statistics.clone());
+        let stats = Arc::new(Stats {
+            began,
+            machine: Arc::clone(&machine),
+            vcpus: vcpus.iter().map(counted).collect(),
+            memory_map: Arc::clone(&memory_map),
+            serial_port: Arc::clone(&console.port),
+            slots: Arc::clone(&vm.slots),
+            kvm: vm.statistics(),
+        });
+        Ok(Vmm {
+            vcpus,
+            machine,
+            console,
+            memory_map,
+            picture,
+            stats,
+            stats_file,
+            resets,
+            crash_hint,
+            gdb,
+            dump,
+            exit,
+        })
     }
 }
 
@@ -171,24 +199,26 @@ fn attach_serial_port(
     let interrupt = eventfd()?;
     vm.register_irqfd(&interrupt, layout::COM1_GSI)?;
     let console = Console::open(line, interrupt, Arc::clone(&machine.stopping), Arc::clone(exit))?;
-    insert(&machine.ports, layout::COM1, console.port.clone());
+    insert(&machine.ports, layout::COM1, COM1, console.port.clone());
     Ok(console)
 }
 
 /// The devices with which a guest ends the machine.
 fn attach_power(ports: &Bus, debug_exit: bool) {
     let power = PowerControl { sleep_type_off: acpi::SLEEP_TYPE_S5, reset_value: acpi::RESET_VALUE };
-    insert(ports, layout::ACPI_POWER, Arc::new(power));
-    insert(ports, layout::I8042, Arc::new(I8042));
-    insert(ports, layout::PVPANIC, Arc::new(Pvpanic));
+    insert(ports, layout::ACPI_POWER, "power", Arc::new(power));
+    insert(ports, layout::I8042, "i8042", Arc::new(I8042));
+    insert(ports, layout::PVPANIC, "pvpanic", Arc::new(Pvpanic));
     if debug_exit {
-        insert(ports, layout::DEBUG_EXIT, Arc::new(DebugExit));
+        insert(ports, layout::DEBUG_EXIT, "debug-exit", Arc::new(DebugExit));
     }
 }
 
-fn insert(ports: &Bus, range: Range<u16>, device: Arc<dyn BusDevice>) {
+fn insert(ports: &Bus, range: Range<u16>, name: &str, device: Arc<dyn BusDevice>) {
     let len = range.len() as u64;
-    ports.insert(range.start.into(), len, device).expect("invariant: no two ranges in `layout` overlap");
+    ports
+        .insert(range.start.into(), len, name, device)
+        .expect("invariant: no two ranges in `layout` overlap");
 }
 
 /// The first processor starts at the kernel's entry point, the others wait until it starts them.

@@ -28,6 +28,8 @@ pub(super) enum VmmError {
     AddressWidth { end: u64, bits: u32 },
     #[error("cannot create the memory picture {0}")]
     PictureFile(PathBuf, #[source] io::Error),
+    #[error("cannot create the file {0} for statistics")]
+    StatsFile(PathBuf, #[source] io::Error),
     #[error("cannot open {0} for the serial port")]
     SerialFile(PathBuf, #[source] io::Error),
     #[error("cannot listen for gdb on {0}")]

@@ -8,6 +8,7 @@ use crate::memory::shmem::{MappingInfo, SharedMemory};
 use crate::memory::{Access, GuestRange};
 use crate::picture::memory::{Kind, Part};
 use crate::vhost_user::sharing::Participant;
+use crate::virtio::mmio::MmioTransport;
 
 /// The parts of the map. It displays as one line for each.
 pub(super) struct MemoryMap {
@@ -20,6 +21,8 @@ pub(super) struct DeviceMemory {
     pub name: String,
     pub registers: GuestRange,
     pub shmem: Arc<SharedMemory>,
+    /// For what it has counted.
+    pub transport: Arc<MmioTransport>,
     /// For whether a mapping is shared with other devices; `None` where none is (SHM-80).
     pub participant: Option<Participant>,
 }

@@ -16,11 +16,12 @@ use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
 use super::picture;
 use super::signals::{self, Writers};
+use super::stats::{self, Stats};
 use super::stuck::{self, StuckWatch};
 use super::writer::Writer;
 use crate::arch::x86_64::reset::Resets;
 use crate::exit::Exit;
-use crate::kvm::vcpu::{Machine, UnclaimedCounts, Vcpu, VcpuState};
+use crate::kvm::vcpu::{Machine, Vcpu, VcpuState};
 use crate::kvm::vm::{KvmError, Processor};
 use crate::report::{Failure, lines, say};
 use crate::sandbox::vmm::Kind;
@@ -35,17 +36,31 @@ impl Vmm {
     /// Runs the machine until it ends. That is the end of the process, too: nothing is unmapped, closed or
     /// joined first, since each of these can wait for a back-end's file.
     pub fn run(self) -> ! {
-        let Vmm { vcpus, machine, console, memory_map, picture, resets, crash_hint, gdb, dump, exit } = self;
+        let Vmm {
+            vcpus,
+            machine,
+            console,
+            memory_map,
+            picture,
+            stats,
+            stats_file,
+            resets,
+            crash_hint,
+            gdb,
+            dump,
+            exit,
+        } = self;
         let serial_port = Arc::clone(&console.port);
-        let memory_map = Arc::new(memory_map);
         let dumper = dump.is_some().then(Arc::<Writer>::default);
         let painter = picture.map(|file| file.start(Arc::clone(&memory_map))).transpose();
+        let counter = stats_file.map(|file| file.start(Arc::clone(&stats))).transpose();
         let ready = painter.and_then(|painter| {
-            let writers = Writers { painter, dumper };
-            let (events, raw_while_it_runs) = set_up(console, memory_map, writers.clone(), &exit)?;
+            let writers = Writers { painter, dumper, counter: counter? };
+            let (events, raw_while_it_runs) =
+                set_up(console, memory_map, Arc::clone(&stats), writers.clone(), &exit)?;
             Ok((events, raw_while_it_runs, writers))
         });
-        let (events, raw_while_it_runs, Writers { painter, dumper }) = match ready {
+        let (events, raw_while_it_runs, Writers { painter, dumper, counter }) = match ready {
             Ok(ready) => ready,
             Err(error) => end(&Ending::from(&error as &dyn Failure)),
         };
@@ -70,10 +85,10 @@ impl Vmm {
         if let Some(painter) = painter {
             picture::finish(&painter);
         }
-        let UnclaimedCounts { mmio_reads, mmio_writes, ports } = &machine.unclaimed;
-        log::info!(
-            "no device claimed {mmio_reads:?} memory reads, {mmio_writes:?} memory writes and {ports:?} port accesses"
-        );
+        if let Some(counter) = counter {
+            stats::finish(&counter);
+        }
+        log::info!("{}", stats.snapshot());
         machine.missing_pages.log_total();
         drop(raw_while_it_runs);
         end(&ending)
@@ -88,10 +103,11 @@ fn end(ending: &Ending) -> ! {
 fn set_up(
     console: Console,
     memory_map: Arc<MemoryMap>,
+    stats: Arc<Stats>,
     writers: Writers,
     exit: &Arc<ExitOnce>,
 ) -> Result<(MainLoop, Option<RawTerminal>), VmmError> {
-    signals::watch(Arc::clone(exit), memory_map, writers)?;
+    signals::watch(Arc::clone(exit), memory_map, stats, writers)?;
     let raw_while_it_runs = console.make_raw()?;
     let mut events =
         MainLoop::new().map_err(|error| failed_to("make the main loop")(io::Error::other(error)))?;

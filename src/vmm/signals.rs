@@ -17,20 +17,21 @@ use super::dump;
 use super::error::{VmmError, failed_to};
 use super::exit_once::{Ending, ExitOnce};
 use super::memory_map::MemoryMap;
+use super::stats::Stats;
 use super::writer::Writer;
 use crate::exit::Exit;
 use crate::report::{lines, say};
 use crate::sandbox::vmm::Kind;
 use crate::{terminal, thread};
 
-/// The signals that end the machine, and the one that prints the memory map. Those of the second line would
-/// end the process, too, and leave the terminal raw.
+/// The signals that end the machine, the one that prints memory map and statistics, and the one for a dump.
+/// Those of the last lines would end the process, too, and leave the terminal raw.
 const SIGNALS: [libc::c_int; 12] = [
     libc::SIGINT,
     libc::SIGTERM,
     libc::SIGHUP,
     libc::SIGQUIT,
-    PRINT_MEMORY_MAP,
+    PRINT,
     WRITE_DUMP,
     libc::SIGALRM,
     libc::SIGVTALRM,
@@ -39,7 +40,7 @@ const SIGNALS: [libc::c_int; 12] = [
     libc::SIGPWR,
     libc::SIGSTKFLT,
 ];
-const PRINT_MEMORY_MAP: libc::c_int = libc::SIGUSR1;
+const PRINT: libc::c_int = libc::SIGUSR1;
 const WRITE_DUMP: libc::c_int = libc::SIGUSR2;
 
 /// How long the main loop has to stop the machine, once its end is set. With [`lines::end`]'s second the
@@ -53,6 +54,7 @@ const LOOK_FOR_SIGNALS: Duration = Duration::from_millis(100);
 pub(super) fn watch(
     exit: Arc<ExitOnce>,
     memory_map: Arc<MemoryMap>,
+    stats: Arc<Stats>,
     writers: Writers,
 ) -> Result<(), VmmError> {
     for signal in SIGNALS {
@@ -67,7 +69,7 @@ pub(super) fn watch(
     }
     // SAFETY: the call has made the file descriptor, which has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
-    let signals = Signals { file, exit, memory_map, writers, printer: None };
+    let signals = Signals { file, exit, memory_map, stats, writers, printer: None };
     thread::spawn("signals".into(), Kind::Helper, || signals.run())
         .map_err(failed_to("start the thread for signals"))?;
     Ok(())
@@ -79,14 +81,17 @@ pub(super) struct Writers {
     /// Draws what SIGUSR1 prints.
     pub painter: Option<Arc<Writer>>,
     pub dumper: Option<Arc<Writer>>,
+    /// Adds a line of statistics to their file.
+    pub counter: Option<Arc<Writer>>,
 }
 
 struct Signals {
     file: File,
     exit: Arc<ExitOnce>,
     memory_map: Arc<MemoryMap>,
+    stats: Arc<Stats>,
     writers: Writers,
-    /// Prints the memory map, or did so. At most one at a time.
+    /// Prints memory map and statistics, or did so. At most one at a time.
     printer: Option<JoinHandle<()>>,
 }
 
@@ -112,7 +117,7 @@ impl Signals {
     fn take(&mut self) {
         while let Some(signal) = self.next() {
             match (signal, &self.writers.dumper) {
-                (PRINT_MEMORY_MAP, _) => self.print(),
+                (PRINT, _) => self.print(),
                 (WRITE_DUMP, Some(dumper)) => dumper.order(),
                 _ => self.exit.set((&Exit::Signal(signal)).into()),
             }
@@ -134,8 +139,7 @@ impl Signals {
         let Some(dumper) = self.writers.dumper.clone() else { return };
         let start = Instant::now();
         while !dumper.wait(LOOK_FOR_SIGNALS) {
-            let is_ended =
-                self.next().is_some_and(|signal| ![PRINT_MEMORY_MAP, WRITE_DUMP].contains(&signal));
+            let is_ended = self.next().is_some_and(|signal| ![PRINT, WRITE_DUMP].contains(&signal));
             if is_ended || start.elapsed() >= dump::AT_MOST {
                 return dump::say_incomplete();
             }
@@ -144,16 +148,18 @@ impl Signals {
 
     /// On a thread of its own, which may wait for the locks of all devices.
     fn print(&mut self) {
-        if let Some(painter) = &self.writers.painter {
-            painter.order();
-        }
+        let Writers { painter, counter, .. } = &self.writers;
+        [painter, counter].into_iter().flatten().for_each(|writer| writer.order());
         if self.printer.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return;
         }
-        let map = Arc::clone(&self.memory_map);
-        let print = move || say(format_args!("guest physical memory:\n{map}"));
+        let (map, stats) = (Arc::clone(&self.memory_map), Arc::clone(&self.stats));
+        let print = move || {
+            say(format_args!("guest physical memory:\n{map}"));
+            say(stats.snapshot());
+        };
         self.printer = thread::spawn("memory-map".into(), Kind::Helper, print)
-            .inspect_err(|error| log::error!("cannot print the memory map: {error}"))
+            .inspect_err(|error| log::error!("cannot print memory map and statistics: {error}"))
             .ok();
     }
 }

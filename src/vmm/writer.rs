@@ -1,5 +1,5 @@
-//! A thread that writes a file each time it is asked to: `picture`'s and `dump`'s. `signals` and the end of
-//! the machine ask it.
+//! A thread that writes a file each time it is asked to: that of `picture`, of `dump` and of `stats`.
+//! `signals` and the end of the machine ask it.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

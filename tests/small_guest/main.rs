@@ -21,6 +21,7 @@ mod pvh;
 mod reconnect;
 mod registers;
 mod sandbox;
+mod stats;
 mod streams;
 mod unavailable;
 mod waits;

@@ -42,8 +42,8 @@ pub trait Handler {
     /// The errno value that the back-end is told (SHM-58): positive, never 0.
     fn errno(error: &Self::Error) -> i32;
 
-    /// A request is refused, for this reason or by one of the methods above. For the log.
-    fn refused(&self, request: fmt::Arguments<'_>, why: &dyn Error);
+    /// A request is refused with this errno, for this reason or by one of the methods above. For the log.
+    fn refused(&self, request: fmt::Arguments<'_>, errno: i32, why: &dyn Error);
 }
 
 /// Why the channel cannot go on.
@@ -197,13 +197,13 @@ impl<H: Handler> Channel<H> {
             observer.begins(Request { socket: Socket::Backend, header, payload, files, files_lost })
         });
         let result = if stale { Err(Refusal::Stale) } else { self.handle(message) };
+        let errno = result.as_ref().map_or_else(errno::<H>, |()| 0);
         if let Err(refusal) = &result {
             match BackendRequest::from_id(request) {
-                Some(known) => self.handler.refused(format_args!("{known}"), refusal),
-                None => self.handler.refused(format_args!("backend request {request}"), refusal),
+                Some(known) => self.handler.refused(format_args!("{known}"), errno, refusal),
+                None => self.handler.refused(format_args!("backend request {request}"), errno, refusal),
             }
         }
-        let errno = result.as_ref().map_or_else(errno::<H>, |()| 0);
         // SHM-58: 0, or a negative errno as a u64.
         let answer = (needs_reply && self.reply_ack).then(|| (i64::from(-errno) as u64).encode());
         let sent = answer.as_deref().map_or(Ok(()), |answer| {
@@ -302,7 +302,7 @@ mod tests {
             match *error {}
         }
 
-        fn refused(&self, _: fmt::Arguments<'_>, _: &dyn Error) {}
+        fn refused(&self, _: fmt::Arguments<'_>, _: i32, _: &dyn Error) {}
     }
 
     fn channel() -> (Channel<Nothing>, UnixStream) {
