@@ -364,6 +364,13 @@ fn files_are_cut_short_on_a_kvm_of_hardware() {
 }
 
 #[test]
+fn counters_agree_with_those_of_a_kvm_of_hardware() {
+    let guest = SMALL.guest("stats");
+    passed(&guest, 6);
+    assert!(guest.out.contains("page faults of 256 MiB: first"), "{guest}");
+}
+
+#[test]
 fn huge_pages_of_a_mapping_are_the_guests_too() {
     // SHM-36
     let guest = SMALL.guest("huge");

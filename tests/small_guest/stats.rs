@@ -2,14 +2,15 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use hotslot_test_support::backend::Backend;
-use hotslot_test_support::files::{PAGE, numbered_file};
-use hotslot_test_support::guest::{Guest, register};
-use hotslot_test_support::kvm;
+use hotslot_test_support::files::{MIB, PAGE, numbered_file};
+use hotslot_test_support::guest::{self, Guest, register};
 use hotslot_test_support::monitor::Operation;
 use hotslot_test_support::wait::eventually;
 use hotslot_test_support::wire::{page_at, writable};
+use hotslot_test_support::{built, kvm};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -25,11 +26,16 @@ struct Counted {
 
 impl Counted {
     fn boot(keys: &str, options: &[&str]) -> Counted {
-        let (directory, backend) = (tempfile::tempdir().unwrap(), Backend::start());
-        let file = directory.path().join("stats");
+        Counted::with_memory("64M", keys, options)
+    }
+
+    fn with_memory(size: &str, keys: &str, options: &[&str]) -> Counted {
+        let (directory, backend, kernel) = (tempfile::tempdir().unwrap(), Backend::start(), guest::kernel());
+        let mut hotslot = Command::new(built::hotslot());
+        hotslot.arg("-k").arg(kernel.path()).arg("--stats").arg(directory.path().join("stats"));
         let device = backend.device("device") + keys;
-        let fixed = ["--vhost-user", &device, "--stats", file.to_str().unwrap()];
-        let mut guest = Guest::boot(fixed.iter().chain(options));
+        hotslot.args(["-m", size, "--debug-exit", "--vhost-user", &device]).args(options);
+        let mut guest = Guest::spawn(hotslot, Some(kernel));
         guest.start_device();
         Counted { guest, backend, directory }
     }
@@ -223,6 +229,32 @@ fn waits_are_counted_with_the_longest_while_they_last() {
     assert_eq!((at(&now, "vcpus/0/hole_waits"), at(&now, "vcpus/0/page_waits")), (1, 0), "{now}");
     machine.guest.signal(libc::SIGTERM);
     machine.guest.wait();
+}
+
+#[test]
+fn an_unmap_costs_the_guest_no_page_outside_of_its_range() {
+    // KVM_X86_QUIRK_SLOT_ZAP_ALL
+    if !kvm::is_here() || !kvm::is_hardware() {
+        return;
+    }
+    const PAGES: u64 = 256 * MIB / PAGE;
+    /// Faults that have nothing to do with it.
+    const FEW: u64 = 100;
+    let mut machine = Counted::with_memory("384M", "", &[]);
+    let (window, _) = machine.guest.region(0);
+    assert_eq!(machine.backend.map(page_at(0), &numbered_file(1, 1)), 0);
+    machine.guest.read64(window);
+    let faults = |machine: &mut Counted| {
+        let before = at(&machine.now(), "vcpus/0/kvm/pf_taken");
+        machine.guest.touch(64 * MIB, PAGES);
+        at(&machine.now(), "vcpus/0/kvm/pf_taken") - before
+    };
+    let [first, again] = [faults(&mut machine), faults(&mut machine)];
+    assert_eq!(machine.backend.unmap(page_at(0)), 0);
+    let after = faults(&mut machine);
+    println!("page faults of 256 MiB: first {first}, again {again}, after an UNMAP {after}");
+    assert!(first >= PAGES / 512 && again < FEW && after < FEW, "{first} {again} {after}");
+    machine.guest.exit();
 }
 
 #[test]

@@ -16,4 +16,5 @@ tests faults "$SMALL_GUEST" faults::
 tests unavailable "$SMALL_GUEST" unavailable::
 tests huge "$SMALL_GUEST" huge_pages::
 tests prefault "$SMALL_GUEST" prefault::
+tests stats "$SMALL_GUEST" stats::
 tests linux "$ENDURANCE" --ignored a_linux_guest

@@ -187,6 +187,11 @@ impl Guest {
         self.ask(Operation::Repeat, 0, list, times);
     }
 
+    /// Writes to each of these pages.
+    pub fn touch(&mut self, start: u64, pages: u64) {
+        self.ask(Operation::Touch, 0, start, pages);
+    }
+
     /// Sends an operation whose answer never comes because the machine ends, and waits for that.
     pub fn end_with(
         mut self,

@@ -36,6 +36,8 @@ pub enum Operation {
     /// Goes through a list of 32-bit writes, as often as the value says. The list is at the address: of each
     /// write the address (8 bytes) and the value (8 bytes), then an address of 0.
     Repeat = 6,
+    /// Writes a word to each of as many pages as the value says, from the address on.
+    Touch = 7,
 }
 
 /// Where the available ring of a queue is, whose descriptor table is at `rings`.
@@ -108,7 +110,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
                 (Operation::In, 1) => a.in_(al, dx)?,
                 (Operation::In, 2) => a.in_(ax, dx)?,
                 (Operation::In, _) => a.in_(eax, dx)?,
-                (Operation::Interrupts | Operation::Request | Operation::Repeat, _) => {}
+                (Operation::Interrupts | Operation::Request | Operation::Repeat | Operation::Touch, _) => {}
             }
             if matches!(operation, Operation::In) {
                 a.mov(rbx, rax)?;
@@ -163,6 +165,17 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.jne(again)?;
     a.jmp(answer)?;
     a.set_label(&mut no_repeat)?;
+    let mut no_touch = a.create_label();
+    let mut touch = a.create_label();
+    a.cmp(r8, Operation::Touch as i32)?;
+    a.jne(no_touch)?;
+    a.set_label(&mut touch)?;
+    a.mov(qword_ptr(r10), r11)?;
+    a.add(r10, 4096)?;
+    a.dec(r11)?;
+    a.jne(touch)?;
+    a.jmp(answer)?;
+    a.set_label(&mut no_touch)?;
     let mut disable = a.create_label();
     a.test(r11, r11)?;
     a.je(disable)?;
