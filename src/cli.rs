@@ -9,8 +9,8 @@ use clap_complete::Shell;
 
 use crate::config::device::{self, DeviceSpec};
 use crate::config::{
-    BackendLoss, Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, GdbAddress, SerialLine, UnavailablePage,
-    parse_duration,
+    BackendLoss, Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, GdbAddress, HugePages, SerialLine,
+    UnavailablePage, parse_duration,
 };
 use crate::report::{Failure, STATUS_USAGE};
 use crate::sandbox::Mode;
@@ -58,6 +58,10 @@ pub struct Cli {
     /// Guest memory: bytes, or a number with the unit K, M, G or T
     #[arg(help_heading = MACHINE, short, long, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = size::parse)]
     pub memory: u64,
+
+    /// What of the guest's memory is in huge pages from the start
+    #[arg(help_heading = MACHINE, long, value_name = "WHAT", default_value = "kernel")]
+    pub hugepages: HugePages,
 
     /// Number of virtual processors
     #[arg(help_heading = MACHINE, long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true, value_parser = cpus)]
@@ -306,6 +310,7 @@ impl Cli {
             initramfs: self.initramfs,
             cmdline: cmdline.join(" "),
             memory: self.memory,
+            hugepages: self.hugepages,
             cpus: self.cpus,
             devices: self.vhost_user,
             serial: self.serial,

@@ -34,6 +34,7 @@ pub struct Config {
     pub cmdline: String,
     /// Bytes of RAM.
     pub memory: u64,
+    pub hugepages: HugePages,
     pub cpus: u32,
     /// The virtio devices, in the order in which the guest finds them.
     pub devices: Vec<DeviceSpec>,
@@ -53,6 +54,18 @@ pub struct Config {
     pub stats: Option<PathBuf>,
     /// The file for a dump of the machine.
     pub dump: Option<PathBuf>,
+}
+
+/// What of the guest's memory is in huge pages from the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum HugePages {
+    /// Nothing
+    Off,
+    /// What the kernel is loaded to
+    #[default]
+    Kernel,
+    /// All of it, which is resident then
+    All,
 }
 
 /// What happens when the guest needs a page of a mapping that the host cannot provide (SHM-87).

@@ -6,20 +6,27 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::mm::{Advice, madvise};
 use rustix::system::sysinfo;
 use thiserror::Error;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use super::{GuestRange, PAGE_SIZE};
+use super::pages::OwnedPages;
+use super::{Access, GuestRange, PAGE_SIZE};
 use crate::report::{Failure, STATUS_USAGE};
 
 /// The least RAM that is accepted: the boot structures (see `arch::layout`) are in the first MiB, and a
 /// kernel starts at the second.
 pub const SMALLEST: u64 = 2 << 20;
+
+/// The size of a huge page: what one entry of a page directory maps.
+const HUGE_PAGE: u64 = 2 << 20;
 
 /// Why there is no RAM of that size.
 #[derive(Debug, Error)]
@@ -61,13 +68,13 @@ impl Failure for RamError {
 pub struct RamRegion {
     /// Where the guest sees it.
     pub guest: GuestRange,
-    /// Where it is mapped in this process, until the [`Ram`] is dropped.
+    /// Where it is mapped in this process, until the process ends.
     pub host: *mut u8,
     /// Where it starts in [`Ram::file`].
     pub file_offset: u64,
 }
 
-/// The guest's RAM. Unmapped when the last clone of [`Ram::memory`] is gone.
+/// The guest's RAM. It stays mapped until the process ends.
 #[derive(Debug)]
 pub struct Ram {
     /// The memfd behind all of it.
@@ -97,19 +104,47 @@ impl Ram {
         let os = |what| move |source| RamError::Os { what, size, source };
         let file = Arc::new(sealed_memfd("guest-ram", size).map_err(os("make a memfd"))?);
         let ranges = split(size, gap_start, gap_end);
-        let places = ranges.iter().zip([0, ranges[0].len()]);
-        let mappings = places.clone().map(|(guest, file_offset)| {
-            let file = FileOffset::from_arc(Arc::clone(&file), file_offset);
-            (GuestAddress(guest.start()), guest.len() as usize, Some(file))
-        });
-        let memory = GuestMemoryMmap::from_ranges_with_files(mappings)
+        let (mut regions, mut mappings) = (Vec::new(), Vec::new());
+        for (&guest, file_offset) in ranges.iter().zip([0, ranges[0].len()]) {
+            let host = map_permanently(&file, file_offset, guest.len()).map_err(os("map addresses"))?;
+            ask_for_huge_pages(host, guest.len() as usize);
+            let builder = MmapRegionBuilder::new(guest.len() as usize)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), file_offset));
+            // SAFETY: the range was just mapped, and is never unmapped.
+            let mapping = unsafe { builder.with_raw_mmap_pointer(host) }.build();
+            let mapping = mapping.map_err(|error| os("map addresses")(io::Error::other(error)))?;
+            mappings.extend(GuestRegionMmap::new(mapping, GuestAddress(guest.start())));
+            regions.push(RamRegion { guest, host, file_offset });
+        }
+        let memory = GuestMemoryMmap::from_regions(mappings)
             .map_err(|error| os("map addresses")(io::Error::other(error)))?;
-        let mappings = places.zip(memory.iter());
-        let regions = mappings.map(|((&guest, file_offset), mapping)| {
-            ask_for_huge_pages(mapping.as_ptr(), mapping.size());
-            RamRegion { guest, host: mapping.as_ptr(), file_offset }
-        });
-        Ok(Ram { regions: regions.collect(), file, memory })
+        Ok(Ram { regions, file, memory })
+    }
+
+    /// Puts huge pages behind the RAM from `start` up to `end`, and what else is in the same huge pages. All
+    /// of it is resident then. Where the host cannot, the small pages stay. Called before anything is in RAM.
+    ///
+    /// MADV_COLLAPSE (Linux 6.1) needs no setting of the host, unlike MADV_HUGEPAGE.
+    pub fn collapse(&self, start: u64, end: u64) {
+        for region in &self.regions {
+            let first = region.guest.start();
+            let last = first + region.guest.len() / HUGE_PAGE * HUGE_PAGE;
+            let start = start.max(first) / HUGE_PAGE * HUGE_PAGE;
+            let end = end.min(last).next_multiple_of(HUGE_PAGE);
+            if start >= end {
+                continue;
+            }
+            // A hole in a file does not collapse: each huge page needs one page to begin with.
+            for page in (start..end).step_by(HUGE_PAGE as usize) {
+                let _cannot_fail = self.memory.write_obj(0_u8, GuestAddress(page));
+            }
+            let (at, len) = (region.host.wrapping_add((start - first) as usize), (end - start) as usize);
+            // SAFETY: the range is a mapping of this value's; the advice does not change what is in it.
+            if unsafe { libc::madvise(at.cast(), len, libc::MADV_COLLAPSE) } != 0 {
+                let error = io::Error::last_os_error();
+                log::info!("no huge pages for guest memory at {start:#x}-{:#x}: {error}", end - 1);
+            }
+        }
     }
 
     /// Access to RAM by guest physical address, to load the kernel and its tables.
@@ -127,6 +162,16 @@ impl Ram {
         let last = self.regions[self.regions.len() - 1].guest;
         last.start() + last.len()
     }
+}
+
+/// Maps `len` bytes of the file, from `offset` on, at an address that is a multiple of [`HUGE_PAGE`].
+fn map_permanently(file: &File, offset: u64, len: u64) -> io::Result<*mut u8> {
+    let len = usize::try_from(len).map_err(io::Error::other)?;
+    let mut before = OwnedPages::reserve(len.saturating_add(HUGE_PAGE as usize))?;
+    let mut pages = before.split_off(before.address().align_offset(HUGE_PAGE as usize));
+    let _after = pages.split_off(len);
+    pages.replace_with_file(file.as_fd(), offset, Access::ReadWrite)?;
+    Ok(ManuallyDrop::new(pages).address())
 }
 
 /// Asks for huge pages where the host's administrator lets programs ask (`shmem_enabled` is `advise`).
@@ -209,5 +254,24 @@ mod tests {
             let error = ram.file.set_len(size).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{size}");
         }
+    }
+    #[test]
+    fn huge_pages_are_whole_and_where_they_were_asked_for() {
+        use std::os::unix::fs::MetadataExt;
+
+        let blocks = |ram: &Ram| ram.file.metadata().unwrap().blocks() * 512;
+        // RAM ends in the middle of a huge page.
+        let ram = Ram::new(9 << 20, 4 << 20, 16 << 20).unwrap();
+        assert!(ram.regions.iter().all(|region| region.host.addr().is_multiple_of(HUGE_PAGE as usize)));
+        ram.collapse(3 << 20, (16 << 20) + 1);
+        let resident = blocks(&ram);
+        if resident < HUGE_PAGE {
+            eprintln!("skipped: this host has no huge pages for a memfd");
+            return;
+        }
+        assert_eq!(resident, 2 * HUGE_PAGE);
+        ram.collapse(0, ram.end());
+        assert_eq!(blocks(&ram), 4 * HUGE_PAGE);
+        ram.memory().write_obj(1_u8, GuestAddress((21 << 20) - 1)).unwrap();
     }
 }

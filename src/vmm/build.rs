@@ -24,7 +24,7 @@ use crate::arch::x86_64::reset::Resets;
 use crate::arch::x86_64::{acpi, layout, msr, regs};
 use crate::bus::{Bus, BusDevice};
 use crate::config::device::DeviceSpec;
-use crate::config::{BackendLoss, Config, SerialLine, UnavailablePage};
+use crate::config::{BackendLoss, Config, HugePages, SerialLine, UnavailablePage};
 use crate::devices::debug_exit::DebugExit;
 use crate::devices::i8042::I8042;
 use crate::devices::pci_ports::PciPorts;
@@ -94,6 +94,11 @@ impl Vmm {
         let devices = backends::attach(backends, &machine, &vm, &ram, ends_at_loss, trace.as_ref())?;
 
         // What the kernel finds in memory, and the processors that run it.
+        match config.hugepages {
+            HugePages::Off => {}
+            HugePages::Kernel => boot.collapse_kernel(&ram),
+            HugePages::All => ram.collapse(0, ram.end()),
+        }
         log::info!("kernel command line: {}", config.cmdline);
         let entry = boot.load(&ram, config.cpus, config.devices.len())?;
         let topology = Topology { vcpus: config.cpus, tsc_deadline: kvm.has_tsc_deadline() };
@@ -176,8 +181,8 @@ fn check_address_width(ram: &Ram, supported: &CpuId) -> Result<(), VmmError> {
 fn map_ram(slots: &Slots, ram: &Ram) -> Result<(), VmmError> {
     let owner = Arc::new(ram.memory().clone());
     for region in &ram.regions {
-        // SAFETY: the clone of the memory keeps the region mapped; everything here accesses guest memory
-        // through vm-memory's volatile methods only.
+        // SAFETY: RAM is never unmapped; everything here accesses guest memory through vm-memory's volatile
+        // methods only.
         unsafe { slots.map_permanent(region.guest, region.host, Access::ReadWrite, owner.clone()) }
             .map_err(failed_to("give the guest its memory"))?;
     }

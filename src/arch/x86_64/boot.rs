@@ -94,6 +94,11 @@ impl Boot {
         self.kernel.is_linux
     }
 
+    /// Puts huge pages behind the kernel's place. Called before [`Boot::load`].
+    pub fn collapse_kernel(&self, ram: &Ram) {
+        ram.collapse(self.kernel.start, self.kernel.end);
+    }
+
     /// Writes kernel, initramfs, command line, boot parameters, segment descriptors, page tables and reset
     /// vector to RAM, and the ACPI tables of a machine with these processors and devices. Gives the kernel's
     /// entry point.

@@ -123,6 +123,8 @@ pub(super) struct Kernel {
     pub is_linux: bool,
     /// Whether it is entered by PVH.
     is_pvh: bool,
+    /// The first address of the kernel.
+    pub start: u64,
     /// The first address after the memory that the kernel uses before it reads the memory map.
     pub end: u64,
     /// The longest command line that it takes, in bytes.
@@ -138,9 +140,18 @@ impl Kernel {
         let mut start = vec![0; image.len.min(8) as usize];
         image.read(&mut start, 0)?;
         if start.starts_with(b"\x7fELF") {
-            let Checked { end, is_linux, is_pvh } = check_elf(&image)?;
+            let Checked { start, end, is_linux, is_pvh } = check_elf(&image)?;
             let (cmdline_most, initrd_max) = (CMDLINE_MOST, INITRD_MAX);
-            return Ok(Kernel { image, header: None, is_linux, is_pvh, end, cmdline_most, initrd_max });
+            return Ok(Kernel {
+                image,
+                header: None,
+                is_linux,
+                is_pvh,
+                start,
+                end,
+                cmdline_most,
+                initrd_max,
+            });
         }
         let Some(header) = read_setup_header(&image)? else {
             return Err(KernelError::UnknownFormat { path: image.path, start });
@@ -151,6 +162,7 @@ impl Kernel {
             header: Some(header),
             is_linux: true,
             is_pvh: false,
+            start: header.pref_address,
             end: header.pref_address.saturating_add(loaded.max(header.init_size.into())),
             cmdline_most: u64::from(header.cmdline_size).min(layout::CMDLINE_SPACE - 1),
             initrd_max: header.initrd_addr_max.into(),
@@ -207,6 +219,8 @@ fn check_bzimage(image: &ImageFile, header: &setup_header) -> Result<u64, Kernel
 
 /// An ELF file that was checked.
 struct Checked {
+    /// The first address of its segments.
+    start: u64,
     /// The first address after its segments.
     end: u64,
     is_linux: bool,
@@ -236,6 +250,7 @@ fn check_elf(image: &ImageFile) -> Result<Checked, KernelError> {
     }
     image.check_len(e_phoff.saturating_add(e_phnum * e_phentsize))?;
     let (mut entry_found, mut entry_is_virtual, mut kernel_end) = (false, false, 0);
+    let mut kernel_start = u64::MAX;
     let mut notes = Notes::default();
     for number in 0..e_phnum {
         let mut segment = [0; PHDR_LEN];
@@ -262,12 +277,13 @@ fn check_elf(image: &ImageFile) -> Result<Checked, KernelError> {
         let end = p_paddr.saturating_add(p_memsz.max(p_filesz));
         entry_found |= (p_paddr..end).contains(&e_entry);
         entry_is_virtual |= (p_vaddr..p_vaddr.saturating_add(p_memsz)).contains(&e_entry);
+        kernel_start = kernel_start.min(p_paddr);
         kernel_end = kernel_end.max(end);
     }
     let Notes { is_linux, is_pvh } = notes;
     let is_pvh = is_pvh && !is_linux;
     if is_pvh || entry_found {
-        return Ok(Checked { end: kernel_end, is_linux, is_pvh });
+        return Ok(Checked { start: kernel_start, end: kernel_end, is_linux, is_pvh });
     }
     Err(image.bad(match entry_is_virtual {
         true => format!(
