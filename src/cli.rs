@@ -46,8 +46,8 @@ pub struct Cli {
     #[arg(help_heading = KERNEL, short, long, value_name = "FILE")]
     pub initramfs: Vec<PathBuf>,
 
-    /// Kernel command line, appended to the default "console=ttyS0 8250.nr_uarts=1 panic=-1
-    /// reboot=panic_warm" (and "hotslot.debug_exit=0xf4" with --debug-exit)
+    /// Kernel command line, appended to the default "console=ttyS0 8250.nr_uarts=1
+    /// cryptomgr.notests panic=-1 reboot=panic_warm" (and "hotslot.debug_exit=0xf4" with --debug-exit)
     #[arg(help_heading = KERNEL, short, long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
 
