@@ -1,5 +1,5 @@
 #!/bin/bash
-# usage: bench.sh [neighbour|files|programs|mapping [NAME=HOTSLOT]...]
+# usage: bench.sh [neighbour|files|programs|boot [RUNS]|mapping [NAME=HOTSLOT]...]
 #
 # Measures, and gives ratios of what it measured in one run; neighbour and files where none is named.
 #
@@ -13,6 +13,10 @@
 #   programs           how long programs take that work with such files (tar, ls, git, gcc, pages at random), by the same
 #                      clock: on the emulated host itself, and in a guest with our back-ends and with virtiofsd (which
 #                      cargo installs) and qemu-storage-daemon
+#   boot [RUNS]        how long it takes from the start of hotslot, and of QEMU's microvm and q35, to the first line of PID 1
+#                      of a guest with a stock kernel (vmlinux, bzImage), 256 MiB and one vCPU, by the same clock. For
+#                      each a line: its name, and minimum, median, 99th percentile and maximum of RUNS (default: 5) in
+#                      nanoseconds. What each run took is on standard error
 #   mapping            how long a MAP and an UNMAP take that are well, and a reset, by the same clock: with this hotslot, in
 #                      its sandbox and without one, with others that are named (of an earlier version, which must give a
 #                      guest input that polls the serial port), and with a server that only makes the system calls. One
@@ -25,7 +29,7 @@ main() {
     case ${1-} in
     -h | --help) usage && return ;;
     neighbour | files | programs) "$1" ;;
-    mapping) "$@" ;;
+    boot | mapping) "$@" ;;
     '') neighbour && files ;;
     *) die "$1: not understood (--help lists what is)" ;;
     esac
@@ -43,6 +47,34 @@ files() {
         --file "$PROJECT/benches/files/guest.sh:/bench/guest.sh"
     measure "$PROJECT/benches/files/host.sh" --memory 2G --timeout 240
     table "$work/figures"
+}
+
+boot() {
+    local runs=${1-5} qemu firmware lab
+    [[ $runs =~ ^[1-9][0-9]*$ ]] || die "boot $runs: this is not a number of runs"
+    need qemu-system-x86_64:qemu-system-x86
+    qemu=$(type -P qemu-system-x86_64)
+    prepare
+    "$PROJECT/scripts/image.sh" -o "$work/guest.cpio" --bare --exec "$(type -P busybox):/busybox" \
+        --file "$PROJECT/benches/boot/init.sh:/init"
+    lab=(--exec "$qemu")
+    for firmware in /usr/share/qemu /usr/share/seabios; do lab+=(--file "$firmware"); done
+    measure "$PROJECT/benches/boot/host.sh" --memory 2G --timeout $((120 + 40 * runs)) "${lab[@]}" \
+        --file "$kernel/bzImage" --env "QEMU=$qemu" --env "RUNS=$runs" --env "VMLINUX=$kernel/vmlinux" \
+        --env "BZIMAGE=$kernel/bzImage"
+    sed -n 's/^speed //p' "$work/figures" | tee /dev/stderr | statistics
+}
+
+# Lines of NAME: NUMBER, in any order, as lines of NAME MINIMUM MEDIAN P99 MAXIMUM.
+statistics() {
+    sort -t : -k 1,1 -k 2n | awk -F ': ' '
+        function flush() {
+            if (count) print name, all[1], all[int((count + 1) / 2)], all[int(count * 0.99 + 0.99)], all[count]
+            count = 0
+        }
+        $1 != name { flush(); name = $1 }
+        { all[++count] = $2 }
+        END { flush() }'
 }
 
 mapping() {

@@ -19,7 +19,7 @@ const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | mem-rea
                      mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | counter [OFFSET | reset] | panic | files DIR | fill FILE MIB | \
                      sum FILE read|map | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
                      xattr FILE NAME | rights DIR | locked FILE | with-lock FILE SHELL-LINE | speed memory MIB | speed mapped|read|pages|writes|direct FILE | \
-                     speed program NAME PROGRAM ARG... | keep NAME FILE | kept FILE NUMBER | cut DIR";
+                     speed program NAME PROGRAM ARG... | speed boot NAME PROGRAM ARG... | keep NAME FILE | kept FILE NUMBER | cut DIR";
 
 /// Runs one probe.
 pub fn main(arguments: &[OsString]) -> ExitCode {
@@ -53,6 +53,7 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["speed", "writes", file] => speed::writes(file),
         ["speed", "direct", file] => speed::direct(file),
         ["speed", "program", name, program, arguments @ ..] => speed::program(name, program, arguments),
+        ["speed", "boot", name, program, arguments @ ..] => speed::boot(name, program, arguments),
         ["keep", name, file] => keep::keep(name, file),
         ["kept", file, synced] => keep::kept(file, synced),
         ["cut", directory] => keep::cut(directory),

@@ -4,7 +4,7 @@
 //! Each prints nanoseconds, one line a figure, by the guest's clock.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -24,6 +24,9 @@ const PIECE: usize = 2 * MIB;
 const BLOCK: usize = 128 << 10;
 /// Reads, or writes, of a page each, at random.
 const RANDOM: u64 = 2000;
+
+/// What the first program of a guest prints.
+const BOOTED: &[u8] = b"PID 1 runs";
 
 /// How often what costs the same each time is done; the fastest counts, in which nothing else had a turn.
 const TIMES: usize = 3;
@@ -127,6 +130,25 @@ pub fn program(name: &str, program: &str, arguments: &[&str]) -> Outcome<String>
     let status = command.status().map_err(|error| format!("cannot run {program}: {error}"))?;
     let took = began.elapsed().as_nanos();
     if status.success() { Ok(figure(name, took, 1)) } else { Err(format!("{program}: {status}")) }
+}
+
+/// Starts a VMM, reads its standard output until the first program of the guest speaks, and kills the VMM.
+pub fn boot(name: &str, program: &str, arguments: &[&str]) -> Outcome<String> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
+    let began = Instant::now();
+    let mut child = command.spawn().map_err(|error| format!("cannot run {program}: {error}"))?;
+    let lines = child.stdout.take().into_iter().flat_map(|output| BufReader::new(output).split(b'\n'));
+    let is_booted = |line: io::Result<Vec<u8>>| {
+        line.is_ok_and(|line| line.windows(BOOTED.len()).any(|bytes| bytes == BOOTED))
+    };
+    let booted = lines.map(is_booted).find(|booted| *booted);
+    let took = began.elapsed().as_nanos();
+    let status = child.kill().and_then(|()| child.wait()).map_err(failed("end", Path::new(program)))?;
+    match booted {
+        Some(_) => Ok(figure(name, took, 1)),
+        None => Err(format!("{program} ended before its guest had booted: {status}")),
+    }
 }
 
 fn random(file: &File, path: &Path, length: u64) -> Outcome<u128> {

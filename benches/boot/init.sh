@@ -1,0 +1,4 @@
+#!/busybox sh
+# PID 1 of the guests that scripts/bench.sh boots.
+echo 'PID 1 runs'
+exec /busybox sleep 1000
