@@ -436,6 +436,21 @@ pub fn sum(file: &str, mapped: bool) -> Outcome<String> {
     Ok(format!("probe sum: {sum:016x} of {length} bytes in {} ms", began.elapsed().as_millis()))
 }
 
+/// Reads 64 bytes of a file, or flushes it, so often: each is a request of the device behind it.
+pub fn requests(path: &str, times: &str, flush: bool) -> Outcome<String> {
+    let path = Path::new(path);
+    let times = number(times).ok_or_else(|| format!("{times} is no number"))?;
+    let mut file = OpenOptions::new().read(true).write(flush).open(path).map_err(failed("open", path))?;
+    for _ in 0..times {
+        if flush {
+            file.sync_all().map_err(failed("flush", path))?;
+        } else {
+            file.read_exact(&mut [0; 64]).map_err(failed("read", path))?;
+        }
+    }
+    Ok(format!("probe requests: {times}"))
+}
+
 /// Maps a file and prints how many of its pages are data, how many zeroes, how many raised SIGBUS; then does
 /// so again, through the same mapping, at each line of standard input, until its end or an empty line.
 pub fn watch(file: &str) -> Outcome<String> {

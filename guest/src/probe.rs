@@ -17,7 +17,7 @@ use crate::{counter, files, hammer, keep, rights, speed};
 
 const USAGE: &str = "usage: probe memory | cpus | pmem-write FILE TEXT | mem-read ADDRESS LENGTH | \
                      mem-write ADDRESS HEX-BYTES | hammer ADDRESS ADDRESS | counter [OFFSET | reset] | panic | files DIR | fill FILE MIB | \
-                     sum FILE read|map | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
+                     sum FILE read|map | requests FILE NUMBER read|flush | watch FILE | turns FILE first|second | direct FILE DISK write|read | \
                      xattr FILE NAME | rights DIR | locked FILE | with-lock FILE SHELL-LINE | speed memory MIB | speed mapped|read|pages|writes|direct FILE | \
                      speed program NAME PROGRAM ARG... | speed boot NAME PROGRAM ARG... | keep NAME FILE | kept FILE NUMBER | cut DIR";
 
@@ -39,6 +39,9 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         ["files", directory] => files::all(directory),
         ["fill", file, mib] => files::fill(file, mib),
         ["sum", file, how @ ("read" | "map")] => files::sum(file, *how == "map"),
+        ["requests", file, number, how @ ("read" | "flush")] => {
+            files::requests(file, number, *how == "flush")
+        }
         ["watch", file] => files::watch(file),
         ["turns", file, who @ ("first" | "second")] => files::turns(file, *who == "first"),
         ["direct", file, disk, how @ ("write" | "read")] => files::direct(file, disk, *how == "write"),

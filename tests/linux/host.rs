@@ -21,11 +21,15 @@ pub const ENDURANCE: &str = "HOTSLOT_ENDURANCE_SECONDS";
 /// How many MiB the file has that is read through a small window; by default few.
 pub const FS_FILE_MIB: &str = "HOTSLOT_FS_FILE_MIB";
 
+/// How many requests a guest makes of each device whose exits are counted; by default few.
+pub const REQUESTS: &str = "HOTSLOT_REQUESTS";
+
 /// Where sessions leave their files.
 const FILES: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/linux");
 
 /// What the guests need of the stock kernel's modules.
-const MODULES: [&str; 6] = ["virtio_mmio", "virtio_pmem", "nd_pmem", "virtio_blk", "pvpanic-mmio", "overlay"];
+const MODULES: [&str; 7] =
+    ["virtio_mmio", "virtio_pmem", "nd_pmem", "virtio_blk", "virtio_rng", "pvpanic-mmio", "overlay"];
 
 /// Each emulated host keeps one processor busy, and takes gigabytes.
 const SESSIONS_AT_A_TIME: u32 = 2;
@@ -252,7 +256,7 @@ impl House {
         let own = [("HOTSLOT", HOTSLOT.into()), ("BACKEND", BACKEND.into()), ("INIT", self.init.clone())];
         let programs = [&own, programs].concat();
         variables.extend_from_slice(&programs);
-        for name in [ENDURANCE, FS_FILE_MIB] {
+        for name in [ENDURANCE, FS_FILE_MIB, REQUESTS] {
             variables.extend(std::env::var_os(name).map(|value| (name, value.into())));
         }
         let mut command = match self.kind {

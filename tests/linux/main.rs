@@ -34,6 +34,11 @@ static PMEM: LazyLock<Session> = LazyLock::new(|| {
 
 static FULL: LazyLock<Session> = LazyLock::new(|| Session::run("full", "2G", 360, &[]));
 
+static EXITS: LazyLock<Session> = LazyLock::new(|| {
+    let requests: u32 = std::env::var(host::REQUESTS).map_or(1000, |requests| requests.parse().unwrap());
+    Session::run("exits", "2G", 300 + requests / 20, &[("disk.img", vec![0; 16 << 20])])
+});
+
 static SHARING: LazyLock<Session> = LazyLock::new(|| {
     let files = [("disk.img", disk(None)), ("blk.img", vec![0; 1 << 20])];
     let daemon = stdout("bash", &["-c", "type -P qemu-storage-daemon"]);
@@ -262,6 +267,38 @@ fn a_flush_is_answered() {
     // Each answer of the back-end's is an interrupt, and flushes are all that it is asked for.
     let flushes: u32 = guest.one("flushes").parse().unwrap();
     assert!(flushes > 0, "{guest}");
+}
+
+#[test]
+fn neither_a_kick_nor_an_interrupt_exits_to_user_space() {
+    let guest = EXITS.guest("exits");
+    guest.ended(0, "the guest ended with status 0 (debug exit)");
+    let text = EXITS.text("exits.stats");
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let [before, after, _end] = lines.as_slice() else { panic!("{text}") };
+    let made: Vec<u64> = guest.said("probe requests").map(|number| number.parse().unwrap()).collect();
+    let [rng, pmem] = ["rng", "pmem"].map(|device| {
+        let count: u64 = guest.one(&format!("interrupts of {device}")).parse().unwrap();
+        let number = |line: &serde_json::Value, counter: &str| {
+            let devices = line["devices"].as_array().unwrap();
+            devices.iter().find(|one| one["name"] == device).unwrap()[counter].as_u64().unwrap()
+        };
+        for counter in ["kicks", "interrupts", "reads", "writes"] {
+            assert_eq!(number(before, counter), number(after, counter), "{device} {counter}: {text}");
+        }
+        count
+    });
+    assert!(made.len() == 2 && rng >= made[0] && pmem >= made[1], "{guest}");
+    let vcpu =
+        |line: &serde_json::Value, place: &str| line["vcpus"][0].pointer(place).unwrap().as_u64().unwrap();
+    for place in ["/mmio_reads", "/mmio_writes", "/memory_faults", "/kvm/mmio_exits"] {
+        assert_eq!(vcpu(before, place), vcpu(after, place), "{place}: {text}");
+    }
+    // In KVM's sum are the kicks that it handled itself.
+    let exits = vcpu(after, "/kvm/exits") - vcpu(before, "/kvm/exits");
+    assert!(exits >= made[0] + made[1], "{text}");
+    println!("{made:?} requests, {rng} and {pmem} interrupts; KVM: {exits} exits");
 }
 
 #[test]

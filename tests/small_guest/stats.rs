@@ -174,8 +174,7 @@ fn the_manual_has_each_counter() {
     assert!(machine.backend.unmap(page_at(9)) < 0);
     let mut left = vec![machine.now()];
     machine.guest.exit();
-    let manual =
-        fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/manual/statistics.md")).unwrap();
+    let manual = include_str!("../../src/manual/statistics.md");
     while let Some(value) = left.pop() {
         match value {
             Value::Array(list) => left.extend(list),
