@@ -8,7 +8,6 @@
 
 mod dax;
 mod descriptors;
-mod fuse;
 mod hostile;
 mod locks;
 mod machine;
@@ -23,6 +22,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use hotslot_test_support::built::hotslot_backend;
+use hotslot_test_support::fuse_request as fuse;
 use hotslot_test_support::names::PROTOCOL_F_SHMEM;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};

@@ -17,7 +17,7 @@ use crate::wait::{PATIENCE, eventually};
 /// The first device's register block.
 pub const REGISTERS: u64 = 0xd000_0000;
 /// The I/O port of `--debug-exit`.
-const DEBUG_EXIT: u64 = 0xf4;
+pub const DEBUG_EXIT: u64 = 0xf4;
 
 pub struct Guest {
     hotslot: Running,
@@ -26,6 +26,8 @@ pub struct Guest {
     _kernel: Option<tempfile::NamedTempFile>,
     /// The registers of the device that the driver below drives.
     registers: u64,
+    /// The queue of that device that it uses.
+    queue: u8,
 }
 
 /// The monitor as a file.
@@ -60,7 +62,7 @@ impl Guest {
     pub fn spawn(mut hotslot: Command, kernel: Option<tempfile::NamedTempFile>) -> Guest {
         let hotslot = Running::start(hotslot.stdin(Stdio::piped()).stdout(Stdio::piped()));
         let (stdin, stdout) = hotslot.pipes();
-        Guest { hotslot, stdin, stdout, _kernel: kernel, registers: REGISTERS }
+        Guest { hotslot, stdin, stdout, _kernel: kernel, registers: REGISTERS, queue: 0 }
     }
 
     fn ask(&mut self, operation: Operation, width: u8, address: u64, value: u64) -> u64 {
@@ -251,12 +253,24 @@ pub const NEEDS_RESET: u32 = 64;
 /// A device that was started.
 pub const RUNNING: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 const QUEUE_SIZE: u32 = 8;
+/// Flags of a descriptor.
+const CHAINED: u64 = 1;
+const DEVICE_WRITES: u64 = 2;
+/// Where [`Guest::request`] has its buffers, in RAM.
+const REQUEST: u64 = 0x180_0000;
+const ANSWER: u64 = 0x181_0000;
 
 /// The driver, of the first device unless [`Guest::select`] said otherwise.
 impl Guest {
     /// From now on the driver drives this device.
     pub fn select(&mut self, device: u64) {
         self.registers = REGISTERS + device * 0x1000;
+        self.queue = 0;
+    }
+
+    /// From now on the driver starts its device with this queue only, and uses it.
+    pub fn select_queue(&mut self, queue: u8) {
+        self.queue = queue;
     }
 
     pub fn register(&mut self, offset: u64) -> u32 {
@@ -284,7 +298,7 @@ impl Guest {
     }
 
     /// Takes the device, which was reset, to DRIVER_OK, with VIRTIO_F_VERSION_1, feature bit 0 where it is
-    /// offered, and its first queue in RAM from 16 MiB on. Gives the Status that it has then.
+    /// offered, and the selected queue in RAM from 16 MiB on. Gives the Status that it has then.
     pub fn try_start_device(&mut self) -> u32 {
         self.set_register(register::STATUS, ACKNOWLEDGE);
         self.set_register(register::STATUS, ACKNOWLEDGE | DRIVER);
@@ -299,7 +313,7 @@ impl Guest {
         // Indices of an earlier start.
         self.write32(available, 0);
         self.write32(used, 0);
-        self.set_register(register::QUEUE_SEL, 0);
+        self.set_register(register::QUEUE_SEL, self.queue.into());
         self.set_register(register::QUEUE_SIZE, QUEUE_SIZE);
         self.set_wide_register(register::QUEUE_DESC, descriptors);
         self.set_wide_register(register::QUEUE_DRIVER, available);
@@ -309,7 +323,7 @@ impl Guest {
         self.register(register::STATUS)
     }
 
-    /// Where the first queue of the device is: descriptor table, available ring, used ring.
+    /// Where the queue of the device is: descriptor table, available ring, used ring.
     fn rings(&self) -> [u64; 3] {
         let base = 0x100_0000 + (self.registers - REGISTERS) * 4;
         [base, monitor::available(base), monitor::used(base)]
@@ -327,15 +341,47 @@ impl Guest {
     }
 
     fn fill(&mut self, buffer: u64, len: u32) -> (u32, u64) {
+        let [descriptors, ..] = self.rings();
+        self.write64(descriptors, buffer);
+        self.write64(descriptors + 8, u64::from(len) | DEVICE_WRITES << 32);
+        self.offer()
+    }
+
+    /// Sends the device a request, for an answer of at most so many bytes; gives the answer.
+    pub fn request(&mut self, request: &[u8], answer_len: u32) -> Vec<u8> {
+        let [descriptors, ..] = self.rings();
+        for (at, word) in (REQUEST..).step_by(8).zip(request.chunks(8)) {
+            let mut bytes = [0; 8];
+            bytes[..word.len()].copy_from_slice(word);
+            self.write64(at, u64::from_le_bytes(bytes));
+        }
+        let next = |index: u64| CHAINED << 32 | index << 48;
+        let second = [ANSWER, u64::from(answer_len) | DEVICE_WRITES << 32];
+        let table = [[REQUEST, request.len() as u64 | next(1)], second].concat();
+        for (at, word) in (descriptors..).step_by(8).zip(table) {
+            self.write64(at, word);
+        }
+        let (filled, _) = self.offer();
+        let words = (ANSWER..).step_by(8).take(filled.div_ceil(8) as usize);
+        let mut answer: Vec<_> = words.flat_map(|at| self.read64(at).to_le_bytes()).collect();
+        answer.truncate(filled as usize);
+        answer
+    }
+
+    /// The sum of the first words of so many pages.
+    pub fn sum(&mut self, address: u64, pages: u64) -> u64 {
+        self.ask(Operation::Sum, 8, address, pages)
+    }
+
+    /// Hands the device the chain at descriptor 0: how much of it was filled, and the ticks from the kick
+    /// until it is used.
+    fn offer(&mut self) -> (u32, u64) {
         let [descriptors, available, used] = self.rings();
         let index = self.read32(available) >> 16;
-        let device_writes = 2;
-        self.write64(descriptors, buffer);
-        self.write64(descriptors + 8, u64::from(len) | device_writes << 32);
         // The available ring's entries are 16 bits each; all say descriptor 0. A used ring's are 8 bytes.
         let notify = self.registers + register::QUEUE_NOTIFY;
         let next = u64::from(index as u16 + 1);
-        let ticks = self.ask(Operation::Request, 2, descriptors, notify << 16 | next);
+        let ticks = self.ask(Operation::Request, self.queue, descriptors, notify << 16 | next);
         let filled = self.read32(used + 4 + u64::from(index % QUEUE_SIZE) * 8 + 4);
         (filled, ticks)
     }

@@ -7,6 +7,7 @@
 //! | [`mod@bench`] | a device of the library in this process, and the scripted back-end behind it |
 //! | [`huge_pages`] | a reservation of them |
 //! | [`fuse`] | a file system whose server leaves requests unanswered |
+//! | [`fuse_request`] | what a guest asks a virtio-fs device, as bytes |
 //! | [`recorder`], [`machine`] | the machine of such a device: it records its mappings, or a vCPU of KVM sees them |
 //! | [`guest`], [`monitor`], [`image`] | a running `hotslot`, and the small guest in it |
 //! | [`gdb`] | a debugger |
@@ -14,7 +15,7 @@
 //! | [`driver`] | the front-end of the `vhost` crate, and a driver with one queue |
 //! | [`picture`] | what a picture must hold to: nothing overlaps |
 //! | [`child`], [`built`], [`terminal`] | a program that runs, where cargo built it, what it runs on |
-//! | [`kvm`], [`process`], [`wait`] | whether `/dev/kvm` opens; what a process has of the host; deadlines |
+//! | [`kvm`], [`host`], [`process`], [`wait`] | whether `/dev/kvm` opens; what is in use of the host, and by a process; deadlines |
 //!
 //! Nothing here encodes or decodes a message by hotslot's own codec, so that no error in that codec can hide.
 
@@ -29,8 +30,10 @@ pub mod driver;
 pub mod files;
 pub mod full_disk;
 pub mod fuse;
+pub mod fuse_request;
 pub mod gdb;
 pub mod guest;
+pub mod host;
 pub mod huge_pages;
 pub mod image;
 pub mod kvm;

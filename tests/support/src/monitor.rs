@@ -15,6 +15,8 @@ use crate::image::{self, Segment};
 
 const LOAD: u64 = 0x10_0000;
 const TABLES: u64 = 0x20_0000;
+/// Writes that it makes at its start.
+const LIST: u64 = 0x30_0000;
 /// The monitor sees this much guest physical memory, one to one.
 const MAPPED_GIB: u64 = 64;
 
@@ -30,14 +32,17 @@ pub enum Operation {
     In = 3,
     Interrupts = 4,
     /// One request of a virtio queue whose rings are at the address ([`available`], [`used`]). The value is
-    /// the new index of the available ring, and above its 16 bits the address of QueueNotify. The answer is
-    /// how long the device took to use it, in ticks of the time-stamp counter.
+    /// the new index of the available ring, and above its 16 bits the address of QueueNotify. The width is
+    /// the number of the queue. The answer is how long the device took to use it, in ticks of the time-stamp
+    /// counter.
     Request = 5,
     /// Goes through a list of 32-bit writes, as often as the value says. The list is at the address: of each
     /// write the address (8 bytes) and the value (8 bytes), then an address of 0.
     Repeat = 6,
     /// Writes a word to each of as many pages as the value says, from the address on.
     Touch = 7,
+    /// Reads the first word of as many pages as the value says, from the address on. The answer is their sum.
+    Sum = 8,
 }
 
 /// Where the available ring of a queue is, whose descriptor table is at `rings`.
@@ -55,12 +60,20 @@ const INDEX: u64 = 2;
 
 /// The monitor as an ELF file, for `hotslot -k`.
 pub fn elf() -> Vec<u8> {
-    let code = code().expect("the monitor assembles");
-    let tables = image::page_tables(TABLES, MAPPED_GIB);
-    image::elf(LOAD, &[Segment::new(LOAD, &code), Segment::new(TABLES, &tables)])
+    elf_after(&[])
 }
 
-fn code() -> Result<Vec<u8>, IcedError> {
+/// The same. If there are writes (address, value), it makes them before all else, as one
+/// [`Operation::Repeat`], and answers that.
+pub fn elf_after(writes: &[(u64, u32)]) -> Vec<u8> {
+    let code = code(!writes.is_empty()).expect("the monitor assembles");
+    let tables = image::page_tables(TABLES, MAPPED_GIB);
+    let words = writes.iter().flat_map(|&(address, value)| [address, value.into()]).chain([0]);
+    let list: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+    image::elf(LOAD, &[Segment::new(LOAD, &code), Segment::new(TABLES, &tables), Segment::new(LIST, &list)])
+}
+
+fn code(has_list: bool) -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     let mut next = a.create_label();
     let mut answer = a.create_label();
@@ -73,6 +86,13 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.mov(rsp, LOAD)?; // grows down, into RAM that is not used any more
 
     // r8 operation, r9 width, r10 address, r11 value
+    let mut execute = a.create_label();
+    if has_list {
+        a.mov(r8d, Operation::Repeat as i32)?;
+        a.mov(r10, LIST)?;
+        a.mov(r11d, 1)?;
+        a.jmp(execute)?;
+    }
     a.set_label(&mut next)?;
     for register in [r8, r9] {
         a.call(get_byte)?;
@@ -83,6 +103,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
         a.call(get_word)?;
         a.mov(register, rbx)?;
     }
+    a.set_label(&mut execute)?;
     a.xor(ebx, ebx)?;
     let operations = [Operation::Read, Operation::Write, Operation::Out, Operation::In];
     for operation in operations {
@@ -110,7 +131,14 @@ fn code() -> Result<Vec<u8>, IcedError> {
                 (Operation::In, 1) => a.in_(al, dx)?,
                 (Operation::In, 2) => a.in_(ax, dx)?,
                 (Operation::In, _) => a.in_(eax, dx)?,
-                (Operation::Interrupts | Operation::Request | Operation::Repeat | Operation::Touch, _) => {}
+                (
+                    Operation::Interrupts
+                    | Operation::Request
+                    | Operation::Repeat
+                    | Operation::Touch
+                    | Operation::Sum,
+                    _,
+                ) => {}
             }
             if matches!(operation, Operation::In) {
                 a.mov(rbx, rax)?;
@@ -132,7 +160,7 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.rdtsc()?;
     a.shl(rdx, 32)?;
     a.lea(rbx, ptr(rax + rdx))?;
-    a.mov(dword_ptr(rdi), 0)?;
+    a.mov(dword_ptr(rdi), r9d)?;
     a.set_label(&mut pending)?;
     a.pause()?;
     a.cmp(word_ptr(r10 + used(INDEX)), r11w)?;
@@ -176,6 +204,17 @@ fn code() -> Result<Vec<u8>, IcedError> {
     a.jne(touch)?;
     a.jmp(answer)?;
     a.set_label(&mut no_touch)?;
+    let mut no_sum = a.create_label();
+    let mut page = a.create_label();
+    a.cmp(r8, Operation::Sum as i32)?;
+    a.jne(no_sum)?;
+    a.set_label(&mut page)?;
+    a.add(rbx, qword_ptr(r10))?;
+    a.add(r10, 4096)?;
+    a.dec(r11)?;
+    a.jne(page)?;
+    a.jmp(answer)?;
+    a.set_label(&mut no_sum)?;
     let mut disable = a.create_label();
     a.test(r11, r11)?;
     a.je(disable)?;
