@@ -20,13 +20,16 @@
 #                      listen; TYPE and the keys are those of `hotslot --vhost-user`. May be given several times
 #   --module NAME      loads this module of the kernel as well
 #   --shell            a file of this machine, target/run/pmem.img, as persistent memory, mounted at /mnt with DAX
-#   --cpus N, -m SIZE  processors (1) and memory (512M) of the guest
+#   --cpus N, --memory SIZE, -m SIZE
+#                      vCPUs (1) and memory (512M) of the guest
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the guest)
 #   --memory-picture FILE
 #                      draws the guest's memory into FILE, as SVG, at each SIGUSR1 of hotslot and at the end
 #   --verbose, -v      hotslot's messages on standard error; -vv more of them
-#   HOTSLOT OPTION...  others of `hotslot --help` go to hotslot: -i, -c, --log, --log-file, --unavailable-page, --backend-loss,
-#                      --trace-vhost-user, --connect-timeout, --sandbox, --gdb, --dump, --vhost-user
+#   HOTSLOT OPTION...  others of `hotslot --help` go to hotslot: -i, --initramfs, -c, --cmdline, --log, --log-file,
+#                      --unavailable-page, --backend-loss, --trace-vhost-user, --connect-timeout, --sandbox, --gdb, --dump,
+#                      --vhost-user
+#   --help, -h         prints this text
 #
 # Options may stand in any order before COMMAND, and are refused before anything is built. What is missing is installed
 # and built first, which is told on standard error. Where this machine's KVM cannot boot Linux, everything runs on the

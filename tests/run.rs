@@ -1,7 +1,8 @@
-//! `scripts/run.sh`: what it refuses, and that it does so before anything is built.
+//! `scripts/run.sh`: what it refuses, and that it does so before anything is built; what its help describes.
 
 #![allow(clippy::unwrap_used)] // All of it is tests.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
@@ -53,6 +54,32 @@ fn wrong_options_are_refused_by_their_names() {
         assert_eq!(status, Some(2), "{arguments:?}: {said}");
         assert!(said.starts_with("run.sh: ") && said.contains(sentence), "{arguments:?}: {said}");
         assert_eq!(said.lines().count(), 1, "{arguments:?}: {said}");
+    }
+}
+
+/// The words of a text that are options.
+fn options(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|character: char| !(character.is_ascii_lowercase() || character == '-'));
+    words.filter(|word| word.starts_with('-') && word.trim_start_matches('-') != "").collect()
+}
+
+#[test]
+fn the_help_describes_each_option_and_no_other() {
+    let script = format!("{PROJECT}/scripts/run.sh");
+    let output = child::run(Command::new("/bin/bash").args([&script, "--help"]));
+    let help = String::from_utf8(output.stdout).unwrap();
+    let list = help.split("\n\n").find(|paragraph| paragraph.starts_with("  --kernel")).unwrap();
+    let described = options(list);
+
+    let script = fs::read_to_string(script).unwrap();
+    let (_, parse) = script.split_once("\nparse() {").unwrap();
+    let (parse, _) = parse.split_once("\n}").unwrap();
+    let patterns = parse.lines().filter_map(|line| line.trim().split_once(')')).map(|(pattern, _)| pattern);
+    let parsed: BTreeSet<_> = patterns.filter(|text| text.starts_with('-')).flat_map(options).collect();
+    assert_eq!(described, parsed);
+    for option in described.into_iter().filter(|option| !["-h", "--help"].contains(option)) {
+        let (_, said) = run_sh(&[option]);
+        assert!(!said.contains("there is no such option"), "{option}: {said}");
     }
 }
 
