@@ -1,68 +1,109 @@
 #!/bin/bash
-# usage: bench.sh [neighbour|files|programs|boot [RUNS]|mapping [NAME=HOTSLOT]...]
+# usage: bench.sh [OPTION]... [all | PART...]
 #
-# Measures, and gives ratios of what it measured in one run; neighbour and files where none is named.
+# Measures, and prints a table: of each figure minimum, median, 99th percentile and maximum for each subject, and median
+# and 99th percentile as multiples of those of the floor, or of what stands beside it in the same run. Without a PART:
+# neighbour and files.
 #
-#   neighbour          how long requests to one device take while the back-end of another misbehaves, with small guests on
-#                      this machine's /dev/kvm: for each kind of misbehaviour the median, the 99th percentile, and its
-#                      ratio to that of the rounds in which the other back-end does nothing. Use a machine that does
-#                      nothing else.
+#   --runs N           how often each VMM boots each kernel (default: 5)
+#   --beside NAME=PATH measures another VMM, too, where that makes sense: NAME is firecracker, crosvm, alioth or
+#                      cloud-hypervisor, PATH its program; other NAMEs are for `size` alone. May be given several times
+#   --hotslot NAME=PATH measures another hotslot, too (of an earlier version, say): mapping, size
+#   --keep DIR         writes the figures (figures.txt), the table (table.txt) and a picture (picture.svg) into this
+#                      directory. It may have figures of an earlier run: those of other parts stay
+#
+# The parts, in the order of `all`. "By the clock" is by that of an emulated host (lab.sh --icount), which counts
+# instructions: of the guest, its kernel, the VMM, the back-end and the host's kernel together.
+#
+#   boot               how long it takes from the start of hotslot, and of QEMU's microvm and q35, to the first line of PID 1
+#                      of a guest with a stock kernel (vmlinux, bzImage), 256 MiB and one vCPU; by the clock
+#   size               how large the stripped program is, and how many crates are in it
+#   micro              the codec, the ledger and the backend channel alone, by criterion, on this machine; the channel beside
+#                      the bare system calls of the same exchange
+#   mapping            how long a MAP and an UNMAP take that are well, and a reset, by the clock: with this hotslot, in its
+#                      sandbox and without one, beside a server that only makes the system calls
+#   resident           how much memory a VMM has beside its guest's, on the emulated host: with one device of type fs
+#                      (hotslot and QEMU), or with none (other VMMs)
+#   speed              how long a guest takes to read a mapping, beside its own memory: with pages of 4 KiB, and of 2 MiB
+#                      where the kernel can collapse small ones (MADV_COLLAPSE). On this machine if it has a KVM that is
+#                      not software, else by the clock, which shows faults and exits, and no page walks
+#   session            a session in a share by DAX, through a window that is smaller than the data, by the clock: with slots
+#                      that outlive their mappings, and without
 #   files              how long a guest takes to get at the files of a directory of the host, with DAX, without it, and
-#                      without a cache; by the clock of an emulated host (lab.sh --icount), which counts instructions: of
-#                      the guest, its kernel, the VMM, the back-end and the host's kernel together
-#   programs           how long programs take that work with such files (tar, ls, git, gcc, pages at random), by the same
-#                      clock: on the emulated host itself, and in a guest with our back-ends and with virtiofsd (which
-#                      cargo installs) and qemu-storage-daemon
-#   boot [RUNS]        how long it takes from the start of hotslot, and of QEMU's microvm and q35, to the first line of PID 1
-#                      of a guest with a stock kernel (vmlinux, bzImage), 256 MiB and one vCPU, by the same clock. For
-#                      each a line: its name, and minimum, median, 99th percentile and maximum of RUNS (default: 5) in
-#                      nanoseconds. What each run took is on standard error
-#   mapping            how long a MAP and an UNMAP take that are well, and a reset, by the same clock: with this hotslot, in
-#                      its sandbox and without one, with others that are named (of an earlier version, which must give a
-#                      guest input that polls the serial port), and with a server that only makes the system calls. One
-#                      line for each figure: name, minimum, median, 99th percentile, maximum, in nanoseconds
+#                      without a cache; by the clock
+#   programs           how long programs take that work with such files (tar, ls, git, gcc, pages at random), by the clock:
+#                      on the emulated host itself, and in a guest with our back-ends and with virtiofsd (which cargo
+#                      installs) and qemu-storage-daemon
+#   neighbour          how long requests to one device take while the back-end of another misbehaves, with small guests on
+#                      this machine's /dev/kvm: beside rounds in which the other back-end does nothing. Use a machine that
+#                      does nothing else
+#
+# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
 
+ALL=(boot size micro mapping resident speed session files programs neighbour)
+
+runs=5 beside=() hotslots=() keep=''
+
 main() {
-    case ${1-} in
-    -h | --help) usage && return ;;
-    neighbour | files | programs) "$1" ;;
-    boot | mapping) "$@" ;;
-    '') neighbour && files ;;
-    *) die "$1: not understood (--help lists what is)" ;;
-    esac
-}
-
-neighbour() {
+    local parts=() part status
+    while (($#)); do
+        case $1 in
+        -h | --help) usage && return ;;
+        --runs) runs=$(whole_number "$@") && shift 2 ;;
+        --beside | --hotslot)
+            [[ ${2-} == ?*=?* && -x ${2#*=} ]] || die "$1 ${2-}: this is not NAME=PATH with the path of a program"
+            if [[ $1 == --beside ]]; then beside+=("${2%%=*}=$(realpath "${2#*=}")"); else hotslots+=("${2%%=*}=$(realpath "${2#*=}")"); fi
+            shift 2
+            ;;
+        --keep)
+            (($# > 1)) || die "--keep needs a directory"
+            mkdir -p "$2" && keep=$(realpath "$2") && shift 2
+            ;;
+        all) parts+=("${ALL[@]}") && shift ;;
+        *)
+            [[ " ${ALL[*]} " == *" $1 "* ]] || die "$1: not understood (--help lists what is)"
+            parts+=("$1") && shift
+            ;;
+        esac
+    done
+    ((${#parts[@]})) || parts=(neighbour files)
     cd "$PROJECT"
-    need cc:gcc
-    cargo bench --quiet --locked --bench neighbour
+    work=$(mktemp -d)
+    remove_at_end "$work"
+    hotslot=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot backend=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot-backend
+    [[ -n ${HOTSLOT_PROGRAMS-} ]] || cargo build --quiet --release --locked --bins
+    kernel=$(scripts/kernel.sh)
+    cargo build --quiet --locked --package hotslot-figures
+    local failed=() figures=$work/all
+    about >"$figures"
+    [[ -z $keep || ! -e $keep/figures.txt ]] || grep -v '^#' "$keep/figures.txt" >>"$figures" || true
+    for part in "${parts[@]}"; do
+        say "$part"
+        # Not behind `if` or `||`: there a failure inside would go on.
+        set +e
+        (set -e && "$part" >"$work/part")
+        status=$?
+        set -e
+        ((status == 0)) || failed+=("$part")
+        cat "$work/part" >>"$figures"
+    done
+    target/debug/hotslot-figures table "$figures" | tee "$work/table"
+    if [[ -n $keep ]]; then
+        target/debug/hotslot-figures picture "$figures" >"$work/picture"
+        cp "$figures" "$keep/figures.txt" && cp "$work/table" "$keep/table.txt" && cp "$work/picture" "$keep/picture.svg"
+    fi
+    ((${#failed[@]} == 0)) || die "without figures, or without all of them: ${failed[*]}"
 }
 
-files() {
-    prepare
-    "$PROJECT/scripts/image.sh" -o "$work/guest.cpio" --module virtio_mmio \
-        --file "$PROJECT/benches/files/guest.sh:/bench/guest.sh"
-    measure "$PROJECT/benches/files/host.sh" --memory 2G --timeout 240
-    table "$work/figures"
-}
-
-boot() {
-    local runs=${1-5} qemu firmware lab
-    [[ $runs =~ ^[1-9][0-9]*$ ]] || die "boot $runs: this is not a number of runs"
-    need qemu-system-x86_64:qemu-system-x86
-    qemu=$(type -P qemu-system-x86_64)
-    prepare
-    "$PROJECT/scripts/image.sh" -o "$work/guest.cpio" --bare --exec "$(type -P busybox):/busybox" \
-        --file "$PROJECT/benches/boot/init.sh:/init"
-    lab=(--exec "$qemu")
-    for firmware in /usr/share/qemu /usr/share/seabios; do lab+=(--file "$firmware"); done
-    measure "$PROJECT/benches/boot/host.sh" --memory 2G --timeout $((120 + 40 * runs)) "${lab[@]}" \
-        --file "$kernel/bzImage" --env "QEMU=$qemu" --env "RUNS=$runs" --env "VMLINUX=$kernel/vmlinux" \
-        --env "BZIMAGE=$kernel/bzImage"
-    sed -n 's/^speed //p' "$work/figures" | tee /dev/stderr | statistics
+# What a reader of the figures must know of their origin.
+about() {
+    local kvm
+    kvm=$([[ $(host_kind) == kvm ]] && echo "KVM" || echo "KVM in software")
+    echo "# $(LC_ALL=C date -u '+%-d %B %Y'), commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
+    echo "# $(nproc) processors ($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)), Linux $(uname -r), $kvm"
 }
 
 # Lines of NAME: NUMBER, in any order, as lines of NAME MINIMUM MEDIAN P99 MAXIMUM.
@@ -77,20 +118,97 @@ statistics() {
         END { flush() }'
 }
 
-mapping() {
-    local hotslot=$TARGET/release/hotslot program built lab=()
-    local programs=("hotslot=$hotslot" "no-sandbox=$hotslot --sandbox off")
-    cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bin hotslot
-    # A debug build of the client, as the tests have it: its own time is in all figures.
-    built=$(cargo test --locked --manifest-path "$PROJECT/Cargo.toml" --bench mapping --no-run 2>&1 |
-        sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
-    for program in "$@"; do programs+=("${program%%=*}=$(realpath "${program#*=}")"); done
-    cd "$PROJECT"
-    for program in "${programs[@]}"; do
-        program=${program#*=}
-        lab+=(--exec "${program%% *}")
+size() {
+    local pair program=$work/stripped
+    need strip:binutils
+    for pair in "hotslot=$hotslot" "${hotslots[@]}" "qemu=$(type -P qemu-system-x86_64 || true)" "${beside[@]}"; do
+        [[ -n ${pair#*=} ]] || continue
+        strip -o "$program" "${pair#*=}"
+        echo "stripped@${pair%%=*}: $(stat -c %s "$program")" | statistics
     done
-    scripts/lab.sh --icount --timeout 600 "${lab[@]}" -- "$(realpath "$built")" "${programs[@]}"
+    echo "crates@hotslot: $(crates | wc -l)" | statistics
+    echo "crates-all@hotslot: $(crates all | wc -l)" | statistics
+}
+
+# The crates that the VMM alone is made of, itself among them; with `all` those that only run in the compiler, too.
+crates() {
+    local edges=normal
+    [[ ${1-} == all ]] || edges+=,no-proc-macro
+    cargo tree --locked --package hotslot --no-default-features --edges "$edges" --prefix none --format '{p}' |
+        sed 's/ (.*//' | sort -u
+}
+
+micro() {
+    rm -rf "$TARGET/criterion"
+    cargo bench --quiet --locked --bench micro >&2
+    target/debug/hotslot-figures criterion "$TARGET/criterion"
+}
+
+neighbour() {
+    need cc:gcc
+    cargo bench --quiet --locked --bench neighbour
+}
+
+boot() {
+    vmms boot --timeout $((300 + 100 * runs)) --file "$kernel/bzImage" --env "RUNS=$runs" \
+        --env "BZIMAGE=$kernel/bzImage"
+}
+
+resident() { vmms resident --timeout 600; }
+
+# vmms PART OPTION...: a part that starts each VMM, with a guest whose PID 1 only says that it runs.
+vmms() {
+    local part=$1 qemu firmware pair lab=()
+    shift
+    need qemu-system-x86_64:qemu-system-x86 busybox:busybox-static
+    qemu=$(type -P qemu-system-x86_64)
+    scripts/image.sh -o "$work/guest.cpio" --bare --exec "$(type -P busybox):/busybox" --file benches/boot/init.sh:/init
+    for firmware in /usr/share/qemu /usr/share/seabios; do lab+=(--file "$firmware"); done
+    for pair in "${beside[@]}"; do lab+=(--exec "${pair#*=}"); done
+    measure "$PROJECT/benches/$part/host.sh" --memory 2G --exec "$qemu" "${lab[@]}" --file benches/vmm.sh \
+        --env "VMM=$PROJECT/benches/vmm.sh" --env "QEMU=$qemu" --env "BESIDE=${beside[*]}" "$@"
+    sed 's/^speed //' "$work/figures" | statistics
+}
+
+session() {
+    need git:git
+    tree "$work/small-tree" 3
+    tar -C "$work/small-tree" --owner 0 --group 0 --numeric-owner -cf "$work/tree.tar" .
+    "$PROJECT/scripts/image.sh" -o "$work/guest.cpio" --module virtio_mmio --exec "$(type -P git)" \
+        --file "$PROJECT/benches/session/guest.sh:/bench/guest.sh" --file "$work/tree.tar:/bench/tree.tar"
+    measure "$PROJECT/benches/session/host.sh" --memory 2G --timeout 900
+    statistics <"$work/figures"
+}
+
+files() {
+    "$PROJECT/scripts/image.sh" -o "$work/guest.cpio" --module virtio_mmio \
+        --file "$PROJECT/benches/files/guest.sh:/bench/guest.sh"
+    measure "$PROJECT/benches/files/host.sh" --memory 2G --timeout 600
+    named files <"$work/figures" | statistics
+}
+
+mapping() {
+    local pair lab=() programs=("hotslot=$hotslot" "no-sandbox=$hotslot --sandbox off" "${hotslots[@]}")
+    for pair in "hotslot=$hotslot" "${hotslots[@]}"; do lab+=(--exec "${pair#*=}"); done
+    scripts/lab.sh --icount --timeout 900 "${lab[@]}" -- "$(client mapping)" "${programs[@]}"
+}
+
+speed() {
+    local client
+    client=$(client speed)
+    if [[ $(host_kind) == kvm ]]; then
+        "$client" "$hotslot"
+    else
+        scripts/lab.sh --icount --timeout 900 --exec "$hotslot" -- "$client" "$hotslot"
+    fi
+}
+
+# client BENCH: builds the program of a benchmark with small guests, and prints where it is. A debug build, as the tests
+# have it: its own time is in all figures.
+client() {
+    local built
+    built=$(cargo test --locked --bench "$1" --no-run 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
+    realpath "$built"
 }
 
 programs() {
@@ -98,26 +216,15 @@ programs() {
     need git:git gcc:gcc qemu-storage-daemon:qemu-system-common
     daemon=$(type -P qemu-storage-daemon)
     virtiofsd=$(virtiofsd) || say "there is no virtiofsd, and so no column for it"
-    prepare
-    tree "$work/tree"
+    tree "$work/tree" 25
     tar -C "$work/tree" --owner 0 --group 0 --numeric-owner -cf "$work/tree.tar" .
     tools=(--exec "$(type -P git)" --exec "$(type -P gcc)" --exec "$(type -P as)" --exec "$(gcc -print-prog-name=cc1)")
     "$PROJECT/scripts/image.sh" -o "$work/guest.cpio" --module virtio_mmio --module virtio_blk "${tools[@]}" \
         --file "$work_script:/bench/work.sh" --file "$work/tree.tar:/bench/tree.tar"
-    measure "$PROJECT/benches/programs/host.sh" --memory 3G --timeout 900 "${tools[@]}" --file "$work_script" \
+    measure "$PROJECT/benches/programs/host.sh" --memory 3G --timeout 1800 "${tools[@]}" --file "$work_script" \
         --file "$work/tree.tar" --env "WORK=$work_script" --env "TREE=$work/tree.tar" --exec "$daemon" \
         --env "DAEMON=$daemon" ${virtiofsd:+--exec "$virtiofsd"} --env "VIRTIOFSD=$virtiofsd"
-    compare "$work/figures"
-}
-
-# What both kinds of guest need.
-prepare() {
-    hotslot=$TARGET/release/hotslot backend=$TARGET/release/hotslot-backend
-    work=$(mktemp -d)
-    # shellcheck disable=SC2064 # this directory, now
-    trap "rm -rf '$work'" EXIT
-    cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bins
-    kernel=$("$PROJECT/scripts/kernel.sh")
+    named programs <"$work/figures" | statistics
 }
 
 # measure SCRIPT OPTION...: runs a script on an emulated host, with these options of lab.sh; what it prints are figures.
@@ -143,14 +250,17 @@ virtiofsd() {
     type -P virtiofsd
 }
 
-# 1,000 small files in 25 directories, and the sources of 3 programs in C.
+# named PART: lines of CASE:FIGURE:NANOSECONDS as lines of PART-FIGURE@CASE: NANOSECONDS.
+named() { awk -F : -v part="$1" '{ gsub(/ /, "-", $2); print part "-" $2 "@" $1 ": " $3 }'; }
+
+# tree DIR COUNT: 40 small files in each of COUNT directories, and the sources of 3 programs in C.
 tree() {
     mkdir -p "$1/source"
-    awk -v top="$1" '
+    awk -v top="$1" -v count="$2" '
         function random(below) { state = (state * 16807) % 2147483647; return state % below }
         BEGIN {
             state = 1
-            for (d = 0; d < 25; d++) {
+            for (d = 0; d < count; d++) {
                 system("mkdir -p " top "/directory" d)
                 for (f = 0; f < 40; f++) {
                     file = top "/directory" d "/file" f
@@ -165,69 +275,6 @@ tree() {
                 close(file)
             }
         }'
-}
-
-# Lines of CASE:FIGURE:NANOSECONDS as a table in microseconds. What is read again is compared with the guest's own memory.
-table() {
-    awk -F : '
-        function row(title, figure) {
-            printf "%-48s", title
-            for (i = 1; i <= 3; i++) {
-                key = cases[i] ":" figure
-                if (key in ns) printf "%12.1f", ns[key] / 1000; else printf "%12s", "-"
-            }
-            print ""
-        }
-        { ns[$1 ":" $2] = $3 }
-        END {
-            split("dax cached uncached", cases, " ")
-            printf "%-48s%12s%12s%12s\n", "microseconds", "DAX", "no DAX", "no cache"
-            row("1 MiB of the guest'\''s own memory", "memory")
-            row("1 MiB through a mapping, again", "mapped again")
-            row("1 MiB through a mapping, first", "mapped first")
-            row("the first word of 2 MiB through a mapping", "touch")
-            row("1 MiB by reads of 128 KiB, first", "read first")
-            row("1 MiB by reads of 128 KiB, again", "read again")
-            row("a page at random, first", "random first")
-            row("a page at random, again", "random again")
-            printf "a mapping read again, to the guest'\''s own memory: %.3f\n", ns["dax:mapped again"] / ns["dax:memory"]
-        }' "$1"
-}
-
-# The same for programs: microseconds, and what is a guest's again as a multiple of the host's own.
-compare() {
-    awk -F : '
-        function row(title, figure, kinds, floor) {
-            if (!((floor ":" figure) in ns)) return
-            printf "%-36s%12.1f", title, ns[floor ":" figure] / 1000
-            for (i = 1; i <= split(kinds, cases, " "); i++) {
-                key = cases[i] ":" figure
-                if (key in ns) printf "%12.1f %5.1fx", ns[key] / 1000, ns[key] / ns[floor ":" figure]
-                else printf "%12s       ", "-"
-            }
-            print ""
-        }
-        function share(title, figure) { row(title, figure, "dax cached virtiofsd", "host") }
-        { ns[$1 ":" $2] = $3 }
-        END {
-            printf "%-36s%12s%19s%19s%19s\n", "microseconds", "host itself", "fs with DAX", "fs without", "virtiofsd"
-            share("tar: 1,000 files unpacked", "untar")
-            share("ls -lR", "list")
-            share("git add: 120 files", "git add")
-            share("git status", "git status")
-            share("gcc: 3 files", "compile")
-            share("rm -r", "remove")
-            share("1 MiB by reads of 128 KiB, first", "read first")
-            share("1 MiB by reads of 128 KiB, again", "read again")
-            share("a page read at random, first", "random first")
-            share("a page read at random, again", "random again")
-            share("a page written at random", "random writes")
-            share("a page read, O_DIRECT", "direct reads")
-            share("a page written, O_DIRECT", "direct writes")
-            printf "\n%-36s%12s%19s%19s\n", "microseconds", "host itself", "blk", "qemu-storage-daemon"
-            row("a page read, O_DIRECT", "direct reads", "blk daemon", "diskhost")
-            row("a page written, O_DIRECT", "direct writes", "blk daemon", "diskhost")
-        }' "$1"
 }
 
 main "$@"

@@ -51,7 +51,7 @@ main() {
     check "lints without back-ends" cargo clippy --locked --no-default-features --bin hotslot -- -D warnings
     RUSTDOCFLAGS='-D warnings' check "documentation" cargo doc --workspace --no-deps --document-private-items --locked
     (need shellcheck:shellcheck) || true
-    check "shell scripts" shellcheck -x scripts/*.sh scripts/*/*.sh scripts/interop/*/*.sh .ci/run benches/*/*.sh tests/linux/*/*.sh
+    check "shell scripts" shellcheck -x scripts/*.sh scripts/*/*.sh scripts/interop/*/*.sh .ci/run benches/*.sh benches/*/*.sh tests/linux/*/*.sh
     check "dependencies" dependencies
     # Whether each assertion has a test. Whether the tests pass is seen below.
     check "contract" scripts/contract.sh --list

@@ -21,12 +21,13 @@ use proc_macro2::{TokenStream, TokenTree};
 use syn::visit::{self, Visit};
 
 /// The first file of each crate, and the name by which other crates know it.
-const CRATES: [(&str, Option<&str>); 7] = [
+const CRATES: [(&str, Option<&str>); 8] = [
     ("src/lib.rs", Some("hotslot")),
     ("src/main.rs", None),
     ("src/bin/hotslot-backend/main.rs", None),
     ("guest/src/lib.rs", Some("hotslot_guest")),
     ("guest/src/main.rs", None),
+    ("benches/figures/src/main.rs", None),
     ("tests/contract/src/main.rs", None),
     ("tests/support/src/lib.rs", Some("hotslot_test_support")),
 ];

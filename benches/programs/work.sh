@@ -5,7 +5,8 @@ set -e
 DIR=${1-/mnt}
 again() {
     [ -n "$OPTIONS" ] || return 0
-    if mountpoint -q "$DIR"; then umount "$DIR"; fi
+    # The first time nothing is mounted there.
+    umount "$DIR" 2>/dev/null || true
     mount -t virtiofs -o "$OPTIONS" share "$DIR"
 }
 # gcc takes it badly where there is no such directory at all.

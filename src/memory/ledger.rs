@@ -10,10 +10,10 @@ use super::error::ShmemError;
 use super::{Access, PAGE_SIZE};
 
 /// The name of a mapping: the region's id, and the offset in the region where it starts, in bytes.
-pub(super) type Key = (u8, u64);
+pub type Key = (u8, u64);
 
 /// The regions and mappings of one device. The ledger's user keeps a `T` with each mapping.
-pub(super) struct Ledger<T> {
+pub struct Ledger<T> {
     /// In bytes, by region.
     sizes: BTreeMap<u8, u64>,
     /// Those of a region are disjoint. [`Self::insert`] adds to them, [`Self::remove`] removes.
@@ -32,15 +32,18 @@ pub(super) struct Ledger<T> {
 }
 
 /// The record of a live mapping.
-pub(super) struct Mapping<T> {
+pub struct Mapping<T> {
     /// As the back-end gave it: not always whole pages (SHM-34).
     len: u64,
+    /// Where in its file it begins, in bytes.
     pub file_offset: u64,
+    /// What the guest may do there.
     pub access: Access,
     /// No other mapping ever made has it.
     pub number: u64,
     /// Its back-end is gone, and another one is taking its place (SHM-77).
     pub is_old: bool,
+    /// What the ledger's user keeps with it.
     pub kept: T,
 }
 

@@ -6,7 +6,7 @@
 pub mod alloc;
 mod backing;
 mod error;
-mod ledger;
+pub mod ledger;
 pub mod missing;
 mod origin;
 pub(crate) mod pages;

@@ -194,6 +194,11 @@ impl Guest {
         self.ask(Operation::Touch, 0, start, pages);
     }
 
+    /// Reads a word of 8 bytes at each `2^stride` bytes of a range: how long that took, in ticks.
+    pub fn sweep(&mut self, address: u64, len: u64, stride: u8) -> u64 {
+        self.ask(Operation::Sweep, stride, address, len)
+    }
+
     /// Sends an operation whose answer never comes because the machine ends, and waits for that.
     pub fn end_with(
         mut self,

@@ -43,6 +43,9 @@ pub enum Operation {
     Touch = 7,
     /// Reads the first word of as many pages as the value says, from the address on. The answer is their sum.
     Sum = 8,
+    /// Reads 8 bytes at the address, and after each `2^width` bytes from there on, as far as the value says. The
+    /// answer is how long that took, in ticks of the time-stamp counter.
+    Sweep = 9,
 }
 
 /// Where the available ring of a queue is, whose descriptor table is at `rings`.
@@ -136,7 +139,8 @@ fn code(has_list: bool) -> Result<Vec<u8>, IcedError> {
                     | Operation::Request
                     | Operation::Repeat
                     | Operation::Touch
-                    | Operation::Sum,
+                    | Operation::Sum
+                    | Operation::Sweep,
                     _,
                 ) => {}
             }
@@ -215,6 +219,29 @@ fn code(has_list: bool) -> Result<Vec<u8>, IcedError> {
     a.jne(page)?;
     a.jmp(answer)?;
     a.set_label(&mut no_sum)?;
+    let mut no_sweep = a.create_label();
+    let mut next_word = a.create_label();
+    a.cmp(r8, Operation::Sweep as i32)?;
+    a.jne(no_sweep)?;
+    a.add(r11, r10)?;
+    a.mov(rcx, r9)?;
+    a.mov(esi, 1)?;
+    a.shl(rsi, cl)?;
+    a.rdtsc()?;
+    a.shl(rdx, 32)?;
+    a.lea(rbx, ptr(rax + rdx))?;
+    a.set_label(&mut next_word)?;
+    a.mov(rax, qword_ptr(r10))?;
+    a.add(r10, rsi)?;
+    a.cmp(r10, r11)?;
+    a.jb(next_word)?;
+    a.rdtsc()?;
+    a.shl(rdx, 32)?;
+    a.add(rax, rdx)?;
+    a.sub(rax, rbx)?;
+    a.mov(rbx, rax)?;
+    a.jmp(answer)?;
+    a.set_label(&mut no_sweep)?;
     let mut disable = a.create_label();
     a.test(r11, r11)?;
     a.je(disable)?;
