@@ -24,6 +24,8 @@
 #                      sandbox and without one, beside a server that only makes the system calls
 #   resident           how much memory a VMM has beside its guest's, on the emulated host: with one device of type fs
 #                      (hotslot and QEMU), or with none (other VMMs)
+#   exits              how often a guest with 1,000 requests of an entropy device and 1,000 flushes of a pmem device leaves for
+#                      user space more often than one without, by the counters of hotslot and of KVM
 #   speed              how long a guest takes to read a mapping, beside its own memory: with pages of 4 KiB, and of 2 MiB
 #                      where the kernel can collapse small ones (MADV_COLLAPSE). On this machine if it has a KVM that is
 #                      not software, else by the clock, which shows faults and exits, and no page walks
@@ -43,7 +45,7 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
 
-ALL=(boot size micro mapping resident speed session files programs neighbour)
+ALL=(boot size micro mapping resident exits speed session files programs neighbour)
 
 runs=5 beside=() hotslots=() keep=''
 
@@ -168,6 +170,13 @@ vmms() {
     measure "$PROJECT/benches/$part/host.sh" --memory 2G --exec "$qemu" "${lab[@]}" --file benches/vmm.sh \
         --env "VMM=$PROJECT/benches/vmm.sh" --env "QEMU=$qemu" --env "BESIDE=${beside[*]}" "$@"
     sed 's/^speed //' "$work/figures" | statistics
+}
+
+exits() {
+    scripts/image.sh -o "$work/guest.cpio" --module virtio_mmio --module virtio_rng --module virtio_pmem --module nd_pmem \
+        --file "$PROJECT/benches/exits/guest.sh:/bench/guest.sh"
+    measure "$PROJECT/benches/exits/host.sh" --memory 2G --timeout 600 --env REQUESTS=1000
+    statistics <"$work/figures"
 }
 
 session() {

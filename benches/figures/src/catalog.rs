@@ -57,7 +57,7 @@ const KNOWN: &[(&str, &str, Unit, bool)] = &[
     ("crates", "crates of the VMM, without macros", Unit::Number, true),
     ("crates-all", "crates of the VMM, with macros and theirs", Unit::Number, false),
     ("resident", "resident beside RAM, MiB", Unit::MiB, true),
-    ("exits", "exits to user space a request", Unit::Number, true),
+    ("exits", "exits to user space of 2,000 requests", Unit::Number, true),
     ("neighbour", "a request beside a back-end, ticks", Unit::Ticks, true),
     ("speed-lines-4k", "16 MiB read, 4 KiB pages, ticks", Unit::Ticks, true),
     ("speed-pages-4k", "a word of each 4 KiB, 4 KiB pages, ticks", Unit::Ticks, true),
