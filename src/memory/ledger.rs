@@ -20,8 +20,9 @@ pub struct Ledger<T> {
     pub mappings: BTreeMap<Key, Mapping<T>>,
     /// How many mappings there may be at a time, over all regions.
     quota: usize,
-    /// How many bytes they may have, and have.
+    /// How many bytes they may have.
     limit: u64,
+    /// How many bytes they have.
     pub mapped: u64,
     /// How many bytes were ever mapped.
     pub mapped_ever: u64,
