@@ -1,5 +1,5 @@
-//! What hotslot's own part of a MAP costs, without KVM: the codec, the ledger, and the backend channel beside the
-//! bare system calls of the same exchange.
+//! What hotslot's own part of a MAP costs, without KVM: the codec, the ledger, and the backend channel
+//! beside the bare system calls of the same exchange.
 //!
 //! `scripts/bench.sh micro` runs it, and makes figures `GROUP@FUNCTION` of what `criterion` leaves.
 
@@ -89,11 +89,11 @@ impl Handler for Nothing {
         match *error {}
     }
 
-    fn refused(&self, _: fmt::Arguments<'_>, _: &dyn Error) {}
+    fn refused(&self, _: fmt::Arguments<'_>, _: i32, _: &dyn Error) {}
 }
 
-/// A MAP with its descriptor and the answer, over a socket pair, both ends on one thread: by a [`Channel`], and by
-/// the system calls alone.
+/// A MAP with its descriptor and the answer, over a socket pair, both ends on one thread: by a
+/// [`Channel`], and by the system calls alone.
 fn channel(criterion: &mut Criterion) {
     let (bytes, file) = (request(), memfd(PAGE_SIZE));
     let mut group = criterion.benchmark_group("micro-channel");

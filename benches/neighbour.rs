@@ -1,9 +1,9 @@
 //! How long a request to one device takes while the back-end of another misbehaves (SHM-66).
 //!
-//! The guest is the tests' monitor on this machine's `/dev/kvm`, both back-ends are
-//! `hotslot-backend torture`. A request is a buffer that the first device fills; the guest takes the time
-//! from the kick until the used ring shows it, by its time-stamp counter. Meanwhile the second device does
-//! nothing, or what the case says. Rounds of all cases take turns. For each case there is a line: its name, and
+//! The guest is the tests' monitor on this machine's `/dev/kvm`, both back-ends are `hotslot-backend
+//! torture`. A request is a buffer that the first device fills; the guest takes the time from the kick
+//! until the used ring shows it, by its time-stamp counter. Meanwhile the second device does nothing, or
+//! what the case says. Rounds of all cases take turns. For each case there is a line: its name, and
 //! minimum, median, 99th percentile and maximum, in ticks.
 //!
 //! A flood that is carried out changes memory slots without end, and each change costs the guest's processors

@@ -1,12 +1,13 @@
-//! How fast a guest reads what is mapped into a window, beside its own memory: pages of 4 KiB, and of 2 MiB on the
-//! host.
+//! How fast a guest reads what is mapped into a window, beside its own memory: pages of 4 KiB, and of 2
+//! MiB on the host.
 //!
-//! The guest is the tests' monitor. It reads 16 MiB of each, in turns: a word of each cache line, and a word of each page. For each there is a line: its name, and minimum, median, 99th
-//! percentile and maximum, in ticks of the guest's time-stamp counter.
+//! The guest is the tests' monitor. It reads 16 MiB of each, in turns: a word of each cache line, and a
+//! word of each page. For each there is a line: its name, and minimum, median, 99th percentile and
+//! maximum, in ticks of the guest's time-stamp counter.
 //!
-//! The argument is hotslot. `scripts/bench.sh speed` runs it: on this machine, or on an emulated host whose clock
-//! counts instructions. That clock shows faults and exits, and no page walks. A software KVM takes some
-//! microseconds for each instruction.
+//! The argument is hotslot. `scripts/bench.sh speed` runs it: on this machine, or on an emulated host
+//! whose clock counts instructions. That clock shows faults and exits, and no page walks. A software KVM
+//! takes some microseconds for each instruction.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // As in tests.
 

@@ -60,7 +60,7 @@ fn wrong_options_are_refused_by_their_names() {
 /// The words of a text that are options.
 fn options(text: &str) -> BTreeSet<&str> {
     let words = text.split(|character: char| !(character.is_ascii_lowercase() || character == '-'));
-    words.filter(|word| word.starts_with('-') && word.trim_start_matches('-') != "").collect()
+    words.filter(|word| word.starts_with('-') && !word.trim_start_matches('-').is_empty()).collect()
 }
 
 #[test]

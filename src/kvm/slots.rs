@@ -1,8 +1,9 @@
 //! KVM memory slots (KVM_SET_USER_MEMORY_REGION): one for each range of host memory that the guest sees.
 //!
 //! The one implementation of [`GuestMapper`] outside tests. The set-up maps RAM and the register pages;
-//! backend channels add a slot for each mapping while the guest runs, and release it. A released slot is idle:
-//! the pages behind it are inaccessible. A mapping of the same range takes it over, and KVM changes no slot.
+//! backend channels add a slot for each mapping while the guest runs, and release it. A released slot is
+//! idle: the pages behind it are inaccessible. A mapping of the same range takes it over, and KVM changes
+//! no slot.
 
 use std::any::Any;
 use std::collections::BTreeMap;

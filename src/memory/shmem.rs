@@ -422,8 +422,8 @@ impl SharedMemory {
     }
 
     /// Takes all mappings away (SHM-69), and gives their number; and the slots that were kept. Where
-    /// [`GuestMapper::unmap`] fails the mapping stays; the first such error is returned, after the others have
-    /// gone. Calls `progress` at each step, since a step can take long.
+    /// [`GuestMapper::unmap`] fails the mapping stays; the first such error is returned, after the others
+    /// have gone. Calls `progress` at each step, since a step can take long.
     pub fn unmap_all(&self, mut progress: impl FnMut()) -> Result<usize, ShmemError> {
         let unmapped = self.unmap_each(|_| true, &mut progress);
         while self.retire(1)? > 0 {

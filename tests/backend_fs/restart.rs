@@ -338,8 +338,9 @@ fn the_window_is_mapped_again() {
     }
 }
 
-/// A mapping whose file has no name any more is removed at the return, once. The back-end does not ask for that
-/// again when the guest removes it or the program dies again: the front-end would refuse, since nothing is there.
+/// A mapping whose file has no name any more is removed at the return, once. The back-end does not ask for
+/// that again when the guest removes it or the program dies again: the front-end would refuse, since
+/// nothing is there.
 #[test]
 fn the_mapping_of_a_lost_file_is_removed_once() {
     let mut world = World::kept();

@@ -100,8 +100,9 @@ fn without_config_there_is_no_configuration_to_change() {
 
 #[test]
 fn what_an_input_driver_writes_is_a_question_with_an_answer_in_the_same_space() {
-    // VIRTIO section 5.8.5: `select` and `subsel` choose what the other fields say. A back-end is given the
-    // whole space, and answers a question that it does not know with zeroes only, as `vhost-device-input` does.
+    // VIRTIO section 5.8.5: `select` and `subsel` choose what the other fields say. A back-end is given
+    // the whole space, and answers a question that it does not know with zeroes only, as
+    // `vhost-device-input` does.
     let asked_for = Arc::new(Mutex::new([0; 2]));
     let mut setup = Setup::default().script(move |asked, _| match asked.request {
         SET_CONFIG => {
@@ -133,7 +134,8 @@ fn what_an_input_driver_writes_is_a_question_with_an_answer_in_the_same_space() 
         assert_eq!((&config[..2], &config[2..]), (&[select, subsel][..], &[value; 134][..]));
     };
     answers(1, 0, 0x10);
-    // The driver writes `select` first, and 0x11 with the 0 of before is no question that this back-end knows.
+    // The driver writes `select` first, and 0x11 with the 0 of before is no question that this back-end
+    // knows.
     answers(0x11, 1, 0x11);
     answers(0x11, 2, 0x12);
     answers(0x11, 3, 0);

@@ -1,5 +1,5 @@
-//! Back-ends of hotslot that stand still (SIGSTOP) while they owe hotslot an answer and the guest a request, for
-//! longer than hotslot waits. They go on where the guest is.
+//! Back-ends of hotslot that stand still (SIGSTOP) while they owe hotslot an answer and the guest a
+//! request, for longer than hotslot waits. They go on where the guest is.
 
 use std::fs;
 use std::os::unix::fs::FileExt;

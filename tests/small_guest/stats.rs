@@ -148,7 +148,7 @@ fn a_slot_that_is_kept_is_neither_deleted_nor_added() {
     if !kvm::is_here() {
         return;
     }
-    let mut machine = Counted::boot("", &[]);
+    let machine = Counted::boot("", &[]);
     let file = numbered_file(1, 1);
     let before = machine.now();
     for _ in 0..50 {

@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use crate::figures::Problem;
 
-/// The lines of all benchmarks below a directory of criterion's: `GROUP/FUNCTION/new/sample.json` is the figure
-/// `GROUP@FUNCTION`. A sample is the mean of many iterations.
+/// The lines of all benchmarks below a directory of criterion's: `GROUP/FUNCTION/new/sample.json` is the
+/// figure `GROUP@FUNCTION`. A sample is the mean of many iterations.
 pub fn lines(directory: &Path) -> Result<String, Problem> {
     let mut lines = String::new();
     for group in names(directory)? {

@@ -42,7 +42,7 @@ impl Figure {
     /// What the others are compared with: the first of [`catalog::REFERENCES`] that was measured.
     pub fn reference(&self) -> Option<&Sample> {
         let named = |name: &&str| self.samples.iter().find(|sample| sample.subject == **name);
-        catalog::REFERENCES.iter().find_map(|name| named(name)).filter(|_| self.samples.len() > 1)
+        catalog::REFERENCES.iter().find_map(named).filter(|_| self.samples.len() > 1)
     }
 }
 

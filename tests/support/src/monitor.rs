@@ -43,8 +43,8 @@ pub enum Operation {
     Touch = 7,
     /// Reads the first word of as many pages as the value says, from the address on. The answer is their sum.
     Sum = 8,
-    /// Reads 8 bytes at the address, and after each `2^width` bytes from there on, as far as the value says. The
-    /// answer is how long that took, in ticks of the time-stamp counter.
+    /// Reads 8 bytes at the address, and after each `2^width` bytes from there on, as far as the value
+    /// says. The answer is how long that took, in ticks of the time-stamp counter.
     Sweep = 9,
 }
 

@@ -43,9 +43,10 @@ impl Window {
         Window { size, channel: Channel::default(), mappings: Mutex::default(), keeper, complaints }
     }
 
-    /// What the guest of the last session has mapped is mapped again. `begun` is called once no other request
-    /// can come between; `open` opens a file for that. A front-end that refuses has it mapped still. Where the
-    /// file is not found, the mapping of the last session is removed: the front-end may keep it until then.
+    /// What the guest of the last session has mapped is mapped again. `begun` is called once no other
+    /// request can come between; `open` opens a file for that. A front-end that refuses has it mapped
+    /// still. Where the file is not found, the mapping of the last session is removed: the front-end may
+    /// keep it until then.
     pub fn restore(
         &self,
         kept: &BTreeMap<u64, Mapping>,
