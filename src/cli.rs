@@ -59,7 +59,7 @@ pub struct Cli {
     #[arg(help_heading = MACHINE, short, long, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = size::parse)]
     pub memory: u64,
 
-    /// What of the guest's memory is in huge pages from the start
+    /// What of the guest's memory is in huge pages
     #[arg(help_heading = MACHINE, long, value_name = "WHAT", default_value = "kernel")]
     pub hugepages: HugePages,
 

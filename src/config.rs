@@ -59,7 +59,7 @@ pub struct Config {
     pub dump: Option<PathBuf>,
 }
 
-/// What of the guest's memory is in huge pages from the start.
+/// What of the guest's memory is in huge pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum HugePages {
     /// Nothing
@@ -69,6 +69,8 @@ pub enum HugePages {
     Kernel,
     /// All of it, which is resident then
     All,
+    /// All of it, from the host's pool (vm.nr_hugepages), where it is reserved
+    Hugetlb,
 }
 
 /// What happens when the guest needs a page of a mapping that the host cannot provide (SHM-87).

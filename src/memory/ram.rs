@@ -36,6 +36,13 @@ pub enum RamError {
     TooSmall(u64),
     #[error("{0} bytes of guest memory are not a multiple of the page size, {PAGE_SIZE}")]
     Unaligned(u64),
+    #[error("{0} bytes of guest memory are not a multiple of the size of a huge page, {HUGE_PAGE}")]
+    UnalignedHuge(u64),
+    #[error(
+        "{size} bytes of guest memory are {wanted} huge pages, and of the {total} of this host {free} are free",
+        wanted = .size / HUGE_PAGE
+    )]
+    FewHugePages { size: u64, total: u64, free: u64 },
     #[error("{asked} bytes of guest memory are more than the {host} bytes that this host has, swap included")]
     MoreThanHost { asked: u64, host: u64 },
     #[error("cannot {what} for {size} bytes of guest memory")]
@@ -50,9 +57,11 @@ impl Failure for RamError {
     fn hint(&self) -> Option<String> {
         match self {
             RamError::TooSmall(_) => Some("a stock Linux kernel wants 128M or more".into()),
-            RamError::Unaligned(size) => {
-                let below = size / PAGE_SIZE * PAGE_SIZE;
-                Some(format!("the nearest sizes are {below} and {}", below.saturating_add(PAGE_SIZE)))
+            RamError::Unaligned(size) => Some(nearest(*size, PAGE_SIZE)),
+            RamError::UnalignedHuge(size) => Some(nearest(*size, HUGE_PAGE)),
+            RamError::FewHugePages { size, total, free } => {
+                let enough = total + (size / HUGE_PAGE).saturating_sub(*free);
+                Some(format!("make more of them: sysctl vm.nr_hugepages={enough}"))
             }
             RamError::MoreThanHost { .. } => None,
             RamError::Os { source, .. } if source.raw_os_error() == Some(libc::EFBIG) => {
@@ -61,6 +70,11 @@ impl Failure for RamError {
             RamError::Os { .. } => Some("try a smaller --memory, or look at `ulimit -v`".into()),
         }
     }
+}
+
+fn nearest(size: u64, page: u64) -> String {
+    let below = size / page * page;
+    format!("the nearest sizes are {below} and {}", below.saturating_add(page))
 }
 
 /// One piece of RAM, for a KVM slot and for vhost-user's memory table.
@@ -98,16 +112,26 @@ pub fn ranges(size: u64, gap_start: u64, gap_end: u64) -> Result<Vec<GuestRange>
 
 impl Ram {
     /// Makes `size` bytes of RAM that leave the addresses from `gap_start` to `gap_end` free. No page is
-    /// accessed yet, so none is resident.
-    pub fn new(size: u64, gap_start: u64, gap_end: u64) -> Result<Ram, RamError> {
+    /// accessed yet, so none is resident. With `hugetlb` they are of the host's pool of huge pages, and
+    /// reserved there.
+    pub fn new(size: u64, hugetlb: bool, gap_start: u64, gap_end: u64) -> Result<Ram, RamError> {
         check_size(size, host_memory())?;
+        if hugetlb && !size.is_multiple_of(HUGE_PAGE) {
+            return Err(RamError::UnalignedHuge(size));
+        }
         let os = |what| move |source| RamError::Os { what, size, source };
-        let file = Arc::new(sealed_memfd("guest-ram", size).map_err(os("make a memfd"))?);
+        let file = Arc::new(sealed_memfd("guest-ram", size, hugetlb).map_err(os("make a memfd"))?);
         let ranges = split(size, gap_start, gap_end);
         let (mut regions, mut mappings) = (Vec::new(), Vec::new());
         for (&guest, file_offset) in ranges.iter().zip([0, ranges[0].len()]) {
-            let host = map_permanently(&file, file_offset, guest.len()).map_err(os("map addresses"))?;
-            ask_for_huge_pages(host, guest.len() as usize);
+            let host = map_permanently(&file, file_offset, guest.len());
+            let host = host.map_err(|error| match pool().filter(|_| hugetlb) {
+                Some((total, free)) => RamError::FewHugePages { size, total, free },
+                None => os("map addresses")(error),
+            })?;
+            if !hugetlb {
+                ask_for_huge_pages(host, guest.len() as usize);
+            }
             let builder = MmapRegionBuilder::new(guest.len() as usize)
                 .with_file_offset(FileOffset::from_arc(Arc::clone(&file), file_offset));
             // SAFETY: the range was just mapped, and is never unmapped.
@@ -194,6 +218,16 @@ fn check_size(size: u64, host: u64) -> Result<(), RamError> {
     }
 }
 
+/// The number of huge pages in the host's pool, and how many of them are neither used nor reserved.
+fn pool() -> Option<(u64, u64)> {
+    let number = |name| {
+        let path = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/{name}", HUGE_PAGE >> 10);
+        std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok()
+    };
+    let free = number("free_hugepages")?.saturating_sub(number("resv_hugepages")?);
+    Some((number("nr_hugepages")?, free))
+}
+
 /// The host's memory and swap in bytes.
 fn host_memory() -> u64 {
     let info = sysinfo();
@@ -201,8 +235,10 @@ fn host_memory() -> u64 {
 }
 
 /// An anonymous file of `size` bytes that can neither grow nor shrink, ever.
-fn sealed_memfd(name: &str, size: u64) -> io::Result<File> {
-    let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+fn sealed_memfd(name: &str, size: u64, hugetlb: bool) -> io::Result<File> {
+    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    flags.set(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, hugetlb);
+    let file = File::from(memfd_create(name, flags)?);
     file.set_len(size)?;
     fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
@@ -236,12 +272,20 @@ mod tests {
             message(2 * GIB, GIB).contains("2147483648 bytes of guest memory are more than the 1073741824")
         );
         assert!(check_size(GIB, GIB).is_ok());
+        let error = Ram::new((4 << 20) + 4096, true, GIB, 4 * GIB).unwrap_err();
+        assert!(
+            error.to_string().contains("4198400 bytes of guest memory are not a multiple of the size of a")
+        );
+        assert_eq!(error.hint().unwrap(), "the nearest sizes are 4194304 and 6291456");
+        let error = RamError::FewHugePages { size: 256 << 20, total: 100, free: 60 };
+        assert!(error.to_string().contains("are 128 huge pages, and of the 100 of this host 60 are free"));
+        assert!(error.hint().unwrap().ends_with("vm.nr_hugepages=168"));
     }
 
     #[test]
     fn both_pieces_are_one_file_that_cannot_change_its_size() {
         // A gap at 4 MiB stands in for the one at 3 GiB.
-        let ram = Ram::new(6 << 20, 4 << 20, 16 << 20).unwrap();
+        let ram = Ram::new(6 << 20, false, 4 << 20, 16 << 20).unwrap();
         let offsets: Vec<_> = ram.regions.iter().map(|region| region.file_offset).collect();
         assert_eq!(offsets, [0, 4 << 20]);
         assert_eq!((ram.low_end(), ram.end()), (4 << 20, 18 << 20));
@@ -261,7 +305,7 @@ mod tests {
 
         let blocks = |ram: &Ram| ram.file.metadata().unwrap().blocks() * 512;
         // RAM ends in the middle of a huge page.
-        let ram = Ram::new(9 << 20, 4 << 20, 16 << 20).unwrap();
+        let ram = Ram::new(9 << 20, false, 4 << 20, 16 << 20).unwrap();
         assert!(ram.regions.iter().all(|region| region.host.addr().is_multiple_of(HUGE_PAGE as usize)));
         ram.collapse(3 << 20, (16 << 20) + 1);
         let resident = blocks(&ram);

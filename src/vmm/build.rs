@@ -51,7 +51,8 @@ impl Vmm {
         let began = Instant::now();
         // The user's configuration: can such a machine exist?
         check_numbers(config)?;
-        let ram = Ram::new(config.memory, layout::GAP, layout::GAP_END)?;
+        let hugetlb = config.hugepages == HugePages::Hugetlb;
+        let ram = Ram::new(config.memory, hugetlb, layout::GAP, layout::GAP_END)?;
         let boot = Boot::plan(&config.kernel, &config.initramfs, &config.cmdline, &ram)?;
         let picture = config.memory_picture.as_deref().map(PictureFile::create).transpose()?;
         let stats_file = config.stats.as_deref().map(StatsFile::create).transpose()?;
@@ -95,7 +96,7 @@ impl Vmm {
 
         // What the kernel finds in memory, and the processors that run it.
         match config.hugepages {
-            HugePages::Off => {}
+            HugePages::Off | HugePages::Hugetlb => {}
             HugePages::Kernel => boot.collapse_kernel(&ram),
             HugePages::All => ram.collapse(0, ram.end()),
         }

@@ -81,3 +81,55 @@ fn huge_pages_of_a_file_are_huge_pages_of_the_guest() {
     }
     println!("huge pages of the guest:{said}");
 }
+
+/// What smaps says of the guest's RAM under this name, in KiB.
+fn of_ram(guest: &Guest, name: &str) -> u64 {
+    let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", guest.pid())).unwrap();
+    let mut lines = smaps.lines().skip_while(|line| !line.contains("memfd:guest-ram"));
+    let line = lines.find_map(|line| line.strip_prefix(name)).unwrap();
+    line.trim_matches(|other: char| !other.is_ascii_digit()).parse().unwrap()
+}
+
+#[test]
+fn ram_is_in_the_huge_pages_that_were_asked_for() {
+    const KIB: u64 = 64 << 10;
+    if !kvm::is_here() {
+        return;
+    }
+    let boot = |mode| {
+        let mut guest = Guest::boot(["--hugepages", mode]);
+        // The second is in the last huge page.
+        for address in [16 * MIB, 62 * MIB] {
+            guest.write64(address, address);
+            assert_eq!(guest.read64(address), address, "{mode}");
+        }
+        guest
+    };
+    let huge = |mode| {
+        let guest = boot(mode);
+        let huge = of_ram(&guest, "ShmemPmdMapped:");
+        guest.exit();
+        huge
+    };
+    match ["off", "kernel", "all"].map(huge) {
+        [0, 0, 0] => eprintln!("skipped: this host has no huge pages for a memfd"),
+        [off, kernel, all] => {
+            assert_eq!((off, all), (0, KIB));
+            assert!((2 << 10..=4 << 10).contains(&kernel), "{kernel} KiB for the monitor");
+        }
+    }
+    let Some(_reserved) = HugePages::reserve(HUGE, 32) else {
+        eprintln!("skipped: this machine has no huge pages to reserve");
+        return;
+    };
+    let guest = boot("hugetlb");
+    assert_eq!(of_ram(&guest, "KernelPageSize:"), 2 << 10);
+    let refused = std::process::Command::new(hotslot_test_support::built::hotslot())
+        .args(["-m", "4G", "--hugepages", "hugetlb", "-k", "none"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("4294967296 bytes of guest memory are 2048 huge pages"), "{said}");
+    guest.exit();
+}

@@ -223,7 +223,7 @@ mod tests {
     }
 
     fn ram(size: u64) -> Ram {
-        Ram::new(size, layout::GAP, layout::GAP_END).unwrap()
+        Ram::new(size, false, layout::GAP, layout::GAP_END).unwrap()
     }
 
     fn boot(kernel: &[u8], initramfs: Option<&[u8]>, cmdline: &str, ram: &Ram) -> Result<u64, BootError> {
