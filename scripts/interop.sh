@@ -42,7 +42,7 @@ INTEROP=$PROJECT/scripts/interop
 # Where `field` looks: backends or frontends.
 FILES=backends
 PROGRAMS=${HOTSLOT_PROGRAMS:-$TARGET/release}
-MANY=(rng vsock passt disk scsi virtiofsd console)
+MANY=(rng vsock passt disk scsi virtiofsd input)
 # What the roots hold, by suite.
 # shellcheck disable=SC2054 # the commas are mmdebstrap's
 declare -A PACKAGES=(
@@ -86,6 +86,8 @@ main() {
     case $mode in
     many)
         ((${#names[@]})) || names=("${MANY[@]}")
+        # Four vCPUs and seven works share one processor there.
+        LIMIT=$((2 * LIMIT)) LAB_LIMIT=$((2 * LAB_LIMIT))
         run "many-${names[0]}" "${cpus:-4}" "$reconnect" "${names[@]}"
         names=()
         ;;

@@ -7,7 +7,7 @@
 # It prints lines of `CHECK NAME PHASE ok SECONDS`, `CHECK NAME PHASE WRONG text`, `KERNEL text` and `SEEN NAME text`.
 
 # Seconds for one work on an emulated host with everything else at the same time.
-LIMIT=500
+LIMIT=1000
 
 # each NAME FUNCTION: what a file defines, in a process that can be killed.
 if [ "${1-}" = each ]; then

@@ -10,12 +10,17 @@ FILES_IN_GUEST=/usr/share/alsa
 
 back_end() { inside vhost-device-sound --socket "$SOCKET" --backend null; }
 
-# The back-end returns each buffer at once, also before PCM_START, which VIRTIO forbids. aplay by itself starts when
-# the ring of buffers is full: then all of it has come back already, Linux' driver has counted it as one round, which is
-# none, and no period ends any more. So it starts with the first period.
+# By its source the back-end returns each buffer at once, also before PCM_START, which VIRTIO forbids. With the driver's
+# default of 160 ms the ring of buffers is full before aplay starts: all of it comes back, Linux' driver counts that as one
+# round, which is none, and no period ends any more (EIO). With 5 s the two seconds do not fill the ring.
 work() {
+    if [ ! -e /tmp/longer ]; then
+        rmmod virtio_snd
+        insmod "$(find /usr/lib/modules/ -name virtio_snd.ko)" pcm_buffer_ms=5000 pcm_period_ms_max=500
+        touch /tmp/longer
+    fi
     aplay -l
     head -c 400000 /dev/zero >data
-    aplay -R 1 -D hw:0,0 -t raw -f S16_LE -c 2 -r 48000 data
+    aplay -B 5000000 -D hw:0,0 -t raw -f S16_LE -c 2 -r 48000 data
 }
-touch_it() { head -c 40000 /dev/zero | aplay -R 1 -D hw:0,0 -t raw -f S16_LE -c 2 -r 48000; }
+touch_it() { head -c 40000 /dev/zero | aplay -D hw:0,0 -t raw -f S16_LE -c 2 -r 48000; }
