@@ -1,5 +1,6 @@
 #!/bin/bash
 # usage: bench.sh [OPTION]... [all | PART...]
+#        bench.sh many [COUNT]
 #
 # Measures, and prints a table: of each figure minimum, median, 99th percentile and maximum for each subject, and median
 # and 99th percentile as multiples of those of the floor, or of what stands beside it in the same run. Without a PART:
@@ -40,6 +41,9 @@
 #                      this machine's /dev/kvm: beside rounds in which the other back-end does nothing. Use a machine that
 #                      does nothing else
 #
+# many runs COUNT (200) small machines at once on this machine's /dev/kvm, each with a share of one directory, and prints
+# starts a second, and memory, threads, descriptors and memory areas of each. It needs 4 MiB for a machine.
+#
 # HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -54,6 +58,7 @@ main() {
     while (($#)); do
         case $1 in
         -h | --help) usage && return ;;
+        many) many "${@:2}" && return ;;
         --runs) runs=$(whole_number "$@") && shift 2 ;;
         --beside | --hotslot)
             [[ ${2-} == ?*=?* && -x ${2#*=} ]] || die "$1 ${2-}: this is not NAME=PATH with the path of a program"
@@ -149,6 +154,13 @@ micro() {
 neighbour() {
     need cc:gcc
     cargo bench --quiet --locked --bench neighbour
+}
+
+many() {
+    local count=${1-200}
+    [[ $count =~ ^[1-9][0-9]*$ ]] || die "many $count: how many machines, as a whole number"
+    cd "$PROJECT"
+    cargo bench --quiet --locked --bench many -- "$count"
 }
 
 boot() {
