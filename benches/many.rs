@@ -1,9 +1,9 @@
 //! Many machines at once on this host: what each has of it, and how fast they start.
 //!
-//! Each machine has a `hotslot-backend fs` of its own, all of one directory. The guest is the tests'
-//! monitor on this machine's `/dev/kvm`; it is a virtio-fs driver that maps a file of the directory by DAX
-//! and adds up the first words of its pages. Then the host changes a word, and each guest must see that:
-//! all map the same pages.
+//! Each machine has a `hotslot-backend fs` of its own, all of one directory. The guest is the tests' monitor
+//! on this machine's `/dev/kvm`; it is a virtio-fs driver that maps a file of the directory by DAX and adds
+//! up the first words of its pages. Then the host changes a word, and each guest must see that: all map the
+//! same pages.
 //!
 //! `scripts/bench.sh many` runs it, `src/manual/many.md` has figures.
 

@@ -60,6 +60,10 @@ pub mod manual {
     pub mod loss {}
 
     #[doc = include_str!("manual/links.md")]
+    #[doc = include_str!("manual/many.md")]
+    pub mod many {}
+
+    #[doc = include_str!("manual/links.md")]
     #[doc = include_str!("manual/proof.md")]
     pub mod proof {}
 
