@@ -125,11 +125,11 @@ fn ram_is_in_the_huge_pages_that_were_asked_for() {
     let guest = boot("hugetlb");
     assert_eq!(of_ram(&guest, "KernelPageSize:"), 2 << 10);
     let refused = std::process::Command::new(hotslot_test_support::built::hotslot())
-        .args(["-m", "4G", "--hugepages", "hugetlb", "-k", "none"])
+        .args(["-m", "1G", "--hugepages", "hugetlb", "-k", "none"])
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(2), "{said}");
-    assert!(said.contains("4294967296 bytes of guest memory are 2048 huge pages"), "{said}");
+    assert!(said.contains("1073741824 bytes of guest memory are 512 huge pages"), "{said}");
     guest.exit();
 }
