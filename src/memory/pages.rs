@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr;
 
+use rustix::io::Errno;
 use rustix::mm::{self, MapFlags, ProtFlags};
 
 use super::{Access, PAGE_SIZE};
@@ -26,20 +27,25 @@ unsafe impl Send for OwnedPages {}
 unsafe impl Sync for OwnedPages {}
 
 impl OwnedPages {
-    /// Reserves `len` bytes of addresses: inaccessible, and without memory behind them.
-    pub fn reserve(len: usize) -> io::Result<Self> {
-        Self::anonymous(len, MapFlags::PRIVATE | MapFlags::NORESERVE)
+    /// Reserves the `len` bytes from address `at` on: inaccessible, and without memory behind them. Fails with
+    /// EEXIST where something is there.
+    pub fn reserve_at(at: u64, len: usize) -> io::Result<Self> {
+        let at = ptr::without_provenance_mut(at as usize);
+        let pages =
+            Self::anonymous(at, len, MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE)?;
+        // A kernel before Linux 4.17 takes the address for a wish.
+        if pages.address == at { Ok(pages) } else { Err(Errno::EXIST.into()) }
     }
 
-    /// The same for one page that is an area (VMA) of its own: shared memory is not merged with its
+    /// Reserves one page, anywhere, that is an area (VMA) of its own: shared memory is not merged with its
     /// neighbours.
     pub fn reserve_vma() -> io::Result<Self> {
-        Self::anonymous(PAGE_SIZE as usize, MapFlags::SHARED)
+        Self::anonymous(ptr::null_mut(), PAGE_SIZE as usize, MapFlags::SHARED)
     }
 
-    fn anonymous(len: usize, flags: MapFlags) -> io::Result<Self> {
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses; the result owns them.
-        let address = unsafe { mm::mmap_anonymous(ptr::null_mut(), len, ProtFlags::empty(), flags) }?;
+    fn anonymous(at: *mut c_void, len: usize, flags: MapFlags) -> io::Result<Self> {
+        // SAFETY: without MAP_FIXED the kernel takes only addresses that nobody uses; the result owns them.
+        let address = unsafe { mm::mmap_anonymous(at, len, ProtFlags::empty(), flags) }?;
         Ok(OwnedPages { address, len })
     }
 
@@ -62,14 +68,6 @@ impl OwnedPages {
     /// Where the range starts.
     pub fn address(&self) -> *mut u8 {
         self.address.cast()
-    }
-
-    /// Takes all but the first `at` bytes away, into a value of their own.
-    pub fn split_off(&mut self, at: usize) -> OwnedPages {
-        let at = at.min(self.len);
-        let rest = OwnedPages { address: self.address.wrapping_byte_add(at), len: self.len - at };
-        self.len = at;
-        rest
     }
 }
 

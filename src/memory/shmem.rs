@@ -168,6 +168,9 @@ struct State {
     ledger: Ledger<Placed>,
     files: BackingFiles,
     reserve_vma: ReserveVma,
+    /// Something that was unmapped could not be reserved again. From then on UNMAP reserves the whole hole
+    /// around the mapping.
+    is_unreserved: bool,
 }
 
 /// A mapping, in the ledger.
@@ -211,6 +214,7 @@ impl SharedMemory {
             ledger: Ledger::new(sizes, limits.mappings, limits.bytes),
             files: BackingFiles::default(),
             reserve_vma: ReserveVma::take(),
+            is_unreserved: false,
         });
         let (by_guest_address, expected_until) = (RwLock::default(), Mutex::default());
         let (origins, keeps_slots) = (Origins::new(limits.foreign_files), !limits.foreign_files);
@@ -271,8 +275,13 @@ impl SharedMemory {
         let fd = file.as_fd();
         let info = FileInfo::of(fd, self.origins.of(fd)?).map_err(ShmemError::Place)?;
         let replaces = self.make_way(key, span_len, access)?;
-        let placed = span.place(fd, info, file_offset, access);
-        placed.map_err(|error| ShmemError::of_mmap(error, access))?;
+        if replaces {
+            span.exchange(fd, info, file_offset, access)
+                .map_err(|error| ShmemError::of_mmap(error, access))?;
+        } else if let Err(error) = span.place(fd, info, file_offset, access) {
+            self.clear(span, span)?;
+            return Err(ShmemError::of_mmap(error, access));
+        }
         let kept = self.lock().files.keep(file, info);
         let shown = self.show(request, span, kept);
         // An old mapping that was to be replaced still has its slot: its pages must not become a reservation.
@@ -359,7 +368,7 @@ impl SharedMemory {
     /// Takes a mapping away, if it is one of `which`. Its slot stays, idle, where it may.
     fn take_away(&self, key: Key, which: impl Fn(&Mapping) -> bool) -> Result<(), ShmemError> {
         let (span, hole) = {
-            let ledger = &mut self.lock().ledger;
+            let State { ledger, is_unreserved, .. } = &mut *self.lock();
             let ((shmid, start), len) = ledger.hole_without(key);
             let Some(mapping) = ledger.mappings.get_mut(&key).filter(|mapping| which(mapping)) else {
                 return Ok(());
@@ -367,7 +376,7 @@ impl SharedMemory {
             let span = self.span(key, mapping.span_len()).ok_or(ShmemError::NoRegion(shmid))?;
             // First the slot: a vCPU that meets inaccessible pages looks for an idle one.
             self.hide(span, &mut mapping.kept, self.keeps_slots)?;
-            (span, self.span((shmid, start), len).unwrap_or(span))
+            (span, self.span((shmid, start), len).filter(|_| *is_unreserved).unwrap_or(span))
         };
         self.clear(span, hole)?;
         // What is removed is dropped after the lock: closing a file can wait.
@@ -656,9 +665,8 @@ impl SharedMemory {
         self.by_guest_address.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes `hole`, with `span` in it, inaccessible: after an unmapping all of the hole around it, so that a
-    /// part that could not be reserved earlier is reserved then. Where that fails, the guest sees nothing in
-    /// `span` all the same. Called with no lock held: what is there is the mapping of a back-end's file.
+    /// Makes `hole`, with `span` in it, inaccessible. Where that fails, the guest sees nothing in `span` all
+    /// the same. Called with no lock held: what is there is the mapping of a back-end's file.
     fn clear(&self, span: Span<'_>, hole: Span<'_>) -> Result<(), ShmemError> {
         if self.reserve_again(hole) {
             return Ok(());
@@ -677,6 +685,7 @@ impl SharedMemory {
             cleared
         });
         if let Err(error) = &cleared {
+            self.lock().is_unreserved = true;
             self.log.warn(format_args!(
                 "an unmapped file stays in the VMM's address space until the hole around it is reserved again: {error}"
             ));

@@ -9,10 +9,12 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 use rustix::mm::{self, Advice, MapFlags, MremapFlags};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::backing::FileInfo;
 use super::pages::{OwnedPages, protection};
@@ -21,6 +23,11 @@ use super::{Access, GuestRange, PAGE_SIZE};
 /// Host and guest addresses of a window agree modulo this (1 GiB, x86-64's largest page), so that huge pages
 /// can be used on both levels.
 const CONGRUENCE: u64 = 1 << 30;
+
+/// The host addresses of all windows, 1 TiB to 40 TiB. The kernel gives no others out here: it looks for room
+/// from the top of 128 TiB downwards, or upwards from a third of that (TASK_UNMAPPED_BASE). So nothing takes
+/// the place of a reservation that an mmap(MAP_FIXED) removed before it failed.
+const APART: Range<u64> = 1 << 40..40 << 40;
 
 /// A guest physical range with host addresses reserved for it.
 #[derive(Debug)]
@@ -37,13 +44,21 @@ impl Window {
         if !guest.start().is_multiple_of(PAGE_SIZE) || !guest.len().is_multiple_of(PAGE_SIZE) {
             return Err(Errno::INVAL.into());
         }
-        // The reservation starts anywhere: one unit more than needed holds a congruent start.
-        let padded = guest.len().checked_add(CONGRUENCE).ok_or(Errno::NOMEM)?;
-        let mut ahead = OwnedPages::reserve(padded as usize)?;
-        let excess = guest.start().wrapping_sub(ahead.address() as u64) % CONGRUENCE;
-        let mut host = ahead.split_off(excess as usize);
-        let _behind = host.split_off(guest.len() as usize);
-        Ok(Window { guest, host })
+        // At random, since guest and back-end choose what is there.
+        let mut random = [0; 8];
+        getrandom(&mut random, GetRandomFlags::empty())?;
+        let places = (APART.end - APART.start) / CONGRUENCE;
+        let first = u64::from_ne_bytes(random) % places;
+        let place =
+            |number| APART.start + (first + number) % places * CONGRUENCE + guest.start() % CONGRUENCE;
+        let fits = |at: &u64| at.checked_add(guest.len()).is_some_and(|end| end <= APART.end);
+        for at in (0..places).map(place).filter(fits) {
+            match OwnedPages::reserve_at(at, guest.len() as usize) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                reserved => return Ok(Window { guest, host: reserved? }),
+            }
+        }
+        Err(Errno::NOMEM.into())
     }
 
     /// Where the guest sees the window.
@@ -91,7 +106,7 @@ impl Span<'_> {
     /// Maps `file` from `file_offset` on into the span, shared, in place of the reservation.
     ///
     /// The file's size does not matter (SHM-44). Fails with EINVAL for part of a huge page, else with the
-    /// errno of mmap(2); the reservation stays then.
+    /// errno of mmap(2); the caller must clear the span then.
     pub fn place(
         &self,
         file: BorrowedFd<'_>,
@@ -99,12 +114,24 @@ impl Span<'_> {
         file_offset: u64,
         access: Access,
     ) -> io::Result<()> {
-        // mmap(2) rounds the length up to whole huge pages: it would go past the span.
-        if [self.offset, self.len, file_offset].iter().any(|n| n % info.page_size != 0) {
-            return Err(Errno::INVAL.into());
-        }
+        self.check(info, file_offset)?;
+        let ((at, len), flags) = (self.pages(), MapFlags::SHARED | MapFlags::FIXED);
+        // SAFETY: the span lies in the window's own range, which is apart from all other memory.
+        unsafe { mm::mmap(at, len, protection(Some(access)), flags, file, file_offset) }?;
+        Ok(())
+    }
+
+    /// The same in place of another file, which stays there where this fails.
+    pub fn exchange(
+        &self,
+        file: BorrowedFd<'_>,
+        info: FileInfo,
+        file_offset: u64,
+        access: Access,
+    ) -> io::Result<()> {
+        self.check(info, file_offset)?;
         // Mapped elsewhere first, then moved: an mmap(MAP_FIXED) that fails may already have removed the
-        // reservation, and another thread's memory could take its place.
+        // other file's pages.
         let mut pages = OwnedPages::of_file(file, file_offset, self.len as usize, access)?;
         let (at, len) = self.pages();
         // SAFETY: the source is the value's own; the target lies in the window's own range.
@@ -125,6 +152,12 @@ impl Span<'_> {
         // SAFETY: the span lies in the window's own range, and stays mapped.
         unsafe { mm::mmap_anonymous(at, len, protection(access), flags) }?;
         Ok(())
+    }
+
+    fn check(&self, info: FileInfo, file_offset: u64) -> io::Result<()> {
+        // mmap(2) rounds the length up to whole huge pages: it would go past the span.
+        let is_whole = [self.offset, self.len, file_offset].iter().all(|n| n % info.page_size == 0);
+        if is_whole { Ok(()) } else { Err(Errno::INVAL.into()) }
     }
 
     /// Makes its pages present, as an access of the guest would: reads them in, or for a write also allocates
