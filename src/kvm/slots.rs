@@ -241,6 +241,10 @@ impl GuestMapper for Slots {
         Ok(())
     }
 
+    fn prefault(&self, guest: GuestRange) -> io::Result<()> {
+        self.spare_vcpus.prefault(guest)
+    }
+
     fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize> {
         let mut count = 0;
         while count < most {
@@ -251,10 +255,6 @@ impl GuestMapper for Slots {
             count += 1;
         }
         Ok(count)
-    }
-
-    fn prefault(&self, guest: GuestRange) -> io::Result<()> {
-        self.spare_vcpus.prefault(guest)
     }
 }
 

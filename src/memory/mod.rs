@@ -112,15 +112,6 @@ pub trait GuestMapper: Send + Sync {
     /// mapping stays then.
     fn unmap(&self, slot: SlotId) -> io::Result<()>;
 
-    /// Makes a slot idle: the caller is about to put inaccessible pages in place of the memory. Until it has,
-    /// the guest sees the memory. From now on the slot has no name. Fails with ENOENT for one that is not
-    /// live.
-    fn release(&self, slot: SlotId) -> io::Result<()>;
-
-    /// Takes up to `most` idle slots away that share an address with `range`, and gives their number: fewer
-    /// than `most` where no other is left. Fails with KVM's errno; the slot stays then.
-    fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize>;
-
     /// Fills the page tables between guest and host for a part of a mapping, as far as this machine can, so
     /// that the guest's first access to a page costs no fault. Called by the thread that called `map`, with
     /// no lock held: a page that is not there is read in.
@@ -129,4 +120,13 @@ pub trait GuestMapper: Send + Sync {
     fn prefault(&self, _guest: GuestRange) -> io::Result<()> {
         Ok(())
     }
+
+    /// Makes a slot idle: the caller is about to put inaccessible pages in place of the memory. Until it has,
+    /// the guest sees the memory. From now on the slot has no name. Fails with ENOENT for one that is not
+    /// live.
+    fn release(&self, slot: SlotId) -> io::Result<()>;
+
+    /// Takes up to `most` idle slots away that share an address with `range`, and gives their number: fewer
+    /// than `most` where no other is left. Fails with KVM's errno; the slot stays then.
+    fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize>;
 }

@@ -493,3 +493,23 @@ fn bytes_beyond_the_device_s_limit_are_refused_until_others_are_unmapped() {
     assert_eq!(bench.map(of(0, 8), &memfd(0)), 0);
     assert_eq!(bench.map(of(8, 1), &memfd(0)), ENOSPC);
 }
+
+#[test]
+fn unmapped_ranges_lose_their_slots_at_a_reset_or_after_a_while_without_requests() {
+    // SHM-102
+    let bench = Setup::default().start();
+    let unmap_20 = || {
+        for page in (0..40).step_by(2) {
+            assert_eq!((bench.map_page(page, 1), bench.unmap(page_at(page))), (0, 0));
+            assert_eq!(bench.reads(0, page * PAGE), None); // SHM-56
+        }
+        assert_eq!((bench.guest().count(), bench.guest().idle()), (0, 20));
+    };
+    unmap_20();
+    bench.reset();
+    assert_eq!(bench.guest().idle(), 0);
+    bench.start().unwrap();
+    unmap_20();
+    eventually("no slot is idle", || bench.guest().idle() == 0);
+    bench.assert_works();
+}

@@ -142,6 +142,36 @@ fn a_mapping_is_gone_when_unmap_is_answered() {
 }
 
 #[test]
+fn a_range_is_a_hole_between_two_mappings_however_often_the_guest_looks() {
+    // SHM-24, SHM-56, SHM-102: more often than a processor may fail in a row.
+    if !kvm::is_here() {
+        return;
+    }
+    let backend = Backend::start();
+    let mut guest = Guest::with(&backend);
+    let (base, _) = guest.region(0);
+    let files = [numbered_file(5, 1), numbered_file(6, 1)];
+    for interrupts in [false, true] {
+        guest.set_interrupts(interrupts);
+        for round in 0..120 {
+            let (seed, file) = (5 + round % 2, &files[round as usize % 2]);
+            assert_eq!(backend.map(writable(page_at(3)), file), 0);
+            // Every third time it is taken over: nobody has looked.
+            if round % 3 == 0 {
+                assert_eq!(backend.unmap(page_at(3)), 0);
+                assert_eq!(backend.map(writable(page_at(3)), file), 0);
+            }
+            assert_eq!(guest.read64(base + 3 * PAGE), content(seed, 0));
+            assert_eq!(backend.unmap(page_at(3)), 0);
+            guest.write64(base + 3 * PAGE, 77);
+            assert_eq!(guest.read64(base + 3 * PAGE), HOLE);
+            assert_eq!(word(file, 0), content(seed, 0));
+        }
+    }
+    guest.exit();
+}
+
+#[test]
 fn two_hundred_and_fifty_six_regions_work() {
     // SHM-13, SHM-19, SHM-21
     if !kvm::is_here() {

@@ -88,6 +88,13 @@ impl GuestMapper for Guest {
         live.mappings.remove(&start).map(drop).ok_or_else(unknown)
     }
 
+    fn prefault(&self, guest: GuestRange) -> io::Result<()> {
+        if let Some(at_prefault) = &mut *self.at_prefault.lock().unwrap() {
+            at_prefault(guest);
+        }
+        Ok(())
+    }
+
     fn release(&self, SlotId(slot): SlotId) -> io::Result<()> {
         let mut live = self.lock();
         let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
@@ -100,13 +107,6 @@ impl GuestMapper for Guest {
 
     fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize> {
         self.lock().retire(range, most, self.keeps_slots.load(Ordering::Relaxed))
-    }
-
-    fn prefault(&self, guest: GuestRange) -> io::Result<()> {
-        if let Some(at_prefault) = &mut *self.at_prefault.lock().unwrap() {
-            at_prefault(guest);
-        }
-        Ok(())
     }
 }
 
