@@ -2,7 +2,8 @@
 # How each VMM boots a kernel, for the scripts that run on the emulated host: one vCPU, 256 MiB. HOTSLOT and QEMU are
 # programs, KERNEL and IMAGE what guests boot; BESIDE has other VMMs, as words NAME=PATH.
 
-# The words for the kernel that hotslot gives it, for those that add none.
+# For VMMs that add no words to the kernel's command line: hotslot's own, but for the way in which a panic resets the
+# machine, and `quiet`.
 WORDS="console=ttyS0 8250.nr_uarts=1 cryptomgr.notests panic=-1 reboot=t quiet"
 
 # The names of the VMMs that are there.

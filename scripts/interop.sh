@@ -65,7 +65,7 @@ main() {
         --reconnect) reconnect=$(whole_number "$@") && shift ;;
         --kills) kills=$(whole_number "$@") && shift ;;
         --cpus) cpus=$(whole_number "$@") && shift ;;
-        --icount) CLOCK=(--icount) cpus=1 ;;
+        --icount) CLOCK=(--icount) ;;
         many | debian | frontends) mode=$1 ;;
         *)
             [[ -e $INTEROP/backends/$1.sh ]] || die "$1: no such back-end (--list)"
@@ -74,6 +74,9 @@ main() {
         esac
         shift
     done
+    [[ -n $reconnect || $kills == 1 ]] || die "--kills needs --reconnect SECONDS"
+    # No Linux with more processors comes up by that clock.
+    ((${#CLOCK[@]} == 0)) || cpus=1
     [[ -z $list ]] || { list && return; }
     LIMIT=$((LIMIT + 60 * (kills - 1)))
     # An instruction clock is slower than the time.

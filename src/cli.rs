@@ -59,8 +59,8 @@ pub struct Cli {
     #[arg(help_heading = MACHINE, short, long, value_name = "SIZE", default_value = "512M", allow_negative_numbers = true, value_parser = size::parse)]
     pub memory: u64,
 
-    /// What of the guest's memory is in huge pages
-    #[arg(help_heading = MACHINE, long, value_name = "WHAT", default_value = "kernel")]
+    /// Which part of the guest's memory is in huge pages
+    #[arg(help_heading = MACHINE, long, value_name = "PART", default_value = "kernel")]
     pub hugepages: HugePages,
 
     /// Number of virtual processors
@@ -131,8 +131,8 @@ pub struct Cli {
     #[arg(help_heading = HOST, long, value_name = "FILE")]
     pub memory_picture: Option<PathBuf>,
 
-    /// Add the machine's statistics to this file, as a line of JSON: at each SIGUSR1, and at the
-    /// end. SIGUSR1, and the end with -v, print them, too
+    /// Write the machine's statistics into this file, which is emptied first: a line of JSON at each SIGUSR1 and
+    /// at the end. SIGUSR1 also prints them, and so does the end with -v
     #[arg(help_heading = HOST, long, value_name = "FILE")]
     pub stats: Option<PathBuf>,
 

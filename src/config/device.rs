@@ -220,8 +220,8 @@ const KEYS: &[Key] = &[
         name: "prefault",
         value: "on",
         wanted: "on or off",
-        help: "fills the page tables of each mapping before the back-end is answered: the guest's first access to a page \
-               costs no fault, and the answer waits until the file's pages are read in",
+        help: "fills the page tables of each mapping before the back-end is answered: the guest's first read of a page \
+               costs no fault where KVM can fill its own, and the answer waits until the file's pages are read in",
         set: |spec, text| {
             spec.prefault = text == "on";
             ["on", "off"].contains(&text).then_some(())

@@ -43,7 +43,7 @@ counters! {
 }
 
 impl VcpuCounters {
-    /// KVM_RUN has returned so.
+    /// Counts one return of KVM_RUN, by its reason.
     pub(super) fn exit(&self, exit: &Result<VcpuExit<'_>>) {
         let counter = match exit {
             Ok(VcpuExit::IoIn(..)) => &self.port_reads,
@@ -68,7 +68,8 @@ impl VcpuCounters {
 pub(super) struct Wait(Option<Instant>);
 
 impl Wait {
-    /// The processor waits, still or from now on. The longest wait is one of those that were seen to go on.
+    /// Counts the wait at its first call; later calls update the longest time, so the part after the last call
+    /// is missing.
     pub fn goes_on(&mut self, count: &Counter, longest: &Counter) {
         match self.0 {
             Some(began) => longest.keep_longest(began.elapsed()),

@@ -36,7 +36,8 @@ counters! {
 
 /// The slots of one virtual machine.
 ///
-/// Fields are dropped in their order here: first the machine, then the memory that permanent slots point to.
+/// Fields are dropped in their order here: first the machine with its spare vCPUs, which also hold it, then the
+/// memory that permanent slots point to.
 pub struct Slots {
     /// The only reference outside tests.
     pub(super) vm: Arc<VmFd>,
@@ -151,6 +152,32 @@ impl Slots {
         Ok(())
     }
 
+    /// Adds a live slot, at the cost of the oldest idle one where no number is left.
+    fn add(&self, state: &mut State, slot: Slot) -> io::Result<SlotId> {
+        if state.free.is_empty()
+            && state.slots.len() >= self.limit as usize
+            && let Some(oldest) = state.idle.oldest()
+        {
+            self.delete(state, oldest)?;
+        }
+        let number = state.free.last().copied().unwrap_or(state.slots.len() as u32);
+        if number >= self.limit {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        let Slot { guest, host, access } = slot;
+        let flags = match access {
+            Access::ReadOnly => KVM_MEM_READONLY,
+            Access::ReadWrite => 0,
+        };
+        self.set(number, guest, guest.len(), host, flags)?;
+        self.counters.added.count();
+        if state.free.pop().is_none() {
+            state.slots.push(None);
+        }
+        state.slots[number as usize] = Some(slot);
+        Ok(SlotId(number))
+    }
+
     /// Deletes a slot, idle or live.
     fn delete(&self, state: &mut State, number: u32) -> io::Result<()> {
         let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
@@ -187,36 +214,19 @@ impl Slots {
 impl GuestMapper for Slots {
     unsafe fn map(&self, guest: GuestRange, host: *mut u8, access: Access) -> io::Result<SlotId> {
         let slot = Slot { guest, host, access };
-        let state = &mut *self.lock();
-        while let Some((number, idle)) = state.idle_in(guest) {
-            if idle == slot {
-                state.idle.remove(guest);
-                self.counters.taken_over.count();
-                return Ok(SlotId(number));
+        loop {
+            // For each idle slot in the way anew, so that other threads get a turn.
+            let state = &mut *self.lock();
+            match state.idle_in(guest) {
+                Some((number, idle)) if idle == slot => {
+                    state.idle.remove(guest);
+                    self.counters.taken_over.count();
+                    return Ok(SlotId(number));
+                }
+                Some((number, _)) => self.delete(state, number)?,
+                None => return self.add(state, slot),
             }
-            self.delete(state, number)?;
         }
-        if state.free.is_empty()
-            && state.slots.len() >= self.limit as usize
-            && let Some(oldest) = state.idle.oldest()
-        {
-            self.delete(state, oldest)?;
-        }
-        let number = state.free.last().copied().unwrap_or(state.slots.len() as u32);
-        if number >= self.limit {
-            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
-        }
-        let flags = match access {
-            Access::ReadOnly => KVM_MEM_READONLY,
-            Access::ReadWrite => 0,
-        };
-        self.set(number, guest, guest.len(), host, flags)?;
-        self.counters.added.count();
-        if state.free.pop().is_none() {
-            state.slots.push(None);
-        }
-        state.slots[number as usize] = Some(slot);
-        Ok(SlotId(number))
     }
 
     fn unmap(&self, SlotId(number): SlotId) -> io::Result<()> {
@@ -248,7 +258,7 @@ impl GuestMapper for Slots {
     fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize> {
         let mut count = 0;
         while count < most {
-            // For each anew: a thread with many of them does not keep others waiting.
+            // The lock is taken for each slot, so that other threads get a turn.
             let state = &mut *self.lock();
             let Some((number, _)) = state.idle_in(range) else { break };
             self.delete(state, number)?;

@@ -246,10 +246,16 @@ impl Vm {
     pub fn add_spare_vcpus(&self, count: usize, ids: Range<u32>, cpuid: &CpuId) -> Result<(), KvmError> {
         let can_fill = self.slots.vm.check_extension_raw(u64::from(KVM_CAP_PRE_FAULT_MEMORY)) > 0;
         if count > 0 && !(can_fill && self.keeps_page_tables) {
-            log::info!(
+            log::warn!(
                 "this KVM cannot fill its page tables ahead: prefault=on fills those of the host only"
             );
             return Ok(());
+        }
+        if count > ids.len() {
+            let most = ids.len();
+            log::warn!(
+                "of {count} devices with prefault=on only {most} can fill page tables at a time: there is no vCPU left"
+            );
         }
         for id in ids.take(count) {
             let vcpu = self.slots.vm.create_vcpu(u64::from(id));

@@ -91,8 +91,8 @@ pub struct SlotId(pub u32);
 ///                  └──▶ gone
 /// ```
 ///
-/// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. No method waits for
-/// another process, except that KVM waits for a vCPU that waits for a page of a foreign file. The guest sees
+/// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. No method but `prefault`
+/// waits for another process, except that KVM waits for a vCPU that waits for a page of a foreign file. The guest sees
 /// a mapping when `map` has returned, and no longer sees it when `unmap` has: no vCPU can reach the memory
 /// then.
 pub trait GuestMapper: Send + Sync {
@@ -114,7 +114,8 @@ pub trait GuestMapper: Send + Sync {
 
     /// Fills the page tables between guest and host for a part of a mapping, as far as this machine can, so
     /// that the guest's first access to a page costs no fault. Called by the thread that called `map`, with
-    /// no lock held: a page that is not there is read in.
+    /// no lock held: a page that is not there is read in, which waits for the disk, and with `foreign-files=on`
+    /// for the file's server.
     ///
     /// Fails with the errno of the host; the guest's accesses then do what was not done.
     fn prefault(&self, _guest: GuestRange) -> io::Result<()> {
@@ -122,11 +123,11 @@ pub trait GuestMapper: Send + Sync {
     }
 
     /// Makes a slot idle: the caller is about to put inaccessible pages in place of the memory. Until it has,
-    /// the guest sees the memory. From now on the slot has no name. Fails with ENOENT for one that is not
+    /// the guest sees the memory. The `SlotId` is invalid from now on. Fails with ENOENT for one that is not
     /// live.
     fn release(&self, slot: SlotId) -> io::Result<()>;
 
-    /// Takes up to `most` idle slots away that share an address with `range`, and gives their number: fewer
-    /// than `most` where no other is left. Fails with KVM's errno; the slot stays then.
+    /// Takes up to `most` idle slots away that share an address with `range`, and gives how many: fewer than
+    /// `most` where no other is left. Fails with KVM's errno; the slot stays then.
     fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize>;
 }

@@ -27,8 +27,12 @@ unsafe impl Send for OwnedPages {}
 unsafe impl Sync for OwnedPages {}
 
 impl OwnedPages {
-    /// Reserves the `len` bytes from address `at` on: inaccessible, and without memory behind them. Fails with
-    /// EEXIST where something is there.
+    /// Reserves `len` bytes of addresses, anywhere: inaccessible, and without memory behind them.
+    pub fn reserve(len: usize) -> io::Result<Self> {
+        Self::anonymous(ptr::null_mut(), len, MapFlags::PRIVATE | MapFlags::NORESERVE)
+    }
+
+    /// The same from address `at` on. Fails with EEXIST where something is there.
     pub fn reserve_at(at: u64, len: usize) -> io::Result<Self> {
         let at = ptr::without_provenance_mut(at as usize);
         let pages =
@@ -68,6 +72,14 @@ impl OwnedPages {
     /// Where the range starts.
     pub fn address(&self) -> *mut u8 {
         self.address.cast()
+    }
+
+    /// Takes all but the first `at` bytes away, into a value of their own.
+    pub fn split_off(&mut self, at: usize) -> OwnedPages {
+        let at = at.min(self.len);
+        let rest = OwnedPages { address: self.address.wrapping_byte_add(at), len: self.len - at };
+        self.len = at;
+        rest
     }
 }
 

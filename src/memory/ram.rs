@@ -122,12 +122,16 @@ impl Ram {
         let os = |what| move |source| RamError::Os { what, size, source };
         let file = Arc::new(sealed_memfd("guest-ram", size, hugetlb).map_err(os("make a memfd"))?);
         let ranges = split(size, gap_start, gap_end);
+        // What is free before the first piece takes of it.
+        let pool = if hugetlb { pool() } else { None };
         let (mut regions, mut mappings) = (Vec::new(), Vec::new());
         for (&guest, file_offset) in ranges.iter().zip([0, ranges[0].len()]) {
             let host = map_permanently(&file, file_offset, guest.len());
-            let host = host.map_err(|error| match pool().filter(|_| hugetlb) {
-                Some((total, free)) => RamError::FewHugePages { size, total, free },
-                None => os("map addresses")(error),
+            let host = host.map_err(|error| match pool {
+                Some((total, free)) if free < size / HUGE_PAGE => {
+                    RamError::FewHugePages { size, total, free }
+                }
+                _ => os("map addresses")(error),
             })?;
             if !hugetlb {
                 ask_for_huge_pages(host, guest.len() as usize);
@@ -160,7 +164,8 @@ impl Ram {
             }
             // A hole in a file does not collapse: each huge page needs one page to begin with.
             for page in (start..end).step_by(HUGE_PAGE as usize) {
-                let _cannot_fail = self.memory.write_obj(0_u8, GuestAddress(page));
+                let written = self.memory.write_obj(0_u8, GuestAddress(page));
+                written.expect("invariant: the page is in RAM");
             }
             let (at, len) = (region.host.wrapping_add((start - first) as usize), (end - start) as usize);
             // SAFETY: the range is a mapping of this value's; the advice does not change what is in it.
@@ -299,6 +304,7 @@ mod tests {
             assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{size}");
         }
     }
+
     #[test]
     fn huge_pages_are_whole_and_where_they_were_asked_for() {
         use std::os::unix::fs::MetadataExt;

@@ -308,8 +308,12 @@ impl SharedMemory {
                 part.populate(Access::ReadOnly)?;
                 self.mapper.prefault(part.guest())
             });
-            if !matches!(filled, Some(Ok(()))) {
-                return;
+            match filled {
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    return log::debug!("the page tables of a mapping are filled up to {offset:#x}: {error}");
+                }
+                None => return,
             }
         }
     }
@@ -374,7 +378,7 @@ impl SharedMemory {
                 return Ok(());
             };
             let span = self.span(key, mapping.span_len()).ok_or(ShmemError::NoRegion(shmid))?;
-            // First the slot: a vCPU that meets inaccessible pages looks for an idle one.
+            // Release the slot before the pages are replaced: a vCPU that gets EFAULT looks for an idle one.
             self.hide(span, &mut mapping.kept, self.keeps_slots)?;
             (span, self.span((shmid, start), len).filter(|_| *is_unreserved).unwrap_or(span))
         };
@@ -699,7 +703,7 @@ impl SharedMemory {
         let hidden = match placed.slot {
             Some(slot) if keeps_slot => self.mapper.release(slot),
             Some(slot) => self.mapper.unmap(slot),
-            // A thread that clears the span does not return.
+            // Released, and not cleared yet: its slot is deleted if it is still idle.
             None => self.mapper.retire(span.guest(), usize::MAX).map(drop),
         };
         hidden.map_err(ShmemError::Guest)?;

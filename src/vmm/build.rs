@@ -46,7 +46,8 @@ impl Vmm {
     ///
     /// # Errors
     ///
-    /// Everything that is wrong with the configuration, its files or the host. Nothing is left behind then.
+    /// Everything that is wrong with the configuration, its files or the host. Only RAM stays mapped
+    /// then, until the process ends.
     pub fn build(config: &Config) -> Result<Vmm, Box<dyn Failure>> {
         let began = Instant::now();
         // The user's configuration: can such a machine exist?

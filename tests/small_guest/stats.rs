@@ -239,7 +239,8 @@ fn an_unmap_costs_the_guest_no_page_outside_of_its_range() {
     const PAGES: u64 = 256 * MIB / PAGE;
     /// Faults that have nothing to do with it.
     const FEW: u64 = 100;
-    let mut machine = Counted::with_memory("384M", "", &[]);
+    // So that the UNMAP deletes a slot.
+    let mut machine = Counted::with_memory("384M", ",foreign-files=on", &[]);
     let (window, _) = machine.guest.region(0);
     assert_eq!(machine.backend.map(page_at(0), &numbered_file(1, 1)), 0);
     machine.guest.read64(window);
@@ -249,7 +250,9 @@ fn an_unmap_costs_the_guest_no_page_outside_of_its_range() {
         at(&machine.now(), "vcpus/0/kvm/pf_taken") - before
     };
     let [first, again] = [faults(&mut machine), faults(&mut machine)];
+    let deleted = at(&machine.now(), "slots/deleted");
     assert_eq!(machine.backend.unmap(page_at(0)), 0);
+    assert_eq!(at(&machine.now(), "slots/deleted"), deleted + 1);
     let after = faults(&mut machine);
     println!("page faults of 256 MiB: first {first}, again {again}, after an UNMAP {after}");
     assert!(first >= PAGES / 512 && again < FEW && after < FEW, "{first} {again} {after}");

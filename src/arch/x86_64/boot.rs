@@ -94,7 +94,7 @@ impl Boot {
         self.kernel.is_linux
     }
 
-    /// Puts huge pages behind the kernel's place. Called before [`Boot::load`].
+    /// Puts huge pages behind the kernel's memory. Called before [`Boot::load`], since it writes to RAM.
     pub fn collapse_kernel(&self, ram: &Ram) {
         ram.collapse(self.kernel.start, self.kernel.end);
     }

@@ -123,7 +123,7 @@ pub(super) struct Kernel {
     pub is_linux: bool,
     /// Whether it is entered by PVH.
     is_pvh: bool,
-    /// The first address of the kernel.
+    /// The first address that the kernel is loaded to; of a bzImage its `pref_address`.
     pub start: u64,
     /// The first address after the memory that the kernel uses before it reads the memory map.
     pub end: u64,

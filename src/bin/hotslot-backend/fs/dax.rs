@@ -71,7 +71,7 @@ impl Window {
                 }
             }
         }
-        // The next process does not look for them.
+        // The next process must not look for the mappings whose files were not found.
         self.keeper.commit(|| None);
     }
 
