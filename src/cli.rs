@@ -131,8 +131,8 @@ pub struct Cli {
     #[arg(help_heading = HOST, long, value_name = "FILE")]
     pub memory_picture: Option<PathBuf>,
 
-    /// Write the machine's statistics into this file, which is emptied first: a line of JSON at each SIGUSR1 and
-    /// at the end. SIGUSR1 also prints them, and so does the end with -v
+    /// Write the machine's statistics into this file, which is emptied first: a line of JSON at each
+    /// SIGUSR1 and at the end. SIGUSR1 also prints them, and so does the end with -v
     #[arg(help_heading = HOST, long, value_name = "FILE")]
     pub stats: Option<PathBuf>,
 

@@ -15,8 +15,8 @@ use device::{BadValue, DeviceSpec};
 ///
 /// - `console=ttyS0`: the serial port is the only console.
 /// - `8250.nr_uarts=1`: the kernel does not probe for the other three ports of a PC.
-/// - `cryptomgr.notests`: the kernel does not test its ciphers. Debian's 6.12.117 does so at each boot: 38 % of
-///   its instructions up to PID 1 (src/manual/speed.md).
+/// - `cryptomgr.notests`: the kernel does not test its ciphers. Debian's 6.12.117 does so at each boot: 38 %
+///   of its instructions up to PID 1 (src/manual/speed.md).
 /// - `panic=-1`: the kernel resets the machine at once when it panics; that ends the VMM.
 /// - `reboot=panic_warm`: such a reset can be told from one that was asked for (`arch::x86_64::reset`).
 pub const DEFAULT_CMDLINE: &str =

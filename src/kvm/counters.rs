@@ -68,8 +68,8 @@ impl VcpuCounters {
 pub(super) struct Wait(Option<Instant>);
 
 impl Wait {
-    /// Counts the wait at its first call; later calls update the longest time, so the part after the last call
-    /// is missing.
+    /// Counts the wait at its first call; later calls update the longest time, so the part after the last
+    /// call is missing.
     pub fn goes_on(&mut self, count: &Counter, longest: &Counter) {
         match self.0 {
             Some(began) => longest.keep_longest(began.elapsed()),

@@ -1,5 +1,5 @@
-//! KVM: the machine ([`vm`]), its memory slots ([`slots`]), its processors ([`vcpu`], [`pause`], [`counters`],
-//! [`stats`]), and page tables filled ahead ([`prefault`]).
+//! KVM: the machine ([`vm`]), its memory slots ([`slots`]), its processors ([`vcpu`], [`pause`],
+//! [`counters`], [`stats`]), and page tables filled ahead ([`prefault`]).
 
 pub mod counters;
 mod operands;

@@ -22,6 +22,12 @@ use crate::memory::{Access, GuestMapper, GuestRange, SlotId};
 const MOST_IDLE: usize = 1024;
 const MOST_IDLE_BYTES: u64 = 4 << 30;
 
+/// After so many changes of slots, page tables are no longer filled ahead. KVM numbers the changes for its
+/// entries of holes with 19 bits: an addition takes 2 numbers, a deletion 4. When they wrap it drops all
+/// page tables, and before Linux 6.15 KVM_PRE_FAULT_MEMORY then waits without end for a vCPU that does not
+/// run.
+const MOST_CHANGES_BEFORE_PREFAULT: u64 = 100_000;
+
 counters! {
     /// Changes of slots, each of which is one KVM_SET_USER_MEMORY_REGION.
     SlotCounters {
@@ -36,8 +42,8 @@ counters! {
 
 /// The slots of one virtual machine.
 ///
-/// Fields are dropped in their order here: first the machine with its spare vCPUs, which also hold it, then the
-/// memory that permanent slots point to.
+/// Fields are dropped in their order here: first the machine with its spare vCPUs, which also hold it,
+/// then the memory that permanent slots point to.
 pub struct Slots {
     /// The only reference outside tests.
     pub(super) vm: Arc<VmFd>,
@@ -178,6 +184,15 @@ impl Slots {
         Ok(SlotId(number))
     }
 
+    /// Deletes the oldest idle slot where there are too many. Whether it did.
+    fn delete_surplus(&self) -> io::Result<bool> {
+        let state = &mut *self.lock();
+        match state.idle.oldest().filter(|_| state.idle.are_too_many()) {
+            Some(oldest) => self.delete(state, oldest).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
     /// Deletes a slot, idle or live.
     fn delete(&self, state: &mut State, number: u32) -> io::Result<()> {
         let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
@@ -238,20 +253,23 @@ impl GuestMapper for Slots {
     }
 
     fn release(&self, SlotId(number): SlotId) -> io::Result<()> {
-        let state = &mut *self.lock();
-        let Some((Slot { guest, .. }, false)) = state.slot(number) else {
-            return Err(io::Error::from_raw_os_error(libc::ENOENT));
-        };
-        state.idle.insert(number, guest);
-        while state.idle.are_too_many()
-            && let Some(oldest) = state.idle.oldest()
-            // One that KVM does not delete stays idle. The next release tries it again.
-            && self.delete(state, oldest).is_ok()
-        {}
+        {
+            let state = &mut *self.lock();
+            let Some((Slot { guest, .. }, false)) = state.slot(number) else {
+                return Err(io::Error::from_raw_os_error(libc::ENOENT));
+            };
+            state.idle.insert(number, guest);
+        }
+        // One that KVM does not delete stays idle. The next release tries it again.
+        while self.delete_surplus().is_ok_and(|deleted| deleted) {}
         Ok(())
     }
 
     fn prefault(&self, guest: GuestRange) -> io::Result<()> {
+        let changes = self.counters.added.get() + self.counters.deleted.get();
+        if changes > MOST_CHANGES_BEFORE_PREFAULT {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         self.spare_vcpus.prefault(guest)
     }
 

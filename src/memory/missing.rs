@@ -11,6 +11,10 @@ use super::Access;
 use super::shmem::{Filled, Page, SharedMemory, Unavailable};
 use crate::report::{MisuseLog, with_causes};
 
+/// The most slots without a mapping that an unexplained EFAULT takes of each device: as many as a machine
+/// keeps. A back-end that makes more meanwhile holds up no vCPU.
+const MOST_RETIRED: usize = 1024;
+
 /// How often an access is tried before the vCPU pauses, if the file changes each time.
 const ATTEMPTS: usize = 8;
 
@@ -153,7 +157,7 @@ impl MissingPages {
     /// Takes away all slots that unmapped ranges have kept, as far as KVM does it.
     pub fn retire_all(&self) {
         for device in &self.devices {
-            if let Err(error) = device.shmem.retire(usize::MAX) {
+            if let Err(error) = device.shmem.retire(MOST_RETIRED) {
                 device.log.warn(format_args!("{}", with_causes(&error)));
             }
         }

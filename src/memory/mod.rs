@@ -91,10 +91,10 @@ pub struct SlotId(pub u32);
 ///                  └──▶ gone
 /// ```
 ///
-/// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. No method but `prefault`
-/// waits for another process, except that KVM waits for a vCPU that waits for a page of a foreign file. The guest sees
-/// a mapping when `map` has returned, and no longer sees it when `unmap` has: no vCPU can reach the memory
-/// then.
+/// Called by the set-up, and by backend-channel and vCPU threads while the guest runs. No method but
+/// `prefault` waits for another process, except that KVM waits for a vCPU that waits for a page of a
+/// foreign file. The guest sees a mapping when `map` has returned, and no longer sees it when `unmap` has:
+/// no vCPU can reach the memory then.
 pub trait GuestMapper: Send + Sync {
     /// Lets the guest see the memory at `host` as the addresses `guest`.
     ///
@@ -112,10 +112,10 @@ pub trait GuestMapper: Send + Sync {
     /// mapping stays then.
     fn unmap(&self, slot: SlotId) -> io::Result<()>;
 
-    /// Fills the page tables between guest and host for a part of a mapping, as far as this machine can, so
-    /// that the guest's first access to a page costs no fault. Called by the thread that called `map`, with
-    /// no lock held: a page that is not there is read in, which waits for the disk, and with `foreign-files=on`
-    /// for the file's server.
+    /// Fills the page tables between guest and host for a part of a mapping, as far as this machine can,
+    /// so that the guest's first access to a page costs no fault. Called by the thread that called `map`,
+    /// with no lock held: a page that is not there is read in, which waits for the disk, and with
+    /// `foreign-files=on` for the file's server.
     ///
     /// Fails with the errno of the host; the guest's accesses then do what was not done.
     fn prefault(&self, _guest: GuestRange) -> io::Result<()> {

@@ -306,7 +306,9 @@ impl SharedMemory {
             let part = self.span((key.0, key.1 + offset), PREFAULT_STEP.min(span_len - offset));
             let filled = part.map(|part| {
                 part.populate(Access::ReadOnly)?;
-                self.mapper.prefault(part.guest())
+                // Again: reading the pages in can take long, and a reset does not wait for it.
+                let is_open = self.lock().ledger.gate_open;
+                if is_open { self.mapper.prefault(part.guest()) } else { Ok(()) }
             });
             match filled {
                 Some(Ok(())) => {}

@@ -352,7 +352,8 @@ fn prefaulting_ends_at_the_end_of_the_file_and_at_a_reset() {
     // SHM-105
     let (parts, [before, after]) = prefaulted(6 << 20, usize::MAX);
     assert_eq!(parts, [(0, 2), (2, 2), (4, 2)]);
-    assert_eq!(before, after, "holes stay holes");
+    let on = rustix::fs::statfs(std::env::temp_dir()).unwrap();
+    assert!(before == after || on.f_type == libc::TMPFS_MAGIC, "holes of a disk's file stay holes");
     assert_eq!(prefaulted(5 << 20, usize::MAX).0, [(0, 2), (2, 2)]);
     assert_eq!(prefaulted(6 << 20, 1).0, [(0, 2)]);
 }
