@@ -167,11 +167,13 @@ pub struct Trace {
     /// The trace
     pub file: PathBuf,
 
-    /// Print a sequence diagram instead, in this form
+    /// Print a sequence diagram instead, in this form. All of the trace between --from and --to is in memory
+    /// then
     #[arg(long, value_name = "FORM")]
     pub sequence: Option<Sequence>,
 
-    /// Print a picture (SVG) of each shared memory region instead: its mappings over time
+    /// Print a picture (SVG) of each shared memory region instead: its mappings over time. All of the trace
+    /// between --from and --to is in memory then
     #[arg(long, conflicts_with = "sequence")]
     pub timeline: bool,
 

@@ -41,7 +41,16 @@ pub fn create(path: &Path) -> io::Result<File> {
 ///
 /// The text could not be written, or only in part: the disk may be full.
 pub fn print(out: &mut impl Write, text: &[u8]) -> Result<(), NotPrinted> {
-    match out.write_all(text).and_then(|()| out.flush()) {
+    printed(out.write_all(text).and_then(|()| out.flush()))
+}
+
+/// What came of writing to stdout, as [`print()`] has it.
+///
+/// # Errors
+///
+/// As for [`print()`].
+pub fn printed(result: io::Result<()>) -> Result<(), NotPrinted> {
+    match result {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(NotPrinted(error)),
         _ => Ok(()),
     }

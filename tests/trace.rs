@@ -3,21 +3,23 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 
-use std::fs::OpenOptions;
-use std::io::BufReader;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hotslot::trace::read::read;
+use hotslot::trace::read::each_line;
 use hotslot::trace::record::{Channel, Direction, Message, Outcome, Record, What};
 use hotslot_test_support::backend::{Backend, Offer};
-use hotslot_test_support::child::Running;
+use hotslot_test_support::child::{self, Running};
 use hotslot_test_support::files::{MIB, PAGE, numbered_file};
 use hotslot_test_support::guest::{Guest, register};
 use hotslot_test_support::torture::Torture;
 use hotslot_test_support::wire::{MMap, NEED_REPLY, VERSION_1, message, page_at, writable};
 use hotslot_test_support::{built, kvm};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use tempfile::TempDir;
 
 /// A trace to be.
@@ -41,9 +43,7 @@ impl Traced {
     }
 
     fn records(&self) -> Vec<Record> {
-        let trace = read(BufReader::new(std::fs::File::open(self.path()).unwrap())).unwrap();
-        assert!(trace.problems.is_empty(), "{:?}", trace.problems);
-        trace.records
+        read(File::open(self.path()).unwrap())
     }
 
     /// As `hotslot trace` prints it.
@@ -52,6 +52,14 @@ impl Traced {
         assert_eq!((status, said.as_str()), (Some(0), ""));
         text
     }
+}
+
+/// The records of a trace without problems, in the order in which they began.
+fn read(trace: File) -> Vec<Record> {
+    let mut records = Vec::new();
+    each_line(BufReader::new(trace), |_, record| records.push(record.unwrap())).unwrap();
+    records.sort_by_key(|record| record.time_ns);
+    records
 }
 
 /// Runs `hotslot trace`: its exit status, what it prints, and what it says of that.
@@ -344,14 +352,13 @@ fn a_late_reader_holds_nothing_up_and_what_it_misses_is_counted() {
     assert_eq!(guest.have_filled(0x180_0000, 64), 64);
     // Only now it is read.
     rustix::fs::fcntl_setfl(&pipe, rustix::fs::OFlags::empty()).unwrap();
-    let reader = std::thread::spawn(move || read(BufReader::new(pipe)).unwrap());
+    let reader = std::thread::spawn(move || read(pipe));
     guest.exit();
-    let trace = reader.join().unwrap();
-    assert!(trace.problems.is_empty(), "{:?}", trace.problems);
+    let records = reader.join().unwrap();
     let is_request =
         |record: &&Record| matches!(&record.what, What::Message(one) if one.channel == Channel::Backend);
-    let requests = trace.records.iter().filter(is_request).count() as u64;
-    let left_out = trace.records.iter().filter_map(|record| match record.what {
+    let requests = records.iter().filter(is_request).count() as u64;
+    let left_out = records.iter().filter_map(|record| match record.what {
         What::LeftOut { count } => Some(count),
         _ => None,
     });
@@ -468,6 +475,31 @@ fn lines_that_are_no_records_are_named_and_the_rest_is_printed() {
     assert!(said.contains("cannot read the trace /no/where: No such file"), "{said}");
     let escape = file(&FIXED.replace("it overlaps", r"it \u001b[2J overlaps"));
     assert!(!trace(escape.path(), &[]).1.contains('\u{1b}'));
+}
+
+#[test]
+fn a_trace_is_printed_that_has_no_room_in_memory() {
+    const LIMIT: u64 = 4 << 20;
+    let (head, rest) = FIXED.split_once('\n').unwrap();
+    let long = rest.replace("it overlaps", &"it overlaps; ".repeat(4000));
+    let count = 2 * LIMIT as usize / long.len();
+    let large = file(&format!("{head}\n{}", long.repeat(count)));
+    let printed = tempfile::NamedTempFile::new().unwrap();
+    let mut command = Command::new(built::hotslot());
+    command.arg("trace").arg(large.path()).stdout(printed.reopen().unwrap());
+    let limit = Rlimit { current: Some(LIMIT), maximum: Some(LIMIT) };
+    // SAFETY: between fork and exec it makes one system call, and neither allocates nor takes a lock.
+    unsafe { command.pre_exec(move || Ok(setrlimit(Resource::Data, limit)?)) };
+    let (status, said) = Running::start(&mut command).wait();
+    assert_eq!((status.code(), said.as_str()), (Some(0), ""));
+    let lines = BufReader::new(printed.reopen().unwrap()).lines();
+    assert_eq!(lines.count(), 1 + 6 * count);
+    // A pipe is printed, too, but must have room.
+    let mut command = Command::new("/bin/sh");
+    let (fixed, hotslot) = (file(FIXED), built::hotslot());
+    let script = format!("cat {} | {} trace /dev/stdin", fixed.path().display(), hotslot.display());
+    let output = child::run(command.arg("-c").arg(script));
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), trace(fixed.path(), &[]).1);
 }
 
 #[test]

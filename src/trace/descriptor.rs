@@ -1,5 +1,5 @@
-//! What a file descriptor is, asked of the kernel alone: no call here asks the file's server, which may never
-//! answer (SHM-83; `memory::origin` has the reasons).
+//! Describes a file descriptor by what the kernel itself knows: no call here asks the file's server, which
+//! may never answer (SHM-83; `memory::origin` has the reasons).
 
 use std::os::fd::BorrowedFd;
 
@@ -12,7 +12,7 @@ pub fn describe(fd: BorrowedFd<'_>) -> Descriptor {
     describe_as(fd, "anonymous")
 }
 
-/// Describes one of ours, which is an eventfd where it is no file and no socket.
+/// Describes a descriptor of hotslot's: an anonymous one is an eventfd.
 pub fn describe_ours(fd: BorrowedFd<'_>) -> Descriptor {
     describe_as(fd, "eventfd")
 }

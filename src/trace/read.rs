@@ -1,6 +1,6 @@
-//! Reads a trace: its records in the order in which they began, and which lines are none.
+//! Reads a trace, line by line: its records, and the lines that are none.
 
-use std::io::{self, BufRead};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 
 use thiserror::Error;
 
@@ -21,26 +21,21 @@ pub enum Problem {
     Format { line: usize, format: u32 },
 }
 
-/// A trace.
-#[derive(Debug, Default)]
-pub struct Trace {
-    /// Sorted by when they began: a request comes before those that it caused.
-    pub records: Vec<Record>,
-    /// By their lines.
-    pub problems: Vec<Problem>,
-}
-
-/// Reads all of it.
+/// Calls `each` with each record in the order of the file, in which a request comes after those that it
+/// caused, and with each problem; and with the offset of its line.
 ///
 /// # Errors
 ///
 /// The file cannot be read.
-pub fn read(mut file: impl BufRead) -> io::Result<Trace> {
-    let mut trace = Trace::default();
-    let mut text = Vec::new();
+pub fn each_line(
+    mut file: impl BufRead,
+    mut each: impl FnMut(u64, Result<Record, Problem>),
+) -> io::Result<()> {
+    let (mut text, mut offset) = (Vec::new(), 0);
     for line in 1.. {
         text.clear();
-        if file.read_until(b'\n', &mut text)? == 0 {
+        let len = file.read_until(b'\n', &mut text)? as u64;
+        if len == 0 {
             break;
         }
         match serde_json::from_slice::<Record>(&text) {
@@ -48,15 +43,32 @@ pub fn read(mut file: impl BufRead) -> io::Result<Trace> {
                 if let What::Trace { format, .. } = record.what
                     && format != FORMAT
                 {
-                    trace.problems.push(Problem::Format { line, format });
+                    each(offset, Err(Problem::Format { line, format }));
                 }
-                trace.records.push(record);
+                each(offset, Ok(record));
             }
-            Err(_) if !text.ends_with(b"\n") => trace.problems.push(Problem::Cut { line }),
-            Err(source) => trace.problems.push(Problem::NoRecord { line, source }),
+            Err(_) if !text.ends_with(b"\n") => each(offset, Err(Problem::Cut { line })),
+            Err(source) => each(offset, Err(Problem::NoRecord { line, source })),
         }
+        offset += len;
     }
-    // Stable: of two that began at once, the one that ended first stays first.
-    trace.records.sort_by_key(|record| record.time_ns);
-    Ok(trace)
+    Ok(())
+}
+
+/// The records whose lines are at these offsets, in their order.
+pub fn records_at(
+    mut file: BufReader<impl Read + Seek>,
+    offsets: impl Iterator<Item = u64>,
+) -> impl Iterator<Item = io::Result<Record>> {
+    let (mut text, mut at) = (Vec::new(), None);
+    offsets.map(move |offset| {
+        // Relative: what the buffer has already is not read again.
+        match at {
+            Some(at) => file.seek_relative(offset as i64 - at as i64)?,
+            None => file.seek(SeekFrom::Start(offset)).map(drop)?,
+        }
+        text.clear();
+        at = Some(offset + file.read_until(b'\n', &mut text)? as u64);
+        Ok(serde_json::from_slice(&text)?)
+    })
 }

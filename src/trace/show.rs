@@ -1,17 +1,20 @@
-//! `hotslot trace FILE`: reads a trace, says what is wrong with it, and gives it in the form that the user
-//! wants.
+//! `hotslot trace FILE`: reads a trace, names the lines that are no records, and prints the others in the
+//! form that was asked for.
 
 use std::fs::File;
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, BufWriter, Write};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use thiserror::Error;
 
-use super::read::{Problem, read};
+use super::read::{Problem, each_line, records_at};
+use super::record::Record;
 use super::{mermaid, sequence, text, timeline};
-use crate::report::{Failure, NotPrinted, STATUS_ERROR, STATUS_USAGE, clean, print, say, with_causes};
+use crate::report::{
+    Failure, NotPrinted, STATUS_ERROR, STATUS_USAGE, clean, print, printed, say, with_causes,
+};
 
 /// The languages of sequence diagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -72,7 +75,8 @@ impl Failure for ShowError {
     }
 }
 
-/// Writes the records that begin in these nanoseconds in this form to `out`.
+/// Writes the records that begin in these nanoseconds in this form to `out`. For text the
+/// file is read twice, so that only the times and offsets of its records are kept in memory.
 ///
 /// # Errors
 ///
@@ -82,33 +86,70 @@ pub fn show(
     path: &Path,
     form: Form,
     when: RangeInclusive<u64>,
-    out: &mut impl io::Write,
+    out: &mut impl Write,
 ) -> Result<(), ShowError> {
     let failed = |error| ShowError::File(path.to_owned(), error);
-    let mut trace = File::open(path).and_then(|file| read(BufReader::new(file))).map_err(failed)?;
-    let (Some(first), Some(last)) = (trace.records.first(), trace.records.last()) else {
-        return Err(ShowError::NoTrace(path.to_owned()));
+    let file = File::open(path).map_err(failed)?;
+    // Another kind of file, such as a pipe, cannot be read again.
+    let rereads = form == Form::Text && file.metadata().is_ok_and(|file| file.is_file());
+    let mut file = BufReader::new(file);
+    let (mut times, mut lines) = (None, text::Lines::default());
+    let (mut places, mut records, mut problems) = (Vec::new(), Vec::new(), Vec::new());
+    let each = |offset, line: Result<Record, Problem>| match line {
+        Ok(record) => {
+            let at = record.time_ns;
+            let (first, last) = times.unwrap_or((at, at));
+            times = Some((first.min(at), last.max(at)));
+            if when.contains(&at) {
+                lines.make_room(&record);
+                if rereads { places.push((at, offset)) } else { records.push(record) }
+            }
+        }
+        Err(problem) => problems.push(problem),
     };
-    let [first, last] = [first, last].map(|record| text::seconds(record.time_ns));
-    trace.records.retain(|record| when.contains(&record.time_ns));
-    if trace.records.is_empty() {
+    each_line(&mut file, each).map_err(failed)?;
+    let Some((first, last)) = times else { return Err(ShowError::NoTrace(path.to_owned())) };
+    if places.is_empty() && records.is_empty() {
+        let [first, last] = [first, last].map(text::seconds);
         return Err(ShowError::NothingThere { path: path.to_owned(), first, last });
     }
+    // Both are stable: of two records that began at once, the one that ended first stays first.
+    places.sort_by_key(|(at, _)| *at);
+    records.sort_by_key(|record| record.time_ns);
     let shown = match form {
-        Form::Text => text::print(&trace.records),
-        Form::Sequence(Sequence::Svg) => sequence::draw(&trace.records),
-        Form::Timeline => timeline::draw(&trace.records),
-        Form::Sequence(Sequence::Mermaid) => mermaid::draw(&trace.records),
+        Form::Text if rereads => {
+            let places = places.into_iter().map(|(_, offset)| offset);
+            print_text(records_at(file, places), lines, out).map_err(failed)?
+        }
+        Form::Text => print_text(records.into_iter().map(Ok), lines, out).map_err(failed)?,
+        Form::Sequence(Sequence::Svg) => print(out, sequence::draw(&records).as_bytes()),
+        Form::Sequence(Sequence::Mermaid) => print(out, mermaid::draw(&records).as_bytes()),
+        Form::Timeline => print(out, timeline::draw(&records).as_bytes()),
     };
-    let printed = print(out, shown.as_bytes());
-    for problem in &trace.problems {
+    for problem in &problems {
         let path = clean(&path.display().to_string());
         say(format_args!("hotslot: warn: {path}: {}", with_causes(problem)));
     }
-    printed?;
-    let count = trace.problems.iter().filter(|problem| matches!(problem, Problem::NoRecord { .. })).count();
+    shown?;
+    let count = problems.iter().filter(|problem| matches!(problem, Problem::NoRecord { .. })).count();
     match count {
         0 => Ok(()),
         _ => Err(ShowError::BadLines { path: path.to_owned(), count }),
     }
+}
+
+/// The outer error: a record could not be read.
+fn print_text(
+    records: impl Iterator<Item = io::Result<Record>>,
+    mut lines: text::Lines,
+    out: &mut impl Write,
+) -> io::Result<Result<(), NotPrinted>> {
+    let mut out = BufWriter::new(out);
+    for record in records {
+        let line = lines.line(&record?);
+        if let Err(error) = out.write_all(line.as_bytes()) {
+            return Ok(printed(Err(error)));
+        }
+    }
+    Ok(printed(out.flush()))
 }

@@ -19,31 +19,42 @@ use super::record::{Noise, ReadOrWrite};
 use crate::picture::canvas::fit;
 use crate::report::clean;
 
-/// Of a device's name so many columns are printed. hotslot's own traces have no longer ones.
+/// The most columns of a device's name. Longer names are in no trace of hotslot's.
 const MOST_OF_A_NAME: usize = 128;
 
-/// All of it, with line feeds.
-pub fn print(records: &[Record]) -> String {
-    let name = |record: &Record| fit(record.device.as_deref().unwrap_or("-"), MOST_OF_A_NAME);
-    let width = records.iter().map(|record| name(record).chars().count()).max().unwrap_or(0);
-    // Until when each thread serves an access of its guest.
-    let mut serves: BTreeMap<&str, u64> = BTreeMap::new();
-    let mut text = String::new();
-    for record in records {
+/// Makes the lines of a trace.
+#[derive(Debug, Default)]
+pub struct Lines {
+    /// How many columns the longest name of a device takes.
+    name_width: usize,
+    /// Until when each thread serves an access of its guest.
+    serves: BTreeMap<String, u64>,
+}
+
+impl Lines {
+    /// Makes room for the name of a record's device. Called for each record before the first line.
+    pub fn make_room(&mut self, record: &Record) {
+        self.name_width = self.name_width.max(name(record).chars().count());
+    }
+
+    /// The line of a record, with its line feed. Called in the order in which the records began.
+    pub fn line(&mut self, record: &Record) -> String {
         let Record { time_ns, took_ns, thread, what, .. } = record;
-        let is_caused = serves.get(thread.as_str()).is_some_and(|end| time_ns < end);
+        let is_caused = self.serves.get(thread).is_some_and(|end| time_ns < end);
         if matches!(what, What::Register(_)) {
-            serves.insert(thread, time_ns.saturating_add(*took_ns));
+            self.serves.insert(thread.clone(), time_ns.saturating_add(*took_ns));
         }
-        let (device, indent) = (name(record), if is_caused { "  " } else { "" });
+        let (device, width, indent) = (name(record), self.name_width, if is_caused { "  " } else { "" });
         let mut line = format!("{:>12} {device:<width$} {indent}{}", seconds(*time_ns), said(record));
         if *took_ns > 0 {
             let _ = write!(line, " <{}>", seconds(*took_ns));
         }
-        text.push_str(&clean(&line));
-        text.push('\n');
+        clean(&line) + "\n"
     }
-    text
+}
+
+fn name(record: &Record) -> String {
+    fit(record.device.as_deref().unwrap_or("-"), MOST_OF_A_NAME)
 }
 
 fn said(record: &Record) -> String {
@@ -74,7 +85,7 @@ pub fn request(message: &Message) -> String {
     text
 }
 
-/// What came of it.
+/// The result of a request, as text.
 pub fn result(message: &Message) -> String {
     let answer = message.answer.as_ref().map(|answer| match answer.0.as_slice() {
         [(name, Value::Number(number))] if name == "value" => value(name, *number),

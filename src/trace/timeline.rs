@@ -1,8 +1,7 @@
 //! A trace as a time line in SVG (`hotslot trace FILE --timeline`): for each shared memory region its
 //! mappings, time from left to right and offsets from top to bottom.
 //!
-//! A mapping is a box from its MAP to its end. What is mapped at no time has no place: stretches between
-//! mappings are cut short.
+//! A mapping is a box from its MAP to its end. Offsets at which nothing was mapped are cut short.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -68,7 +67,7 @@ struct Mapping {
     file_offset: u64,
     is_writable: bool,
     from_ns: u64,
-    /// The end of time as long as it lives.
+    /// `u64::MAX` while it lives.
     to_ns: u64,
 }
 
