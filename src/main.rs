@@ -11,7 +11,8 @@ use hotslot::report::{self, Failure, STATUS_ERROR, STATUS_USAGE, failure_text, l
 use hotslot::sandbox::{self, SandboxError};
 use hotslot::terminal;
 use hotslot::trace::show::show;
-use hotslot::vmm::{Vmm, picture};
+use hotslot::vmm::Vmm;
+use hotslot::vmm::layout_picture::draw_layout;
 
 fn main() {
     match run(Cli::from_arguments(terminal::columns().is_some_and(|columns| columns < 80))) {
@@ -41,7 +42,7 @@ fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
             );
         }
         Some(LayoutFormat::Svg) => {
-            text.extend(picture::of_layout(cli.memory, &cli.vhost_user)?.into_bytes());
+            text.extend(draw_layout(cli.memory, &cli.vhost_user)?.into_bytes());
         }
     }
     if !text.is_empty() {

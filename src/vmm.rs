@@ -1,7 +1,7 @@
 //! The story of a machine: build, run, shut down.
 //!
 //! [`Vmm::build`] refuses everything that can be refused, before the guest's first instruction. [`Vmm::run`]
-//! starts a thread for each processor and serves the rest from the main loop, until the machine ends.
+//! starts a thread for each vCPU and serves the rest from the main loop, until the machine ends.
 //!
 //! | file | what it does |
 //! |---|---|
@@ -11,12 +11,13 @@
 //! | `exit_once` | how the machine ends: set by any thread, awaited by the main loop and by `signals` |
 //! | `signals` | the thread that takes SIGTERM and the like, SIGUSR1, which prints the `memory_map` and the `stats`, and SIGUSR2 for a `dump` |
 //! | `writer` | a thread that writes a file when it is asked to: those of `picture`, `dump` and `stats` |
-//! | `picture` | the picture of memory, and the thread that writes it |
+//! | `picture` | the thread that draws the memory of the running machine |
+//! | `layout_picture` | the picture of the memory of a configured machine |
 //! | `console` | the host's side of the serial port, and the escape key |
 //! | `gdb` | the thread that serves gdb: breakpoints, registers, memory |
 //! | `dump` | the thread that writes a core file of the machine |
 //! | `stats` | what was counted, for people and as JSON lines |
-//! | `stuck` | finds processors that wait in KVM for a page that the host cannot provide (SHM-45, SHM-87) |
+//! | `stuck` | finds vCPUs that wait in KVM for a page that the host cannot provide (SHM-45, SHM-87) |
 
 mod backends;
 mod build;
@@ -25,8 +26,9 @@ mod dump;
 mod error;
 mod exit_once;
 mod gdb;
+pub mod layout_picture;
 mod memory_map;
-pub mod picture;
+mod picture;
 mod run;
 mod signals;
 mod stats;

@@ -1,6 +1,6 @@
-//! Pauses processors between two instructions, and hands out their registers meanwhile.
+//! Pauses vCPUs between two instructions, and hands out their registers meanwhile.
 //!
-//! A processor's thread itself reads and writes its registers: KVM makes any other thread wait until KVM_RUN
+//! A vCPU's thread itself reads and writes its registers: KVM makes any other thread wait until KVM_RUN
 //! returns. So the thread leaves them here when it pauses, waits, and takes them back:
 //!
 //! ```text
@@ -8,7 +8,7 @@
 //!   vCPU thread: is_wanted ──▶ KVM_RUN completes its last access ──▶ park ──▶ waits ─────────────▶ goes on
 //! ```
 //!
-//! Holders are gdb (`vmm::gdb`) and a dump of the machine (`vmm::dump`). A processor goes on when none of
+//! Holders are gdb (`vmm::gdb`) and a dump of the machine (`vmm::dump`). A vCPU goes on when none of
 //! them holds it, or when the machine stops.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -25,12 +25,12 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-/// How long [`Pause::hold`] waits. A processor that waits for a back-end, or for a page, is not paused then.
+/// How long [`Pause::hold`] waits. A vCPU that waits for a back-end, or for a page, is not paused then.
 const PAUSE_WITHIN: Duration = Duration::from_secs(1);
 /// Time between two interruptions: a signal may arrive just before the system call that it is to interrupt.
 const AGAIN: Duration = Duration::from_millis(2);
 
-/// A processor's registers.
+/// A vCPU's registers.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub struct Registers {
@@ -51,7 +51,7 @@ impl Registers {
     }
 }
 
-/// What keeps processors from running.
+/// What keeps vCPUs from running.
 #[derive(Clone, Copy, Debug)]
 pub enum Holder {
     /// gdb.
@@ -60,10 +60,10 @@ pub enum Holder {
     Dump = 2,
 }
 
-/// A processor met a breakpoint, a watchpoint, or the end of a single step.
+/// A vCPU met a breakpoint, a watchpoint, or the end of a single step.
 #[derive(Clone, Copy, Debug)]
 pub struct DebugEvent {
-    /// The processor's id.
+    /// The vCPU's id.
     pub vcpu: usize,
     /// Whether it ran for a single step.
     pub is_stepping: bool,
@@ -71,13 +71,13 @@ pub struct DebugEvent {
     pub exit: kvm_debug_exit_arch,
 }
 
-/// The processors of a machine, by their ids.
+/// The vCPUs of a machine, by their ids.
 #[derive(Default)]
 pub struct Pause {
     /// Lock order: innermost; held for a few moves.
     state: Mutex<State>,
     changed: Condvar,
-    /// Whether any processor is held: looked at before each entry into the guest.
+    /// Whether any vCPU is held: looked at before each entry into the guest.
     is_any_held: AtomicBool,
     /// Whether any of [`State::ports`] is there: looked at each time that a guest writes to a port.
     has_ports: AtomicBool,
@@ -93,7 +93,7 @@ struct State {
     events: VecDeque<DebugEvent>,
 }
 
-/// A processor's place.
+/// A vCPU's place.
 #[derive(Clone, Default)]
 struct Seat {
     /// Bits of [`Holder`].
@@ -108,10 +108,10 @@ struct Seat {
 }
 
 impl Pause {
-    /// For so many processors. With a debugger, they are paused before their first instruction.
-    pub fn new(processors: usize, debugger: Option<EventFd>) -> Pause {
+    /// For so many vCPUs. With a debugger, they are paused before their first instruction.
+    pub fn new(vcpus: usize, debugger: Option<EventFd>) -> Pause {
         let held = if debugger.is_some() { Holder::Debugger as u8 } else { 0 };
-        let seats = vec![Seat { held, ..Seat::default() }; processors];
+        let seats = vec![Seat { held, ..Seat::default() }; vcpus];
         Pause {
             is_any_held: AtomicBool::new(held > 0),
             state: Mutex::new(State { seats, ..State::default() }),
@@ -121,16 +121,16 @@ impl Pause {
         }
     }
 
-    // ------------------------------------------------------------------- for the processors' threads
+    // ------------------------------------------------------------------- for the vCPU threads
 
-    /// Whether this processor is to pause. Its thread then has KVM complete the last access, and calls
+    /// Whether this vCPU is to pause. Its thread then has KVM complete the last access, and calls
     /// [`Pause::park`].
     pub fn is_wanted(&self, vcpu: usize) -> bool {
         self.is_any_held.load(Ordering::SeqCst)
             && self.lock().seats.get(vcpu).is_some_and(|seat| seat.held > 0)
     }
 
-    /// Waits until nobody holds the processor, and its event, if it has one, is answered; or until the
+    /// Waits until nobody holds the vCPU, and its event, if it has one, is answered; or until the
     /// machine stops. There is no other limit: a user of gdb thinks. Then what was changed is applied.
     pub fn park(
         &self,
@@ -178,13 +178,13 @@ impl Pause {
         self.has_ports.load(Ordering::SeqCst)
     }
 
-    /// Whether the processor is to stop at `int3`.
+    /// Whether the vCPU is to stop at `int3`.
     pub fn stops_at_int3(&self, vcpu: usize) -> bool {
         let state = self.lock();
         state.seats.get(vcpu).is_some_and(|seat| seat.applied.control & KVM_GUESTDBG_USE_SW_BP > 0)
     }
 
-    /// Leaves the processor's registers here: before it waits, and before its thread ends.
+    /// Leaves the vCPU's registers here: before it waits, and before its thread ends.
     pub fn leave(&self, vcpu: usize, fd: &VcpuFd) -> Result<(), Error> {
         let registers = Registers::of(fd)?;
         if let Some(seat) = self.lock().seats.get_mut(vcpu) {
@@ -196,7 +196,7 @@ impl Pause {
 
     // --------------------------------------------------------------------------------- for holders
 
-    /// Holds all processors; waits until they are paused, or have ended, but at most a second: then
+    /// Holds all vCPUs; waits until they are paused, or have ended, but at most a second: then
     /// [`Pause::registers`] has none of those that still run. `interrupt` makes one of them look.
     pub fn hold(&self, holder: Holder, interrupt: impl Fn(usize)) {
         let end = Instant::now() + PAUSE_WITHIN;
@@ -216,7 +216,7 @@ impl Pause {
         }
     }
 
-    /// Lets these processors go on, as far as this holder is concerned.
+    /// Lets these vCPUs go on, as far as this holder is concerned.
     pub fn release(&self, holder: Holder, does_run: impl Fn(usize) -> bool) {
         let mut state = self.lock();
         for (vcpu, seat) in (0..).zip(&mut state.seats) {
@@ -229,19 +229,19 @@ impl Pause {
         self.wake();
     }
 
-    /// Has waiting processors look whether the machine stops.
+    /// Has waiting vCPUs look whether the machine stops.
     pub fn wake(&self) {
         // A thread that has looked, and does not wait yet, holds the lock.
         drop(self.lock());
         self.changed.notify_all();
     }
 
-    /// How many processors there are.
-    pub fn processors(&self) -> usize {
+    /// How many vCPUs there are.
+    pub fn vcpus(&self) -> usize {
         self.lock().seats.len()
     }
 
-    /// The registers of a processor that is paused, or has ended.
+    /// The registers of a vCPU that is paused, or has ended.
     pub fn registers(&self, vcpu: usize) -> Option<Registers> {
         self.lock().seats.get(vcpu)?.registers.clone()
     }
@@ -257,7 +257,7 @@ impl Pause {
         true
     }
 
-    /// Sets what stops a processor, from the next time on that it goes on.
+    /// Sets what stops a vCPU, from the next time on that it goes on.
     pub fn set_debug(&self, vcpu: usize, debug: kvm_guest_debug) {
         if let Some(seat) = self.lock().seats.get_mut(vcpu) {
             seat.debug = debug;
@@ -276,7 +276,7 @@ impl Pause {
         self.debugger.as_ref().map(|event| unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) })
     }
 
-    /// The oldest event. Its processor waits until [`Pause::answer`].
+    /// The oldest event. Its vCPU waits until [`Pause::answer`].
     pub fn next_event(&self) -> Option<DebugEvent> {
         if let Some(event) = &self.debugger {
             // It says "look", however often it was signalled.
@@ -285,7 +285,7 @@ impl Pause {
         self.lock().events.front().copied()
     }
 
-    /// Removes the oldest event, which was `event`: its processor goes on, unless it is held. `inject` is
+    /// Removes the oldest event, which was `event`: its vCPU goes on, unless it is held. `inject` is
     /// what it meets first: KVM_GUESTDBG_INJECT_BP or _DB for an exception of the guest's own.
     pub fn answer(&self, event: &DebugEvent, inject: u32) {
         let mut state = self.lock();

@@ -1,4 +1,4 @@
-//! KVM's own statistics of a machine and of its processors (KVM_GET_STATS_FD, Linux 5.14; those of page
+//! KVM's own statistics of a machine and of its vCPUs (KVM_GET_STATS_FD, Linux 5.14; those of page
 //! faults are of 5.19).
 //!
 //! `vmm::stuck` and `vmm::stats` read them while the guest runs.
@@ -16,16 +16,16 @@ const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
 /// The bytes of a struct kvm_stats_desc before its name: flags, exponent and size, offset, bucket_size.
 const ENTRY_LEN: u64 = 16;
 
-/// The faults that a processor took.
+/// The faults that a vCPU took.
 const TAKEN: &str = "pf_taken";
-/// The faults that were resolved: a page was mapped, the access was emulated, or another processor had
+/// The faults that were resolved: a page was mapped, the access was emulated, or another vCPU had
 /// resolved it. `pf_guest`, the faults that KVM passed on to the guest, is not among them: it also counts
 /// each time that KVM tells Linux to run something else until a page is there (KVM_FEATURE_ASYNC_PF), which
 /// may be never. Without nested page tables the guest's own faults therefore look unresolved, which only
 /// causes needless searches for missing pages.
 const RESOLVED: [&str; 4] = ["pf_fixed", "pf_emulate", "pf_spurious", "pf_fast"];
 
-/// Those of a processor that are read here.
+/// Those of a vCPU that are read here.
 pub(super) const OF_VCPU: [&str; 12] = [
     "exits",
     "io_exits",
@@ -51,7 +51,7 @@ fn numbers<const N: usize>(file: &File, offset: u64) -> io::Result<[u32; N]> {
     Ok(bytes.map(u32::from_ne_bytes))
 }
 
-/// The statistics of a machine or of a processor.
+/// The statistics of a machine or of a vCPU.
 pub struct Statistics {
     file: File,
     /// The names that KVM has, and where the numbers are.
@@ -93,7 +93,7 @@ impl Statistics {
         values.collect::<Option<_>>().unwrap_or_default()
     }
 
-    /// The faults so far that KVM could not resolve: it lets the processor wait and retry. `None` where KVM
+    /// The faults so far that KVM could not resolve: it lets the vCPU wait and retry. `None` where KVM
     /// does not tell.
     pub fn unresolved_faults(&self) -> Option<u64> {
         let value = |name: &str| self.read(self.places.iter().find(|(known, _)| *known == name)?.1);

@@ -2,7 +2,7 @@
 //! configuration that has changed, tells the back-end of other devices' mappings (SHM-80), and connects again
 //! to a back-end that died (SHM-18, SHM-94).
 //!
-//! It takes its orders from the [`super::link::Link`], to which any thread gives them without waiting.
+//! It takes its tasks from the [`super::link::Link`], to which any thread gives them without waiting.
 
 use std::io;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use thiserror::Error;
 use super::backend::Backend;
 use super::connect::{self, ConnectError};
 use super::handshake::{Handshake, HandshakeError};
-use super::link::Order;
+use super::link::KeeperTask;
 use super::sharing::ANSWER_TIMEOUT;
 use super::wire::frontend::QueueSize;
 use super::wire::message::protocol_features::names;
@@ -122,11 +122,11 @@ impl Drop for Keeper {
 
 fn run(first: &Predecessor, backend: &Backend) {
     loop {
-        match backend.link.next_order() {
-            Order::Stop => return,
-            Order::Return(until) => first.wait_for_return(backend, until),
-            Order::ReadConfig => backend.read_config(),
-            Order::TellOfOthers => backend.tell_of_others(ANSWER_TIMEOUT),
+        match backend.link.next_task() {
+            KeeperTask::Stop => return,
+            KeeperTask::Return(until) => first.wait_for_return(backend, until),
+            KeeperTask::ReadConfig => backend.read_config(),
+            KeeperTask::TellOfOthers => backend.tell_of_others(ANSWER_TIMEOUT),
         }
     }
 }

@@ -56,7 +56,7 @@ impl Session {
     /// Hangs up on both sockets: a thread that waits on one goes on.
     pub fn hang_up(&self) {
         for socket in [Some(&self.main), self.channel.as_ref()].into_iter().flatten() {
-            // It fails only where the peer was faster.
+            // It fails only where the peer has hung up first.
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
@@ -66,11 +66,11 @@ impl Session {
 /// reset.
 pub type OnLoss = Option<Box<dyn Fn(&str) + Send + Sync>>;
 
-/// What the keeper is to do next.
-pub enum Order {
+/// What the keeper does next.
+pub enum KeeperTask {
     /// End.
     Stop,
-    /// Connect to the back-end again, until then.
+    /// Try to connect to the back-end again, until this time.
     Return(Instant),
     /// Ask for the configuration, which has changed.
     ReadConfig,
@@ -96,7 +96,7 @@ pub struct Link {
     /// Lock order: after all others of `vhost_user`, before those of the registers and of `SharedMemory`'s
     /// expectation. Held for a moment.
     state: Mutex<State>,
-    ordered: Condvar,
+    task_given: Condvar,
 }
 
 struct State {
@@ -132,9 +132,9 @@ impl Link {
             config_changed: false,
             others_changed: false,
         };
-        let (name, log, ordered) = (name.to_string(), MisuseLog::new(name), Condvar::new());
+        let (name, log, task_given) = (name.to_string(), MisuseLog::new(name), Condvar::new());
         let state = Mutex::new(state);
-        Arc::new(Link { name, log, interrupt, tracer, shmem, reconnect, on_loss, state, ordered })
+        Arc::new(Link { name, log, interrupt, tracer, shmem, reconnect, on_loss, state, task_given })
     }
 
     /// The session, which may be over. The next one takes its place under the lock of the main socket.
@@ -152,8 +152,8 @@ impl Link {
         self.lock().is_lost
     }
 
-    /// Gives a session up: says why, once, and hangs up on both sockets: nobody will tell this back-end to
-    /// stop, so it must not go on. Its mappings stay (SHM-76). Without `reconnect=` the back-end is lost.
+    /// Gives a session up: says why, once, and hangs up on both sockets. No request will stop this back-end,
+    /// so it must see the hang-up. Its mappings stay (SHM-76). Without `reconnect=` the back-end is lost.
     pub fn give_up(&self, session: &Session, why: &dyn std::error::Error) {
         let mut state = self.lock();
         if session.is_over.swap(true, Ordering::AcqRel) {
@@ -165,7 +165,7 @@ impl Link {
         match self.reconnect {
             None => self.lose_it(&mut state, &why),
             Some(limit) => {
-                // One that dies before it has gone on gets no more time.
+                // A back-end that dies before it has gone on gets no more time.
                 let until = *state.away_until.get_or_insert(Instant::now() + limit);
                 self.event("gone", &[("deadline_seconds", limit.as_secs())], Some(&why));
                 self.shmem.expect_mappings(until + RETURN_TIMEOUT);
@@ -173,7 +173,7 @@ impl Link {
                     "{why}; the guest waits for the back-end to come back, {} s at most",
                     limit.as_secs()
                 ));
-                self.ordered.notify_all();
+                self.task_given.notify_all();
             }
         }
     }
@@ -202,7 +202,7 @@ impl Link {
         if let Some(on_loss) = &self.on_loss {
             on_loss(why);
         }
-        self.ordered.notify_all();
+        self.task_given.notify_all();
     }
 
     /// The back-end came back: its session takes the place of the old one. It is away until
@@ -263,50 +263,50 @@ impl Link {
         self.tracer.iter().for_each(|tracer| tracer.event(event, fields, reason));
     }
 
-    // The keeper's orders. Each is given without waiting.
+    // The keeper's tasks. Giving one does not wait.
 
     /// The configuration has changed.
     pub fn read_config(&self) {
         self.lock().config_changed = true;
-        self.ordered.notify_all();
+        self.task_given.notify_all();
     }
 
     /// Something is due to the back-end about other devices' mappings.
     pub fn tell_of_others(&self) {
         self.lock().others_changed = true;
-        self.ordered.notify_all();
+        self.task_given.notify_all();
     }
 
     /// The device ends.
     pub fn stop(&self) {
         self.lock().stop = true;
-        self.ordered.notify_all();
+        self.task_given.notify_all();
     }
 
-    /// The keeper's next order; waits for one.
-    pub fn next_order(&self) -> Order {
+    /// The keeper's next task; waits for one.
+    pub fn next_task(&self) -> KeeperTask {
         let mut state = self.lock();
         loop {
             if state.stop {
-                return Order::Stop;
+                return KeeperTask::Stop;
             }
             if let Some(until) = state.away_until {
-                return Order::Return(until);
+                return KeeperTask::Return(until);
             }
             if std::mem::take(&mut state.config_changed) {
-                return Order::ReadConfig;
+                return KeeperTask::ReadConfig;
             }
             if std::mem::take(&mut state.others_changed) {
-                return Order::TellOfOthers;
+                return KeeperTask::TellOfOthers;
             }
-            state = self.ordered.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.task_given.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Waits before the next attempt to connect. False where there is to be none.
+    /// Waits before the next attempt to connect. False where no attempt may follow.
     pub fn pause(&self, time: Duration) -> bool {
         let goes_on = |state: &mut State| !state.stop && !state.is_lost;
-        let waited = self.ordered.wait_timeout_while(self.lock(), time, goes_on);
+        let waited = self.task_given.wait_timeout_while(self.lock(), time, goes_on);
         goes_on(&mut waited.unwrap_or_else(PoisonError::into_inner).0)
     }
 

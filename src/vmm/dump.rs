@@ -1,10 +1,10 @@
 //! The thread `dump`, which writes the machine into a core file for gdb and `crash` (`--dump FILE`).
 //!
 //! It does so when the guest has crashed or panicked, at an error of hotslot, and at SIGUSR2, after which the
-//! guest goes on. The vCPUs are paused meanwhile. Back-ends are not: they may still write into RAM. What they
-//! have mapped is files of theirs, and not in the dump.
+//! guest goes on. The vCPUs are paused meanwhile. Back-ends are not paused, and may write into RAM. Their
+//! mappings are not in the dump: a mapping is a file of the back-end's.
 //!
-//! `Vmm::build` opens the file, before there is a sandbox; what is in it stays until a dump is written.
+//! `Vmm::build` opens the file, before there is a sandbox. Its contents stay until a dump is written.
 
 mod core;
 
@@ -35,17 +35,17 @@ use core::{Piece, head};
 /// How long the end of the machine waits for a dump.
 pub(super) const AT_MOST: Duration = Duration::from_secs(60);
 
-/// How many ranges of linear addresses a dump has: each meets at most the two regions of RAM, and the ELF
+/// The most ranges of linear addresses in a dump: each overlaps at most the two regions of RAM, and the ELF
 /// header counts program headers in 16 bits (`e_phnum`).
 const MOST_RANGES: usize = 16_000;
-/// How many pages of page tables are looked at: those of 64 GiB in the smallest pages.
+/// The most mapped pages that are visited: 64 GiB in the smallest pages.
 const MOST_PAGES: usize = 16 << 20;
 
 /// How much of RAM is read at a time.
 const BLOCK: usize = 1 << 20;
 
-/// Of the note that Linux has at the start of a page of its own: the name's length, and after the contents'
-/// length the type and the name.
+/// The header of Linux's VMCOREINFO note, which starts a page: the name's length, then, after the length of
+/// the contents, the type and the name.
 const VMCOREINFO: [u8; 4] = 11_u32.to_le_bytes();
 const VMCOREINFO_REST: &[u8] = b"\0\0\0\0VMCOREINFO\0\0";
 
@@ -64,7 +64,7 @@ impl DumpFile {
         // Opening a pipe must not wait for its reader. The check below refuses it.
         let mut options = File::options();
         options.write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
-        // What a guest has in memory is its user's alone.
+        // Guest memory may hold secrets: only this user may read the file.
         let file = options.mode(0o600).open(path);
         let file = file.map_err(failed)?;
         if !file.metadata().map_err(failed)?.is_file() {
@@ -99,7 +99,7 @@ impl DumpFile {
         match self.write(machine) {
             Ok(()) => say(format_args!("hotslot: the dump is written: {path}")),
             Err(error) => {
-                // Nobody is to take a part for the whole.
+                // A core file that lacks a part looks like a complete one.
                 let _as_it_is = self.file.set_len(0);
                 say(format_args!("hotslot: cannot write the dump {path}: {error}"));
             }
@@ -108,15 +108,15 @@ impl DumpFile {
     }
 
     fn write(&self, machine: &Machine) -> io::Result<()> {
-        let all = machine.pause.processors();
-        let processors: Vec<_> = (0..all).filter_map(|vcpu| machine.pause.registers(vcpu)).collect();
-        if processors.len() < all {
-            let missing = all - processors.len();
+        let all = machine.pause.vcpus();
+        let registers: Vec<_> = (0..all).filter_map(|vcpu| machine.pause.registers(vcpu)).collect();
+        if registers.len() < all {
+            let missing = all - registers.len();
             log::warn!("the dump lacks {missing} of {all} vCPUs, which wait for a back-end or a page");
         }
-        let head = head(&processors, &self.vmcoreinfo()?, &self.pieces, &mapped(machine, &processors));
+        let head = head(&registers, &self.vmcoreinfo()?, &self.pieces, &mapped(machine, &registers));
         let len: u64 = self.pieces.iter().map(|piece| piece.len).sum();
-        // What is not written is a hole.
+        // Pages of zeroes are not written: they stay holes.
         self.file.set_len(0)?;
         self.file.set_len(head.len() as u64 + len)?;
         self.file.write_all_at(&head, 0)?;
@@ -128,14 +128,14 @@ impl DumpFile {
         })
     }
 
-    /// Calls this with each page of RAM that may be more than zeroes, and where it is in the memfd.
+    /// Calls `each` with the offset in the memfd and the contents of each page of RAM that is not in a hole.
     fn each_page(&self, mut each: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
         let mut block = vec![0; BLOCK];
         let mut at = 0;
         loop {
             at = match seek(&self.ram, SeekFrom::Data(at)) {
                 Ok(start) => start,
-                // There is no more.
+                // No data follows.
                 Err(Errno::NXIO) => return Ok(()),
                 Err(error) => return Err(error.into()),
             };
@@ -151,7 +151,8 @@ impl DumpFile {
         }
     }
 
-    /// What Linux tells tools like `crash` about itself: it is in RAM, as a note at the start of a page.
+    /// The contents of the VMCOREINFO note, by which `crash` knows a kernel: Linux has it in RAM, at the
+    /// start of a page.
     fn vmcoreinfo(&self) -> io::Result<Vec<u8>> {
         let mut found = Vec::new();
         self.each_page(|_, page| {
@@ -170,14 +171,14 @@ impl DumpFile {
 }
 
 /// The linear addresses of RAM by the page tables of the first vCPU that has some.
-fn mapped(machine: &Machine, processors: &[Registers]) -> Vec<Mapped> {
+fn mapped(machine: &Machine, registers: &[Registers]) -> Vec<Mapped> {
     let mut ranges: Vec<Mapped> = Vec::new();
     let mut pages = 0;
     let read = |address, data: &mut [u8]| machine.ram.read_slice(data, GuestAddress(address)).is_ok();
-    let Some(processor) = processors.iter().find(|processor| paging::is_on(&processor.sregs)) else {
+    let Some(vcpu) = registers.iter().find(|vcpu| paging::is_on(&vcpu.sregs)) else {
         return ranges;
     };
-    let is_complete = paging::each_page(&processor.sregs, &read, &mut |page| {
+    let is_complete = paging::each_page(&vcpu.sregs, &read, &mut |page| {
         pages += 1;
         match ranges.last_mut() {
             // From the highest address down: see `each_page`.
@@ -197,7 +198,7 @@ fn mapped(machine: &Machine, processors: &[Registers]) -> Vec<Mapped> {
     ranges
 }
 
-/// Has a dump written at a fault, and waits for one that is being written. The processors have left their
+/// Has a dump written at a fault, and waits for one that is being written. The vCPUs have left their
 /// registers.
 pub(super) fn finish(dumper: &Writer, is_fault: bool) {
     if is_fault {

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::arch::x86_64::layout::{self, Place};
 use crate::memory::shmem::{MappingInfo, SharedMemory};
 use crate::memory::{Access, GuestRange};
 use crate::picture::memory::{Kind, Part};
@@ -46,9 +47,10 @@ impl fmt::Display for MemoryMap {
 }
 
 impl MemoryMap {
-    /// RAM, and what the devices have.
+    /// All parts: RAM, the fixed pages, and those of the devices.
     pub fn parts(&self) -> Vec<Part> {
-        self.ram().into_iter().chain(self.devices.iter().flat_map(DeviceMemory::parts)).collect()
+        let devices = self.devices.iter().flat_map(DeviceMemory::parts);
+        self.ram().into_iter().chain(places(&layout::FIXED, Kind::Fixed)).chain(devices).collect()
     }
 
     fn ram(&self) -> Vec<Part> {
@@ -88,6 +90,12 @@ impl DeviceMemory {
         }
         Part { notes, ..Part::new(mapping.guest, Kind::Mapping(mapping.access), "mapping") }
     }
+}
+
+/// Places of the layout, as parts.
+pub(super) fn places(places: &[Place], kind: Kind) -> impl Iterator<Item = Part> {
+    let range = |start, len| GuestRange::new(start, len);
+    places.iter().filter_map(move |&(name, start, len)| Some(Part::new(range(start, len)?, kind, name)))
 }
 
 /// The registers of a device.

@@ -15,30 +15,30 @@ use crate::memory::missing::MissingPages;
 use crate::sandbox::vmm::Kind;
 use crate::thread;
 
-/// Time between two looks at the processors while mappings exist.
+/// Time between two looks at the vCPUs while mappings exist.
 const LOOK: Duration = Duration::from_millis(200);
 /// Time between two checks for mappings while there are none.
 const LOOK_FOR_MAPPINGS: Duration = Duration::from_secs(1);
-/// The unresolved faults between two looks that are a reason to act. A stuck processor has thousands a
+/// The unresolved faults between two looks that are a reason to act. A stuck vCPU has thousands a
 /// second.
 const MANY: u64 = 20;
 
 /// Starts the thread that looks, if there can be anything to look for. It never ends: nothing waits for it.
-pub(super) fn spawn(mut watch: StuckWatch, processors: Arc<Vec<Vcpu>>) -> io::Result<()> {
+pub(super) fn spawn(mut watch: StuckWatch, vcpus: Arc<Vec<Vcpu>>) -> io::Result<()> {
     if watch.pages.are_possible() {
         thread::spawn("stuck".into(), Kind::Helper, move || {
             loop {
-                std::thread::sleep(watch.look(&processors));
+                std::thread::sleep(watch.look(&vcpus));
             }
         })?;
     }
     Ok(())
 }
 
-/// The watch over the processors.
+/// The watch over the vCPUs.
 pub(super) struct StuckWatch {
     pages: Arc<MissingPages>,
-    /// The processors' unresolved faults at the last look.
+    /// The vCPUs' unresolved faults at the last look.
     faults: Vec<Option<u64>>,
 }
 

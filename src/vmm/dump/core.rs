@@ -45,8 +45,8 @@ pub(super) struct Piece {
 }
 
 /// The head. It ends where the RAM begins, at a multiple of a page.
-pub(super) fn head(processors: &[Registers], vmcoreinfo: &[u8], ram: &[Piece], mapped: &[Mapped]) -> Vec<u8> {
-    let notes = notes(processors, vmcoreinfo);
+pub(super) fn head(vcpus: &[Registers], vmcoreinfo: &[u8], ram: &[Piece], mapped: &[Mapped]) -> Vec<u8> {
+    let notes = notes(vcpus, vmcoreinfo);
     let loads = loads(ram, mapped);
     let headers = loads.len() as u64 + 1;
     let notes_at = ELF_HEADER_LEN + headers * PROGRAM_HEADER_LEN;
@@ -92,13 +92,13 @@ fn loads(ram: &[Piece], mapped: &[Mapped]) -> Vec<(Mapped, u64)> {
     loads
 }
 
-fn notes(processors: &[Registers], vmcoreinfo: &[u8]) -> Vec<u8> {
+fn notes(vcpus: &[Registers], vmcoreinfo: &[u8]) -> Vec<u8> {
     let mut notes = Vec::new();
-    for (processor, pid) in processors.iter().zip(1..) {
-        note(&mut notes, b"CORE\0", NT_PRSTATUS, &prstatus(processor, pid));
+    for (vcpu, pid) in vcpus.iter().zip(1..) {
+        note(&mut notes, b"CORE\0", NT_PRSTATUS, &prstatus(vcpu, pid));
     }
-    for processor in processors {
-        note(&mut notes, b"QEMU\0", NT_ONLY, &qemu_state(processor));
+    for vcpu in vcpus {
+        note(&mut notes, b"QEMU\0", NT_ONLY, &qemu_state(vcpu));
     }
     if !vmcoreinfo.is_empty() {
         note(&mut notes, b"VMCOREINFO\0", NT_ONLY, vmcoreinfo);
@@ -114,9 +114,9 @@ fn note(notes: &mut Vec<u8>, name: &[u8], kind: u32, content: &[u8]) {
     }
 }
 
-/// `struct elf_prstatus`: a processor as a thread with this id.
-fn prstatus(processor: &Registers, pid: u32) -> Vec<u8> {
-    let Registers { regs, sregs, .. } = processor;
+/// `struct elf_prstatus`: a vCPU as a thread with this id.
+fn prstatus(vcpu: &Registers, pid: u32) -> Vec<u8> {
+    let Registers { regs, sregs, .. } = vcpu;
     let mut status = vec![0; PRSTATUS_LEN];
     status[PRSTATUS_PID..][..4].copy_from_slice(&pid.to_le_bytes());
     // In the order of `struct user_regs_struct`; after rdi the number of a system call: there is none.
@@ -155,9 +155,9 @@ fn prstatus(processor: &Registers, pid: u32) -> Vec<u8> {
 }
 
 /// QEMU's `QEMUCPUState`, version 1, without its later last field (KERNEL_GS_BASE).
-fn qemu_state(processor: &Registers) -> Vec<u8> {
+fn qemu_state(vcpu: &Registers) -> Vec<u8> {
     const LEN: u32 = 432;
-    let Registers { regs, sregs, .. } = processor;
+    let Registers { regs, sregs, .. } = vcpu;
     let mut state = Vec::new();
     put32(&mut state, [1, LEN]);
     put64(&mut state, [regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rsp, regs.rbp]);

@@ -62,7 +62,7 @@ pub(super) struct Debuggee {
 impl Debuggee {
     pub fn new(machine: Arc<Machine>, vcpus: Arc<Vec<Vcpu>>, step: u32) -> Debuggee {
         let breakpoints = Breakpoints::new(is_emulated());
-        let actions = vec![None; machine.pause.processors()];
+        let actions = vec![None; machine.pause.vcpus()];
         Debuggee { machine, vcpus, breakpoints, actions, is_locked: false, step, current: 0 }
     }
 
