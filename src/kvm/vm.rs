@@ -96,6 +96,12 @@ pub fn is_emulated() -> bool {
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG CPU"))
 }
 
+/// Whether KVM reports accesses to memory that a debug register watches. A software KVM takes such a
+/// register, and reports only instructions.
+pub fn reports_watchpoints() -> bool {
+    has_hardware() && !is_emulated()
+}
+
 /// For `map_err`: an ioctl that was to do `what`.
 pub(super) fn failed_to(what: impl Into<String>) -> impl FnOnce(errno::Error) -> KvmError {
     |error| KvmError::Ioctl(what.into(), error.into())

@@ -2,15 +2,15 @@
 //!
 //! `Vmm::build` makes the socket, before there is a sandbox. The guest waits before its first instruction
 //! until a gdb has connected and lets it run. While the guest is stopped, this thread waits for gdb without a
-//! limit; nothing waits for this thread. When gdb detaches or is gone, its breakpoints go, and the guest goes
-//! on. `kill` in gdb ends the machine.
+//! limit; nothing waits for this thread. When gdb detaches or hangs up, its breakpoints are removed and the
+//! guest goes on. `kill` in gdb ends the machine.
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `socket` | where gdb connects, and the bytes from and to it |
+//! | `socket` | the listening socket, and the bytes of a connection |
 //! | `target` | the machine as `gdbstub` sees it, and which event is a reason to stop |
-//! | `breakpoints` | debug registers, and what KVM is told |
-//! | `registers` | gdb's registers and KVM's |
+//! | `breakpoints` | breakpoints and watchpoints, as `struct kvm_guest_debug` |
+//! | `registers` | gdb's registers from and to KVM's |
 
 mod breakpoints;
 mod registers;
@@ -43,7 +43,7 @@ use target::{Debuggee, Reason};
 /// Where gdb connects.
 pub(super) struct Gdb {
     listener: OwnedFd,
-    /// What gdb is told to connect.
+    /// The argument of gdb's `target remote`.
     name: String,
     step: u32,
 }
@@ -81,9 +81,9 @@ struct Server {
     debuggee: Debuggee,
 }
 
-/// What this thread waits for.
+/// Why a wait of this thread is over.
 enum Wake {
-    /// gdb has connected, or sent something, or is gone.
+    /// gdb has connected, sent something or hung up.
     Input,
     /// The guest stopped; all vCPUs are paused.
     Stop(Reason),
@@ -91,8 +91,8 @@ enum Wake {
     End(u8),
 }
 
-/// How a gdb goes.
-enum Parting {
+/// Why a gdb is served no longer.
+enum SessionEnd {
     Detached,
     HungUp,
     Killed,
@@ -104,8 +104,8 @@ impl Server {
         loop {
             match self.wait(listener.as_fd(), true) {
                 Wake::End(_) => return,
-                // A breakpoint of the gdb before.
-                Wake::Stop(_) => self.debuggee.let_go(),
+                // A breakpoint of the previous gdb.
+                Wake::Stop(_) => self.debuggee.reset(),
                 Wake::Input => match accept_with(&listener, SocketFlags::CLOEXEC) {
                     Ok(connection) => self.serve(connection.into()),
                     Err(error) => log::warn!("gdb cannot connect: {error}"),
@@ -114,21 +114,21 @@ impl Server {
         }
     }
 
-    /// Serves a gdb until it goes.
+    /// Serves a gdb until it detaches or hangs up, or the machine ends.
     fn serve(&mut self, connection: File) {
         log::info!("gdb has connected: the guest stops");
         self.debuggee.stop();
         match self.talk(Arc::new(connection)) {
-            Ok(Parting::MachineEnds) => return,
-            Ok(Parting::Killed) => self.exit.set((&Exit::Killed).into()),
-            Ok(Parting::Detached) => log::info!("gdb has detached: the guest goes on"),
-            Ok(Parting::HungUp) => log::info!("gdb has hung up: the guest goes on"),
+            Ok(SessionEnd::MachineEnds) => return,
+            Ok(SessionEnd::Killed) => self.exit.set((&Exit::Killed).into()),
+            Ok(SessionEnd::Detached) => log::info!("gdb has detached: the guest goes on"),
+            Ok(SessionEnd::HungUp) => log::info!("gdb has hung up: the guest goes on"),
             Err(error) => log::warn!("gdb is gone: the guest goes on: {}", with_causes(&error)),
         }
-        self.debuggee.let_go();
+        self.debuggee.reset();
     }
 
-    fn talk(&mut self, connection: Arc<File>) -> Result<Parting, GdbStubError<Infallible, io::Error>> {
+    fn talk(&mut self, connection: Arc<File>) -> Result<SessionEnd, GdbStubError<Infallible, io::Error>> {
         let mut input = Input::new(Arc::clone(&connection));
         let mut stub =
             GdbStub::new(Client::new(Arc::clone(&connection))).run_state_machine(&mut self.debuggee)?;
@@ -143,9 +143,9 @@ impl Server {
                 (GdbStubStateMachine::Running(stub), Wake::End(status)) => {
                     stub.report_stop(debuggee, Reason::Exited(status))?
                 }
-                (_, Wake::End(_)) => return Ok(Parting::MachineEnds),
+                (_, Wake::End(_)) => return Ok(SessionEnd::MachineEnds),
                 (stub, _) => {
-                    let Some(byte) = input.next() else { return Ok(Parting::HungUp) };
+                    let Some(byte) = input.next() else { return Ok(SessionEnd::HungUp) };
                     match stub {
                         GdbStubStateMachine::Idle(stub) => stub.incoming_data(debuggee, byte)?,
                         GdbStubStateMachine::Running(stub) => stub.incoming_data(debuggee, byte)?,
@@ -161,10 +161,10 @@ impl Server {
                 }
                 GdbStubStateMachine::Disconnected(stub) => {
                     return Ok(match stub.get_reason() {
-                        DisconnectReason::Disconnect => Parting::Detached,
-                        DisconnectReason::Kill => Parting::Killed,
+                        DisconnectReason::Disconnect => SessionEnd::Detached,
+                        DisconnectReason::Kill => SessionEnd::Killed,
                         DisconnectReason::TargetExited(_) | DisconnectReason::TargetTerminated(_) => {
-                            Parting::MachineEnds
+                            SessionEnd::MachineEnds
                         }
                     });
                 }
@@ -181,7 +181,7 @@ impl Server {
             if does_run && let Some(reason) = self.debuggee.next_stop() {
                 return Wake::Stop(reason);
             }
-            // Where the guest is stopped, its events wait.
+            // While the guest is stopped, its events stay queued.
             let event = self.debuggee.event().filter(|_| does_run);
             let sources = [Some(source), Some(self.exit.event()), event];
             let mut polled: Vec<_> =

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use hotslot::kvm::vm::reports_watchpoints;
 use hotslot_test_support::backend::Backend;
 use hotslot_test_support::files::{content, numbered_file};
 use hotslot_test_support::gdb::Gdb;
@@ -134,6 +135,43 @@ fn gdb_changes_registers_and_memory_and_interrupts_the_guest() {
     assert_eq!(gdb.ask("Z3,1000,8"), "E16");
     assert_eq!(gdb.ask("Z0,b0000000,1"), "E0e", "no RAM for an instruction");
     waiting.end();
+}
+
+#[test]
+fn a_packet_reads_as_much_as_an_answer_may_have() {
+    if !kvm::is_here() {
+        return;
+    }
+    let waiting = Waiting::run(counter(), &[]);
+    let mut gdb = waiting.connect();
+    assert!(gdb.ask("qSupported:swbreak+").contains("PacketSize=1000"));
+    assert_eq!(gdb.ask("m0,800").len(), 0x1000);
+    for len in ["1001", "fffffffff", "ffffffffffffffff"] {
+        assert_eq!(gdb.ask(&format!("m0,{len}")), "E16", "{len}");
+    }
+    waiting.end();
+}
+
+#[test]
+fn a_watchpoint_stops_the_guest_or_is_refused() {
+    if !kvm::is_here() {
+        return;
+    }
+    let waiting = Waiting::run(counter(), &[]);
+    let mut gdb = waiting.connect();
+    let watch = format!("Z2,{COUNT:x},8");
+    if reports_watchpoints() {
+        assert_eq!(gdb.ask(&watch), "OK");
+        let stop = gdb.ask("vCont;c");
+        assert!(stop.contains(&format!("watch:{COUNT:x};")), "{stop}");
+        assert_eq!((gdb.register(RIP), gdb.read64(COUNT)), (JUMP, 1));
+        waiting.end();
+    } else {
+        assert_eq!(gdb.ask(&watch), "E16");
+        let log = waiting.end();
+        let sentence = "this KVM does not report accesses to memory";
+        assert!(log.contains(&format!("gdb's watchpoint at {COUNT:#x} is refused: {sentence}")), "{log}");
+    }
 }
 
 #[test]

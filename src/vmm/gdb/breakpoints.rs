@@ -1,17 +1,18 @@
-//! gdb's breakpoints and watchpoints, what KVM is told of them, and which of them a vCPU has met.
+//! gdb's breakpoints and watchpoints, as KVM_SET_GUEST_DEBUG takes them, and the one that stopped a vCPU.
 //!
 //! They are in the processor's debug registers (Intel SDM, volume 3, section 18.2); the guest's own do
-//! nothing meanwhile. A plain breakpoint is there as long as there is room: so it changes no memory, and
-//! works where nothing is mapped yet. The others are an instruction in RAM, which [`super::target`] writes:
-//! `int3`, or on an emulated processor, whose KVM sees neither that nor debug registers, a write to a port.
+//! nothing meanwhile. A plain breakpoint is in a debug register as long as one is free: there it changes no
+//! memory, and works before the guest has mapped the address. Further ones are an instruction in RAM, which
+//! [`super::target`] writes: `int3`, or a write to a port on an emulated processor, whose KVM sees neither
+//! `int3` nor debug registers.
 
 use std::collections::BTreeMap;
 
 use gdbstub::target::ext::breakpoints::WatchKind;
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug};
 
-/// DR7: bits 9 and 10 are as the processor wants them; then which accesses a register is for, and how many
-/// bytes, 4 bits for each from this one on.
+/// DR7: bits 9 (GE) and 10 (always 1). From bit 16 on each register has 4 bits: the kind of access (R/W) and
+/// the length (LEN).
 const DR7: u64 = 0x600;
 const DR7_CONDITIONS: usize = 16;
 
@@ -26,7 +27,7 @@ pub(super) enum Kind {
     Watch(WatchKind),
 }
 
-/// A debug register's condition: an instruction, or an access to so many bytes from an address on.
+/// The condition of a debug register: an instruction, or an access to `len` bytes at `address`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Watch {
     pub address: u64,
@@ -40,7 +41,7 @@ impl Watch {
         Watch { address, len: 1, kind }
     }
 
-    /// For a memory access; `None` where a debug register cannot have this condition.
+    /// For a memory access; `None` where no debug register can have this condition.
     pub fn memory(address: u64, len: u64, kind: WatchKind) -> Option<Watch> {
         let watch = Watch { address, len, kind: Kind::Watch(kind) };
         (watch.condition().is_some() && address.is_multiple_of(len)).then_some(watch)
@@ -65,14 +66,14 @@ impl Watch {
     }
 }
 
-/// All of them. They apply to each vCPU.
+/// All breakpoints and watchpoints. They apply to each vCPU.
 #[derive(Default)]
 pub(super) struct Breakpoints {
-    /// Each instruction in RAM, by its linear address: where it is, and which byte was there.
+    /// The breakpoints in RAM, by linear address: the guest physical address, and the byte that was there.
     pub software: BTreeMap<u64, (u64, u8)>,
     /// The debug registers 0 to 3.
     watches: [Option<Watch>; 4],
-    /// Debug registers do nothing, and the instruction is `out`.
+    /// On an emulated processor no debug register is used, and the instruction in RAM is `out`.
     pub is_emulated: bool,
 }
 
@@ -81,8 +82,7 @@ impl Breakpoints {
         Breakpoints { is_emulated, ..Breakpoints::default() }
     }
 
-    /// False where no debug register is free. One that is there already stays the only one: gdb may repeat a
-    /// request.
+    /// False where no debug register is free. gdb may repeat a request: a condition is there only once.
     pub fn add(&mut self, watch: Watch) -> bool {
         if self.is_emulated {
             return false;
@@ -100,7 +100,7 @@ impl Breakpoints {
         found.map(|register| *register = None).is_some()
     }
 
-    /// Removes a plain breakpoint, which can be an `int3`: its address.
+    /// Removes a plain breakpoint, which can be in RAM as well, and gives its address.
     pub fn take_plain(&mut self) -> Option<u64> {
         let is_plain =
             |register: &&mut Option<Watch>| register.is_some_and(|watch| watch.kind == Kind::Break);
@@ -112,12 +112,12 @@ impl Breakpoints {
         self.watches = Default::default();
     }
 
-    /// The one that a vCPU has met, whose DR6 is this: its low bits are for one register each.
-    pub fn met(&self, dr6: u64) -> Option<Watch> {
+    /// The one that stopped a vCPU with this DR6, whose low bits stand for one register each.
+    pub fn triggered(&self, dr6: u64) -> Option<Watch> {
         (0..).zip(self.watches).find_map(|(register, watch)| watch.filter(|_| dr6 >> register & 1 > 0))
     }
 
-    /// What KVM is told for a vCPU. `step` has the flags of a single step, or is 0.
+    /// The argument of KVM_SET_GUEST_DEBUG. `step` has the flags of a single step, or is 0.
     pub fn for_kvm(&self, step: u32) -> kvm_guest_debug {
         let mut debug = kvm_guest_debug { control: step, ..Default::default() };
         if !self.software.is_empty() && !self.is_emulated {
@@ -164,9 +164,9 @@ mod tests {
         assert_eq!(debug.control, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP);
         assert_eq!(debug.arch.debugreg[..4], [0x1001, 0x2008, 0x3002, 0x3004]);
         assert_eq!(debug.arch.debugreg[7], 0xd790_06aa);
-        assert_eq!(breakpoints.met(0xffff_0ff2), Some(written));
+        assert_eq!(breakpoints.triggered(0xffff_0ff2), Some(written));
         assert!(breakpoints.remove(written) && !breakpoints.remove(written));
-        assert_eq!(breakpoints.met(0xffff_0ff2), None);
+        assert_eq!(breakpoints.triggered(0xffff_0ff2), None);
         assert_eq!((breakpoints.take_plain(), breakpoints.take_plain()), (Some(0x1001), None));
         breakpoints.software.insert(0x1000, (0x1000, 0x90));
         breakpoints.remove_watches();

@@ -11,7 +11,7 @@ fn general(regs: &mut kvm_regs) -> [&mut u64; 16] {
     [rax, rbx, rcx, rdx, rsi, rdi, rbp, rsp, r8, r9, r10, r11, r12, r13, r14, r15]
 }
 
-/// Tells gdb.
+/// Fills in gdb's registers.
 pub(super) fn to_gdb(from: &Registers, to: &mut X86_64CoreRegs) {
     let Registers { mut regs, sregs, fpu } = from.clone();
     to.regs = general(&mut regs).map(|register| *register);
@@ -25,7 +25,7 @@ pub(super) fn to_gdb(from: &Registers, to: &mut X86_64CoreRegs) {
     }
     to.fpu.fctrl = fpu.fcw.into();
     to.fpu.fstat = fpu.fsw.into();
-    // Two bits a register in the one, one bit in the other: 3 is empty, 0 valid.
+    // The full tag word has two bits a register (3 is empty, 0 valid), the abridged one of FXSAVE has one.
     to.fpu.ftag =
         (0..8).filter(|register| fpu.ftwx >> register & 1 == 0).map(|register| 3 << (2 * register)).sum();
     to.fpu.fioff = fpu.last_ip as u32;
@@ -35,7 +35,7 @@ pub(super) fn to_gdb(from: &Registers, to: &mut X86_64CoreRegs) {
     to.mxcsr = fpu.mxcsr;
 }
 
-/// Takes what gdb has changed.
+/// Takes over gdb's values.
 pub(super) fn from_gdb(from: &X86_64CoreRegs, to: &mut Registers) {
     general(&mut to.regs).into_iter().zip(from.regs).for_each(|(kvm, gdb)| *kvm = gdb);
     (to.regs.rip, to.regs.rflags) = (from.rip, from.eflags.into());

@@ -16,7 +16,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with, sockopt,
 };
 
-/// A port that only programs of this host reach. Its connections inherit that short answers are sent at once.
+/// A port on 127.0.0.1. Its connections inherit TCP_NODELAY: answers are short.
 pub(super) fn tcp(port: u16) -> io::Result<OwnedFd> {
     let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
@@ -48,7 +48,7 @@ pub(super) fn unix(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// What gdb sends.
+/// The bytes from gdb.
 pub(super) struct Input {
     connection: Arc<File>,
     bytes: std::vec::IntoIter<u8>,
@@ -76,7 +76,7 @@ impl Input {
     }
 }
 
-/// What is sent to gdb: whole packets.
+/// The bytes to gdb, sent in whole packets.
 pub(super) struct Client {
     connection: Arc<File>,
     packet: Vec<u8>,

@@ -30,12 +30,17 @@ use super::breakpoints::{Breakpoints, Kind, Watch};
 use super::registers::{from_gdb, to_gdb};
 use crate::kvm::pause::{DebugEvent, Holder, Registers};
 use crate::kvm::vcpu::{BREAKPOINT, INT3, Machine, OUT, Vcpu};
-use crate::kvm::vm::is_emulated;
+use crate::kvm::vm::{is_emulated, reports_watchpoints};
+
+/// The most bytes that a packet may read: `gdbstub` says `PacketSize=1000`, and the answer has two digits a
+/// byte. `gdbstub` itself has no limit: it reads in parts of almost 0x1000 bytes, so the first one is
+/// refused.
+const MOST_READ: usize = 0x1000 / 2;
 
 /// DR6 at the end of a single step.
 const DR6_STEP: u64 = 1 << 14;
 
-/// What a vCPU is to do, next time that any of them goes on.
+/// What a vCPU does when gdb next lets the guest run.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Action {
     Run,
@@ -49,11 +54,12 @@ pub(super) struct Debuggee {
     machine: Arc<Machine>,
     vcpus: Arc<Vec<Vcpu>>,
     breakpoints: Breakpoints,
-    /// `None` for a vCPU of which gdb said nothing.
+    has_watchpoints: bool,
+    /// By vCPU; `None` where gdb gave no action.
     actions: Vec<Option<Action>>,
-    /// Whether those vCPUs stay.
+    /// Whether vCPUs without an action stay paused (gdb's scheduler locking).
     is_locked: bool,
-    /// The flags with which KVM lets a vCPU run for one instruction.
+    /// The flags of KVM_SET_GUEST_DEBUG for a single step.
     step: u32,
     /// The vCPU that stopped last.
     current: usize,
@@ -61,12 +67,13 @@ pub(super) struct Debuggee {
 
 impl Debuggee {
     pub fn new(machine: Arc<Machine>, vcpus: Arc<Vec<Vcpu>>, step: u32) -> Debuggee {
-        let breakpoints = Breakpoints::new(is_emulated());
+        // These read files, which the thread `gdb` may not.
+        let (breakpoints, has_watchpoints) = (Breakpoints::new(is_emulated()), reports_watchpoints());
         let actions = vec![None; machine.pause.vcpus()];
-        Debuggee { machine, vcpus, breakpoints, actions, is_locked: false, step, current: 0 }
+        Debuggee { machine, vcpus, breakpoints, has_watchpoints, actions, is_locked: false, step, current: 0 }
     }
 
-    /// What can be read when there may be a reason to stop.
+    /// Readable when there may be an event.
     pub fn event(&self) -> Option<BorrowedFd<'_>> {
         self.machine.pause.event()
     }
@@ -77,15 +84,15 @@ impl Debuggee {
         self.machine.pause.hold(Holder::Debugger, interrupt);
     }
 
-    /// Forgets all that gdb has asked, and lets the guest go on.
-    pub fn let_go(&mut self) {
+    /// Removes all breakpoints and actions of a gdb that is gone, and lets the guest go on.
+    pub fn reset(&mut self) {
         self.stop();
         for address in self.breakpoints.software.keys().copied().collect::<Vec<_>>() {
             self.remove_instruction(address);
         }
         self.breakpoints.remove_watches();
         self.clear_actions();
-        self.go();
+        self.run();
     }
 
     fn clear_actions(&mut self) {
@@ -93,16 +100,16 @@ impl Debuggee {
         self.is_locked = false;
     }
 
-    /// What is said when the user has interrupted the guest.
+    /// The reason after gdb's Ctrl-C.
     pub fn interrupted(&self) -> Reason {
         Reason::SignalWithThread { tid: tid(self.current), signal: Signal::SIGINT }
     }
 
-    /// The next reason to stop, if there is one; then all vCPUs are paused. Other events are answered: an
-    /// exception of the guest's own goes to the guest.
+    /// The next reason to stop, if there is one; then all vCPUs are paused. An event that is no such reason
+    /// is answered: an exception of the guest's own goes to the guest.
     pub fn next_stop(&mut self) -> Option<Reason> {
         while let Some(event) = self.machine.pause.next_event() {
-            match self.judge(&event) {
+            match self.classify(&event) {
                 Ok(reason) => {
                     self.stop();
                     self.machine.pause.answer(&event, 0);
@@ -115,8 +122,9 @@ impl Debuggee {
         None
     }
 
-    /// Why to stop; else what the vCPU meets when it goes on. What gdb has removed meanwhile is no reason.
-    fn judge(&self, event: &DebugEvent) -> Result<Reason, u32> {
+    /// The reason to stop, or the exception to inject (0 for none). A breakpoint that gdb has removed
+    /// meanwhile is neither.
+    fn classify(&self, event: &DebugEvent) -> Result<Reason, u32> {
         let tid = tid(event.vcpu);
         if event.exit.exception == BREAKPOINT {
             let Some(registers) = self.machine.pause.registers(event.vcpu) else { return Err(0) };
@@ -128,7 +136,7 @@ impl Debuggee {
             return Err(if is_guests { KVM_GUESTDBG_INJECT_BP } else { 0 });
         }
         let is_step = event.exit.dr6 & DR6_STEP > 0;
-        match self.breakpoints.met(event.exit.dr6) {
+        match self.breakpoints.triggered(event.exit.dr6) {
             Some(Watch { kind: Kind::Break, .. }) => Ok(Reason::SwBreak(tid)),
             Some(Watch { kind: Kind::HardwareBreak, .. }) => Ok(Reason::HwBreak(tid)),
             Some(Watch { kind: Kind::Watch(kind), address: addr, .. }) => {
@@ -144,7 +152,7 @@ impl Debuggee {
     }
 
     /// Lets vCPUs run, each by its action.
-    fn go(&self) {
+    fn run(&self) {
         let pause = &self.machine.pause;
         for vcpu in 0..self.actions.len() {
             let step = if self.does_step(vcpu) { self.step } else { 0 };
@@ -156,7 +164,7 @@ impl Debuggee {
         pause.release(Holder::Debugger, |vcpu| !stays(vcpu));
     }
 
-    /// What stands for a breakpoint in RAM.
+    /// The instruction that is put into RAM as a breakpoint.
     fn instruction(&self) -> u8 {
         if self.breakpoints.is_emulated { OUT } else { INT3 }
     }
@@ -169,7 +177,7 @@ impl Debuggee {
         self.machine.pause.registers(vcpu(tid)).ok_or(TargetError::Errno(libc::EBUSY as u8))
     }
 
-    /// Puts this into a debug register, if need be in place of a breakpoint that can be in RAM.
+    /// Uses a debug register. Where none is free, a plain breakpoint moves from its register into RAM.
     fn add_watch(&mut self, watch: Watch) -> TargetResult<bool, Self> {
         if self.breakpoints.add(watch) {
             return Ok(true);
@@ -183,7 +191,7 @@ impl Debuggee {
         }
     }
 
-    /// Only in RAM: a mapping is a file of another process.
+    /// Puts a breakpoint into RAM. A mapping can have none: it is a file of another process.
     fn add_instruction(&mut self, address: u64) -> TargetResult<bool, Self> {
         let sregs = self.registers(tid(self.current))?.sregs;
         let Some(physical) = self.machine.physical(&sregs, address) else { return fault() };
@@ -196,7 +204,7 @@ impl Debuggee {
         Ok(self.machine.ram.write_obj(self.instruction(), at).is_ok())
     }
 
-    /// Puts the byte back that was there before a breakpoint, unless the guest has written another one.
+    /// Restores the byte that a breakpoint replaced, unless the guest has written there since.
     fn remove_instruction(&mut self, address: u64) -> bool {
         let Some((physical, byte)) = self.breakpoints.software.remove(&address) else { return false };
         let at = GuestAddress(physical);
@@ -257,6 +265,9 @@ impl MultiThreadBase for Debuggee {
     }
 
     fn read_addrs(&mut self, start: u64, data: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {
+        if data.len() > MOST_READ {
+            return Err(TargetError::Errno(libc::EINVAL as u8));
+        }
         match self.machine.read_linear(&self.registers(tid)?.sregs, start, data) {
             0 if !data.is_empty() => fault(),
             len => Ok(len),
@@ -293,7 +304,7 @@ impl ThreadExtraInfo for Debuggee {
 
 impl MultiThreadResume for Debuggee {
     fn resume(&mut self) -> Result<(), Infallible> {
-        self.go();
+        self.run();
         Ok(())
     }
 
@@ -364,6 +375,12 @@ impl HwBreakpoint for Debuggee {
 
 impl HwWatchpoint for Debuggee {
     fn add_hw_watchpoint(&mut self, addr: u64, len: u64, kind: WatchKind) -> TargetResult<bool, Self> {
+        if !self.has_watchpoints {
+            log::warn!(
+                "gdb's watchpoint at {addr:#x} is refused: this KVM does not report accesses to memory"
+            );
+            return Ok(false);
+        }
         Watch::memory(addr, len, kind).map_or(Ok(false), |watch| self.add_watch(watch))
     }
 
