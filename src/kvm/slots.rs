@@ -474,6 +474,19 @@ mod tests {
         assert_eq!(slots.counters.deleted.get(), 3);
     }
 
+    #[test]
+    fn page_tables_are_filled_ahead_until_the_numbers_of_changes_may_wrap() {
+        // SHM-105
+        let Some((slots, _processor)) = machine(2) else {
+            return;
+        };
+        slots.counters.added.add(MOST_CHANGES_BEFORE_PREFAULT - 1);
+        slots.prefault(guest_page(CODE_AT)).unwrap();
+        slots.counters.deleted.count();
+        let refused = slots.prefault(guest_page(CODE_AT)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::Unsupported);
+    }
+
     /// The owner of a permanent slot's memory, which looks at the machine when it is dropped.
     struct Owner {
         vm: Weak<VmFd>,
