@@ -10,7 +10,8 @@ ticks=$!
 # text MIB: of it, the same each time.
 text() { yes 'What is written to a full disk must not be lost.' | head -c $(($1 << 20)); }
 
-text 8 | dd of=/dev/pmem0 bs=64k conv=fsync 2>/dev/null
+# Directly: of the page cache's pages, dd and the kernel's flusher may write one each, and then both processors wait.
+text 8 | dd of=/dev/pmem0 bs=64k iflag=fullblock oflag=direct conv=fsync 2>/dev/null
 echo 3 >/proc/sys/vm/drop_caches
 echo "disk sum: $(head -c $((8 << 20)) /dev/pmem0 | md5sum)"
 
