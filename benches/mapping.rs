@@ -15,8 +15,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 use std::sync::mpsc;
@@ -32,8 +33,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rustix::mm::{self, MapFlags, ProtFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recv, recvmsg, send, sendmsg,
+};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Machines for each program, without and with many mappings.
 const ROUNDS: usize = 2;
@@ -47,9 +51,11 @@ const WARM_UP_NEW: u64 = 1_200;
 const LIVE: u64 = 16_000;
 
 /// The region, and where in it the pairs are: behind the other mappings.
-const WINDOW: u64 = 1024 * MIB;
+const WINDOW: u64 = 256 * MIB;
 const SAME: u64 = 2 * PAGE * LIVE;
-const NEW: u64 = 256 * MIB;
+const NEW: u64 = SAME + 4 * MIB;
+/// Room for a descriptor as a control message.
+const ROOM: usize = rustix::cmsg_space!(ScmRights(1));
 /// The argument with which this program is the bare server, on its standard input.
 const SERVE: &str = "--serve";
 /// Times by the name of their figure.
@@ -132,9 +138,8 @@ fn bare_round(live: u64) -> Vec<(String, Duration)> {
     let client = Client(&socket);
     pairs(&client, live, &results);
     if live > 0 {
-        let begin = Instant::now();
-        client.ask(RESET_DEVICE, MMap::default(), &[]);
-        results.send(("reset-live".to_string(), begin.elapsed())).unwrap();
+        let time = client.ask(RESET_DEVICE, MMap::default(), None);
+        results.send(("reset-live".to_string(), time)).unwrap();
     }
     drop(socket);
     child.wait().unwrap();
@@ -157,11 +162,7 @@ fn pairs(client: &Client<'_>, live: u64, results: &mpsc::Sender<(String, Duratio
     on_disk.set_len(PAGE).unwrap();
     let behind = if live > 0 { "-live" } else { "" };
     let pair = |figure: &str, place: u64, len: u64, file: &File, counts: bool| {
-        let begin = Instant::now();
-        client.map(place, len, file);
-        let mapped = Instant::now();
-        client.unmap(place, len);
-        let times = [("map", mapped - begin), ("unmap", mapped.elapsed())];
+        let times = [("map", client.map(place, len, file)), ("unmap", client.unmap(place, len))];
         for (operation, time) in times.into_iter().filter(|_| counts) {
             results.send((format!("{operation}-{figure}{behind}"), time)).unwrap();
         }
@@ -176,24 +177,32 @@ fn pairs(client: &Client<'_>, live: u64, results: &mpsc::Sender<(String, Duratio
     }
 }
 
-/// Sends a request and waits for the answer, with as few system calls as that takes.
+/// Sends a request and waits for the answer. Gives the time from the first system call to the second, the
+/// last: what a debug build makes of the rest would be as much as hotslot's own time.
 struct Client<'a>(&'a UnixStream);
 
 impl Client<'_> {
-    fn map(&self, shm_offset: u64, len: u64, file: &File) {
-        self.ask(SHMEM_MAP, MMap { shm_offset, len, ..MMap::default() }, &[file.as_raw_fd()]);
+    fn map(&self, shm_offset: u64, len: u64, file: &File) -> Duration {
+        self.ask(SHMEM_MAP, MMap { shm_offset, len, ..MMap::default() }, Some(file.as_fd()))
     }
 
-    fn unmap(&self, shm_offset: u64, len: u64) {
-        self.ask(SHMEM_UNMAP, MMap { shm_offset, len, ..MMap::default() }, &[]);
+    fn unmap(&self, shm_offset: u64, len: u64) -> Duration {
+        self.ask(SHMEM_UNMAP, MMap { shm_offset, len, ..MMap::default() }, None)
     }
 
-    fn ask(&self, id: u32, request: MMap, fds: &[RawFd]) {
-        let (mut socket, bytes) = (self.0, message(id, VERSION_1 | NEED_REPLY, &request.bytes()));
-        assert_eq!(socket.send_with_fds(&[&bytes[..]], fds).unwrap(), bytes.len());
-        let mut answer = [0; 20];
-        socket.read_exact(&mut answer).unwrap();
+    fn ask(&self, id: u32, request: MMap, file: Option<BorrowedFd<'_>>) -> Duration {
+        let bytes = message(id, VERSION_1 | NEED_REPLY, &request.bytes());
+        let (parts, mut answer) = ([IoSlice::new(&bytes)], [0; 20]);
+        let mut space = [MaybeUninit::uninit(); ROOM];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(file.is_none() || control.push(SendAncillaryMessage::ScmRights(file.as_slice())));
+        let begin = Instant::now();
+        let sent = sendmsg(self.0, &parts, &mut control, SendFlags::empty());
+        let received = recv(self.0, &mut answer[..], RecvFlags::WAITALL);
+        let time = begin.elapsed();
+        assert_eq!((sent, received.unwrap().1), (Ok(bytes.len()), answer.len()));
         assert_eq!(answer[..], message(id, VERSION_1 | REPLY, &[0; 8])[..], "it is refused");
+        time
     }
 }
 
@@ -251,64 +260,78 @@ impl Bare {
 }
 
 /// Serves MAP, UNMAP and RESET_DEVICE on standard input until the other end is closed; answers all else.
+/// A place has its own slot, so that there is nothing to look up.
 fn serve() {
-    let bare = Bare::new();
-    let mut socket = UnixStream::from(rustix::io::dup(std::io::stdin()).unwrap());
-    // By offset; a number that is free is used again.
-    let mut slots: BTreeMap<u64, u32> = BTreeMap::new();
-    let mut free = Vec::new();
+    let (bare, socket) = (Bare::new(), std::io::stdin());
+    let slot_at = |offset: u64| (offset / (2 * PAGE)) as u32;
+    let mut lengths = vec![0; slot_at(WINDOW) as usize];
+    let (mut request, mut answer) = ([0; 52], [0; 20]);
     loop {
-        let mut request = [0; 52];
-        let (count, file) = socket.recv_with_fd(&mut request[..]).unwrap();
-        if count == 0 {
+        let mut space = [MaybeUninit::uninit(); ROOM];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let parts = &mut [IoSliceMut::new(&mut request)];
+        let received = recvmsg(&socket, parts, &mut control, RecvFlags::empty()).unwrap();
+        if received.bytes == 0 {
             return;
         }
-        assert_eq!(count, request.len(), "requests come whole");
+        assert_eq!(received.bytes, request.len(), "requests come whole");
+        let file = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+            _ => None,
+        });
         let field = |at: usize| u64::from_ne_bytes(request[at..at + 8].try_into().unwrap());
         let id = u32::from_ne_bytes(request[..4].try_into().unwrap());
         let (offset, len) = (field(28), field(36));
+        let slot = slot_at(offset);
         match id {
             SHMEM_MAP => {
-                let slot = free.pop().unwrap_or(slots.len() as u32);
-                bare.map(offset, len, &file.unwrap().into());
+                bare.map(offset, len, &file.unwrap());
                 bare.slot(slot, offset, len);
-                slots.insert(offset, slot);
+                lengths[slot as usize] = len;
             }
             SHMEM_UNMAP => {
-                let slot = slots.remove(&offset).unwrap();
                 bare.slot(slot, offset, 0);
                 bare.reserve(offset, len);
-                free.push(slot);
+                lengths[slot as usize] = 0;
             }
             RESET_DEVICE => {
-                slots.iter().for_each(|(&offset, &slot)| bare.slot(slot, offset, 0));
+                for slot in (0..).zip(&lengths).filter(|(_, len)| **len > 0).map(|(slot, _)| slot) {
+                    bare.slot(slot, u64::from(slot) * 2 * PAGE, 0);
+                }
                 bare.reserve(0, WINDOW);
             }
             _ => {}
         }
-        socket.write_all(&message(id, VERSION_1 | REPLY, &[0; 8])).unwrap();
+        answer[..12].copy_from_slice(&request[..12]);
+        answer[4..12].copy_from_slice(&(u64::from(VERSION_1 | REPLY) | 8 << 32).to_ne_bytes());
+        assert_eq!(send(&socket, &answer, SendFlags::empty()), Ok(answer.len()));
     }
 }
 
 /// The bare server's calls one by one, and a request that does nothing.
 fn calls() -> Vec<(String, Duration)> {
     let mut times = Vec::new();
-    let mut timed = |figure: &str, number: u64, call: &mut dyn FnMut()| {
-        let begin = Instant::now();
-        call();
-        times.extend((number >= WARM_UP).then(|| (format!("call-{figure}"), begin.elapsed())));
-    };
     let (bare, file) = (Bare::new(), OwnedFd::from(memfd(PAGE)));
     let (mut child, socket) = bare_server();
     let client = Client(&socket);
     for number in 0..WARM_UP + PAIRS {
-        timed("mmap", number, &mut || bare.map(SAME, PAGE, &file));
-        timed("add-slot", number, &mut || bare.slot(0, SAME, PAGE));
-        timed("delete-slot", number, &mut || bare.slot(0, SAME, 0));
-        timed("reserve", number, &mut || bare.reserve(SAME, PAGE));
-        timed("round-trip", number, &mut || client.ask(0, MMap::default(), &[file.as_raw_fd()]));
+        let calls = [
+            ("mmap", time(|| bare.map(SAME, PAGE, &file))),
+            ("add-slot", time(|| bare.slot(0, SAME, PAGE))),
+            ("delete-slot", time(|| bare.slot(0, SAME, 0))),
+            ("reserve", time(|| bare.reserve(SAME, PAGE))),
+            ("round-trip", client.ask(0, MMap::default(), Some(file.as_fd()))),
+        ];
+        let counted = calls.into_iter().filter(|_| number >= WARM_UP);
+        times.extend(counted.map(|(figure, time)| (format!("call-{figure}"), time)));
     }
     drop(socket);
     child.wait().unwrap();
     times
+}
+
+fn time(call: impl FnOnce()) -> Duration {
+    let begin = Instant::now();
+    call();
+    begin.elapsed()
 }
