@@ -9,8 +9,9 @@
 #
 #   quick              only what needs no Linux guest and no fuzzing
 #   long               with what takes hours: a million random operations against the model, ten minutes of endurance for
-#                      each kind of guest, 1,000 machines and 100,000 starts of devices, all the mappings that one device
-#                      can have, a file of 3 GiB through a window of 256 MiB, a quarter of an hour for each fuzz target
+#                      each kind of guest, 10,000 small machines, 100 of Linux and 100,000 starts of devices, all the
+#                      mappings that one device can have, a file of 3 GiB through a window of 256 MiB, a quarter of an
+#                      hour for each fuzz target
 #
 # A step that fails does not stop those after it. The last line is 'N passed, N failed', in which format, lints,
 # documentation, shell scripts, dependencies, contract and fuzzing count as one test each, and so does a step that could not
@@ -34,7 +35,7 @@ main() {
     long)
         long=1
         export HOTSLOT_MODEL_OPERATIONS=1000000 HOTSLOT_ENDURANCE_SECONDS=600 HOTSLOT_FS_FILE_MIB=3072
-        export HOTSLOT_ENDURANCE_MACHINES=1000 HOTSLOT_ENDURANCE_STARTS=100000
+        export HOTSLOT_ENDURANCE_MACHINES=10000 HOTSLOT_ENDURANCE_STARTS=100000 HOTSLOT_ENDURANCE_BOOTS=100
         fuzz_seconds=900
         ;;
     '') ;;

@@ -18,6 +18,9 @@ const BACKEND: &str = env!("CARGO_BIN_EXE_hotslot-backend");
 /// How long the endurance test takes; by default it is short.
 pub const ENDURANCE: &str = "HOTSLOT_ENDURANCE_SECONDS";
 
+/// How often the same machine boots; by default a few times.
+pub const BOOTS: &str = "HOTSLOT_ENDURANCE_BOOTS";
+
 /// How many MiB the file has that is read through a small window; by default few.
 pub const FS_FILE_MIB: &str = "HOTSLOT_FS_FILE_MIB";
 
@@ -256,7 +259,7 @@ impl House {
         let own = [("HOTSLOT", HOTSLOT.into()), ("BACKEND", BACKEND.into()), ("INIT", self.init.clone())];
         let programs = [&own, programs].concat();
         variables.extend_from_slice(&programs);
-        for name in [ENDURANCE, FS_FILE_MIB, REQUESTS] {
+        for name in [ENDURANCE, BOOTS, FS_FILE_MIB, REQUESTS] {
             variables.extend(std::env::var_os(name).map(|value| (name, value.into())));
         }
         let mut command = match self.kind {

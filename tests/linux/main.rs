@@ -17,6 +17,7 @@ use std::sync::LazyLock;
 use host::{Guest, Session, stdout};
 
 static MACHINES: LazyLock<Session> = LazyLock::new(|| Session::run("machines", "2G", 420, &[]));
+static BOOTS: LazyLock<Session> = LazyLock::new(|| Session::run("boots", "2G", 300 + 30 * boots(), &[]));
 static MEMORY: LazyLock<Session> = LazyLock::new(|| Session::run("memory", "8G", 580, &[]));
 static CONSOLE: LazyLock<Session> =
     LazyLock::new(|| Session::run("console", "2G", 300, &[("input", input())]));
@@ -48,6 +49,10 @@ static SHARING: LazyLock<Session> = LazyLock::new(|| {
 static RECONNECT: LazyLock<Session> = LazyLock::new(|| {
     Session::run("reconnect", "2G", 300, &[("pmem.img", disk(None)), ("blk.img", vec![0; 1 << 20])])
 });
+
+fn boots() -> u32 {
+    std::env::var(host::BOOTS).map_or(3, |count| count.parse().unwrap())
+}
 
 /// A sentence in the file `given` of the read-only disk.
 const GIVEN: &str = "Only to be read.";
@@ -196,6 +201,26 @@ fn a_bzimage_boots_with_one_cpu_and_ends_with_its_own_status() {
     let guest = MACHINES.guest("status");
     guest.ended(77, "the guest ended with status 77 (debug exit)");
     has_cpus(&guest, 1);
+}
+
+#[test]
+fn a_machine_boots_again_and_again_and_leaves_nothing_behind() {
+    let host = BOOTS.host();
+    // Status, and hundredths of a second.
+    let ended: Vec<_> = host.said("boot").map(|boot| boot.split_once(" after ").unwrap()).collect();
+    assert_eq!(ended.len(), boots() as usize, "{host}");
+    assert!(ended.iter().all(|(status, _)| *status == "77"), "{ended:?}");
+    let mut times: Vec<u32> = ended.iter().map(|(_, time)| time.parse().unwrap()).collect();
+    times.sort_unstable();
+    let [least, median, most] = [0, times.len() / 2, times.len() - 1].map(|place| times[place]);
+    println!("{} boots, hundredths of a second: {least}, median {median}, most {most}", times.len());
+    for (before, after) in host.said("before").zip(host.said("after")) {
+        println!("{before:32}{after}");
+        // The others are the kernel's own, too.
+        if before.starts_with("processes of hotslot") || before.starts_with("Unix sockets") {
+            assert_eq!(before, after);
+        }
+    }
 }
 
 #[test]
