@@ -1,30 +1,17 @@
 # shellcheck shell=sh
-# How each VMM boots a kernel, for the scripts that run on the emulated host: one vCPU, 256 MiB. HOTSLOT and QEMU are
-# programs, KERNEL and IMAGE what guests boot; BESIDE has other VMMs, as words NAME=PATH.
+# How a VMM boots a kernel, for the scripts that run on the emulated host: one vCPU, 256 MiB. NAME is which one: microvm
+# and q35 are QEMU's, names that are no other's are hotslot's. PROGRAM is its program; KERNEL and IMAGE are what it boots.
 
 # For VMMs that add no words to the kernel's command line: hotslot's own, but for the way in which a panic resets the
 # machine, and `quiet`.
 WORDS="console=ttyS0 8250.nr_uarts=1 cryptomgr.notests panic=-1 reboot=t quiet"
 
-# The names of the VMMs that are there.
-vmms() {
-    echo hotslot
-    [ -z "$QEMU" ] || printf '%s\n' microvm q35
-    for pair in $BESIDE; do echo "${pair%%=*}"; done
-}
-
-# vmm NAME SOCKET WORD...: runs the WORDs (such as `exec`, or a program that takes a command), with the command line of
-# that VMM behind them. SOCKET is that of a back-end of type fs, or empty; only hotslot and QEMU are given it.
+# vmm SOCKET WORD...: runs the WORDs (such as `exec`, or a program that takes a command), with the command line of the
+# VMM behind them. SOCKET is that of a back-end of type fs, or empty; only hotslot and QEMU are given it.
 vmm() {
-    vmm_name=$1 socket=$2
-    shift 2
-    for pair in $BESIDE; do [ "${pair%%=*}" != "$vmm_name" ] || path=${pair#*=}; done
-    case $vmm_name in
-    hotslot)
-        set -- "$@" "$HOTSLOT" -k "$KERNEL" -i "$IMAGE" -m 256M -c quiet
-        [ -z "$socket" ] || set -- "$@" --vhost-user "$socket,type=fs,name=fs"
-        "$@"
-        ;;
+    socket=$1
+    shift
+    case $NAME in
     microvm) qemu microvm,rtc=on vhost-user-fs-device "$@" ;;
     q35) qemu q35 vhost-user-fs-pci "$@" ;;
     firecracker)
@@ -33,18 +20,23 @@ vmm() {
 {"boot-source": {"kernel_image_path": "$KERNEL", "initrd_path": "$IMAGE", "boot_args": "$WORDS"},
  "drives": [], "machine-config": {"vcpu_count": 1, "mem_size_mib": 256}}
 END
-        "$@" "$path" --no-api --config-file /tmp/firecracker.json
+        "$@" "$PROGRAM" --no-api --config-file /tmp/firecracker.json
         ;;
     crosvm)
-        "$@" "$path" run --disable-sandbox --mem 256 --cpus 1 --initrd "$IMAGE" -p "$WORDS" \
+        "$@" "$PROGRAM" run --disable-sandbox --mem 256 --cpus 1 --initrd "$IMAGE" -p "$WORDS" \
             --serial type=stdout,hardware=serial,console=true "$KERNEL"
         ;;
     alioth)
-        "$@" "$path" run --kernel "$KERNEL" --initramfs "$IMAGE" --cmd-line "$WORDS" --mem-size 256M --num-cpu 1
+        "$@" "$PROGRAM" run --kernel "$KERNEL" --initramfs "$IMAGE" --cmd-line "$WORDS" --mem-size 256M --num-cpu 1
         ;;
     cloud-hypervisor)
-        "$@" "$path" --kernel "$KERNEL" --initramfs "$IMAGE" --cmdline "$WORDS" --cpus boot=1 --memory size=256M \
+        "$@" "$PROGRAM" --kernel "$KERNEL" --initramfs "$IMAGE" --cmdline "$WORDS" --cpus boot=1 --memory size=256M \
             --serial tty --console off
+        ;;
+    *)
+        set -- "$@" "$PROGRAM" -k "$KERNEL" -i "$IMAGE" -m 256M -c quiet
+        [ -z "$socket" ] || set -- "$@" --vhost-user "$socket,type=fs,name=fs"
+        "$@"
         ;;
     esac
 }
@@ -53,9 +45,16 @@ END
 qemu() {
     machine=$1 device=$2
     shift 2
-    set -- "$@" "$QEMU" -M "$machine" -no-reboot -enable-kvm -cpu host -m 256M -nodefaults -no-user-config -display none \
+    set -- "$@" "$PROGRAM" -M "$machine" -no-reboot -enable-kvm -cpu host -m 256M -nodefaults -no-user-config -display none \
         -serial stdio -kernel "$KERNEL" -initrd "$IMAGE" -append "$WORDS"
     [ -z "$socket" ] || set -- "$@" -object memory-backend-memfd,id=ram,size=256M,share=on \
         -machine memory-backend=ram -chardev "socket,id=fs,path=$socket" -device "$device,chardev=fs,tag=share"
     "$@"
+}
+
+# Whether the VMM takes a back-end.
+takes_backends() {
+    case $NAME in
+    firecracker | crosvm | alioth | cloud-hypervisor) return 1 ;;
+    esac
 }

@@ -9,7 +9,8 @@
 #   --runs N           how often each VMM boots each kernel (default: 5)
 #   --beside NAME=PATH measures another VMM, too, where that makes sense: NAME is firecracker, crosvm, alioth or
 #                      cloud-hypervisor, PATH its program; other NAMEs are for `size` alone. May be given several times
-#   --hotslot NAME=PATH measures another hotslot, too (of an earlier version, say): mapping, size
+#   --hotslot NAME=PATH measures another hotslot, too (of an earlier version, say): boot, size, mapping, resident. One is
+#                      always there, `small`: the VMM alone, in the profile of that name
 #   --keep DIR         writes the figures (figures.txt), the table (table.txt) and a picture (picture.svg) into this
 #                      directory. It may have figures of an earlier run: those of other parts stay
 #
@@ -44,7 +45,7 @@
 # many runs COUNT (200) small machines at once on this machine's /dev/kvm, each with a share of one directory, and prints
 # starts a second, and memory, threads, descriptors and memory areas of each. It needs 4 MiB for a machine.
 #
-# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither
+# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither, nor `small`
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -81,7 +82,11 @@ main() {
     work=$(mktemp -d)
     remove_at_end "$work"
     hotslot=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot backend=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot-backend
-    [[ -n ${HOTSLOT_PROGRAMS-} ]] || cargo build --quiet --release --locked --bins
+    if [[ -z ${HOTSLOT_PROGRAMS-} ]]; then
+        cargo build --quiet --release --locked --bins
+        cargo build --quiet --profile small --locked --no-default-features --bin hotslot
+        hotslots+=("small=$TARGET/small/hotslot")
+    fi
     kernel=$(scripts/kernel.sh)
     cargo build --quiet --locked --package hotslot-figures
     local failed=() figures=$work/all
@@ -164,24 +169,28 @@ many() {
 }
 
 boot() {
-    vmms boot $((300 + 300 * runs)) --file "$kernel/bzImage" --env "RUNS=$runs" \
+    vmms boot $((240 + 90 * runs)) --file "$kernel/bzImage" --env "RUNS=$runs" \
         --env "BZIMAGE=$kernel/bzImage"
 }
 
-resident() { vmms resident 900; }
+resident() { vmms resident 300; }
 
-# vmms PART SECONDS OPTION...: a part that starts each VMM, with a guest whose PID 1 only says that it runs.
+# vmms PART SECONDS OPTION...: a part that starts each VMM, with a guest whose PID 1 only says that it runs. Each has an
+# emulated host of its own: one that does not come to its end takes no figure of the others with it.
 vmms() {
-    local part=$1 limit=$2 qemu firmware pair lab=()
+    local part=$1 limit=$2 qemu firmware pair status=0 lab=()
     shift 2
     need qemu-system-x86_64:qemu-system-x86 busybox:busybox-static
     qemu=$(type -P qemu-system-x86_64)
     scripts/image.sh -o "$work/guest.cpio" --bare --exec "$(type -P busybox):/busybox" --file benches/boot/init.sh:/init
     for firmware in /usr/share/qemu /usr/share/seabios; do lab+=(--file "$firmware"); done
-    for pair in "${beside[@]}"; do lab+=(--exec "${pair#*=}"); done
-    measure "$limit" "$PROJECT/benches/$part/host.sh" --memory 2G --exec "$qemu" "${lab[@]}" --file benches/vmm.sh \
-        --env "VMM=$PROJECT/benches/vmm.sh" --env "QEMU=$qemu" --env "BESIDE=${beside[*]}" "$@"
-    sed 's/^speed //' "$work/figures" | statistics
+    for pair in "${hotslots[@]}" "${beside[@]}"; do lab+=(--exec "${pair#*=}"); done
+    for pair in "hotslot=$hotslot" "${hotslots[@]}" "microvm=$qemu" "q35=$qemu" "${beside[@]}"; do
+        measure "$limit" "$PROJECT/benches/$part/host.sh" --memory 2G --exec "$qemu" "${lab[@]}" --file benches/vmm.sh \
+            --env "VMM=$PROJECT/benches/vmm.sh" --env "NAME=${pair%%=*}" --env "PROGRAM=${pair#*=}" "$@" || status=1
+        sed 's/^speed //' "$work/figures" | statistics
+    done
+    return $status
 }
 
 exits() {

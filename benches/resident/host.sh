@@ -1,6 +1,6 @@
 # shellcheck shell=sh
-# Runs on the emulated host, for scripts/bench.sh: how much memory each VMM has beside its guest's, in bytes, when PID 1
-# runs. HOTSLOT, BACKEND and QEMU are programs; VMM is benches/vmm.sh.
+# Runs on the emulated host, for scripts/bench.sh: how much memory a VMM has beside its guest's, in bytes, when PID 1 runs.
+# BACKEND is a program; VMM is benches/vmm.sh.
 # shellcheck source=benches/vmm.sh
 . "$VMM"
 
@@ -15,28 +15,23 @@ resident() {
         END { flush(); printf "%d\n", sum * 1024 }' "/proc/$1/smaps"
 }
 
-share=$(mktemp -d)
-for name in $(vmms); do
-    socket=/tmp/$name.sock
-    case $name in
-    hotslot | microvm | q35)
-        "$BACKEND" fs --socket "$socket" --dir "$share" --tag share --once --window 0 2>"/tmp/$name.backend" &
-        ;;
-    *) socket='' ;;
-    esac
+socket='' share=$(mktemp -d)
+if takes_backends; then
+    socket=/tmp/fs.sock
+    "$BACKEND" fs --socket "$socket" --dir "$share" --tag share --once --window 0 2>/tmp/backend &
     sleep 1
-    (vmm "$name" "$socket" exec </dev/null >"/tmp/$name.out" 2>&1) &
-    process=$!
-    for _ in $(seq 30); do
-        grep -q 'PID 1 runs' "/tmp/$name.out" && break
-        sleep 1
-    done
-    if grep -q 'PID 1 runs' "/tmp/$name.out"; then
-        echo "resident@$name: $(resident $process)"
-    else
-        echo "$name did not boot:" >&2
-        tail -n 5 "/tmp/$name.out" >&2
-    fi
-    kill $process 2>/dev/null
-    wait $process 2>/dev/null
+fi
+(vmm "$socket" exec </dev/null >/tmp/out 2>&1) &
+process=$!
+for _ in $(seq 30); do
+    grep -q 'PID 1 runs' /tmp/out && break
+    sleep 1
 done
+if grep -q 'PID 1 runs' /tmp/out; then
+    echo "resident@$NAME: $(resident $process)"
+else
+    echo "$NAME did not boot:" >&2
+    tail -n 5 /tmp/out >&2
+fi
+kill $process 2>/dev/null
+wait $process 2>/dev/null
