@@ -10,7 +10,7 @@
 #   --beside NAME=PATH measures another VMM, too, where that makes sense: NAME is firecracker, crosvm, alioth or
 #                      cloud-hypervisor, PATH its program; other NAMEs are for `size` alone. May be given several times
 #   --hotslot NAME=PATH measures another hotslot, too (of an earlier version, say): boot, size, mapping, resident. One is
-#                      always there, `small`: the VMM alone, in the profile of that name
+#                      always there, `hotslot-small`: the VMM alone, in profile `small`
 #   --keep DIR         writes the figures (figures.txt), the table (table.txt) and a picture (picture.svg) into this
 #                      directory. It may have figures of an earlier run: those of other parts stay
 #
@@ -45,7 +45,7 @@
 # many runs COUNT (200) small machines at once on this machine's /dev/kvm, each with a share of one directory, and prints
 # starts a second, and memory, threads, descriptors and memory areas of each. It needs 4 MiB for a machine.
 #
-# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither, nor `small`
+# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither, nor `hotslot-small`
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -85,7 +85,7 @@ main() {
     if [[ -z ${HOTSLOT_PROGRAMS-} ]]; then
         cargo build --quiet --release --locked --bins
         cargo build --quiet --profile small --locked --no-default-features --bin hotslot
-        hotslots+=("small=$TARGET/small/hotslot")
+        hotslots+=("hotslot-small=$TARGET/small/hotslot")
     fi
     kernel=$(scripts/kernel.sh)
     cargo build --quiet --locked --package hotslot-figures
