@@ -270,14 +270,16 @@ measure() {
 # by_the_clock SECONDS WORD...: lab.sh --icount with these words. QEMU may take so many seconds of processor time, however
 # busy this machine is, and ten times as long by the wall clock. Runs that did not end were seen: then there is another.
 by_the_clock() {
-    local limit=$1 try
+    local limit=$1 try status
     shift
     for try in 1 2 3; do
-        if (ulimit -t "$limit" && exec scripts/lab.sh --icount --timeout $((10 * limit)) "$@") >"$work/printed"; then
-            cat "$work/printed"
-            return
-        fi
-        say "run $try of 3 did not come to its end within $limit s of processor time"
+        status=0
+        (ulimit -t "$limit" && exec scripts/lab.sh --icount --timeout $((10 * limit)) "$@") >"$work/printed" || status=$?
+        case $status in
+        0) cat "$work/printed" && return ;;
+        124 | 125) say "run $try of 3 did not come to its end within $limit s of processor time" ;;
+        *) say "what ran on the emulated host ended with status $status" && return 1 ;;
+        esac
     done
     return 1
 }

@@ -9,7 +9,7 @@ for KERNEL in "$VMLINUX" "$BZIMAGE"; do
     run=0
     # With all files in the host's page cache from the first run on, which does not count.
     while [ $run -le "$RUNS" ]; do
-        line=$(vmm '' probe speed boot "boot-${KERNEL##*/}@$NAME") || break
+        line=$(vmm '' probe speed boot "boot-${KERNEL##*/}@$NAME") || exit 1
         [ $run = 0 ] || echo "$line"
         run=$((run + 1))
     done

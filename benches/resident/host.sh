@@ -27,11 +27,14 @@ for _ in $(seq 30); do
     grep -q 'PID 1 runs' /tmp/out && break
     sleep 1
 done
+status=0
 if grep -q 'PID 1 runs' /tmp/out; then
     echo "resident@$NAME: $(resident $process)"
 else
+    status=1
     echo "$NAME did not boot:" >&2
     tail -n 5 /tmp/out >&2
 fi
 kill $process 2>/dev/null
 wait $process 2>/dev/null
+exit $status
