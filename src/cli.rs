@@ -1,6 +1,7 @@
 //! The command line: the only source of the configuration. The doc comments here are its help text.
 
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
 use std::path::{self, Path, PathBuf};
 use std::time::Duration;
 
@@ -287,16 +288,16 @@ impl Cli {
         ];
         let inputs = self.initramfs.iter().map(|path| ("--initramfs", Some(path)));
         let inputs = inputs.chain([("--kernel", self.kernel.as_ref())]);
-        let mut others: Vec<_> = inputs.filter_map(|(option, path)| Some((option, place(path?)))).collect();
+        let mut others: Vec<_> = inputs.filter_map(|(option, path)| Some((option, named(path?)))).collect();
         for (option, path) in outputs.into_iter().filter_map(|(option, path)| Some((option, path?))) {
-            let place = place(path);
+            let named = named(path);
             // Several outputs may go to a terminal, or to /dev/null.
             let is_special = std::fs::metadata(path).is_ok_and(|found| !found.is_file());
-            match others.iter().find(|(_, other)| *other == place) {
+            match others.iter().find(|(_, other)| *other == named) {
                 Some(&(other, _)) if !is_special => {
                     return Err(SameFile { option, other, path: path.clone() });
                 }
-                _ => others.push((option, place)),
+                _ => others.push((option, named)),
             }
         }
         Ok(())
@@ -329,11 +330,22 @@ impl Cli {
     }
 }
 
-/// Where a file is or would be made, whatever the way to it.
-fn place(path: &Path) -> PathBuf {
+/// The file that a path names, or would name.
+#[derive(PartialEq)]
+enum Named {
+    /// By device and inode: a file may have several names (links).
+    Found(u64, u64),
+    /// Where it would be made.
+    ToBe(PathBuf),
+}
+
+fn named(path: &Path) -> Named {
+    if let Ok(found) = std::fs::metadata(path) {
+        return Named::Found(found.dev(), found.ino());
+    }
     let path = path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let to_be = || Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?));
-    path.canonicalize().ok().or_else(to_be).unwrap_or(path)
+    Named::ToBe(to_be().unwrap_or(path))
 }
 
 /// An output that would empty another file of the command line.

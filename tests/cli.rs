@@ -300,18 +300,20 @@ fn no_output_empties_another_file_of_the_command_line() {
     let files = files();
     let here = files.path();
     std::os::unix::fs::symlink("good", here.join("link")).unwrap();
+    std::fs::hard_link(here.join("good"), here.join("hard link")).unwrap();
+    std::fs::write(here.join("old"), "").unwrap();
+    std::fs::hard_link(here.join("old"), here.join("old too")).unwrap();
     for output in ["--memory-picture", "--log-file", "--trace-vhost-user", "--dump", "--stats"] {
         let input = ["-k", "good", "-i", "initramfs"];
-        for (file, other) in [("./link", "--kernel"), ("initramfs", "--initramfs")] {
+        for (file, other) in [("./link", "--kernel"), ("hard link", "--kernel"), ("initramfs", "--initramfs")]
+        {
             let sentence = format!("{output} and {other} name the same file, {file}");
             refused(&[&input, &[output, file][..]].concat(), here, &[&sentence], None);
         }
-        refused(
-            &[&input, &[output, "new", "--serial", "file=./new"][..]].concat(),
-            here,
-            &[&format!("--serial and {output} name the same file")],
-            None,
-        );
+        for (file, serial) in [("new", "file=./new"), ("old", "file=old too")] {
+            let arguments = [&input, &[output, file, "--serial", serial][..]].concat();
+            refused(&arguments, here, &[&format!("--serial and {output} name the same file")], None);
+        }
     }
     assert_eq!(std::fs::metadata(here.join("good")).unwrap().len(), 120 + 4096);
     assert_eq!(std::fs::metadata(here.join("initramfs")).unwrap().len(), 4 << 20);
