@@ -69,7 +69,7 @@ pub enum HugePages {
     Kernel,
     /// All of it, which is resident then
     All,
-    /// All of it, from the host's pool (vm.nr_hugepages), where it is reserved
+    /// All of it, from the host's pool (vm.nr_hugepages); it is resident then
     Hugetlb,
 }
 

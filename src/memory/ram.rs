@@ -10,7 +10,8 @@ use std::mem::ManuallyDrop;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
+use rustix::io::retry_on_intr;
 use rustix::mm::{Advice, madvise};
 use rustix::system::sysinfo;
 use thiserror::Error;
@@ -43,6 +44,8 @@ pub enum RamError {
         wanted = .size / HUGE_PAGE
     )]
     FewHugePages { size: u64, total: u64, free: u64 },
+    #[error("the host does not give {} huge pages for {size} bytes of guest memory", .size / HUGE_PAGE)]
+    RefusedHugePages { size: u64, source: io::Error },
     #[error("{asked} bytes of guest memory are more than the {host} bytes that this host has, swap included")]
     MoreThanHost { asked: u64, host: u64 },
     #[error("cannot {what} for {size} bytes of guest memory")]
@@ -62,6 +65,9 @@ impl Failure for RamError {
             RamError::FewHugePages { size, total, free } => {
                 let enough = total + (size / HUGE_PAGE).saturating_sub(*free);
                 Some(format!("make more of them: sysctl vm.nr_hugepages={enough}"))
+            }
+            RamError::RefusedHugePages { .. } => {
+                Some("the limits of its cgroup may be too low: hugetlb.2MB.max, cpuset.mems".into())
             }
             RamError::MoreThanHost { .. } => None,
             RamError::Os { source, .. } if source.raw_os_error() == Some(libc::EFBIG) => {
@@ -112,8 +118,8 @@ pub fn ranges(size: u64, gap_start: u64, gap_end: u64) -> Result<Vec<GuestRange>
 
 impl Ram {
     /// Makes `size` bytes of RAM that leave the addresses from `gap_start` to `gap_end` free. No page is
-    /// accessed yet, so none is resident. With `hugetlb` they are of the host's pool of huge pages, and
-    /// reserved there.
+    /// accessed yet, so none is resident. With `hugetlb` all are of the host's pool of huge pages, and are
+    /// resident.
     pub fn new(size: u64, hugetlb: bool, gap_start: u64, gap_end: u64) -> Result<Ram, RamError> {
         check_size(size, host_memory())?;
         if hugetlb && !size.is_multiple_of(HUGE_PAGE) {
@@ -133,7 +139,12 @@ impl Ram {
                 }
                 _ => os("map addresses")(error),
             })?;
-            if !hugetlb {
+            if hugetlb {
+                // The mapping has reserved them. A cgroup or cpuset may refuse them all the same, which
+                // would be a SIGBUS at the first access.
+                retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), file_offset, guest.len()))
+                    .map_err(|error| RamError::RefusedHugePages { size, source: error.into() })?;
+            } else {
                 ask_for_huge_pages(host, guest.len() as usize);
             }
             let builder = MmapRegionBuilder::new(guest.len() as usize)

@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 
 use hotslot_test_support::backend::{Backend, Offer};
+use hotslot_test_support::built::hotslot;
 use hotslot_test_support::files::{MIB, PAGE, memfd, memfd_with};
 use hotslot_test_support::guest::Guest;
-use hotslot_test_support::huge_pages::HugePages;
+use hotslot_test_support::huge_pages::{HugePages, NoHugePages};
 use hotslot_test_support::kvm;
 use hotslot_test_support::wire::{MMap, page_at, writable};
 use rustix::fs::MemfdFlags;
@@ -124,12 +126,27 @@ fn ram_is_in_the_huge_pages_that_were_asked_for() {
     };
     let guest = boot("hugetlb");
     assert_eq!(of_ram(&guest, "KernelPageSize:"), 2 << 10);
-    let refused = std::process::Command::new(hotslot_test_support::built::hotslot())
-        .args(["-m", "1G", "--hugepages", "hugetlb", "-k", "none"])
-        .output()
-        .unwrap();
+    let refused =
+        Command::new(hotslot()).args(["-m", "1G", "--hugepages", "hugetlb", "-k", "none"]).output().unwrap();
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(2), "{said}");
     assert!(said.contains("1073741824 bytes of guest memory are 512 huge pages"), "{said}");
     guest.exit();
+}
+
+#[test]
+fn huge_pages_that_a_cgroup_refuses_are_an_error_at_the_start() {
+    let (Some(_reserved), Some(cgroup)) = (HugePages::reserve(HUGE, 2), NoHugePages::new()) else {
+        eprintln!("skipped: this machine has no huge pages to reserve, or no cgroup to limit them");
+        return;
+    };
+    let refused = Command::new("sh")
+        .args(["-c", "echo 0 > \"$1\" && exec \"$0\" -m 4M --hugepages hugetlb -k none"])
+        .args([hotslot(), cgroup.processes()])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("the host does not give 2 huge pages for 4194304 bytes"), "{said}");
+    assert!(said.contains("hint: ") && said.contains("hugetlb.2MB.max"), "{said}");
 }
