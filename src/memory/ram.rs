@@ -168,6 +168,10 @@ impl Ram {
         for region in &self.regions {
             let first = region.guest.start();
             let last = first + region.guest.len() / HUGE_PAGE * HUGE_PAGE;
+            let region_end = first + region.guest.len();
+            if start < region_end && last < end.min(region_end) {
+                log::info!("no huge page for guest memory at {last:#x}-{:#x}: too short", region_end - 1);
+            }
             let start = start.max(first) / HUGE_PAGE * HUGE_PAGE;
             let end = end.min(last).next_multiple_of(HUGE_PAGE);
             if start >= end {

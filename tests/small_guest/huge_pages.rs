@@ -7,7 +7,7 @@ use std::process::Command;
 use hotslot_test_support::backend::{Backend, Offer};
 use hotslot_test_support::built::hotslot;
 use hotslot_test_support::files::{MIB, PAGE, memfd, memfd_with};
-use hotslot_test_support::guest::Guest;
+use hotslot_test_support::guest::{self, Guest};
 use hotslot_test_support::huge_pages::{HugePages, NoHugePages};
 use hotslot_test_support::kvm;
 use hotslot_test_support::wire::{MMap, page_at, writable};
@@ -117,6 +117,11 @@ fn ram_is_in_the_huge_pages_that_were_asked_for() {
         let [off, kernel, all] = ["off", "kernel", "all"].map(huge);
         assert_eq!((off, all), (0, KIB));
         assert!((2 << 10..=4 << 10).contains(&kernel), "{kernel} KiB for the monitor");
+        let kernel = guest::kernel();
+        let mut command = Command::new(hotslot());
+        command.args(["-v", "-m", "65M", "--hugepages", "all", "--debug-exit", "-k"]).arg(kernel.path());
+        let said = Guest::spawn(command, Some(kernel)).exit();
+        assert!(said.contains("no huge page for guest memory at 0x4000000-0x40fffff: too short"), "{said}");
     } else {
         eprintln!("skipped: this host has no huge pages for a memfd");
     }
