@@ -17,19 +17,19 @@ pub struct Ledger<T> {
     /// In bytes, by region.
     sizes: BTreeMap<u8, u64>,
     /// Those of a region are disjoint. [`Self::insert`] adds to them, [`Self::remove`] removes.
-    pub mappings: BTreeMap<Key, Mapping<T>>,
+    pub(super) mappings: BTreeMap<Key, Mapping<T>>,
     /// How many mappings there may be at a time, over all regions.
     quota: usize,
     /// How many bytes they may have.
     limit: u64,
     /// How many bytes they have.
-    pub mapped: u64,
+    pub(super) mapped: u64,
     /// How many bytes were ever mapped.
-    pub mapped_ever: u64,
+    pub(super) mapped_ever: u64,
     /// Mappings ever made.
     made: u64,
     /// Whether anything may be mapped.
-    pub gate_open: bool,
+    pub(super) gate_open: bool,
 }
 
 /// The record of a live mapping.
@@ -37,15 +37,15 @@ pub struct Mapping<T> {
     /// As the back-end gave it: not always whole pages (SHM-34).
     len: u64,
     /// Where in its file it begins, in bytes.
-    pub file_offset: u64,
+    pub(super) file_offset: u64,
     /// What the guest may do there.
-    pub access: Access,
+    pub(super) access: Access,
     /// No other mapping ever made has it.
-    pub number: u64,
+    pub(super) number: u64,
     /// Its back-end is gone, and another one is taking its place (SHM-77).
-    pub is_old: bool,
+    pub(super) is_old: bool,
     /// What the ledger's user keeps with it.
-    pub kept: T,
+    pub(super) kept: T,
 }
 
 impl<T> Mapping<T> {
