@@ -19,8 +19,8 @@ use super::ledger::{self, Key, Ledger};
 use super::origin::Origins;
 use super::window::{ReserveVma, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
-use crate::counter::{Counter, Counts, CountsBy};
-use crate::report::{MisuseLog, errno_name};
+use crate::counter::{Counter, Counts};
+use crate::report::MisuseLog;
 
 /// A back-end's request to map a file. Offsets and lengths are in bytes.
 #[derive(Debug)]
@@ -146,21 +146,8 @@ pub struct SharedMemory {
     /// Mappings made and removed: see [`Self::changes`].
     changes: AtomicU64,
     log: MisuseLog,
-    /// What the back-end asked for.
-    pub requests: RequestCounters,
     /// Accesses to mappings that KVM passed on, and that were carried out for the guest.
     pub carried_out: Counter,
-}
-
-/// A back-end's requests by what came of them.
-#[derive(Default)]
-pub struct RequestCounters {
-    /// SHMEM_MAPs that were carried out.
-    pub maps: Counter,
-    /// SHMEM_UNMAPs that were carried out.
-    pub unmaps: Counter,
-    /// Refused requests, by errno.
-    pub refused: CountsBy<i32>,
 }
 
 struct State {
@@ -219,7 +206,6 @@ impl SharedMemory {
         let (by_guest_address, expected_until) = (RwLock::default(), Mutex::default());
         let (origins, keeps_slots) = (Origins::new(limits.foreign_files), !limits.foreign_files);
         let (changes, log) = (AtomicU64::new(0), MisuseLog::new(name));
-        let (requests, carried_out) = Default::default();
         Ok(SharedMemory {
             mapper,
             windows,
@@ -231,8 +217,7 @@ impl SharedMemory {
             keeps_slots,
             changes,
             log,
-            requests,
-            carried_out,
+            carried_out: Counter::default(),
         })
     }
 
@@ -631,25 +616,17 @@ impl SharedMemory {
 
     /// What happened so far, and how many bytes are mapped now.
     pub fn counts(&self) -> Counts {
-        let RequestCounters { maps, unmaps, refused } = &self.requests;
-        let refused = refused.get();
         let (mapped, mapped_ever, zeroed) = {
             let State { ledger, filled, .. } = &*self.lock();
             (ledger.mapped, ledger.mapped_ever, filled.bytes)
         };
         let counts = [
-            ("maps", maps.get()),
-            ("unmaps", unmaps.get()),
-            ("refused", refused.iter().map(|(_, count)| count).sum()),
             ("mapped_bytes", mapped),
             ("mapped_bytes_ever", mapped_ever),
             ("zeroed_bytes", zeroed),
             ("carried_out", self.carried_out.get()),
         ];
-        let named = counts.map(|(name, count)| (name.to_owned(), count)).into_iter();
-        let by_errno =
-            refused.iter().map(|&(errno, count)| (format!("refused_{}", errno_name(errno)), count));
-        named.chain(by_errno).collect()
+        counts.map(|(name, count)| (name.to_owned(), count)).into()
     }
 
     /// The region and the offset in it that a guest address is at, and the region's window.

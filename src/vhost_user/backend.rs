@@ -21,7 +21,7 @@ use super::link::{Link, OnLoss, Session};
 use super::memory_table::MemoryTable;
 use super::own_regions::OwnRegions;
 use super::sharing::Participant;
-use super::shmem_handler::{BackendChannel, ShmemHandler};
+use super::shmem_handler::{BackendChannel, RequestCounters, ShmemHandler};
 use super::watch;
 use super::wire::connection::Deadline;
 use super::wire::frontend::{Conversation, Frontend, FrontendError, Ring};
@@ -60,6 +60,8 @@ pub struct Backend {
     pub link: Arc<Link>,
     /// What it maps.
     pub shmem: Arc<SharedMemory>,
+    /// What came of its requests, over all sessions.
+    pub requests: Arc<RequestCounters>,
     /// What was agreed with the first one that came. A later one has agreed to the same.
     pub agreement: Agreement,
     /// To whom its mappings are shown (SHM-80).
@@ -142,6 +144,7 @@ impl Backend {
             spec,
             link,
             shmem,
+            requests: Arc::default(),
             agreement,
             owner,
             recipient,
@@ -168,7 +171,12 @@ impl Backend {
     }
 
     fn channel(&self, agreement: &Agreement, ours: Arc<UnixStream>) -> BackendChannel {
-        let handler = ShmemHandler::new(Arc::clone(&self.link), Arc::clone(&self.shmem), self.owner.clone());
+        let handler = ShmemHandler::new(
+            Arc::clone(&self.link),
+            Arc::clone(&self.shmem),
+            self.owner.clone(),
+            Arc::clone(&self.requests),
+        );
         let observer = self.link.tracer.clone().map(|tracer| tracer as Arc<dyn Observer>);
         BackendChannel::new(agreement, ours, handler, observer)
     }

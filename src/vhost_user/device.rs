@@ -16,6 +16,7 @@ use super::keeper::Keeper;
 use super::link::OnLoss;
 use super::memory_table::MemoryTable;
 use super::sharing::{Owner, Participant};
+use super::shmem_handler::RequestCounters;
 use super::watch::Watch;
 use crate::config::device::DeviceSpec;
 use crate::memory::GuestRange;
@@ -74,6 +75,11 @@ impl VhostUserDevice {
             _keeper: Keeper::start(&backend, region_sizes, memory_slots)?,
             backend,
         })
+    }
+
+    /// What came of its back-end's requests.
+    pub fn requests(&self) -> &Arc<RequestCounters> {
+        &self.backend.requests
     }
 }
 

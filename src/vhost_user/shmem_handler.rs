@@ -10,9 +10,10 @@ use super::link::Link;
 use super::sharing::Participant;
 use super::wire::channel::{Channel, Handler};
 use super::wire::message::MMap;
+use crate::counter::{Counter, Counts, CountsBy};
 use crate::memory::Access;
 use crate::memory::shmem::{MapRequest, SharedMemory, ShmemError};
-use crate::report::with_causes;
+use crate::report::{errno_name, with_causes};
 
 /// A device's backend channel.
 ///
@@ -21,17 +22,47 @@ use crate::report::with_causes;
 /// why that wait ends.
 pub type BackendChannel = Channel<ShmemHandler>;
 
+/// A back-end's requests by what came of them.
+#[derive(Default)]
+pub struct RequestCounters {
+    /// SHMEM_MAPs that were carried out.
+    maps: Counter,
+    /// SHMEM_UNMAPs that were carried out.
+    unmaps: Counter,
+    /// Refused requests, by errno.
+    refused: CountsBy<i32>,
+}
+
+impl RequestCounters {
+    /// The counters by name.
+    pub fn counts(&self) -> Counts {
+        let refused = self.refused.get();
+        let total = refused.iter().map(|(_, count)| count).sum();
+        let all = [("maps", self.maps.get()), ("unmaps", self.unmaps.get()), ("refused", total)];
+        let by_errno =
+            refused.iter().map(|&(errno, count)| (format!("refused_{}", errno_name(errno)), count));
+        all.map(|(name, count)| (name.to_owned(), count)).into_iter().chain(by_errno).collect()
+    }
+}
+
 /// Maps and unmaps in one device's shared memory.
 pub struct ShmemHandler {
     link: Arc<Link>,
     shmem: Arc<SharedMemory>,
     sharing: Option<Participant>,
+    requests: Arc<RequestCounters>,
 }
 
 impl ShmemHandler {
     /// For the device with this link; `sharing` is what it is to those that see its mappings (SHM-80).
-    pub fn new(link: Arc<Link>, shmem: Arc<SharedMemory>, sharing: Option<Participant>) -> Self {
-        ShmemHandler { link, shmem, sharing }
+    /// Requests are counted in `requests`.
+    pub fn new(
+        link: Arc<Link>,
+        shmem: Arc<SharedMemory>,
+        sharing: Option<Participant>,
+        requests: Arc<RequestCounters>,
+    ) -> Self {
+        ShmemHandler { link, shmem, sharing, requests }
     }
 }
 
@@ -48,7 +79,7 @@ impl Handler for ShmemHandler {
         let file = Arc::new(file);
         let request = MapRequest { shmid, shm_offset, len, file: &file, file_offset, access };
         let (mapping, host) = self.shmem.map(&request)?;
-        self.shmem.requests.maps.count();
+        self.requests.maps.count();
         // Not at a limited rate: a user who asks for debug messages wants each.
         log::debug!(
             "{}: mapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}, {}, from {file_offset:#x} on of a file",
@@ -68,7 +99,7 @@ impl Handler for ShmemHandler {
     fn unmap(&self, request: &MMap) -> Result<(), ShmemError> {
         let &MMap { shmid, shm_offset, len, .. } = request;
         self.shmem.unmap(shmid, shm_offset, len)?;
-        self.shmem.requests.unmaps.count();
+        self.requests.unmaps.count();
         log::debug!("{}: unmapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}", self.link.name);
         if let (Some(sharing), Some(region)) = (&self.sharing, self.shmem.region(shmid)) {
             sharing.withdraw(region.start() + shm_offset);
@@ -86,7 +117,7 @@ impl Handler for ShmemHandler {
     }
 
     fn refused(&self, request: fmt::Arguments<'_>, errno: i32, why: &dyn Error) {
-        self.shmem.requests.refused.count(errno);
+        self.requests.refused.count(errno);
         self.link.log.warn(format_args!("{request} is refused: {}", with_causes(why)));
     }
 }

@@ -194,6 +194,7 @@ pub fn attach(
             ends_at_loss.map(|exit| end_at_loss(&spec.name, exit)),
         )
         .map_err(|error| BackendError::new(&spec, tracer.as_ref(), Cause::Device(error)))?;
+        let requests = Arc::clone(device.requests());
         let transport =
             MmioTransport::new(Arc::clone(&page), interrupt, Box::new(device)).map_err(&registers_failed)?;
         for bell in transport.doorbells() {
@@ -211,7 +212,7 @@ pub fn attach(
         // SAFETY: the page is mapped until it is dropped; it is written through atomics only.
         unsafe { vm.slots.map_permanent(registers, page.host_ptr(), Access::ReadOnly, page.clone()) }
             .map_err(&registers_failed)?;
-        attached.push(DeviceMemory { name: spec.name, registers, shmem, transport, participant });
+        attached.push(DeviceMemory { name: spec.name, registers, shmem, requests, transport, participant });
     }
     Ok(attached)
 }

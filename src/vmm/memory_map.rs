@@ -9,6 +9,7 @@ use crate::memory::shmem::{MappingInfo, SharedMemory};
 use crate::memory::{Access, GuestRange};
 use crate::picture::memory::{Kind, Part};
 use crate::vhost_user::sharing::Participant;
+use crate::vhost_user::shmem_handler::RequestCounters;
 use crate::virtio::mmio::MmioTransport;
 
 /// The parts of the map. It displays as one line for each.
@@ -22,6 +23,8 @@ pub(super) struct DeviceMemory {
     pub name: String,
     pub registers: GuestRange,
     pub shmem: Arc<SharedMemory>,
+    /// What came of its back-end's requests.
+    pub requests: Arc<RequestCounters>,
     /// For what it has counted.
     pub transport: Arc<MmioTransport>,
     /// For whether a mapping is shared with other devices; `None` where none is (SHM-80).

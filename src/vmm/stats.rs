@@ -111,6 +111,7 @@ impl Stats {
             let is_it = |device: &&DeviceMemory| device.registers.start() == address;
             if let Some(device) = self.memory_map.devices.iter().find(is_it) {
                 counts.extend(device.transport.counts());
+                counts.extend(device.requests.counts());
                 counts.extend(device.shmem.counts());
             }
             Device { name, counts: Named(counts) }
