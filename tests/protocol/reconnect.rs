@@ -176,14 +176,14 @@ fn a_mapping_that_is_made_anew_keeps_its_slot() {
         })
         .start();
     bench.start().unwrap();
-    bench.guest().keeps_slots.store(true, Ordering::Relaxed);
+    bench.guest().deletes_no_slot.store(true, Ordering::Relaxed);
     for byte in 2..5 {
         bench.kill();
         bench.come_back(Offer::default());
         bench.wait_until_back();
         assert_eq!((bench.reads(0, PAGE), bench.guest().count()), (Some(byte), 1));
     }
-    bench.guest().keeps_slots.store(false, Ordering::Relaxed);
+    bench.guest().deletes_no_slot.store(false, Ordering::Relaxed);
     bench.reset();
     assert_eq!(bench.guest().count(), 0);
 }

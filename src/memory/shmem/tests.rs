@@ -104,14 +104,14 @@ fn what_is_unmapped_is_reserved_again_and_its_neighbours_are_left_alone() {
 fn a_mapping_stays_where_the_machine_keeps_its_slot() {
     let bench = bench();
     bench.map(0, 0, PAGE).unwrap();
-    bench.guest.keeps_slots.store(true, Ordering::Relaxed);
+    bench.guest.deletes_no_slot.store(true, Ordering::Relaxed);
     assert_eq!(bench.shmem.unmap_all(|| {}).unwrap_err().errno(), libc::EIO);
     assert_eq!((bench.reads(0, 0), bench.shmem.mappings().len()), (Some(1), 1));
     // SHM-56: it has pages of nothing then.
     bench.shmem.unmap(0, 0, PAGE).unwrap();
     assert_eq!((bench.shmem.mappings().len(), bench.guest.idle()), (0, 1));
     assert_eq!(bench.shmem.unmap_all(|| {}).unwrap_err().errno(), libc::EIO);
-    bench.guest.keeps_slots.store(false, Ordering::Relaxed);
+    bench.guest.deletes_no_slot.store(false, Ordering::Relaxed);
     assert_eq!(bench.shmem.unmap_all(|| {}).unwrap(), 0);
     assert_eq!(bench.guest.idle(), 0);
 }
@@ -157,9 +157,9 @@ fn a_device_that_takes_foreign_files_keeps_no_slot() {
     // SHM-86, SHM-102
     let bench = bench_with(Limits { mappings: 100, bytes: u64::MAX, foreign_files: true, prefault: false });
     bench.map(0, 0, PAGE).unwrap();
-    bench.guest.keeps_slots.store(true, Ordering::Relaxed);
+    bench.guest.deletes_no_slot.store(true, Ordering::Relaxed);
     assert_eq!(bench.shmem.unmap(0, 0, PAGE).unwrap_err().errno(), libc::EIO);
-    bench.guest.keeps_slots.store(false, Ordering::Relaxed);
+    bench.guest.deletes_no_slot.store(false, Ordering::Relaxed);
     bench.shmem.unmap(0, 0, PAGE).unwrap();
     assert_eq!((bench.guest.idle(), bench.sees(0)), (0, vec![]));
 }

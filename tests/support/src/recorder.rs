@@ -14,8 +14,8 @@ pub struct Guest {
     machine: Option<Arc<dyn GuestMapper>>,
     /// Refuses every mapping.
     pub no_slots: AtomicBool,
-    /// Gives no slot back.
-    pub keeps_slots: AtomicBool,
+    /// Fails to delete a slot.
+    pub deletes_no_slot: AtomicBool,
 }
 
 #[derive(Default)]
@@ -43,15 +43,15 @@ impl Live {
         (address <= mapping.guest.last()).then_some(mapping)
     }
 
-    fn retire(&mut self, range: GuestRange, most: usize, keeps_slots: bool) -> io::Result<usize> {
+    fn retire(&mut self, range: GuestRange, most: usize, deletes_no_slot: bool) -> io::Result<usize> {
         let before = self.idle.len();
-        let mut left = if keeps_slots { 0 } else { most };
+        let mut left = if deletes_no_slot { 0 } else { most };
         self.idle.retain(|idle| {
             let goes = left > 0 && idle.overlaps(&range);
             left -= usize::from(goes);
             !goes
         });
-        match keeps_slots && self.idle.iter().any(|idle| idle.overlaps(&range)) {
+        match deletes_no_slot && self.idle.iter().any(|idle| idle.overlaps(&range)) {
             true => Err(io::Error::from_raw_os_error(libc::EIO)),
             false => Ok(before - self.idle.len()),
         }
@@ -80,7 +80,7 @@ impl GuestMapper for Guest {
 
     fn unmap(&self, SlotId(slot): SlotId) -> io::Result<()> {
         let mut live = self.lock();
-        if self.keeps_slots.load(Ordering::Relaxed) {
+        if self.deletes_no_slot.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
@@ -110,7 +110,7 @@ impl GuestMapper for Guest {
     fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize> {
         match &self.machine {
             Some(machine) => machine.retire(range, most),
-            None => self.lock().retire(range, most, self.keeps_slots.load(Ordering::Relaxed)),
+            None => self.lock().retire(range, most, self.deletes_no_slot.load(Ordering::Relaxed)),
         }
     }
 }

@@ -13,8 +13,8 @@ pub struct Guest {
     live: Mutex<Live>,
     /// Refuses every mapping.
     pub no_slots: AtomicBool,
-    /// Gives no slot back.
-    pub keeps_slots: AtomicBool,
+    /// Fails to delete a slot.
+    pub deletes_no_slot: AtomicBool,
     /// What happens when a range is prefaulted.
     pub at_prefault: Mutex<Option<AtPrefault>>,
 }
@@ -46,15 +46,15 @@ impl Live {
         (address <= mapping.guest.last()).then_some(mapping)
     }
 
-    fn retire(&mut self, range: GuestRange, most: usize, keeps_slots: bool) -> io::Result<usize> {
+    fn retire(&mut self, range: GuestRange, most: usize, deletes_no_slot: bool) -> io::Result<usize> {
         let before = self.idle.len();
-        let mut left = if keeps_slots { 0 } else { most };
+        let mut left = if deletes_no_slot { 0 } else { most };
         self.idle.retain(|idle| {
             let goes = left > 0 && idle.overlaps(&range);
             left -= usize::from(goes);
             !goes
         });
-        match keeps_slots && self.idle.iter().any(|idle| idle.overlaps(&range)) {
+        match deletes_no_slot && self.idle.iter().any(|idle| idle.overlaps(&range)) {
             true => Err(io::Error::from_raw_os_error(libc::EIO)),
             false => Ok(before - self.idle.len()),
         }
@@ -79,7 +79,7 @@ impl GuestMapper for Guest {
 
     fn unmap(&self, SlotId(slot): SlotId) -> io::Result<()> {
         let mut live = self.lock();
-        if self.keeps_slots.load(Ordering::Relaxed) {
+        if self.deletes_no_slot.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let unknown = || io::Error::from_raw_os_error(libc::ENOENT);
@@ -106,7 +106,7 @@ impl GuestMapper for Guest {
     }
 
     fn retire(&self, range: GuestRange, most: usize) -> io::Result<usize> {
-        self.lock().retire(range, most, self.keeps_slots.load(Ordering::Relaxed))
+        self.lock().retire(range, most, self.deletes_no_slot.load(Ordering::Relaxed))
     }
 }
 
