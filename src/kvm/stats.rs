@@ -52,15 +52,15 @@ fn numbers<const N: usize>(file: &File, offset: u64) -> io::Result<[u32; N]> {
 }
 
 /// The statistics of a machine or of a vCPU.
-pub struct Statistics {
+pub struct KvmStatistics {
     file: File,
     /// The names that KVM has, and where the numbers are.
     places: Vec<(&'static str, u64)>,
 }
 
-impl Statistics {
+impl KvmStatistics {
     /// Finds some by their names. KVM may lack them.
-    pub(super) fn of(of: &impl AsRawFd, names: &[&'static str]) -> io::Result<Statistics> {
+    pub(super) fn of(of: &impl AsRawFd, names: &[&'static str]) -> io::Result<KvmStatistics> {
         // SAFETY: the call takes no argument, and touches no memory of this process.
         let fd = unsafe { libc::ioctl(of.as_raw_fd(), KVM_GET_STATS_FD) };
         if fd < 0 {
@@ -68,10 +68,10 @@ impl Statistics {
         }
         // SAFETY: the call has made the file descriptor, which has no other owner.
         let file = unsafe { File::from_raw_fd(fd) };
-        Statistics::in_file(file, names)
+        KvmStatistics::in_file(file, names)
     }
 
-    fn in_file(file: File, names: &[&'static str]) -> io::Result<Statistics> {
+    fn in_file(file: File, names: &[&'static str]) -> io::Result<KvmStatistics> {
         let [_flags, name_len, count, _id, entries, data] = numbers(&file, 0)?;
         let mut bytes = vec![0; name_len as usize];
         let mut places = Vec::new();
@@ -84,7 +84,7 @@ impl Statistics {
                 places.push((*known, u64::from(data) + u64::from(offset)));
             }
         }
-        Ok(Statistics { file, places })
+        Ok(KvmStatistics { file, places })
     }
 
     /// Their values now; empty if they cannot be read.
@@ -141,7 +141,7 @@ mod tests {
         ];
         let all = [&values[..], &[("pf_spurious", 6)]].concat();
         let unresolved =
-            |values| Statistics::in_file(statistics(values), &OF_VCPU).unwrap().unresolved_faults();
+            |values| KvmStatistics::in_file(statistics(values), &OF_VCPU).unwrap().unresolved_faults();
         assert_eq!(unresolved(&all), Some(70));
         // A kernel before 5.19 lacks some.
         assert_eq!(unresolved(&values), None);
@@ -150,7 +150,7 @@ mod tests {
     #[test]
     fn of_all_that_kvm_has_those_are_read_that_were_asked_for() {
         let file = statistics(&[("pf_guest", 1), ("exits", 2), ("exits_of_others", 3), ("halt_exits", 4)]);
-        let read = Statistics::in_file(file, &OF_VCPU).unwrap();
+        let read = KvmStatistics::in_file(file, &OF_VCPU).unwrap();
         assert_eq!(read.counts(), [("exits".to_owned(), 2), ("halt_exits".to_owned(), 4)]);
     }
 }

@@ -25,7 +25,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 
 use super::counters::{VcpuCounters, Wait};
 use super::pause::Pause;
-use super::stats::Statistics;
+use super::stats::KvmStatistics;
 use super::vm::{KvmError, Processor, failed_to};
 use super::{operands, paging};
 use crate::bus::Bus;
@@ -108,7 +108,7 @@ pub struct Vcpu {
     thread: JoinHandle<()>,
     /// Whether it waits for a page of a mapping.
     is_waiting: Arc<AtomicBool>,
-    statistics: Option<Arc<Statistics>>,
+    statistics: Option<Arc<KvmStatistics>>,
 }
 
 impl Vcpu {

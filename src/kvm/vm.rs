@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::counters::VcpuCounters;
 use super::slots::Slots;
-use super::stats::{self, Statistics};
+use super::stats::{self, KvmStatistics};
 use crate::report::{Failure, STATUS_ERROR, STATUS_USAGE, with_causes};
 
 /// Why KVM cannot be used.
@@ -237,7 +237,7 @@ impl Vm {
     }
 
     /// KVM's statistics of the machine, where it has some.
-    pub fn statistics(&self) -> Option<Statistics> {
+    pub fn statistics(&self) -> Option<KvmStatistics> {
         statistics("the machine", &*self.slots.vm, &stats::OF_VM)
     }
 
@@ -306,7 +306,7 @@ pub struct Processor {
     /// What its thread counts.
     pub counters: Arc<VcpuCounters>,
     /// KVM's statistics of it, where it has some.
-    pub statistics: Option<Arc<Statistics>>,
+    pub statistics: Option<Arc<KvmStatistics>>,
     _slots: Arc<Slots>,
 }
 
@@ -317,8 +317,8 @@ impl Processor {
     }
 }
 
-fn statistics(of: &str, fd: &impl AsRawFd, names: &[&'static str]) -> Option<Statistics> {
-    let statistics = Statistics::of(fd, names);
+fn statistics(of: &str, fd: &impl AsRawFd, names: &[&'static str]) -> Option<KvmStatistics> {
+    let statistics = KvmStatistics::of(fd, names);
     statistics.inspect_err(|error| log::debug!("KVM has no statistics of {of}: {error}")).ok()
 }
 

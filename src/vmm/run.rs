@@ -53,14 +53,14 @@ impl Vmm {
         let serial_port = Arc::clone(&console.port);
         let dumper = dump.is_some().then(Arc::<Writer>::default);
         let painter = picture.map(|file| file.start(Arc::clone(&memory_map))).transpose();
-        let counter = stats_file.map(|file| file.start(Arc::clone(&stats))).transpose();
+        let stats_writer = stats_file.map(|file| file.start(Arc::clone(&stats))).transpose();
         let ready = painter.and_then(|painter| {
-            let writers = Writers { painter, dumper, counter: counter? };
+            let writers = Writers { painter, dumper, stats_writer: stats_writer? };
             let (events, raw_while_it_runs) =
                 set_up(console, memory_map, Arc::clone(&stats), writers.clone(), &exit)?;
             Ok((events, raw_while_it_runs, writers))
         });
-        let (events, raw_while_it_runs, Writers { painter, dumper, counter }) = match ready {
+        let (events, raw_while_it_runs, Writers { painter, dumper, stats_writer }) = match ready {
             Ok(ready) => ready,
             Err(error) => end(&Ending::from(&error as &dyn Failure)),
         };
@@ -85,8 +85,8 @@ impl Vmm {
         if let Some(painter) = painter {
             picture::finish(&painter);
         }
-        if let Some(counter) = counter {
-            stats::finish(&counter);
+        if let Some(stats_writer) = stats_writer {
+            stats::finish(&stats_writer);
         }
         log::info!("{}", stats.snapshot());
         machine.missing_pages.log_total();

@@ -82,7 +82,7 @@ pub(super) struct Writers {
     pub painter: Option<Arc<Writer>>,
     pub dumper: Option<Arc<Writer>>,
     /// Adds a line of statistics to their file.
-    pub counter: Option<Arc<Writer>>,
+    pub stats_writer: Option<Arc<Writer>>,
 }
 
 struct Signals {
@@ -148,8 +148,8 @@ impl Signals {
 
     /// On a thread of its own, which may wait for the locks of all devices.
     fn print(&mut self) {
-        let Writers { painter, counter, .. } = &self.writers;
-        [painter, counter].into_iter().flatten().for_each(|writer| writer.order());
+        let Writers { painter, stats_writer, .. } = &self.writers;
+        [painter, stats_writer].into_iter().flatten().for_each(|writer| writer.order());
         if self.printer.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return;
         }

@@ -21,7 +21,7 @@ use crate::counter::Counts;
 use crate::devices::serial::SerialPort;
 use crate::kvm::counters::VcpuCounters;
 use crate::kvm::slots::Slots;
-use crate::kvm::stats::Statistics;
+use crate::kvm::stats::KvmStatistics;
 use crate::kvm::vcpu::Machine;
 use crate::report::{create, lines};
 use crate::sandbox::vmm::Kind;
@@ -38,11 +38,11 @@ pub(super) struct Stats {
     pub began: Instant,
     pub machine: Arc<Machine>,
     /// Of each processor, the thread's counters and KVM's.
-    pub vcpus: Vec<(Arc<VcpuCounters>, Option<Arc<Statistics>>)>,
+    pub vcpus: Vec<(Arc<VcpuCounters>, Option<Arc<KvmStatistics>>)>,
     pub memory_map: Arc<MemoryMap>,
     pub serial_port: Arc<SerialPort>,
     pub slots: Arc<Slots>,
-    pub kvm: Option<Statistics>,
+    pub kvm: Option<KvmStatistics>,
 }
 
 /// The statistics at one moment. As a text it is a table without what is 0.
@@ -83,9 +83,10 @@ impl Serialize for Named {
 impl Stats {
     /// Reads all counters. May wait for the locks of all devices.
     pub fn snapshot(&self) -> Snapshot {
-        let of_kvm =
-            |statistics: Option<&Statistics>| Named(statistics.map_or_else(Vec::new, Statistics::counts));
-        let vcpu = |(counters, statistics): &(Arc<VcpuCounters>, Option<Arc<Statistics>>)| Vcpu {
+        let of_kvm = |statistics: Option<&KvmStatistics>| {
+            Named(statistics.map_or_else(Vec::new, KvmStatistics::counts))
+        };
+        let vcpu = |(counters, statistics): &(Arc<VcpuCounters>, Option<Arc<KvmStatistics>>)| Vcpu {
             counts: Named(counters.counts()),
             kvm: of_kvm(statistics.as_deref()),
         };
