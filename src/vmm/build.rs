@@ -34,10 +34,10 @@ use crate::kvm::pause::Pause;
 use crate::kvm::slots::Slots;
 use crate::kvm::vcpu::{BootRegisters, Machine, VcpuState};
 use crate::kvm::vm::{EMULATED_HOST, Kvm, KvmError, Processor, Vm, has_hardware};
-use crate::memory::Access;
 use crate::memory::alloc::WindowAllocator;
 use crate::memory::missing::MissingPages;
 use crate::memory::ram::Ram;
+use crate::memory::{Access, GuestMapper};
 use crate::report::Failure;
 use crate::trace::recorder::Trace;
 
@@ -181,11 +181,10 @@ fn check_address_width(ram: &Ram, supported: &CpuId) -> Result<(), VmmError> {
 }
 
 fn map_ram(slots: &Slots, ram: &Ram) -> Result<(), VmmError> {
-    let owner = Arc::new(ram.memory().clone());
     for region in &ram.regions {
-        // SAFETY: RAM is never unmapped; everything here accesses guest memory through vm-memory's volatile
-        // methods only.
-        unsafe { slots.map_permanent(region.guest, region.host, Access::ReadWrite, owner.clone()) }
+        // SAFETY: RAM stays mapped until the process ends; everything here accesses guest memory through
+        // vm-memory's volatile methods only.
+        unsafe { slots.map(region.guest, region.host, Access::ReadWrite) }
             .map_err(failed_to("give the guest its memory"))?;
     }
     Ok(())
