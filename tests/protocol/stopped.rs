@@ -148,8 +148,16 @@ fn a_share_that_owes_the_stop_of_a_queue() {
     world.stand_still(|bench| bench.device().stop_queue(0).unwrap());
     world.go_on();
     world.assert_answered(&no_error);
-    world.bench.device().start_queue(world.bench.queue(0)).unwrap();
+    // What is available in the stopped queue waits for its start.
+    let offered = world.offered;
+    (world.queue, world.offered) = (0, 0);
     world.ask();
+    (world.queue, world.offered) = (1, offered);
+    world.ask();
+    world.assert_answered(&no_error);
+    (world.queue, world.offered) = (0, 1);
+    assert_eq!(world.used(), 0);
+    world.bench.device().start_queue(world.bench.queue(0)).unwrap();
     world.assert_answered(&no_error);
 }
 
