@@ -165,6 +165,35 @@ impl Vcpu {
 }
 
 impl Machine {
+    /// A read that KVM passed on: of a device, of a hole, or of a missing page of a mapping. A missing page
+    /// causes this exit on a software KVM always, on any KVM when it must emulate the instruction (SHM-45).
+    fn mmio_read(&self, vcpu: u32, counters: &VcpuCounters, address: u64, data: &mut [u8]) -> Option<Exit> {
+        if self.mmio.read(address, data) {
+            return None;
+        }
+        let read = || self.missing_pages.read(address, data);
+        let met = self.carry_out(counters, address, Access::ReadOnly, read);
+        if met == Met::Nothing {
+            self.unclaimed.mmio_reads.count();
+            log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
+        }
+        self.end_at(met)
+    }
+
+    /// The same of a write, also of one to a read-only mapping.
+    fn mmio_write(&self, vcpu: u32, counters: &VcpuCounters, address: u64, data: &[u8]) -> Option<Exit> {
+        if let Ok(exit) = self.mmio.write(address, data) {
+            return exit;
+        }
+        let write = || self.missing_pages.write(address, data);
+        let met = self.carry_out(counters, address, Access::ReadWrite, write);
+        if met == Met::Nothing {
+            self.unclaimed.mmio_writes.count();
+            log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");
+        }
+        self.end_at(met)
+    }
+
     /// Carries out an access that KVM passed on; again while the host cannot provide its page, or while a
     /// back-end that died may come back and map one. The guest is not entered meanwhile: KVM needs the result
     /// first.
@@ -346,32 +375,8 @@ impl Runner {
             self.hole_wait.ends();
         }
         match exit {
-            Ok(VcpuExit::MmioRead(address, data)) => {
-                // A missing page of a mapping causes this exit, too: on a software KVM always, on any KVM
-                // when it must emulate the instruction (SHM-45).
-                if machine.mmio.read(address, data) {
-                    return Ok(None);
-                }
-                let read = || machine.missing_pages.read(address, data);
-                let met = machine.carry_out(counters, address, Access::ReadOnly, read);
-                if met == Met::Nothing {
-                    machine.unclaimed.mmio_reads.count();
-                    log::debug!("vCPU {vcpu}: nothing to read at {address:#x}");
-                }
-                Ok(machine.end_at(met))
-            }
-            Ok(VcpuExit::MmioWrite(address, data)) => {
-                if let Ok(exit) = machine.mmio.write(address, data) {
-                    return Ok(exit);
-                }
-                let write = || machine.missing_pages.write(address, data);
-                let met = machine.carry_out(counters, address, Access::ReadWrite, write);
-                if met == Met::Nothing {
-                    machine.unclaimed.mmio_writes.count();
-                    log::debug!("vCPU {vcpu}: nothing to write at {address:#x}");
-                }
-                Ok(machine.end_at(met))
-            }
+            Ok(VcpuExit::MmioRead(address, data)) => Ok(machine.mmio_read(vcpu, counters, address, data)),
+            Ok(VcpuExit::MmioWrite(address, data)) => Ok(machine.mmio_write(vcpu, counters, address, data)),
             Ok(VcpuExit::IoIn(port, data)) => {
                 let data: *mut [u8] = data;
                 let width = self.port_width();
@@ -396,25 +401,7 @@ impl Runner {
             Ok(VcpuExit::FailEntry(reason, _)) => {
                 Ok(Some(self.crash(format!("vCPU {vcpu} cannot be entered, hardware reason {reason:#x}"))))
             }
-            Ok(VcpuExit::InternalError) => {
-                // SAFETY: with KVM_EXIT_INTERNAL_ERROR this is the union's field; it consists of numbers.
-                let suberror = unsafe { self.processor.fd.get_kvm_run().__bindgen_anon_1.internal }.suberror;
-                if suberror == KVM_INTERNAL_ERROR_EMULATION
-                    && machine.pause.stops_at_int3(vcpu as usize)
-                    && is_int3(&mut self.processor.fd)
-                {
-                    let event = kvm_debug_exit_arch { exception: BREAKPOINT, ..Default::default() };
-                    return self.park(Some(event));
-                }
-                if suberror == KVM_INTERNAL_ERROR_EMULATION && machine.missing_pages.are_expected() {
-                    // SHM-77: an access to a hole, by an instruction that KVM's emulator lacks. It needs none
-                    // once there is a mapping.
-                    self.hole_wait.goes_on(&counters.hole_waits, &counters.longest_hole_wait_us);
-                    std::thread::sleep(RETRY);
-                    return Ok(None);
-                }
-                Ok(Some(self.crash(format!("KVM internal error {suberror} on vCPU {vcpu}"))))
-            }
+            Ok(VcpuExit::InternalError) => self.internal_error(),
             Ok(other) => {
                 let what = format!("go on with vCPU {vcpu} after the exit {other:?}");
                 Err(KvmError::Ioctl(what, io::ErrorKind::Unsupported.into()))
@@ -427,6 +414,27 @@ impl Runner {
                 _ => Err(failed_to(format!("run vCPU {vcpu}"))(error)),
             },
         }
+    }
+
+    /// KVM could not emulate an instruction, or had another error of its own.
+    fn internal_error(&mut self) -> Result<Option<Exit>, KvmError> {
+        let machine = &self.machine;
+        // SAFETY: with KVM_EXIT_INTERNAL_ERROR this is the union's field; it consists of numbers.
+        let suberror = unsafe { self.processor.fd.get_kvm_run().__bindgen_anon_1.internal }.suberror;
+        let is_emulation = suberror == KVM_INTERNAL_ERROR_EMULATION;
+        if is_emulation && machine.pause.stops_at_int3(self.index()) && is_int3(&mut self.processor.fd) {
+            let event = kvm_debug_exit_arch { exception: BREAKPOINT, ..Default::default() };
+            return self.park(Some(event));
+        }
+        if is_emulation && machine.missing_pages.are_expected() {
+            // SHM-77: an access to a hole, by an instruction that KVM's emulator lacks. It needs none once
+            // there is a mapping.
+            let VcpuCounters { hole_waits, longest_hole_wait_us, .. } = &*self.processor.counters;
+            self.hole_wait.goes_on(hole_waits, longest_hole_wait_us);
+            std::thread::sleep(RETRY);
+            return Ok(None);
+        }
+        Ok(Some(self.crash(format!("KVM internal error {suberror} on vCPU {}", self.processor.id))))
     }
 
     /// The registers, where a write to a port is a breakpoint.

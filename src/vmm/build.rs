@@ -76,18 +76,9 @@ impl Vmm {
         let trace = config.trace.as_deref().map(Trace::create).transpose()?;
         let windows = windows(&ram, &supported);
         let backends = backends::connect(config, &ram, windows, &vm.slots, trace.as_ref())?;
-        let end_at_unavailable = config.unavailable_page == UnavailablePage::Exit;
-        let missing_pages =
-            MissingPages::new(backends.iter().map(Backend::shared_memory), end_at_unavailable);
-        let debugger = config.gdb.is_some().then(eventfd).transpose()?;
-        let machine = Arc::new(Machine {
-            pause: Pause::new(config.cpus as usize, debugger),
-            ram: ram.memory().clone(),
-            missing_pages: Arc::new(missing_pages),
-            ..Machine::default()
-        });
 
         // The devices.
+        let machine = Arc::new(machine(config, &ram, &backends)?);
         let exit = Arc::new(ExitOnce::new()?);
         let console = attach_serial_port(&machine, &vm, &config.serial, &exit)?;
         attach_power(&machine.ports, config.debug_exit);
@@ -96,11 +87,7 @@ impl Vmm {
         let devices = backends::attach(backends, &machine, &vm, &ram, ends_at_loss, trace.as_ref())?;
 
         // What the kernel finds in memory, and the processors that run it.
-        match config.hugepages {
-            HugePages::Off | HugePages::Hugetlb => {}
-            HugePages::Kernel => boot.collapse_kernel(&ram),
-            HugePages::All => ram.collapse(0, ram.end()),
-        }
+        put_huge_pages(config.hugepages, &boot, &ram);
         log::info!("kernel command line: {}", config.cmdline);
         let entry = boot.load(&ram, config.cpus, config.devices.len())?;
         let topology = Topology { vcpus: config.cpus, tsc_deadline: kvm.has_tsc_deadline() };
@@ -188,6 +175,27 @@ fn map_ram(slots: &Slots, ram: &Ram) -> Result<(), VmmError> {
             .map_err(failed_to("give the guest its memory"))?;
     }
     Ok(())
+}
+
+/// What the processors share, before there are devices.
+fn machine(config: &Config, ram: &Ram, backends: &[Backend]) -> Result<Machine, VmmError> {
+    let end_at_unavailable = config.unavailable_page == UnavailablePage::Exit;
+    let missing_pages = MissingPages::new(backends.iter().map(Backend::shared_memory), end_at_unavailable);
+    let debugger = config.gdb.is_some().then(eventfd).transpose()?;
+    Ok(Machine {
+        pause: Pause::new(config.cpus as usize, debugger),
+        ram: ram.memory().clone(),
+        missing_pages: Arc::new(missing_pages),
+        ..Machine::default()
+    })
+}
+
+fn put_huge_pages(behind: HugePages, boot: &Boot, ram: &Ram) {
+    match behind {
+        HugePages::Off | HugePages::Hugetlb => {}
+        HugePages::Kernel => boot.collapse_kernel(ram),
+        HugePages::All => ram.collapse(0, ram.end()),
+    }
 }
 
 /// The guest physical addresses for the windows of shared memory regions.

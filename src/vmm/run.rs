@@ -18,8 +18,8 @@ use super::picture;
 use super::signals::{self, Writers};
 use super::stats::{self, Stats};
 use super::stuck::{self, StuckWatch};
-use super::writer::Writer;
 use crate::arch::x86_64::reset::Resets;
+use crate::devices::serial::SerialPort;
 use crate::exit::Exit;
 use crate::kvm::vcpu::{Machine, Vcpu, VcpuState};
 use crate::kvm::vm::{KvmError, Processor};
@@ -51,22 +51,23 @@ impl Vmm {
             exit,
         } = self;
         let serial_port = Arc::clone(&console.port);
-        let dumper = dump.is_some().then(Arc::<Writer>::default);
-        let painter = picture.map(|file| file.start(Arc::clone(&memory_map))).transpose();
-        let stats_writer = stats_file.map(|file| file.start(Arc::clone(&stats))).transpose();
-        let ready = painter.and_then(|painter| {
-            let writers = Writers { painter, dumper, stats_writer: stats_writer? };
-            let (events, raw_while_it_runs) =
-                set_up(console, memory_map, Arc::clone(&stats), writers.clone(), &exit)?;
-            Ok((events, raw_while_it_runs, writers))
+        let start_writers = || -> Result<Writers, VmmError> {
+            Ok(Writers {
+                painter: picture.map(|file| file.start(Arc::clone(&memory_map))).transpose()?,
+                dumper: dump.is_some().then(Arc::default),
+                stats_writer: stats_file.map(|file| file.start(Arc::clone(&stats))).transpose()?,
+            })
+        };
+        let ready = start_writers().and_then(|writers| {
+            Ok((set_up(console, memory_map, Arc::clone(&stats), writers.clone(), &exit)?, writers))
         });
-        let (events, raw_while_it_runs, Writers { painter, dumper, stats_writer }) = match ready {
+        let ((events, raw_while_it_runs), writers) = match ready {
             Ok(ready) => ready,
             Err(error) => end(&Ending::from(&error as &dyn Failure)),
         };
         let processors = start(vcpus, &machine, &Arc::new(resets), &exit);
         let gdb = gdb.map_or(Ok(()), |gdb| gdb.start(&machine, &processors, &exit));
-        let dump = dump.zip(dumper.clone());
+        let dump = dump.zip(writers.dumper.clone());
         let dump = dump.map_or(Ok(()), |(dump, dumper)| dump.start(dumper, &machine, &processors));
         if let Err(error) = gdb.and(dump) {
             exit.set((&error as &dyn Failure).into());
@@ -78,20 +79,25 @@ impl Vmm {
         }
 
         stop(&processors, &machine);
-        if let Some(dumper) = dumper {
-            dump::finish(&dumper, ending.is_fault);
-        }
-        serial_port.flush();
-        if let Some(painter) = painter {
-            picture::finish(&painter);
-        }
-        if let Some(stats_writer) = stats_writer {
-            stats::finish(&stats_writer);
-        }
+        finish(&writers, &serial_port, ending.is_fault);
         log::info!("{}", stats.snapshot());
         machine.missing_pages.log_total();
         drop(raw_while_it_runs);
         end(&ending)
+    }
+}
+
+/// Has what the user asked for written a last time.
+fn finish(writers: &Writers, serial_port: &SerialPort, is_fault: bool) {
+    if let Some(dumper) = &writers.dumper {
+        dump::finish(dumper, is_fault);
+    }
+    serial_port.flush();
+    if let Some(painter) = &writers.painter {
+        picture::finish(painter);
+    }
+    if let Some(stats_writer) = &writers.stats_writer {
+        stats::finish(stats_writer);
     }
 }
 
