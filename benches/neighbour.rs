@@ -3,8 +3,8 @@
 //! The guest is the tests' monitor on this machine's `/dev/kvm`, both back-ends are `hotslot-backend
 //! torture`. A request is a buffer that the first device fills; the guest takes the time from the kick
 //! until the used ring shows it, by its time-stamp counter. Meanwhile the second device does nothing, or
-//! what the case says. Rounds of all cases take turns. For each case there is a line: its name, and
-//! minimum, median, 99th percentile and maximum, in ticks.
+//! what the case says. Rounds of all cases take turns. For each request there is a line of output,
+//! `neighbour@CASE: TICKS`.
 //!
 //! A flood that is carried out changes memory slots without end, and each change costs the guest's processors
 //! what they knew of its memory: most where KVM is software. That, and not a wait for anybody, is what its
@@ -38,16 +38,12 @@ fn main() {
     if !kvm::is_here() {
         std::process::exit(1);
     }
-    let mut samples = CASES.map(|_| Vec::new());
     for _ in 0..ROUNDS {
-        for ((_, options, limit), samples) in CASES.iter().zip(&mut samples) {
-            samples.extend(round(options, limit));
+        for (name, options, limit) in CASES {
+            for ticks in round(options, limit) {
+                println!("neighbour@{name}: {ticks}");
+            }
         }
-    }
-    for ((name, ..), samples) in CASES.iter().zip(&mut samples) {
-        samples.sort_unstable();
-        let at = |percent: usize| samples[(samples.len() * percent / 100).min(samples.len() - 1)];
-        println!("neighbour@{name} {} {} {} {}", at(0), at(50), at(99), at(100));
     }
 }
 

@@ -2,8 +2,8 @@
 //! MiB on the host.
 //!
 //! The guest is the tests' monitor. It reads 16 MiB of each, in turns: a word of each cache line, and a
-//! word of each page. For each there is a line: its name, and minimum, median, 99th percentile and
-//! maximum, in ticks of the guest's time-stamp counter.
+//! word of each page. Each time there is a line of output, `NAME: NUMBER`, in ticks of the guest's
+//! time-stamp counter.
 //!
 //! The argument is hotslot. `scripts/bench.sh speed` runs it: on this machine, or on an emulated host
 //! whose clock counts instructions. That clock shows faults and exits, and no page walks. A software KVM
@@ -11,7 +11,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // As in tests.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -60,22 +59,16 @@ fn main() {
 }
 
 fn measure(guest: &mut Guest, places: &[(&str, u64)], pages: &str) {
-    let mut samples: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     for round in 0..=ROUNDS {
         for (stride_name, stride) in STRIDES {
             for (place, address) in places {
                 let ticks = guest.sweep(*address, LEN, stride);
                 // In the first round there are pages missing.
                 if round > 0 {
-                    samples.entry(format!("speed-{stride_name}-{pages}@{place}")).or_default().push(ticks);
+                    println!("speed-{stride_name}-{pages}@{place}: {ticks}");
                 }
             }
         }
-    }
-    for (name, mut ticks) in samples {
-        ticks.sort_unstable();
-        let at = |percent: usize| ticks[(ticks.len() * percent / 100).min(ticks.len() - 1)];
-        println!("{name} {} {} {} {}", at(0), at(50), at(99), at(100));
     }
 }
 

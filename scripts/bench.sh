@@ -118,9 +118,10 @@ about() {
     echo "# $(nproc) processors ($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)), Linux $(uname -r), $kvm"
 }
 
-# Lines of NAME: NUMBER, in any order, as lines of NAME MINIMUM MEDIAN P99 MAXIMUM.
+# Lines of NAME: NUMBER, in any order, as lines of NAME MINIMUM MEDIAN P99 MAXIMUM. The median is the least number that
+# half of them do not exceed, P99 the least that 99 of 100 do not exceed.
 statistics() {
-    sort -t : -k 1,1 -k 2n | awk -F ': ' '
+    LC_ALL=C sort -t : -k 1,1 -k 2n | awk -F ': ' '
         function flush() {
             if (count) print name, all[1], all[int((count + 1) / 2)], all[int(count * 0.99 + 0.99)], all[count]
             count = 0
@@ -153,12 +154,12 @@ crates() {
 micro() {
     rm -rf "$TARGET/criterion"
     cargo bench --quiet --locked --bench micro >&2
-    target/debug/hotslot-figures criterion "$TARGET/criterion"
+    target/debug/hotslot-figures criterion "$TARGET/criterion" | statistics
 }
 
 neighbour() {
     need cc:gcc
-    cargo bench --quiet --locked --bench neighbour
+    cargo bench --quiet --locked --bench neighbour | statistics
 }
 
 many() {
@@ -227,9 +228,9 @@ speed() {
     local client
     client=$(client speed)
     if [[ $(host_kind) == kvm ]]; then
-        "$client" "$hotslot"
+        "$client" "$hotslot" | statistics
     else
-        by_the_clock 600 --exec "$hotslot" -- "$client" "$hotslot"
+        by_the_clock 600 --exec "$hotslot" -- "$client" "$hotslot" | statistics
     fi
 }
 

@@ -1,4 +1,4 @@
-//! What the micro benchmarks measured, as figures: `criterion` leaves a file `sample.json` for each.
+//! What the micro benchmarks measured, as samples: `criterion` leaves a file `sample.json` for each.
 
 use std::fs;
 use std::path::Path;
@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use crate::figures::Problem;
 
-/// The lines of all benchmarks below a directory of criterion's: `GROUP/FUNCTION/new/sample.json` is the
-/// figure `GROUP@FUNCTION`. A sample is the mean of many iterations.
+/// The samples of all benchmarks below a directory of criterion's, as lines of `GROUP@FUNCTION: NUMBER`, from
+/// `GROUP/FUNCTION/new/sample.json`. A sample is the mean of many iterations.
 pub fn lines(directory: &Path) -> Result<String, Problem> {
     let mut lines = String::new();
     for group in names(directory)? {
@@ -19,8 +19,9 @@ pub fn lines(directory: &Path) -> Result<String, Problem> {
                 continue;
             }
             let text = fs::read_to_string(&path).map_err(|error| Problem::Unreadable(path.clone(), error))?;
-            let [min, median, p99, max] = figure(&text).ok_or(Problem::NotCriterion(path))?;
-            lines += &format!("{group}@{function} {min:.2} {median:.2} {p99:.2} {max:.2}\n");
+            for sample in samples(&text).ok_or(Problem::NotCriterion(path))? {
+                lines += &format!("{group}@{function}: {sample:.2}\n");
+            }
         }
     }
     Ok(lines)
@@ -37,16 +38,14 @@ fn names(directory: &Path) -> Result<Vec<String>, Problem> {
     Ok(names)
 }
 
-/// Nanoseconds for an iteration: minimum, median, 99th percentile, maximum.
-fn figure(text: &str) -> Option<[f64; 4]> {
+/// Nanoseconds for an iteration, in each sample.
+fn samples(text: &str) -> Option<Vec<f64>> {
     let sample: Value = serde_json::from_str(text).ok()?;
     let numbers =
         |name: &str| sample.get(name)?.as_array()?.iter().map(Value::as_f64).collect::<Option<Vec<f64>>>();
-    let mut each: Vec<f64> =
+    let each: Vec<f64> =
         numbers("times")?.iter().zip(numbers("iters")?).map(|(time, count)| time / count).collect();
-    each.sort_by(f64::total_cmp);
-    let at = |percent: usize| each.get((each.len() * percent / 100).min(each.len().checked_sub(1)?)).copied();
-    Some([at(0)?, at(50)?, at(99)?, at(100)?])
+    (!each.is_empty()).then_some(each)
 }
 
 #[cfg(test)]
@@ -56,8 +55,8 @@ mod tests {
     #[test]
     fn a_sample_is_the_time_of_one_iteration() {
         let text = r#"{"sampling_mode":"Linear","iters":[1.0,2.0,4.0],"times":[30.0,20.0,80.0]}"#;
-        assert_eq!(figure(text), Some([10.0, 20.0, 30.0, 30.0]));
-        assert_eq!(figure(r#"{"iters":[],"times":[]}"#), None);
-        assert_eq!(figure("{}"), None);
+        assert_eq!(samples(text), Some(vec![30.0, 10.0, 20.0]));
+        assert_eq!(samples(r#"{"iters":[],"times":[]}"#), None);
+        assert_eq!(samples("{}"), None);
     }
 }

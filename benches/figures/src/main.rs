@@ -1,6 +1,6 @@
 //! What `scripts/bench.sh` measured, as a table (`hotslot-figures table FILE`) and as a picture
-//! (`hotslot-figures picture FILE`); and what `criterion` measured, as figures (`hotslot-figures criterion
-//! DIR`).
+//! (`hotslot-figures picture FILE`); and what `criterion` measured, as lines of `NAME: NUMBER`
+//! (`hotslot-figures criterion DIR`).
 //!
 //! A figure is a line `NAME@SUBJECT MIN MEDIAN P99 MAX`. What NAME means, and its unit, is in [`catalog`].
 
