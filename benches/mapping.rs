@@ -43,8 +43,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// Machines for each program, without and with many mappings.
 const ROUNDS: usize = 2;
 const LIVE_ROUNDS: usize = 1;
-/// Pairs of MAP and UNMAP for each figure and machine, and those before them that do not count. The host's clock
-/// ticks in one request of a hundred: with few samples it decides the 99th percentile.
+/// Pairs of MAP and UNMAP for each figure and machine, and those before them that do not count. The host's
+/// clock ticks in one request of a hundred: with few samples it decides the 99th percentile.
 const PAIRS: u64 = 1_000;
 const WARM_UP: u64 = 20;
 /// The same where each range is new: more than the ranges that hotslot keeps slots for.
