@@ -20,8 +20,8 @@
 #                      machine no time limit of the guest's passes for that
 #   --list             prints the back-ends, where they come from, and what is done with them
 #
-# The back-ends are Debian's packages, of its suite sid and of bookworm, each suite in a root of its own, or crates, which
-# cargo builds. Everything is kept in target/interop: 3 GB, and half an hour until it is there. It needs root for
+# The back-ends are Debian's packages, of its suite sid and of bookworm, each suite in a root of its own; or crates, which
+# cargo builds; or an example of QEMU's, built from Debian's source package. Everything is kept in target/interop: 3 GB, and half an hour until it is there. It needs root for
 # mmdebstrap. All but frontends runs on an emulated host (lab.sh), also where this machine has KVM: the back-ends run as root
 # and in Debian's roots there. A back-end takes one to ten minutes.
 #
@@ -119,7 +119,7 @@ list() {
     local name
     for FILES in backends frontends; do
         for name in $(all "$FILES"); do
-            printf '%-12s %-32s %s\n' "$name" "$(field "$name" FROM | cut -d : -f 1-3)" \
+            printf '%-17s %-32s %s\n' "$name" "$(field "$name" FROM | cut -d : -f 1-3)" \
                 "$(sed -n '2s/^# //p' "$INTEROP/$FILES/$name.sh")"
         done
     done
@@ -177,7 +177,7 @@ on_lab() {
     for name in "${names[@]}"; do
         from=$(field "$name" FROM)
         provide "$from"
-        [[ $from != crate:* ]] || lab+=(--exec "$WORK/bin/$(cut -d : -f 2 <<<"$from")")
+        [[ $from != crate:* && $from != qemu-source:* ]] || lab+=(--exec "$WORK/bin/$(cut -d : -f 2 <<<"$from")")
         read -ra words <<<"$(field "$name" HOST_TOOLS)"
         for each in "${words[@]}"; do need "$each" && lab+=(--exec "$(type -P "${each%%:*}")"); done
         read -ra words <<<"$(field "$name" HOST_MODULES)"
@@ -262,7 +262,7 @@ row() {
     touch "$out/host" "$out/lines"
     lines=$(grep -h "^CHECK $name " "$out/lines" "$out/host") || true
     # A work that was repeated is one entry, with its number.
-    printf '%-12s %-24s %s\n' "$name" "$3" "$(cut -d ' ' -f 3- <<<"$lines" | sed 's/ WRONG.*/ WRONG/; s/^\(return ok\).*/\1/' |
+    printf '%-17s %-24s %s\n' "$name" "$3" "$(cut -d ' ' -f 3- <<<"$lines" | sed 's/ WRONG.*/ WRONG/; s/^\(return ok\).*/\1/' |
         uniq -c | sed 's/^ *1 //; s/^ *\([0-9]*\) \(.*\)/\2 (\1 times)/' | paste -sd ';')"
     grep WRONG <<<"$lines" | sed 's/^/    /' || true
     # What the guest's kernel complained of while no back-end stayed dead.
@@ -276,11 +276,12 @@ version() {
     IFS=: read -r suite name rest <<<"$1"
     case $suite in
     crate) echo "${rest%%:*}" ;;
+    qemu-source) cat "$WORK/bin/$name.version" ;;
     *) dpkg-query --admindir="$WORK/$suite/var/lib/dpkg" -W -f '${Version}' "$name" ;;
     esac
 }
 
-# provide FROM: makes sure that a back-end is there: SUITE:PACKAGE, or crate:NAME:VERSION[:OPTION...].
+# provide FROM: makes sure that a back-end is there: SUITE:PACKAGE, crate:NAME:VERSION[:OPTION...], or qemu-source:NAME.
 provide() {
     local kind name rest options
     IFS=: read -r kind name rest <<<"$1"
@@ -292,18 +293,42 @@ provide() {
         CARGO_TARGET_DIR=$WORK/build nice -n 15 cargo install --quiet --locked -j2 "$name" --version "${options[0]}" \
             --root "$WORK" "${options[@]:1}" </dev/null >&2 || die "could not build $name"
         ;;
+    qemu-source) [[ -e $WORK/bin/$name.version ]] || build_of_qemu "$name" ;;
     *) make_root "$kind" ;;
     esac
 }
+
+# build_of_qemu NAME: builds contrib/NAME/NAME of QEMU, which no binary package has, from Debian's source package.
+build_of_qemu() (
+    local program=contrib/$1/$1 uri each private=()
+    need dpkg-source:dpkg-dev meson:meson ninja:ninja-build gcc:gcc pkg-config:pkg-config
+    pkg-config --exists glib-2.0 || apt_install libglib2.0-dev || die "could not install libglib2.0-dev"
+    uri=$(known_debian_uri) || exit
+    say "building $1 of QEMU"
+    rm -rf "$WORK/qemu"
+    mkdir -p "$WORK/qemu/lists/partial" "$WORK/qemu/cache/archives/partial" "$WORK/qemu/build" "$WORK/bin"
+    cd "$WORK/qemu"
+    # The machine's own lists have no sources, and stay as they are.
+    echo "deb-src $uri bookworm main" >sources.list
+    for each in Dir::Etc::SourceList="$PWD/sources.list" Dir::Etc::SourceParts=/dev/null Dir::State::Lists="$PWD/lists" \
+        Dir::Cache="$PWD/cache" APT::Sandbox::User=root Acquire::Check-Valid-Until=false; do private+=(-o "$each"); done
+    if ! {
+        apt-get -qq "${private[@]}" update && apt-get -qq "${private[@]}" source --download-only qemu &&
+            dpkg-source --no-check -x ./*.dsc source && cd build &&
+            ../source/configure --without-default-features --disable-system --disable-user --enable-tools --enable-vhost-user &&
+            nice -n 15 ninja "$program"
+    } </dev/null >"$WORK/qemu.log" 2>&1; then die "could not build $1: $WORK/qemu.log"; fi
+    cp "$program" "$WORK/bin/$1"
+    sed -n 's/^Version: //p' ../*.dsc | head -n 1 >"$WORK/bin/$1.version"
+    rm -rf "$WORK/qemu"
+)
 
 # make_root SUITE: a root of Debian's with the packages of that suite.
 make_root() {
     local suite=$1 uri
     [[ ! -d $WORK/$suite ]] || return 0
     need mmdebstrap:mmdebstrap
-    uri=$(debian_uri)
-    [[ -n $uri ]] || { apt_update && uri=$(debian_uri); }
-    [[ -n $uri ]] || die "apt knows no archive of Debian here"
+    uri=$(known_debian_uri)
     say "making a root of Debian's $suite"
     rm -rf "$WORK/$suite.new"
     # A mirror may lag behind. The signatures are verified all the same.
@@ -323,6 +348,14 @@ guest_root() {
     chroot "$1" sh -c 'passwd -qd root && systemctl -q enable systemd-networkd && systemctl -q disable apt-daily.timer apt-daily-upgrade.timer'
 }
 
+# Debian's archive as this machine's apt knows it.
+known_debian_uri() {
+    local uri
+    uri=$(debian_uri)
+    [[ -n $uri ]] || { apt_update && uri=$(debian_uri); }
+    [[ -n $uri ]] || die "apt knows no archive of Debian here"
+    echo "$uri"
+}
 # shellcheck disable=SC2016 # apt fills it in
 debian_uri() { apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | head -n 1; }
 

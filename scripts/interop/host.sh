@@ -39,7 +39,7 @@ load() {
 # inside PROGRAM ARG...: becomes that program, of where the back-end's file says that it is from.
 inside() {
     case $FROM in
-    crate:*) PATH=$WORK/bin:$PATH exec "$@" ;;
+    crate:* | qemu-source:*) PATH=$WORK/bin:$PATH exec "$@" ;;
     esac
     # shellcheck disable=SC2016 # the inner shell has them
     # Not only chroot: passt makes a user namespace, which Linux refuses in one.
