@@ -265,6 +265,8 @@ row() {
     printf '%-17s %-24s %s\n' "$name" "$3" "$(cut -d ' ' -f 3- <<<"$lines" | sed 's/ WRONG.*/ WRONG/; s/^\(return ok\).*/\1/' |
         uniq -c | sed 's/^ *1 //; s/^ *\([0-9]*\) \(.*\)/\2 (\1 times)/' | paste -sd ';')"
     grep WRONG <<<"$lines" | sed 's/^/    /' || true
+    # Of back-ends that keep a record of them.
+    ! grep -qs '[1-9]' "$out/in-flight" || printf '    requests in flight at each death: %s\n' "$(paste -sd ' ' "$out/in-flight")"
     # What the guest's kernel complained of while no back-end stayed dead.
     grep '^KERNEL [wr]' "$out/lines" | sed 's/^/    /' || true
     if ! grep -q ' work ok' <<<"$lines" || grep -q WRONG <<<"$lines"; then wrong=1; fi

@@ -74,6 +74,13 @@ wait_for_return() {
         done
     done
 }
+# in_flight: how many requests the records hold that hotslot keeps for its back-ends (INFLIGHT_SHMFD), of 16 bytes each.
+in_flight() {
+    # shellcheck disable=SC2012 # links of /proc
+    for fd in $(ls -l "/proc/$(pidof hotslot)/fd" | sed -n 's/.* \([0-9]*\) -> .*memfd:hotslot-inflight.*/\1/p'); do
+        od -An -v -t u1 -w16 "/proc/$(pidof hotslot)/fd/$fd"
+    done | awk '$1 == 1' | wc -l
+}
 kill_all() { for name in $NAMES; do kill -KILL "$(cat "$DIR/$name.pid")"; done; }
 
 set --
@@ -106,6 +113,7 @@ if [ -n "$RECONNECT" ] && wait_for '^DEATH and return'; then
     for death in $(seq "$KILLS"); do
         sleep 2
         kill_all
+        in_flight >>"$OUT/in-flight"
         for name in $NAMES; do start "$name"; done
         wait_for_return "$death" || break
     done
