@@ -175,10 +175,12 @@ fn machines_that_start_and_end_leave_nothing_behind() {
         }
         // A back-end sees the end of its front-end a little later.
         let counts = |footprints: &[Footprint]| footprints.iter().map(Footprint::counts).collect::<Vec<_>>();
+        let mut now = Vec::new();
         eventually("the back-ends have what they had before", || {
-            counts(&backends.footprints()) == counts(&quiet)
+            now = backends.footprints();
+            counts(&now) == counts(&quiet)
         });
-        backends.footprints()
+        now
     };
     let files = names(backends.dir.path());
     let before = machines(5 + count / 10);
