@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use hotslot_test_support::child::{finish, signal_child, wait};
 use hotslot_test_support::monitor::Operation;
+use hotslot_test_support::wait::eventually;
 use hotslot_test_support::{guest, kvm};
 
 const DEBUG_EXIT: u64 = 0xf4;
@@ -187,6 +188,7 @@ fn nobody_reads_the_messages() {
         rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
         let mut hotslot = talkative(writer.into(), 200, ends);
         if !ends {
+            eventually("the guest runs", || rustix::io::ioctl_fionread(&reader).unwrap() > 2048);
             signal_child(&mut hotslot, libc::SIGTERM);
         }
         let expected = if ends { 42 } else { 128 + libc::SIGTERM };
