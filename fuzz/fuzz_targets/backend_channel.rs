@@ -242,7 +242,7 @@ impl Device {
             channel: BackendChannel::new(
                 &agreement(agreed),
                 ours,
-                ShmemHandler::new(link, Arc::clone(&shmem), None),
+                ShmemHandler::new(link, Arc::clone(&shmem), None, Arc::default()),
                 None,
             ),
             machine,
