@@ -27,7 +27,6 @@ const LEN: u64 = 16 * MIB;
 /// Where in RAM it reads: behind the monitor.
 const RAM: u64 = 64 * MIB;
 const MEMORY: &str = "128M";
-const HUGE: usize = 2 * MIB as usize;
 const ROUNDS: usize = 5;
 /// Bytes from one word to the next, as a power of two: one in each cache line, and one in each page.
 const STRIDES: [(&str, u8); 2] = [("lines", 6), ("pages", 12)];
@@ -84,14 +83,10 @@ fn mapped(pid: i32, names: &[&str]) -> Vec<Range<usize>> {
     lines.map(range).collect()
 }
 
-/// Has the kernel put pages of 2 MiB in the place of small ones, where the range has room for one.
+/// Has the kernel put pages of 2 MiB in the place of small ones.
 fn collapse(pid: i32, range: &Range<usize>) -> std::io::Result<()> {
-    let (start, end) = (range.start.next_multiple_of(HUGE), range.end / HUGE * HUGE);
-    if start >= end {
-        return Ok(());
-    }
     let process = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty())?;
-    let part = libc::iovec { iov_base: start as *mut _, iov_len: end - start };
+    let part = libc::iovec { iov_base: range.start as *mut _, iov_len: range.len() };
     // SAFETY: it changes which pages are behind addresses of another process, and not what is in them.
     let done = unsafe {
         libc::syscall(libc::SYS_process_madvise, process.as_raw_fd(), &part, 1, libc::MADV_COLLAPSE, 0)
