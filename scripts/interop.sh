@@ -21,9 +21,10 @@
 #   --list             prints the back-ends, where they come from, and what is done with them
 #
 # The back-ends are Debian's packages, of its suite sid and of bookworm, each suite in a root of its own; or crates, which
-# cargo builds; or an example of QEMU's, built from Debian's source package. Everything is kept in target/interop: 3 GB, and half an hour until it is there. It needs root for
-# mmdebstrap. All but frontends runs on an emulated host (lab.sh), also where this machine has KVM: the back-ends run as root
-# and in Debian's roots there. A back-end takes one to ten minutes.
+# cargo builds; or an example of QEMU's, built from Debian's source package. Everything is kept in target/interop: 3 GB,
+# and half an hour until it is there. It needs root for mmdebstrap. All but frontends runs on an emulated host (lab.sh),
+# also where this machine has KVM: the back-ends run as root and in Debian's roots there. A back-end takes one to ten
+# minutes.
 #
 # HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither
 #
