@@ -3,8 +3,9 @@
 //! The guest is the tests' monitor on this machine's `/dev/kvm`, both back-ends are `hotslot-backend
 //! torture`. A request is a buffer that the first device fills; the guest takes the time from the kick
 //! until the used ring shows it, by its time-stamp counter. Meanwhile the second device does nothing, or
-//! what the case says. Rounds of all cases take turns. For each request there is a line of output,
-//! `neighbour@CASE: TICKS`.
+//! what the case says. In the case `spin` it does nothing, and a thread of this program computes: that is
+//! what any busy process of the host costs. Rounds of all cases take turns. For each request there is a line
+//! of output, `neighbour@CASE: TICKS`.
 //!
 //! A flood that is carried out changes memory slots without end, and each change costs the guest's processors
 //! what they knew of its memory: most where KVM is software. That, and not a wait for anybody, is what its
@@ -15,6 +16,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // As in tests.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use hotslot_test_support::guest::Guest;
 use hotslot_test_support::kvm;
 use hotslot_test_support::torture::Torture;
@@ -24,10 +27,14 @@ const REQUESTS: usize = 1000;
 /// Requests before those that count.
 const WARM_UP: usize = 50;
 
+/// The case in which the host is busy, and not the neighbour.
+const SPIN: &str = "spin";
+
 /// What the neighbour does from its start on, as the subject of a figure and as options, and what else its
 /// device is given.
-const CASES: [(&str, &[&str], &str); 5] = [
+const CASES: [(&str, &[&str], &str); 6] = [
     ("quiet", &[], ""),
+    (SPIN, &[], ""),
     ("stall", &["--do", "stall"], ""),
     ("flood", &["--do", "flood=forever"], ""),
     ("flood-rate-50", &["--do", "flood=forever"], ",shmem-rate=50"),
@@ -40,7 +47,9 @@ fn main() {
     }
     for _ in 0..ROUNDS {
         for (name, options, limit) in CASES {
-            for ticks in round(options, limit) {
+            let times =
+                if name == SPIN { beside_spinning(|| round(options, limit)) } else { round(options, limit) };
+            for ticks in times {
                 println!("neighbour@{name}: {ticks}");
             }
         }
@@ -63,4 +72,19 @@ fn round(options: &[&str], limit: &str) -> Vec<u64> {
     let times = (0..REQUESTS).map(|_| request()).collect();
     guest.exit();
     times
+}
+
+/// Calls `measure` while another thread spins.
+fn beside_spinning<T>(measure: impl FnOnce() -> T) -> T {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        let measured = measure();
+        done.store(true, Ordering::Relaxed);
+        measured
+    })
 }
