@@ -1,10 +1,11 @@
 #!/bin/bash
-# usage: fuzz.sh [--seconds N] [TARGET...]
+# usage: fuzz.sh [--seconds N | --build] [TARGET...]
 #
 # Builds and runs the fuzz targets, one after the other: backend_channel, main_socket, registers, device_strings, or
 # those that are named. The input of each and what must hold are described in its file in fuzz/fuzz_targets.
 #
 #   --seconds N        how long each runs (default: 10)
+#   --build            builds them only
 #
 # With a nightly toolchain they are built with the address sanitizer, otherwise without one, on the usual toolchain.
 # Installs what is missing (cargo-fuzz goes into target/). Each starts from fuzz/seeds and what it found worth keeping
@@ -29,7 +30,7 @@ MAX_LEN=2048
 INPUT_TIMEOUT=120
 
 main() {
-    local seconds=10 targets=() target passed=0 failed=0
+    local seconds=10 only_build='' targets=() target passed=0 failed=0
     while (($#)); do
         case $1 in
         -h | --help) usage && return ;;
@@ -37,6 +38,7 @@ main() {
             seconds=$(whole_number "$@")
             shift
             ;;
+        --build) only_build=1 ;;
         -*) die "$1: unknown option (--help lists them)" ;;
         *)
             [[ -e $FUZZ/fuzz_targets/$1.rs ]] || die "$1: there is no such target (--help lists them)"
@@ -50,10 +52,11 @@ main() {
     fi
 
     need cc:gcc c++:g++
-    need_cargo fuzz "$CARGO_FUZZ_VERSION"
+    # In a debug build: quicker to build, and it only calls cargo.
+    CARGO_PROFILE_DEV_DEBUG=0 need_cargo fuzz "$CARGO_FUZZ_VERSION" --debug
     mkdir -p "$LOGS"
     for target in "${targets[@]}"; do
-        if build "$target" && run "$target" "$seconds"; then
+        if build "$target" && { [[ -n $only_build ]] || run "$target" "$seconds"; }; then
             passed=$((passed + 1))
         else
             failed=$((failed + 1))

@@ -60,9 +60,19 @@ main() {
     mapfile -t targets < <(test_targets)
     # Cargo builds them by itself only where no test is named.
     check "examples" cargo build --workspace --locked --examples
+    local ahead=''
+    if [[ -z $quick ]]; then
+        # A process group of its own, which ends with this script.
+        set -m
+        build_ahead &
+        set +m
+        ahead=$!
+        trap 'kill -- -"$ahead" 2>/dev/null || true' EXIT
+    fi
     tests "tests without Linux" cargo test --workspace --locked --no-fail-fast --lib --bins "${targets[@]}"
     [[ -z $long ]] || tests "tests that take long" cargo test --release --locked --test small_guest -- --ignored
     if [[ -z $quick ]]; then
+        wait "$ahead" || true
         check "fuzzing" scripts/fuzz.sh --seconds "$fuzz_seconds"
         check "examples for Linux" cargo build --release --locked --examples
         say "Linux guests: $(linux_guests)"
@@ -75,6 +85,15 @@ main() {
     echo "$passed passed, $failed failed"
     ((failed == 0))
 }
+
+# Builds what the steps after the tests need, while those run, which wait most of the time. What does not build is
+# reported by its own step.
+build_ahead() {
+    renice -n 10 "$BASHPID"
+    scripts/fuzz.sh --build || true
+    cargo build --release --locked --examples || true
+    cargo test --release --locked --no-run --test linux --test endurance --test small_guest || true
+} </dev/null &>/dev/null
 
 # Licences, duplicates, sources, and known faults.
 dependencies() {
