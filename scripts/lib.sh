@@ -96,7 +96,7 @@ need_crate() {
     shift 2
     command -v cargo >/dev/null || die "there is no cargo: install Rust, see https://rustup.rs"
     [[ :$PATH: == *":$TARGET/tools/bin:"* ]] || PATH=$TARGET/tools/bin:$PATH
-    command -v "$name" >/dev/null && return
+    type -P "$name" >/dev/null && return
     say "installing $name $version into $TARGET/tools"
     cargo install --quiet --locked --version "$version" --root "$TARGET/tools" "$@" "$name" </dev/null >&2 ||
         die "could not install $name"
