@@ -28,7 +28,7 @@ failed=0
 failures=()
 
 main() {
-    local quick='' long='' fuzz_seconds=5
+    local quick='' long='' fuzz=(--seconds 5 --sanitizer none)
     case ${1-} in
     -h | --help) usage && return ;;
     quick) quick=1 ;;
@@ -36,7 +36,7 @@ main() {
         long=1
         export HOTSLOT_MODEL_OPERATIONS=1000000 HOTSLOT_ENDURANCE_SECONDS=600 HOTSLOT_FS_FILE_MIB=3072
         export HOTSLOT_ENDURANCE_MACHINES=10000 HOTSLOT_ENDURANCE_STARTS=100000 HOTSLOT_ENDURANCE_BOOTS=100
-        fuzz_seconds=900
+        fuzz=(--seconds 900)
         ;;
     '') ;;
     *) die "$1: not understood (--help lists what is)" ;;
@@ -73,7 +73,7 @@ main() {
     [[ -z $long ]] || tests "tests that take long" cargo test --release --locked --test small_guest -- --ignored
     if [[ -z $quick ]]; then
         wait "$ahead" || true
-        check "fuzzing" scripts/fuzz.sh --seconds "$fuzz_seconds"
+        check "fuzzing" scripts/fuzz.sh "${fuzz[@]}"
         check "examples for Linux" cargo build --release --locked --examples
         say "Linux guests: $(linux_guests)"
         linux_tools
@@ -90,7 +90,7 @@ main() {
 # reported by its own step.
 build_ahead() {
     renice -n 10 "$BASHPID"
-    scripts/fuzz.sh --build || true
+    scripts/fuzz.sh "${fuzz[@]}" --build || true
     cargo build --release --locked --examples || true
     cargo test --release --locked --no-run --test linux --test endurance --test small_guest || true
 } </dev/null &>/dev/null
