@@ -1,5 +1,5 @@
 //! How fast a guest reads what is mapped into a window, beside its own memory: pages of 4 KiB, and of 2
-//! MiB on the host.
+//! MiB on the host, which KVM then maps with entries of 2 MiB (checked by its own counter).
 //!
 //! The guest is the tests' monitor. It reads 16 MiB of each, in turns: a word of each cache line, and a
 //! word of each page. Each time there is a line of output, `NAME: NUMBER`, in ticks of the guest's
@@ -24,6 +24,7 @@ use hotslot_test_support::wire::{MMap, writable};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 const LEN: u64 = 16 * MIB;
+const HUGE: u64 = 2 * MIB;
 /// Where in RAM it reads: behind the monitor.
 const RAM: u64 = 64 * MIB;
 const MEMORY: &str = "128M";
@@ -51,8 +52,19 @@ fn main() {
     // What was read, and no more: a huge page needs a page to begin with.
     let ram = mapped(guest.pid(), "memfd:guest-ram").start + RAM as usize;
     let ranges = [ram..ram + LEN as usize, mapped(guest.pid(), "memfd:test")];
+    let small = kvm::statistic(guest.pid(), "pages_2m");
     match ranges.iter().try_for_each(|range| collapse(guest.pid(), range)) {
-        Ok(()) => measure(&mut guest, &places, "2m"),
+        Ok(()) => {
+            measure(&mut guest, &places, "2m");
+            // Otherwise these are not figures of pages of 2 MiB.
+            let huge = kvm::statistic(guest.pid(), "pages_2m");
+            let made = huge.zip(small).map(|(huge, small)| huge - small);
+            let expected = places.len() as u64 * LEN / HUGE;
+            assert!(
+                made.is_none_or(|made| made == expected),
+                "KVM made {made:?} entries of 2 MiB, not {expected}"
+            );
+        }
         Err(error) => {
             eprintln!("no figures for pages of 2 MiB: the host cannot collapse small ones ({error})")
         }

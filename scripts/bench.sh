@@ -28,9 +28,10 @@
 #                      (hotslot and QEMU), or with none (other VMMs)
 #   exits              how often a guest with 1,000 requests of an entropy device and 1,000 flushes of a pmem device leaves for
 #                      user space more often than one without, by the counters of hotslot and of KVM
-#   speed              how long a guest takes to read a mapping, beside its own memory: with pages of 4 KiB, and of 2 MiB
-#                      where the kernel can collapse small ones (MADV_COLLAPSE). On this machine if it has a KVM that is
-#                      not software, else by the clock, which shows faults and exits, and no page walks
+#   speed              how long a guest takes to read 16 MiB of a mapping, beside its own memory: with pages of 4 KiB, then
+#                      of 2 MiB, which the host makes of the small ones (MADV_COLLAPSE) and KVM's counter pages_2m must
+#                      show. On this machine if it has a KVM that is not software, else by the clock, which shows faults
+#                      and exits, and no page walks
 #   session            a session in a share by DAX, through a window that is smaller than the data, by the clock: with slots
 #                      that outlive their mappings, and without
 #   files              how long a guest takes to get at the files of a directory of the host, with DAX, without it, and
