@@ -178,6 +178,8 @@ pub struct Handshake {
     /// How many ranges of memory the back-end can be told of in all, RAM among them; `None` where it cannot
     /// be told of single ones (CONFIGURE_MEM_SLOTS), or need not be.
     pub memory_slots: Option<u64>,
+    /// How many queues the back-end has, where that is more than are used.
+    pub queues_there: Option<u64>,
     /// The size in bytes of the buffer for requests that the back-end has begun; 0 where it keeps none.
     pub inflight_size: u64,
     /// Records what passes, where the machine is traced.
@@ -230,6 +232,7 @@ pub fn handshake(
         config,
         region_sizes,
         memory_slots,
+        queues_there: there.filter(|&there| !kind.counts_pairs() && there > queues.into()),
         inflight_size: 0,
         tracer,
     })
@@ -400,9 +403,6 @@ fn queues(spec: &DeviceSpec, usual: Option<u16>, there: Option<u64>) -> Result<u
     if u64::from(queues) > available {
         return Err(HandshakeError::Queues { available, wanted: queues });
     }
-    if there.is_some() && !spec.kind.counts_pairs() && available > queues.into() {
-        log::warn!("{}: the back-end has {available} queues, and {queues} are used", spec.name);
-    }
     Ok(queues)
 }
 
@@ -419,8 +419,17 @@ impl Handshake {
         }
     }
 
+    /// Warns of queues that the back-end has and that are not used.
+    pub fn report_queues(&self, spec: &DeviceSpec) {
+        if let Some(there) = self.queues_there {
+            let used = self.queue_sizes.len();
+            log::warn!("{}: the back-end has {there} queues, and {used} are used", spec.name);
+        }
+    }
+
     /// Says what was agreed, and warns of what does not fit.
     pub fn report(&self, spec: &DeviceSpec) {
+        self.report_queues(spec);
         let (name, kind, agreement) = (&spec.name, spec.kind, &self.frontend.agreement);
         let (offered, bit) = (agreement.offered, spec.shmem_bit);
         // Bits 20 and 21 have other meanings in the specification: they are a reason to ask only where the

@@ -90,16 +90,18 @@ struct Predecessor {
     spec: DeviceSpec,
     region_sizes: Vec<u64>,
     memory_slots: Option<u64>,
+    queues_there: Option<u64>,
 }
 
 impl Keeper {
-    /// Starts the thread. `region_sizes` and `memory_slots` are the first back-end's.
+    /// Starts the thread. `region_sizes`, `memory_slots` and `queues_there` are the first back-end's.
     pub fn start(
         backend: &Arc<Backend>,
         region_sizes: Vec<u64>,
         memory_slots: Option<u64>,
+        queues_there: Option<u64>,
     ) -> io::Result<Keeper> {
-        let first = Predecessor { spec: backend.spec.clone(), region_sizes, memory_slots };
+        let first = Predecessor { spec: backend.spec.clone(), region_sizes, memory_slots, queues_there };
         let kind = if first.spec.reconnect.is_some() { Kind::Reconnector } else { Kind::Keeper };
         let kept = Arc::clone(backend);
         let name = format!("keep-{}", first.spec.name);
@@ -164,6 +166,9 @@ impl Predecessor {
         let mut handshake = connect::reconnect(&self.spec, slots, &backend.agreement, tracer.clone())?;
         let examined = self.examine(&mut handshake, backend);
         examined.inspect_err(|refusal| tracer.iter().for_each(|tracer| tracer.not_used(refusal)))?;
+        if handshake.queues_there != self.queues_there {
+            handshake.report_queues(&self.spec);
+        }
         if let Some(owner) = &backend.owner {
             owner.withdraw_all();
             backend.watch().close_files();

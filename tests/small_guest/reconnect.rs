@@ -170,3 +170,23 @@ fn a_changed_configuration_interrupts_the_driver() {
     assert_eq!(guest.register(register::STATUS) & NEEDS_RESET, 0);
     guest.exit();
 }
+
+#[test]
+fn queues_that_are_not_used_are_warned_of_once_and_again_if_their_number_differs() {
+    // SHM-92
+    if !kvm::is_here() {
+        return;
+    }
+    let backend = mapping();
+    let mut guest = boot(&backend, ",reconnect=60", &[]);
+    guest.start_device();
+    backend.hang_up();
+    backend.come_back(offer());
+    guest.wait_for_log("device: the back-end is back, after ");
+    backend.hang_up();
+    backend.come_back(Offer { queues: 3, ..offer() });
+    guest.wait_for_log("warn: device: the back-end has 3 queues, and 1 are used");
+    let log = guest.exit();
+    assert_eq!(log.matches("warn: device: the back-end has 2 queues, and 1 are used").count(), 1, "{log}");
+    assert_eq!(log.matches("queues, and ").count(), 2, "{log}");
+}
