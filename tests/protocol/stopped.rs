@@ -33,14 +33,24 @@ struct World {
 }
 
 impl World {
+    /// Its back-end may be away.
     fn new(kind: &'static str, queue: u16, request: (Vec<u8>, u32)) -> World {
+        World::with(Setup::default().reconnect(60), &[], kind, queue, request)
+    }
+
+    fn with(
+        mut setup: Setup,
+        options: &[&str],
+        kind: &'static str,
+        queue: u16,
+        request: (Vec<u8>, u32),
+    ) -> World {
         let dir = program::directory();
         program::file(&dir, 4 << 20);
         fs::create_dir(dir.path().join("share")).unwrap();
         let mut program = None;
-        let mut setup = Setup::default().reconnect(60);
         (setup.kind, setup.keys) = (kind, String::new());
-        let bench = setup.foreign(|socket| program = Some(start(kind, socket, dir.path())));
+        let bench = setup.foreign(|socket| program = Some(start(kind, socket, dir.path(), options)));
         World { bench, program: program.unwrap(), queue, request, offered: 0, _dir: dir }
     }
 
@@ -83,11 +93,15 @@ impl World {
 
     /// The back-end stands still with a request, and does not answer what `action` has hotslot ask.
     fn stand_still(&mut self, action: impl FnOnce(&Bench)) {
-        self.program.signal(libc::SIGSTOP);
-        eventually("all its threads stand still", || stands_still(self.program.pid()));
+        self.stop();
         self.ask();
         action(&self.bench);
         assert!(self.bench.shmem().is_expecting(), "it is away");
+    }
+
+    fn stop(&self) {
+        self.program.signal(libc::SIGSTOP);
+        eventually("all its threads stand still", || stands_still(self.program.pid()));
     }
 
     fn go_on(&self) {
@@ -105,9 +119,9 @@ fn stands_still(pid: i32) -> bool {
     })
 }
 
-fn start(kind: &str, socket: &Path, dir: &Path) -> Running {
+fn start(kind: &str, socket: &Path, dir: &Path, options: &[&str]) -> Running {
     let mut command = Command::new(hotslot_backend());
-    command.current_dir(dir).arg(kind).arg("--socket").arg(socket);
+    command.current_dir(dir).arg(kind).arg("--socket").arg(socket).args(options);
     match kind {
         "fs" => command.args(["--dir", "share", "--state", "state"]),
         _ => command.args(["--file", "memory.img"]),
@@ -192,4 +206,25 @@ fn a_memory_that_owes_the_answers_of_a_reset_and_of_a_start() {
     world.go_on();
     world.assert_answered(&[0; 4]);
     assert_eq!(world.bench.sees(0), mapped);
+}
+
+#[test]
+fn a_memory_that_owes_the_answer_of_a_reset_and_may_not_be_away_is_lost() {
+    // SHM-69, SHM-75, SHM-76
+    let mut world = World::with(Setup::default(), &["--once"], "pmem", 0, (vec![0; 4], 4));
+    let begin = |bench: &Bench| bench.device().start(VIRTIO_F_VERSION_1 | F_SHMEM_REGION, &[bench.queue(0)]);
+    begin(&world.bench).unwrap();
+    assert_eq!(world.bench.sees(0).len(), 1);
+    world.ask();
+    world.assert_answered(&[0; 4]);
+    world.stop();
+    world.bench.reset();
+    assert!(world.bench.needs_reset() && world.bench.loss().is_some());
+    assert_eq!(world.bench.sees(0), []);
+    begin(&world.bench).unwrap_err();
+    // It goes on, and is told of no other start: it finds its connection closed, and ends (--once).
+    world.program.signal(libc::SIGCONT);
+    world.program.wait_until("it ends", || !world.program.is_running());
+    begin(&world.bench).unwrap_err();
+    assert_eq!(world.bench.sees(0), []);
 }

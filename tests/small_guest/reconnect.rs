@@ -190,3 +190,33 @@ fn queues_that_are_not_used_are_warned_of_once_and_again_if_their_number_differs
     assert_eq!(log.matches("warn: device: the back-end has 2 queues, and 1 are used").count(), 1, "{log}");
     assert_eq!(log.matches("queues, and ").count(), 2, "{log}");
 }
+
+#[test]
+fn a_device_whose_back_end_did_not_answer_its_reset_starts_no_more() {
+    // SHM-69, SHM-76
+    if !kvm::is_here() {
+        return;
+    }
+    let script = |asked: &Message, _: &Connection| match asked.request {
+        request::GET_VRING_BASE => Answer::Silence,
+        _ => Answer::Usual,
+    };
+    let backend = Backend::scripted(offer(), Box::new(script));
+    let mut guest = boot(&backend, "", &[]);
+    let (base, _) = guest.region(0);
+    guest.start_device();
+    assert_eq!(backend.map(page_at(1), &numbered_file(1, 1)), 0);
+    assert_eq!(guest.read64(base + PAGE), content(1, 0));
+    let (main, channel) = (backend.main(), backend.channel());
+    guest.reset_device();
+    assert_eq!(guest.read64(base + PAGE), u64::MAX);
+    let asked = backend.ids().len();
+    assert_eq!(guest.try_start_device(), RUNNING | NEEDS_RESET);
+    assert_eq!(backend.ids().len(), asked, "nothing of the new start is said to it");
+    // Whatever it says when it goes on, nobody hears it.
+    main.wait_for_end();
+    channel.wait_for_end();
+    assert_eq!(guest.read64(base + PAGE), u64::MAX);
+    let log = guest.exit();
+    assert!(log.contains("GET_VRING_BASE failed: the back-end did not answer within 5000 ms"), "{log}");
+}
