@@ -56,7 +56,7 @@ impl VhostUserDevice {
         on_loss: OnLoss,
     ) -> Result<VhostUserDevice, DeviceError> {
         let (region_sizes, memory_slots) = (handshake.region_sizes.clone(), handshake.memory_slots);
-        let queues_there = handshake.queues_there;
+        let warnings = handshake.warnings.clone();
         let (backend, channel, theirs) =
             Backend::new(spec, handshake, memory, shmem, interrupt, participant, on_loss)?;
         let backend = Arc::new(backend);
@@ -73,7 +73,7 @@ impl VhostUserDevice {
         Ok(VhostUserDevice {
             sharing: backend.owner.clone().map(Owner),
             _watch: watch,
-            _keeper: Keeper::start(&backend, region_sizes, memory_slots, queues_there)?,
+            _keeper: Keeper::start(&backend, region_sizes, memory_slots, warnings)?,
             backend,
         })
     }

@@ -178,8 +178,8 @@ pub struct Handshake {
     /// How many ranges of memory the back-end can be told of in all, RAM among them; `None` where it cannot
     /// be told of single ones (CONFIGURE_MEM_SLOTS), or need not be.
     pub memory_slots: Option<u64>,
-    /// How many queues the back-end has, where that is more than are used.
-    pub queues_there: Option<u64>,
+    /// What does not fit, and is no reason to refuse the back-end.
+    pub warnings: Vec<String>,
     /// The size in bytes of the buffer for requests that the back-end has begun; 0 where it keeps none.
     pub inflight_size: u64,
     /// Records what passes, where the machine is traced.
@@ -212,8 +212,9 @@ pub fn handshake(
     let mut frontend =
         Frontend::agree(socket, &needs, tracer.clone().map(|tracer| tracer as Arc<dyn Observer>))?;
     let there = frontend.set_up().queue_count()?;
-    let region_sizes = region_sizes(&mut frontend, spec)?;
-    let mut config = configuration(&mut frontend, spec)?;
+    let mut warnings = Vec::new();
+    let region_sizes = region_sizes(&mut frontend, spec, &mut warnings)?;
+    let mut config = configuration(&mut frontend, spec, &mut warnings)?;
     let has_slots = needs.memory_slots && frontend.agreement.has(protocol::CONFIGURE_MEM_SLOTS);
     let memory_slots = has_slots.then(|| frontend.set_up().memory_slots()).transpose()?;
 
@@ -226,13 +227,16 @@ pub fn handshake(
     agreement.guest_features = kind.usable(features, queues, config.len());
     kind.limit_queues(&mut config, agreement.guest_features, queues);
     config.resize(config.len().max(size), 0);
+    if let Some(there) = there.filter(|&there| !kind.counts_pairs() && there > queues.into()) {
+        warnings.push(format!("the back-end has {there} queues, and {queues} are used"));
+    }
     Ok(Handshake {
         frontend,
         queue_sizes: vec![spec.wanted_queue_size(); queues.into()],
         config,
         region_sizes,
         memory_slots,
-        queues_there: there.filter(|&there| !kind.counts_pairs() && there > queues.into()),
+        warnings,
         inflight_size: 0,
         tracer,
     })
@@ -246,7 +250,8 @@ pub fn changed_configuration(
     queues: u16,
     len: usize,
 ) -> Result<Vec<u8>, HandshakeError> {
-    let mut config = configuration(frontend, spec)?;
+    // The handshake has warned of what does not fit.
+    let mut config = configuration(frontend, spec, &mut Vec::new())?;
     spec.kind.limit_queues(&mut config, frontend.agreement.guest_features, queues);
     config.resize(len, 0);
     Ok(config)
@@ -257,7 +262,11 @@ pub fn largest(queue_sizes: &[u16]) -> u16 {
     queue_sizes.iter().copied().max().unwrap_or(0)
 }
 
-fn region_sizes(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u64>, HandshakeError> {
+fn region_sizes(
+    frontend: &mut Frontend,
+    spec: &DeviceSpec,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<u64>, HandshakeError> {
     if !frontend.agreement.shmem {
         return Ok(Vec::new());
     }
@@ -272,20 +281,21 @@ fn region_sizes(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u64>, 
         if spec.kind.needs_shmem() {
             return Err(HandshakeError::NoRegions(spec.kind));
         }
-        log::warn!(
-            "{}: the back-end offers SHMEM and gives no shared memory region: {SHMEM_HINT}",
-            spec.name
-        );
+        warnings.push(format!("the back-end offers SHMEM and gives no shared memory region: {SHMEM_HINT}"));
     }
     Ok(sizes)
 }
 
 /// What is known of the configuration space (SHM-91).
-fn configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u8>, HandshakeError> {
+fn configuration(
+    frontend: &mut Frontend,
+    spec: &DeviceSpec,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<u8>, HandshakeError> {
     let has_config = frontend.agreement.has(protocol::CONFIG) && spec.config_size != Some(0);
     let mut config = match &spec.config {
         Some(bytes) => bytes.clone(),
-        None if has_config => ask_configuration(frontend, spec)?,
+        None if has_config => ask_configuration(frontend, spec, warnings)?,
         None => Vec::new(),
     };
     if let Some(tag) = &spec.tag {
@@ -315,13 +325,17 @@ fn configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u8>, 
 
 /// GET_CONFIG always begins at byte 0: libvhost-user ignores the offset. It asks for the bytes that the
 /// device has, not for more: some back-ends then answer with memory behind them.
-fn ask_configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u8>, HandshakeError> {
+fn ask_configuration(
+    frontend: &mut Frontend,
+    spec: &DeviceSpec,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<u8>, HandshakeError> {
     let sizes = match spec.config_size {
         Some(size) => vec![usize::from(size)],
         None => spec.kind.config_sizes(frontend.agreement.backend_features),
     };
     let Some(&size) = sizes.first() else {
-        return find_configuration(frontend, spec);
+        return find_configuration(frontend, warnings);
     };
     if size == 0 {
         return Ok(Vec::new());
@@ -335,7 +349,7 @@ fn ask_configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u
         if spec.config_size.is_some() {
             return Err(HandshakeError::ConfigShort { asked: size, given });
         }
-        log::warn!("{}: the back-end answers GET_CONFIG of {size} bytes with {given}", spec.name);
+        warnings.push(format!("the back-end answers GET_CONFIG of {size} bytes with {given}"));
         return Ok(config);
     }
     // It refuses. One that answers a part of what it has, has fewer bytes than these: more would be past its
@@ -354,13 +368,16 @@ fn ask_configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u
 }
 
 /// The configuration space of a type whose size is not known.
-fn find_configuration(frontend: &mut Frontend, spec: &DeviceSpec) -> Result<Vec<u8>, HandshakeError> {
+fn find_configuration(
+    frontend: &mut Frontend,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<u8>, HandshakeError> {
     let found = find_end(frontend, MAX_CONFIG)?;
     if found.is_empty() {
-        log::warn!(
-            "{}: the back-end gives no configuration space, and it stays empty: if there is one, say its bytes with \
-             config-size=N",
-            spec.name
+        warnings.push(
+            "the back-end gives no configuration space, and it stays empty: if there is one, say its bytes with \
+             config-size=N"
+                .into(),
         );
     }
     Ok(found)
@@ -419,18 +436,10 @@ impl Handshake {
         }
     }
 
-    /// Warns of queues that the back-end has and that are not used.
-    pub fn report_queues(&self, spec: &DeviceSpec) {
-        if let Some(there) = self.queues_there {
-            let used = self.queue_sizes.len();
-            log::warn!("{}: the back-end has {there} queues, and {used} are used", spec.name);
-        }
-    }
-
     /// Says what was agreed, and warns of what does not fit.
     pub fn report(&self, spec: &DeviceSpec) {
-        self.report_queues(spec);
         let (name, kind, agreement) = (&spec.name, spec.kind, &self.frontend.agreement);
+        self.warnings.iter().for_each(|warning| log::warn!("{name}: {warning}"));
         let (offered, bit) = (agreement.offered, spec.shmem_bit);
         // Bits 20 and 21 have other meanings in the specification: they are a reason to ask only where the
         // device could have a region, or the user expects one.

@@ -90,18 +90,19 @@ struct Predecessor {
     spec: DeviceSpec,
     region_sizes: Vec<u64>,
     memory_slots: Option<u64>,
-    queues_there: Option<u64>,
+    /// What was warned of at the first handshake.
+    warnings: Vec<String>,
 }
 
 impl Keeper {
-    /// Starts the thread. `region_sizes`, `memory_slots` and `queues_there` are the first back-end's.
+    /// Starts the thread. `region_sizes`, `memory_slots` and `warnings` are the first back-end's.
     pub fn start(
         backend: &Arc<Backend>,
         region_sizes: Vec<u64>,
         memory_slots: Option<u64>,
-        queues_there: Option<u64>,
+        warnings: Vec<String>,
     ) -> io::Result<Keeper> {
-        let first = Predecessor { spec: backend.spec.clone(), region_sizes, memory_slots, queues_there };
+        let first = Predecessor { spec: backend.spec.clone(), region_sizes, memory_slots, warnings };
         let kind = if first.spec.reconnect.is_some() { Kind::Reconnector } else { Kind::Keeper };
         let kept = Arc::clone(backend);
         let name = format!("keep-{}", first.spec.name);
@@ -166,9 +167,12 @@ impl Predecessor {
         let mut handshake = connect::reconnect(&self.spec, slots, &backend.agreement, tracer.clone())?;
         let examined = self.examine(&mut handshake, backend);
         examined.inspect_err(|refusal| tracer.iter().for_each(|tracer| tracer.not_used(refusal)))?;
-        if handshake.queues_there != self.queues_there {
-            handshake.report_queues(&self.spec);
-        }
+        let is_new = |warning: &&String| !self.warnings.contains(warning);
+        handshake
+            .warnings
+            .iter()
+            .filter(is_new)
+            .for_each(|warning| backend.link.log.warn(format_args!("{warning}")));
         if let Some(owner) = &backend.owner {
             owner.withdraw_all();
             backend.watch().close_files();
