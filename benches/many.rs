@@ -31,7 +31,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 const FILE: u64 = 4 * MIB;
 const MAPPING: u64 = 2 * MIB;
 const PAGES: u64 = FILE / PAGE;
-/// Of virtio-fs. Queue 0 is for requests that are never answered.
+/// Of virtio-fs. Queue 0 is hiprio.
 const REQUEST_QUEUE: u8 = 1;
 /// Enough for each answer.
 const ANSWER: u32 = 512;

@@ -1,6 +1,6 @@
-//! How long a MAP and an UNMAP take that are well, from the request to its answer, and a reset: of each
-//! hotslot that an argument `NAME=PROGRAM` names, and of a server that makes only the system calls that
-//! cannot be avoided (`bare`).
+//! How long a valid MAP and a valid UNMAP take, from the request to its answer, and a reset: of each
+//! hotslot that an argument `NAME=PROGRAM` names, and of a server that makes only the unavoidable system
+//! calls (`bare`).
 //!
 //! One line of output for each figure: `name min median p99 max`, in nanoseconds. The samples are too many
 //! for the console of an emulated host. A name is `OPERATION-RANGES-PAGES@NAME`. The ranges are the same

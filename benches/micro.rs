@@ -34,7 +34,7 @@ const ANSWER: usize = Header::LEN + u64::LEN;
 criterion_group!(benches, codec, ledger, channel);
 criterion_main!(benches);
 
-/// A SHMEM_MAP that wants an answer.
+/// A SHMEM_MAP with NEED_REPLY.
 fn request() -> Vec<u8> {
     [Header::request(BackendRequest::ShmemMap as u32, MMap::LEN, true).encode(), MAP.encode()].concat()
 }

@@ -7,9 +7,9 @@
 //! what any busy process of the host costs. Rounds of all cases take turns. For each request there is a line
 //! of output, `neighbour@CASE: TICKS`.
 //!
-//! A flood that is carried out changes memory slots without end, and each change costs the guest's processors
-//! what they knew of its memory: most where KVM is software. That, and not a wait for anybody, is what its
-//! ratio shows; `shmem-rate` limits it.
+//! In a flood, hotslot carries out maps and unmaps without end. Each change of a slot makes KVM drop cached
+//! translations of the vCPUs, most on a software KVM. No thread waits for the neighbour. `shmem-rate` limits
+//! a flood.
 //!
 //! On `/dev/kvm` and not on the emulated host, although that has the steadier clock: it has one processor,
 //! and what would be measured is how its scheduler shares it out.
@@ -30,8 +30,8 @@ const WARM_UP: usize = 50;
 /// The case in which the host is busy, and not the neighbour.
 const SPIN: &str = "spin";
 
-/// What the neighbour does from its start on, as the subject of a figure and as options, and what else its
-/// device is given.
+/// For each case: its name in the figures, the options of the neighbour's back-end, and further keys of its
+/// device.
 const CASES: [(&str, &[&str], &str); 6] = [
     ("quiet", &[], ""),
     (SPIN, &[], ""),

@@ -22,12 +22,12 @@
 #   size               how large the stripped program is, and how many crates are in it
 #   micro              the codec, the ledger and the backend channel alone, by criterion, on this machine; the channel beside
 #                      the bare system calls of the same exchange
-#   mapping            how long a MAP and an UNMAP take that are well, and a reset, by the clock: with this hotslot, in its
+#   mapping            how long a valid MAP, a valid UNMAP and a reset take, by the clock: with this hotslot, in its
 #                      sandbox and without one, beside a server that only makes the system calls
 #   resident           how much memory a VMM has beside its guest's, on the emulated host: with one device of type fs
 #                      (hotslot and QEMU), or with none (other VMMs)
-#   exits              how often a guest with 1,000 requests of an entropy device and 1,000 flushes of a pmem device leaves for
-#                      user space more often than one without, by the counters of hotslot and of KVM
+#   exits              exits to user space of a guest with 1,000 requests to an entropy device and 1,000 flushes of a pmem
+#                      device, less those of a guest without them, by the counters of hotslot and of KVM
 #   speed              how long a guest takes to read 16 MiB of a mapping, beside its own memory: with pages of 4 KiB, then
 #                      of 2 MiB, which the host makes of the small ones (MADV_COLLAPSE) and KVM's counter pages_2m must
 #                      show. On this machine if it has a KVM that is not software, else by the clock, which shows faults

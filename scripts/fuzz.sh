@@ -91,8 +91,8 @@ run() {
     local target=$1 seconds=$2 log=$LOGS/$1.run status=0 counts found
     local corpus=$FUZZ/corpus/$target artifacts=$FUZZ/artifacts/$target
     mkdir -p "$corpus" "$artifacts"
-    # Without a search for leaks: it takes the list of destructors of a thread that is just ending for one. The targets
-    # themselves count file descriptors and mappings.
+    # The search for leaks is off: it reports the list of destructors of a thread that is ending, which is none. The
+    # targets themselves count file descriptors and mappings.
     "$BINARIES/$target" -max_total_time="$seconds" -max_len="$MAX_LEN" -timeout="$INPUT_TIMEOUT" -detect_leaks=0 -print_final_stats=1 \
         -artifact_prefix="$artifacts/" "$corpus" "$FUZZ/seeds/$target" </dev/null >"$log" 2>&1 || status=$?
     counts=$(awk '/^stat::number_of_executed_units/ { runs = $2 } /^stat::new_units_added/ { new = $2 }

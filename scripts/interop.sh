@@ -220,7 +220,7 @@ debian() {
     row "$out" debian "disk $(version sid:qemu-utils), passt $(version sid:passt)"
 }
 
-# repository DIRECTORY: packages as apt wants them from an HTTP server.
+# repository DIRECTORY: packages as apt reads them from an HTTP server.
 repository() {
     local file
     mkdir "$1"

@@ -13,10 +13,10 @@
 #                      mappings that one device can have, a file of 3 GiB through a window of 256 MiB, a quarter of an
 #                      hour for each fuzz target
 #
-# A step that fails does not stop those after it. The last line is 'N passed, N failed', in which format, lints,
-# documentation, shell scripts, dependencies, contract and fuzzing count as one test each, and so does a step that could not
-# run; the exit status is 1 when anything failed. Known faults of dependencies are checked where the advisory database can
-# be reached, otherwise a message says that they are not. REQUIRE_KVM=1 makes a failure of a test that finds no /dev/kvm.
+# A step that fails does not stop those after it. The last line is 'N passed, N failed', in which each step that is not a
+# run of tests counts as one test, and so does a step that could not run; the exit status is 1 when anything failed. Known
+# faults of dependencies are checked where the advisory database can be reached, otherwise a message says that they are
+# not. REQUIRE_KVM=1 makes a failure of a test that finds no /dev/kvm.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -28,7 +28,9 @@ failed=0
 failures=()
 
 main() {
-    local quick='' long='' fuzz=(--seconds 5 --sanitizer none)
+    local quick='' long=''
+    # Without the sanitizer, which takes longer to build and finds little in some seconds.
+    local fuzz=(--seconds 5 --sanitizer none)
     case ${1-} in
     -h | --help) usage && return ;;
     quick) quick=1 ;;
@@ -86,8 +88,8 @@ main() {
     ((failed == 0))
 }
 
-# Builds what the steps after the tests need, while those run, which wait most of the time. What does not build is
-# reported by its own step.
+# Builds the programs of later steps while the tests run: more than half of the tests' time is waiting. A build that
+# fails is reported by the step that needs it.
 build_ahead() {
     renice -n 10 "$BASHPID"
     scripts/fuzz.sh "${fuzz[@]}" --build || true

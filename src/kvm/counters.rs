@@ -1,6 +1,6 @@
-//! What a processor's thread counts: why KVM_RUN returned, and how long the processor waited for memory.
+//! What a vCPU's thread counts: why KVM_RUN returned, and how long the vCPU waited for memory.
 //!
-//! `super::vcpu` counts, `vmm::stats` reads. Each processor has its own: no two threads add to one counter.
+//! `super::vcpu` counts, `vmm::stats` reads. Each vCPU has its own: no two threads add to one counter.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use crate::counter::Counter;
 use crate::counters;
 
 counters! {
-    /// The counters of one processor.
+    /// The counters of one vCPU.
     VcpuCounters {
         /// Exits by `in`.
         port_reads,
@@ -63,7 +63,7 @@ impl VcpuCounters {
     }
 }
 
-/// A wait that a processor's thread may be in, which it notices again and again.
+/// A wait that a vCPU's thread may be in, which it notices again and again.
 #[derive(Default)]
 pub(super) struct Wait(Option<Instant>);
 

@@ -79,7 +79,7 @@ impl ConnectError {
                 (kind, least) if index < least => {
                     format!("start the back-end with more queues: a device of type {kind} needs {least}")
                 }
-                _ => format!("if it has only the queues before, say queues={index}"),
+                _ => format!("if the back-end has only {index} queues, say queues={index}"),
             },
             ConnectError::Died { size, .. } => {
                 format!("start the back-end again, and say queue-size={} or less", size / 2)

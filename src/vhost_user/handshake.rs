@@ -21,7 +21,7 @@ use crate::config::device::{DeviceSpec, MAX_CONFIG, SHMEM_BIT};
 use crate::virtio::kind::{DeviceKind, MAX_QUEUES};
 use crate::virtio::mmio::NOT_CARRIED;
 
-/// VHOST_USER_MAX_CONFIG_SIZE: the most that front-ends before this one ask for, in bytes.
+/// VHOST_USER_MAX_CONFIG_SIZE: the most that other front-ends ask for, in bytes.
 pub const USUAL_MAX_CONFIG: u16 = 256;
 
 /// How long the search for the end of a configuration space may take in all. Each of its requests has the
@@ -180,7 +180,7 @@ pub struct Handshake {
     pub memory_slots: Option<u64>,
     /// What does not fit, and is no reason to refuse the back-end.
     pub warnings: Vec<String>,
-    /// The size in bytes of the buffer for requests that the back-end has begun; 0 where it keeps none.
+    /// The size in bytes of the record of requests in flight; 0 where the back-end keeps none.
     pub inflight_size: u64,
     /// Records what passes, where the machine is traced.
     pub tracer: Option<Arc<Tracer>>,
@@ -352,7 +352,7 @@ fn ask_configuration(
         warnings.push(format!("the back-end answers GET_CONFIG of {size} bytes with {given}"));
         return Ok(config);
     }
-    // It refuses. One that answers a part of what it has, has fewer bytes than these: more would be past its
+    // It refuses. A back-end that answers smaller requests has fewer bytes than `size`: more would be past its
     // end. One that answers only a request for all that it has, such as Cloud Hypervisor's disk, may have
     // more.
     let has = find_end(frontend, size - 1)?.len();

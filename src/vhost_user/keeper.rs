@@ -43,7 +43,7 @@ pub struct Keeper {
 enum Refusal {
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error("the back-end that came back does not offer {0}, which the one before it did")]
+    #[error("the back-end that came back does not offer {0}, which the one before it offered")]
     Features(String),
     #[error(
         "the back-end that came back has {new} bytes in shared memory region {shmid}, the one before it had {old}"
@@ -64,7 +64,7 @@ enum Refusal {
 }
 
 impl Refusal {
-    /// Whether another attempt may have another result.
+    /// Whether another attempt may succeed.
     fn may_pass(&self) -> bool {
         match self {
             Refusal::Connect(ConnectError::Handshake(error)) => error.is_fatal(),
@@ -80,7 +80,7 @@ impl Refusal {
             Refusal::Connect(ConnectError::Connect(_)) => {
                 format!("the back-end did not come back within {limit} s: {why}")
             }
-            _ => format!("the back-end came back and did not go on, after {waited:.1} s of {limit}: {why}"),
+            _ => format!("the back-end came back and did not go on, after {waited:.1} s of {limit} s: {why}"),
         }
     }
 }

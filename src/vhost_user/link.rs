@@ -23,8 +23,8 @@ use crate::memory::shmem::SharedMemory;
 use crate::report::{MisuseLog, with_causes};
 use crate::virtio::interrupt::Interrupt;
 
-/// How long an access to a hole waits for a back-end that is back: as long as its start may take, and until
-/// what it then has sent is served.
+/// How long an access to a hole waits for a back-end that is back: the longest that its start may take, and
+/// the time to serve the requests that it has sent by then.
 const RETURN_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The two sockets to one process.
@@ -233,7 +233,8 @@ impl Link {
         }
     }
 
-    /// The driver resets the device, or starts it: only what a device that was started may map is waited for.
+    /// The driver resets the device, or starts it. Accesses to holes wait for the back-end only while the
+    /// device is started: only then may it map.
     pub fn expect(&self, is_started: bool) {
         match self.lock().away_until {
             Some(until) if is_started => self.shmem.expect_mappings(until + RETURN_TIMEOUT),

@@ -37,8 +37,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a device without requests keeps the slots of ranges that were unmapped.
 const KEEP_SLOTS: Duration = Duration::from_secs(3);
 
-/// So many of them are taken away at a time: KVM needs about 30 us for each on hardware, 2 ms in
-/// software. A request that comes meanwhile waits for all eight.
+/// The most slots that are deleted at a time. KVM takes about 24 us for each on the emulated host, 2 ms
+/// where it is software: a request that comes meanwhile waits for 16 ms at most.
 const SLOTS_AT_A_TIME: usize = 8;
 
 /// The thread did not take the mappings away in time.
@@ -76,12 +76,12 @@ struct State {
     clear: Option<Deadline>,
     /// Counts what was taken away: with many mappings that takes long.
     progress: u64,
-    /// The result of it.
+    /// The result of `clear`: how many mappings were unmapped.
     cleared: Option<Result<usize, ShmemError>>,
 }
 
 impl Orders {
-    /// None yet.
+    /// Orders with nothing to do.
     pub fn new() -> io::Result<Arc<Orders>> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let ring_error = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -118,7 +118,7 @@ impl Orders {
     }
 
     /// For a reset: serves what is queued on the channel, then takes all mappings away; gives their number.
-    /// Waits no longer than `limit` for the first and for each of these. The caller has closed the gate.
+    /// Gives up when the thread has unmapped nothing for `limit`. The caller has closed the gate.
     /// Called on a vCPU's thread.
     pub fn clear(&self, limit: Duration) -> Result<Result<usize, ShmemError>, Stuck> {
         let mut state = self.lock();

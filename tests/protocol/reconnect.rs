@@ -504,7 +504,7 @@ fn one_that_comes_back_and_is_silent_is_not_called_absent_or_dead() {
                 bench.come_back(Offer::default());
                 let why = bench.wait_for_loss();
                 assert!(
-                    why.contains("came back and did not go on, after 5.") && why.contains(" s of 1: "),
+                    why.contains("came back and did not go on, after 5.") && why.contains(" s of 1 s: "),
                     "{why}"
                 );
                 assert!(

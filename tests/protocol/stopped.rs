@@ -33,7 +33,7 @@ struct World {
 }
 
 impl World {
-    /// Its back-end may be away.
+    /// With `reconnect`.
     fn new(kind: &'static str, queue: u16, request: (Vec<u8>, u32)) -> World {
         World::with(Setup::default().reconnect(60), &[], kind, queue, request)
     }
@@ -132,13 +132,14 @@ fn start(kind: &str, socket: &Path, dir: &Path, options: &[&str]) -> Running {
 }
 
 #[test]
-fn a_disk_that_owes_the_answer_of_a_setting() {
+fn a_stopped_disk_leaves_a_config_write_unanswered() {
     // SHM-94
     let flush = [&T_FLUSH.to_le_bytes()[..], &[0; 12]].concat();
     let mut world = World::new("blk", 0, (flush, 1));
     world.bench.device().start(VIRTIO_F_VERSION_1, &[world.bench.queue(0)]).unwrap();
     world.ask();
     world.assert_answered(&[0]);
+    // VIRTIO section 5.2.4.
     let place_of_writeback = 32;
     world.stand_still(|bench| bench.device().write_config(place_of_writeback, &[0]).unwrap());
     world.go_on();
@@ -149,7 +150,7 @@ fn a_disk_that_owes_the_answer_of_a_setting() {
 }
 
 #[test]
-fn a_share_that_owes_the_stop_of_a_queue() {
+fn a_stopped_share_leaves_the_stop_of_a_queue_unanswered() {
     // SHM-94, SHM-97
     let numbers = [104, FUSE_INIT, 1, 0, 0, 0, 0, 0, 0, 0, 7, 38].map(u32::to_le_bytes).concat();
     let init = [&numbers[..], &vec![0; 104 - numbers.len()]].concat();
@@ -176,7 +177,7 @@ fn a_share_that_owes_the_stop_of_a_queue() {
 }
 
 #[test]
-fn a_memory_that_owes_the_answers_of_a_reset_and_of_a_start() {
+fn a_stopped_pmem_leaves_a_reset_and_a_start_unanswered() {
     // SHM-69, SHM-76, SHM-94, SHM-97
     let mut world = World::new("pmem", 0, (vec![0; 4], 4));
     let features = VIRTIO_F_VERSION_1 | F_SHMEM_REGION;
@@ -209,7 +210,7 @@ fn a_memory_that_owes_the_answers_of_a_reset_and_of_a_start() {
 }
 
 #[test]
-fn a_memory_that_owes_the_answer_of_a_reset_and_may_not_be_away_is_lost() {
+fn a_pmem_stopped_at_a_reset_is_lost_without_reconnect() {
     // SHM-69, SHM-75, SHM-76
     let mut world = World::with(Setup::default(), &["--once"], "pmem", 0, (vec![0; 4], 4));
     let begin = |bench: &Bench| bench.device().start(VIRTIO_F_VERSION_1 | F_SHMEM_REGION, &[bench.queue(0)]);
