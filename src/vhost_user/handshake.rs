@@ -352,9 +352,9 @@ fn ask_configuration(
         warnings.push(format!("the back-end answers GET_CONFIG of {size} bytes with {given}"));
         return Ok(config);
     }
-    // It refuses. A back-end that answers smaller requests has fewer bytes than `size`: more would be past its
-    // end. One that answers only a request for all that it has, such as Cloud Hypervisor's disk, may have
-    // more.
+    // It refuses. A back-end that answers smaller requests has fewer bytes than `size`: more would be past
+    // its end. One that answers only a request for all that it has, such as Cloud Hypervisor's disk, may
+    // have more.
     let has = find_end(frontend, size - 1)?.len();
     if has == 0 {
         for &asked in &sizes[1..] {
