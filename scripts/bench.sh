@@ -61,30 +61,36 @@ main() {
         case $1 in
         -h | --help) usage && return ;;
         many) many "${@:2}" && return ;;
-        --runs) runs=$(whole_number "$@") && shift 2 ;;
+        --runs)
+            runs=$(whole_number "$@")
+            shift
+            ;;
         --beside | --hotslot)
-            [[ ${2-} == ?*=?* && -x ${2#*=} ]] || die "$1 ${2-}: this is not NAME=PATH with the path of a program"
+            [[ ${2-} == ?*=?* && -f ${2#*=} && -x ${2#*=} ]] || die "$1 ${2-}: this is not NAME=PATH with the path of a program"
             if [[ $1 == --beside ]]; then beside+=("${2%%=*}=$(realpath "${2#*=}")"); else hotslots+=("${2%%=*}=$(realpath "${2#*=}")"); fi
-            shift 2
+            shift
             ;;
         --keep)
             (($# > 1)) || die "--keep needs a directory"
-            mkdir -p "$2" && keep=$(realpath "$2") && shift 2
+            mkdir -p "$2" 2>/dev/null || die "--keep $2: this is no directory, and cannot be made one"
+            keep=$(realpath "$2")
+            shift
             ;;
-        all) parts+=("${ALL[@]}") && shift ;;
+        all) parts+=("${ALL[@]}") ;;
         *)
             [[ " ${ALL[*]} " == *" $1 "* ]] || die "$1: not understood (--help lists what is)"
-            parts+=("$1") && shift
+            parts+=("$1")
             ;;
         esac
+        shift
     done
     ((${#parts[@]})) || parts=(neighbour files)
     cd "$PROJECT"
     work=$(mktemp -d)
     remove_at_end "$work"
-    hotslot=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot backend=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot-backend
+    hotslot=$BUILT/hotslot backend=$BUILT/hotslot-backend
+    need_programs --quiet --locked
     if [[ -z ${HOTSLOT_PROGRAMS-} ]]; then
-        cargo build --quiet --release --locked --bins
         cargo build --quiet --profile small --locked --no-default-features --bin hotslot
         hotslots+=("hotslot-small=$TARGET/small/hotslot")
     fi
@@ -165,7 +171,7 @@ neighbour() {
 
 many() {
     local count=${1-200}
-    [[ $count =~ ^[1-9][0-9]*$ ]] || die "many $count: how many machines, as a whole number"
+    [[ $count =~ ^[1-9][0-9]*$ && $# -le 1 ]] || die "many $*: how many machines, as a whole number"
     cd "$PROJECT"
     cargo bench --quiet --locked --bench many -- "$count"
 }

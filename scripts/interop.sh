@@ -42,7 +42,6 @@ WORK=$(realpath -m "$TARGET/interop")
 INTEROP=$PROJECT/scripts/interop
 # Where `field` looks: backends or frontends.
 FILES=backends
-PROGRAMS=${HOTSLOT_PROGRAMS:-$TARGET/release}
 MANY=(rng vsock passt disk scsi virtiofsd input)
 # What the roots hold, by suite.
 # shellcheck disable=SC2054 # the commas are mmdebstrap's
@@ -63,9 +62,18 @@ main() {
         case $1 in
         -h | --help) usage && return ;;
         --list) list=1 ;;
-        --reconnect) reconnect=$(whole_number "$@") && shift ;;
-        --kills) kills=$(whole_number "$@") && shift ;;
-        --cpus) cpus=$(whole_number "$@") && shift ;;
+        --reconnect)
+            reconnect=$(whole_number "$@")
+            shift
+            ;;
+        --kills)
+            kills=$(whole_number "$@")
+            shift
+            ;;
+        --cpus)
+            cpus=$(whole_number "$@")
+            shift
+            ;;
         --icount) CLOCK=(--icount) ;;
         many | debian | frontends) mode=$1 ;;
         *)
@@ -85,7 +93,7 @@ main() {
     if [[ -z $mode ]] && ((${#names[@]} == 0)); then mapfile -t names < <(all backends); fi
     ((EUID == 0)) || die "this needs root, for mmdebstrap"
 
-    [[ -n ${HOTSLOT_PROGRAMS-} ]] || cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bins
+    need_programs --quiet --locked
     mkdir -p "$WORK"
     case $mode in
     many)
@@ -184,10 +192,10 @@ on_lab() {
         read -ra words <<<"$(field "$name" HOST_MODULES)"
         for each in "${words[@]}"; do lab+=(--module "$each"); done
     done
-    for each in INTEROP="$INTEROP" OUT="$out" WORK="$WORK" HOTSLOT="$PROGRAMS/hotslot" LIMIT="$LIMIT" \
+    for each in INTEROP="$INTEROP" OUT="$out" WORK="$WORK" HOTSLOT="$BUILT/hotslot" LIMIT="$LIMIT" \
         KERNEL="$kernel/vmlinux" IMAGE="$out/guest.cpio"; do lab+=(--env "$each"); done
     say "${out##*/}: started at $(date +%T), see $out"
-    "$PROJECT/scripts/lab.sh" --memory 4G --timeout "$LAB_LIMIT" ${CLOCK[@]+"${CLOCK[@]}"} --share "$WORK" --exec "$PROGRAMS/hotslot" \
+    "$PROJECT/scripts/lab.sh" --memory 4G --timeout "$LAB_LIMIT" ${CLOCK[@]+"${CLOCK[@]}"} --share "$WORK" --exec "$BUILT/hotslot" \
         --file "$INTEROP" --file "$kernel/vmlinux" --log "$out/kernel" "${lab[@]}" -- /bin/sh "$INTEROP/host.sh" \
         </dev/null >"$out/lab" 2>&1 || say "the emulated host did not come to its end: $(tail -n 1 "$out/lab")"
     rm "$out/guest.cpio"
@@ -249,7 +257,7 @@ frontends() {
             say "$name with $suite's QEMU: started at $(date +%T), see $out"
             # What it mounts is mounted for it alone.
             env NAME="$name" INTEROP="$INTEROP" ROOT="$WORK/$suite" OUT="$out" LIMIT="$LIMIT" \
-                BACKEND="$PROGRAMS/hotslot-backend" unshare -m /bin/sh "$INTEROP/qemu.sh" || true
+                BACKEND="$BUILT/hotslot-backend" unshare -m /bin/sh "$INTEROP/qemu.sh" || true
             rm -rf "$out/kernel" "$out/guest.cpio" "$out/files"
             tr -d '\r' <"$out/console" >"$out/lines"
             row "$out" "$name" "QEMU $(version "$suite:qemu-system-x86")"

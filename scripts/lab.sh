@@ -99,9 +99,8 @@ main() {
     options+=(--initramfs "$base")
     for path in "${shares[@]}"; do options+=(--share "$path"); done
     if ((${#shares[@]})); then
-        [[ -n ${HOTSLOT_PROGRAMS-} ]] ||
-            cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bin hotslot-backend </dev/null >&2 || exit 125
-        options+=(--backend "${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot-backend")
+        need_programs --quiet --locked || exit 125
+        options+=(--backend "$BUILT/hotslot-backend")
     fi
     if ((${#packed[@]})); then
         # Open, and without a name from now on: nothing is left to clean up, however this ends.

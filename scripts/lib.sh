@@ -18,6 +18,21 @@ die() {
     exit "${DIE_STATUS:-1}"
 }
 
+# Where hotslot and hotslot-backend are.
+BUILT=${HOTSLOT_PROGRAMS:-$TARGET/release}
+
+# need_programs [OPTION]...: builds them, with these options of cargo, unless HOTSLOT_PROGRAMS says where they are.
+need_programs() {
+    local name
+    if [[ -z ${HOTSLOT_PROGRAMS-} ]]; then
+        cargo build --release --manifest-path "$PROJECT/Cargo.toml" --bins "$@" </dev/null >&2
+        return
+    fi
+    for name in hotslot hotslot-backend; do
+        [[ -f $BUILT/$name && -x $BUILT/$name ]] || die "HOTSLOT_PROGRAMS=$BUILT: there is no program $name"
+    done
+}
+
 # whole_number OPTION VALUE...: the value of an option, of the arguments that are left.
 whole_number() {
     [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "$1 needs a whole number (--help describes it)"

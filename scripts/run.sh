@@ -64,7 +64,7 @@ RUN=$TARGET/run
 IMAGE=$RUN/pmem.img
 # As guest.sh writes it.
 GREETING=/hello.txt
-HOTSLOT=${HOTSLOT_PROGRAMS:-$TARGET/release}/hotslot
+HOTSLOT=$BUILT/hotslot
 BACKEND=$HOTSLOT-backend
 
 # What the options ask for.
@@ -187,8 +187,7 @@ build() {
     local progress=(--quiet)
     # The first build takes minutes: cargo shows how far it is.
     [[ -x $HOTSLOT && -x $BACKEND ]] || progress=()
-    [[ -n ${HOTSLOT_PROGRAMS-} ]] ||
-        cargo build "${progress[@]}" --release --manifest-path "$PROJECT/Cargo.toml" --bins </dev/null >&2
+    need_programs "${progress[@]}"
     need mkfs.ext4:e2fsprogs debugfs:e2fsprogs busybox:busybox-static cpio:cpio
     [[ -x $TARGET/guest/x86_64-unknown-linux-gnu/release/init ]] || say "building the guest's PID 1"
     init=$(guest_init)

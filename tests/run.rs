@@ -1,4 +1,5 @@
 //! `scripts/run.sh`: what it refuses, and that it does so before anything is built; what its help describes.
+//! What the other scripts refuse.
 
 #![allow(clippy::unwrap_used)] // All of it is tests.
 
@@ -11,15 +12,18 @@ use hotslot_test_support::child;
 
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// Runs it with a cargo that builds nothing, which it needs for everything that it does not refuse.
-fn run_sh(arguments: &[&str]) -> (Option<i32>, String) {
+/// Runs a script with a cargo that builds nothing, which it needs for everything that it does not refuse.
+fn run(name: &str, arguments: &[&str]) -> (Option<i32>, String) {
     let programs = tempfile::tempdir().unwrap();
     let cargo = programs.path().join("cargo");
     fs::write(&cargo, "#!/bin/sh\necho no cargo >&2\nexit 1\n").unwrap();
     fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new("/bin/bash");
-    command.arg(format!("{PROJECT}/scripts/run.sh")).args(arguments);
+    command.arg(format!("{PROJECT}/scripts/{name}")).args(arguments);
     command.env_clear().env("PATH", format!("{}:/usr/bin:/bin", programs.path().display()));
+    if name == "bench.sh" {
+        command.env("HOTSLOT_PROGRAMS", "/nonexistent");
+    }
     let output = child::run(&mut command);
     assert!(output.stdout.is_empty() || arguments.contains(&"--help"), "{arguments:?}: {output:?}");
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
@@ -50,10 +54,42 @@ fn wrong_options_are_refused_by_their_names() {
         (&["--tty"], "--tty: there is no COMMAND"),
         (&["--tty", "true"], "--tty: standard input is no terminal"),
     ] {
-        let (status, said) = run_sh(arguments);
+        let (status, said) = run("run.sh", arguments);
         assert_eq!(status, Some(2), "{arguments:?}: {said}");
         assert!(said.starts_with("run.sh: ") && said.contains(sentence), "{arguments:?}: {said}");
         assert_eq!(said.lines().count(), 1, "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn the_other_scripts_refuse_in_one_line_too() {
+    let not_whole = "needs a whole number";
+    let readme = format!("{PROJECT}/README.md");
+    for (name, arguments, sentence) in [
+        ("bench.sh", &["nothing"][..], "nothing: not understood"),
+        ("bench.sh", &["--runs"], not_whole),
+        ("bench.sh", &["--runs", "0", "boot"], not_whole),
+        ("bench.sh", &["--keep"], "--keep needs a directory"),
+        ("bench.sh", &["--keep", &readme, "size"], "README.md: this is no directory"),
+        ("bench.sh", &["--hotslot", "other=/", "size"], "--hotslot other=/: this is not NAME=PATH"),
+        ("bench.sh", &["--beside", "/bin/sh"], "--beside /bin/sh: this is not NAME=PATH"),
+        ("bench.sh", &["many", "5", "6"], "many 5 6: how many machines"),
+        ("bench.sh", &["size"], "HOTSLOT_PROGRAMS=/nonexistent: there is no program hotslot"),
+        ("fuzz.sh", &["--seconds", "0"], not_whole),
+        ("fuzz.sh", &["--sanitizer", "thread"], "--sanitizer takes address or none"),
+        ("fuzz.sh", &["nothing"], "nothing: there is no such target"),
+        ("interop.sh", &["--kills", "x"], not_whole),
+        ("interop.sh", &["--cpus"], not_whole),
+        ("interop.sh", &["--kills", "2", "rng"], "--kills needs --reconnect SECONDS"),
+        ("interop.sh", &["nothing"], "nothing: no such back-end"),
+        ("kills.sh", &["--count", "-1"], not_whole),
+        ("suites.sh", &["--seconds", ""], not_whole),
+        ("test.sh", &["slow"], "slow: not understood"),
+    ] {
+        let (status, said) = run(name, arguments);
+        assert_eq!(status, Some(1), "{name} {arguments:?}: {said}");
+        assert!(said.starts_with(name) && said.contains(sentence), "{name} {arguments:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{name} {arguments:?}: {said}");
     }
 }
 
@@ -78,7 +114,7 @@ fn the_help_describes_each_option_and_no_other() {
     let parsed: BTreeSet<_> = patterns.filter(|text| text.starts_with('-')).flat_map(options).collect();
     assert_eq!(described, parsed);
     for option in described.into_iter().filter(|option| !["-h", "--help"].contains(option)) {
-        let (_, said) = run_sh(&[option]);
+        let (_, said) = run("run.sh", &[option]);
         assert!(!said.contains("there is no such option"), "{option}: {said}");
     }
 }
@@ -93,7 +129,7 @@ fn what_is_right_comes_to_the_build() {
         &["true", "--shel"],
         &["--backend", "program {socket}", "--type", "blk,name=disk", "true"],
     ] {
-        let (status, said) = run_sh(arguments);
+        let (status, said) = run("run.sh", arguments);
         assert_eq!((status, said.contains("no cargo")), (Some(1), true), "{arguments:?}: {said}");
     }
 }
