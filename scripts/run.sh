@@ -34,7 +34,7 @@
 # Options may stand in any order before COMMAND, and are refused before anything is built. What is missing is installed
 # and built first, which is told on standard error. Where this machine's KVM cannot boot Linux, everything runs on the
 # emulated host of lab.sh; on a terminal the script says so. Only the time differs: there a guest is up after half a
-# minute, or later where other programs want the processors.
+# minute, or later where other programs use the processors.
 #
 # COMMAND is looked for in the guest: busybox, or with --root what this machine has. It runs as root, alone, with no
 # environment but PATH, HOME and, with --tty, TERM. Without --share or --root it starts in /. It gets all of the input,
@@ -168,7 +168,7 @@ parse() {
     command=("$@")
     ((${#lines[@]} == ${#types[@]})) || wrong "--backend ${lines[-1]}: its --type is missing"
     [[ -z $modules_of || -n $kernel ]] || wrong "--modules $modules_of: they belong to a --kernel, which is missing"
-    [[ -z $shell || -z $share ]] || wrong "--shell and --share: both want /mnt"
+    [[ -z $shell || -z $share ]] || wrong "--shell and --share: both take /mnt"
     [[ -z $tty ]] || ((${#command[@]})) || wrong "--tty: there is no COMMAND, and the shell has a terminal anyway"
     [[ -z $tty || -t 0 ]] || wrong "--tty: standard input is no terminal"
     [[ -z $net ]] || has_passt || wrong "--net: this machine has no passt that knows --vhost-user; package passt of Debian 13 does"
@@ -197,7 +197,7 @@ build() {
 
 make_image() {
     [[ -e $IMAGE ]] && return
-    # DAX wants blocks of a page, and no journal keeps a small image small.
+    # DAX needs blocks of a page, and no journal keeps a small image small.
     truncate -s 64M "$IMAGE.new"
     mkfs.ext4 -q -b 4096 -O '^has_journal' "$IMAGE.new"
     mv "$IMAGE.new" "$IMAGE"

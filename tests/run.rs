@@ -40,7 +40,7 @@ fn wrong_options_are_refused_by_their_names() {
         (&["--shell", "--cpus"], "--cpus needs a value"),
         (&["-m", "lots"], "-m lots: this is not a size"),
         (&["--share", "/nonexistent"], "--share /nonexistent: this is not a directory"),
-        (&["--shell", "--share", "/"], "--shell and --share: both want /mnt"),
+        (&["--shell", "--share", "/"], "--shell and --share: both take /mnt"),
         (&["--kernel", &readme], "README.md: this is neither a bzImage nor an ELF file"),
         (&["--kernel", "/nonexistent"], "--kernel /nonexistent: there is no such file"),
         (&["--modules", "/"], "--modules /: they belong to a --kernel"),

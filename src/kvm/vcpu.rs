@@ -478,7 +478,7 @@ impl Runner {
         })
     }
 
-    /// [`Vcpu::interrupt`] made KVM_RUN return: the machine stops, a debugger or a dump wants it to pause, or
+    /// [`Vcpu::interrupt`] made KVM_RUN return: the machine stops, a debugger or a dump makes it pause, or
     /// the thread `stuck` saw this vCPU wait or take many page faults.
     fn interrupted(&mut self) -> Result<Option<Exit>, KvmError> {
         if self.machine.stopping.load(Ordering::SeqCst) {

@@ -59,7 +59,7 @@ impl Failure for RamError {
 
     fn hint(&self) -> Option<String> {
         match self {
-            RamError::TooSmall(_) => Some("a stock Linux kernel wants 128M or more".into()),
+            RamError::TooSmall(_) => Some("a stock Linux kernel needs 128M or more".into()),
             RamError::Unaligned(size) => Some(nearest(*size, PAGE_SIZE)),
             RamError::UnalignedHuge(size) => Some(nearest(*size, HUGE_PAGE)),
             RamError::FewHugePages { size, total, free } => {

@@ -80,7 +80,7 @@ impl Handler for ShmemHandler {
         let request = MapRequest { shmid, shm_offset, len, file: &file, file_offset, access };
         let (mapping, host) = self.shmem.map(&request)?;
         self.requests.maps.count();
-        // Not at a limited rate: a user who asks for debug messages wants each.
+        // Not at a limited rate: a user who asks for debug messages gets each.
         log::debug!(
             "{}: mapped {len:#x} bytes from {shm_offset:#x} on of region {shmid}, {}, from {file_offset:#x} on of a file",
             self.link.name,

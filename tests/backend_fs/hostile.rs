@@ -1,4 +1,4 @@
-//! Guests that want out, or make no sense.
+//! Guests that try to leave the share, or make no sense.
 
 use std::fs;
 use std::os::unix::fs::symlink;

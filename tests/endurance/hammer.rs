@@ -321,7 +321,7 @@ fn region_base(a: &mut CodeAssembler, registers: u64) -> Result<(), IcedError> {
 
 /// From real mode to long mode at once. Gives the code, and the offset of the address at which it goes on.
 fn trampoline() -> Result<(Vec<u8>, u32), IcedError> {
-    /// Where in it the segments' table is, and then what LGDT wants: size and address of that.
+    /// Where in it the segments' table is, and then what LGDT takes: size and address of that.
     const TABLE: u32 = 0x80;
     let table = [0, 0x00af_9b00_0000_ffff_u64];
     let mut a = CodeAssembler::new(16)?;

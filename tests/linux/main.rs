@@ -92,7 +92,7 @@ fn disk(given: Option<&str>) -> Vec<u8> {
     }
     let image = directory.path().join("image");
     std::fs::File::create(&image).unwrap().set_len(DISK).unwrap();
-    // DAX wants blocks of a page.
+    // DAX needs blocks of a page.
     let [image_path, tree] = [&image, &tree].map(|path| path.to_str().unwrap());
     let features = "^has_journal";
     tool("mkfs.ext4", &["-q", "-b", "4096", "-O", features, "-d", tree, image_path]);

@@ -19,7 +19,7 @@ const BAR: u32 = 10;
 const LEGEND: &str = "A bar is the median, its line goes from the minimum to the 99th percentile; each chart has its own \
                       scale, from 0. Behind the number: its ratio to the one with the plain bar.";
 
-/// Draws those figures that the catalog wants in the picture.
+/// Draws those figures that the catalog has in the picture.
 pub fn draw(run: &Run) -> String {
     let mut canvas = Canvas::new("hotslot, measured");
     let mut y = MARGIN + 3 * LINE;

@@ -1,6 +1,6 @@
 //! Why Linux reset the machine: after a panic, or because it was asked to.
 //!
-//! Before each reset Linux writes to the BIOS data area which boot it wants next (the reset flag, at 0x472).
+//! Before each reset Linux writes to the BIOS data area how it is to boot next (the reset flag, at 0x472).
 //! `reboot=panic_warm` on its command line makes that a warm boot after a panic and leaves it a cold boot
 //! otherwise. So a panic needs no driver in the guest to be told from a reset.
 

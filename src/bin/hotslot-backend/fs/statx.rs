@@ -1,6 +1,6 @@
 //! FUSE_STATX: the attributes of a file with the time when it was made, which FUSE_GETATTR lacks.
 //!
-//! Linux asks for it when a program wants that time. Called by [`super::requests`].
+//! Linux asks for it when a program asks for that time. Called by [`super::requests`].
 
 use std::io;
 
