@@ -26,6 +26,8 @@ CARGO_DENY_VERSION=0.20.2
 passed=0
 failed=0
 failures=()
+# The process that builds ahead.
+ahead=''
 
 main() {
     local quick='' long=''
@@ -62,7 +64,6 @@ main() {
     mapfile -t targets < <(test_targets)
     # Cargo builds them by itself only where no test is named.
     check "examples" cargo build --workspace --locked --examples
-    local ahead=''
     if [[ -z $quick ]]; then
         # A process group of its own, which ends with this script.
         set -m
