@@ -299,6 +299,8 @@ pub enum DeviceStringError {
     UnknownKey(String),
     #[error("`{0}` is given twice")]
     Twice(&'static str),
+    #[error("`config`, `mac` or `tag` gives {len} bytes of configuration space, and `config-size` is {size}")]
+    ConfigSize { len: usize, size: u16 },
     #[error(transparent)]
     Type(#[from] UnknownKind),
     #[error(transparent)]
@@ -363,6 +365,18 @@ impl FromStr for DeviceSpec {
         for (is_given, key, kind) in [(spec.mac.is_some(), "mac", "net"), (spec.tag.is_some(), "tag", "fs")] {
             if is_given && kind.parse() != Ok(spec.kind) {
                 return Err(DeviceStringError::OtherType { key, kind, given: spec.kind });
+            }
+        }
+        // Of size 0 it means: do not ask the back-end.
+        if let Some(size) = spec.config_size.filter(|&size| size > 0) {
+            let lens = [
+                spec.config.as_ref().map(Vec::len),
+                spec.mac.map(|mac| mac.len()),
+                spec.tag.as_ref().map(|_| MAX_TAG),
+            ];
+            let len = lens.into_iter().flatten().max().unwrap_or(0);
+            if len > size.into() {
+                return Err(DeviceStringError::ConfigSize { len, size });
             }
         }
         Ok(spec)
@@ -435,6 +449,12 @@ mod tests {
             ("a.sock,pmem", "`pmem` is a device type: say type=pmem"),
             ("a.sock,26", "`26` is a device type: say type=26"),
             ("a.sock,type=fs,config-size=3841", "`3841` is not a good config-size"),
+            ("a.sock,type=rng,config=001122,config-size=2", "gives 3 bytes of configuration space, and"),
+            (
+                "a.sock,type=fs,config-size=35,tag=a",
+                "gives 36 bytes of configuration space, and `config-size` is 35",
+            ),
+            ("a.sock,type=net,mac=52:54:00:12:34:56,config-size=5", "gives 6 bytes"),
             ("a.sock,type=fs,config=", "`` is not a good config"),
             ("a.sock,type=fs,config=0", "`0` is not a good config"),
             ("a.sock,type=fs,config=0g", "`0g` is not a good config"),
