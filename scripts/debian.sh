@@ -59,7 +59,7 @@ main() {
     ((EUID == 0)) || die "this needs root, for mmdebstrap and a loop mount"
 
     need mmdebstrap:mmdebstrap mkfs.ext4:e2fsprogs busybox:busybox-static cpio:cpio
-    cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bins
+    need_programs --quiet --locked
     kernel=$("$PROJECT/scripts/kernel.sh")
     mkdir -p "$WORK"
     make_base
@@ -119,7 +119,7 @@ run() {
     rm -rf "$out"
     mkdir "$out"
     cp --sparse=always --reflink=auto "$base" "$image"
-    local host=$PROJECT/scripts/debian/host.sh hotslot=$TARGET/release/hotslot backend=$TARGET/release/hotslot-backend
+    local host=$PROJECT/scripts/debian/host.sh hotslot=$BUILT/hotslot backend=$BUILT/hotslot-backend
     local variables=(HOTSLOT="$hotslot" BACKEND="$backend" KERNEL="$kernel/vmlinux" GUEST="$WORK/guest.cpio"
         CONFIGURATION="$configuration" IMAGE="$image" OUT="$out" PROGRAMS="$*" LIMIT="$LIMIT")
     case $(host_kind) in

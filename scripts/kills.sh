@@ -64,7 +64,7 @@ main() {
 
 prepare() {
     need fio:fio mkfs.ext4:e2fsprogs e2fsck:e2fsprogs
-    cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bins
+    need_programs --quiet --locked
     local name
     kernel=$("$PROJECT/scripts/kernel.sh")
     init=$(guest_init)
@@ -91,7 +91,7 @@ jobs() {
 
 # run FIRST LAST SECONDS: these guests, on one emulated host; prints its line for each.
 run() {
-    local hotslot=$TARGET/release/hotslot backend=$TARGET/release/hotslot-backend scripts=$PROJECT/scripts/kills variable
+    local hotslot=$BUILT/hotslot backend=$BUILT/hotslot-backend scripts=$PROJECT/scripts/kills variable
     local variables=(HOTSLOT="$hotslot" BACKEND="$backend" INIT="$init" KERNEL="$kernel/vmlinux" IMAGE="$work/guest.cpio"
         FIRST="$1" LAST="$2" SECONDS_MOST="$3")
     local lab=("$PROJECT/scripts/lab.sh" --memory 3G --timeout $((($2 - $1 + 1) * (GUEST_SECONDS + KILLS * $3))) --module loop

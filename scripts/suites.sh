@@ -109,7 +109,7 @@ prepare() {
     need cc:gcc stress-ng:stress-ng mkfs.ext4:e2fsprogs setpriv:util-linux sleep:coreutils
     need_crate pjdfstest "$PJDFSTEST_VERSION"
     need_crate fsx "$FSX_VERSION"
-    cargo build --quiet --release --locked --manifest-path "$PROJECT/Cargo.toml" --bins
+    need_programs --quiet --locked
     local program options=()
     mkdir "$work/bin"
     # Not busybox's sleep and setpriv: pjdfstest copies sleep and runs the copy under another name, and that setpriv cannot
@@ -124,8 +124,8 @@ prepare() {
 
 # run SUITE CONFIG SECONDS: runs one, and adds what came of each case to results and counts.
 run() {
-    local suite=$1 config=$2 seconds=$3 log=$LOGS/$1.$2 kernel hotslot=$TARGET/release/hotslot role=root
-    local backend=$TARGET/release/hotslot-backend host=$PROJECT/scripts/suites/host.sh name value
+    local suite=$1 config=$2 seconds=$3 log=$LOGS/$1.$2 kernel hotslot=$BUILT/hotslot role=root
+    local backend=$BUILT/hotslot-backend host=$PROJECT/scripts/suites/host.sh name value
     kernel=$("$PROJECT/scripts/kernel.sh")
     [[ $config != *-user ]] || role=user
     local lab=("$PROJECT/scripts/lab.sh" --memory 4G --timeout $((seconds * 3 + EXTRA_SECONDS + 100)) --module loop
