@@ -230,6 +230,10 @@ pub fn handshake(
     if let Some(there) = there.filter(|&there| !kind.counts_pairs() && there > queues.into()) {
         warnings.push(format!("the back-end has {there} queues, and {queues} are used"));
     }
+    if kind.lacks_tag(&config) {
+        warnings
+            .push("the back-end gives an empty tag, with which a guest cannot mount it: say tag=NAME".into());
+    }
     Ok(Handshake {
         frontend,
         queue_sizes: vec![spec.wanted_queue_size(); queues.into()],

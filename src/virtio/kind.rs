@@ -110,6 +110,11 @@ impl DeviceKind {
         self.facts().name == "net"
     }
 
+    /// Whether this is a file system without a tag, by which drivers find it.
+    pub fn lacks_tag(self, config: &[u8]) -> bool {
+        self.facts().name == "fs" && config.first() == Some(&0)
+    }
+
     /// Whether a back-end has several requests begun at a time, of which none may be lost or done twice.
     pub fn needs_inflight_record(self) -> bool {
         matches!(self.facts().name, "blk" | "scsi" | "fs")

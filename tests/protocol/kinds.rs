@@ -48,6 +48,8 @@ struct Peer {
     past_end: PastEnd,
     /// Answers only GET_CONFIG for all that it has.
     only_whole: bool,
+    /// Answers GET_CONFIG with all that it has, whatever was asked for.
+    always_whole: bool,
     /// How long it takes for an answer to GET_CONFIG.
     delay: Duration,
     /// Hangs up at GET_CONFIG of more bytes than this.
@@ -76,6 +78,7 @@ impl Default for Peer {
             config: Vec::new(),
             past_end: PastEnd::Refuse,
             only_whole: false,
+            always_whole: false,
             delay: Duration::ZERO,
             buffer: 4096,
             is_out_of_step: false,
@@ -187,6 +190,7 @@ impl Peer {
         record.past_end = record.past_end.max(size.saturating_sub(self.config.len()));
         let answer = |bytes: &[u8]| Some([&words([0, bytes.len() as u32, 0])[..], bytes].concat());
         match self.config.get(..size) {
+            _ if self.always_whole => answer(&self.config),
             Some(bytes) if !self.only_whole || size == self.config.len() => answer(bytes),
             Some(_) => answer(&[]),
             None => match self.past_end {
@@ -316,6 +320,19 @@ fn a_back_end_that_answers_only_for_all_of_its_configuration_is_found_out() {
         assert_eq!(handshake.config, bytes(size), "{kind}");
         assert_eq!(listening.asked().past_end, 0);
     }
+}
+
+#[test]
+fn more_configuration_than_was_asked_for_is_an_error() {
+    // SHM-91
+    let listening = Peer { config: bytes(40), always_whole: true, ..Peer::default() }.listen();
+    for (keys, expected) in
+        [("type=200", 13), ("type=200,config-size=8", 20), ("type=rng,config-size=39", 51)]
+    {
+        let error = listening.refused(keys);
+        assert!(error.contains(&format!("GET_CONFIG with 52 bytes instead of {expected} bytes")), "{error}");
+    }
+    assert_eq!(listening.connect("type=200,config-size=40").unwrap().config, bytes(40));
 }
 
 #[test]
@@ -604,6 +621,16 @@ fn what_a_back_end_without_config_leaves_out_the_user_can_give() {
     let fs = own.listen().connect("type=fs,tag=x").unwrap();
     assert_eq!(fs.config, [b"x".as_slice(), &[0; 35], &[2, 0, 0, 0]].concat());
     assert_eq!(queues(&fs), 3);
+}
+
+#[test]
+fn a_file_system_without_a_tag_is_warned_of() {
+    // SHM-91
+    let untagged =
+        Peer { config: [&[0; 36][..], &[1, 0, 0, 0]].concat(), queues: 2, ..Peer::default() }.listen();
+    let warnings = |keys| untagged.connect(keys).unwrap().warnings.join("\n");
+    assert!(warnings("type=fs").contains("an empty tag"));
+    assert_eq!(warnings("type=fs,tag=x"), "");
 }
 
 #[test]

@@ -269,10 +269,12 @@ impl Conversation<'_> {
                 return Ok(Vec::new());
             }
             let size = reply.len();
-            let Some(ConfigHeader { size: given, .. }) = ConfigHeader::take(&mut reply) else {
-                return Err(wrong_size(request, size, ConfigHeader::LEN + len));
-            };
-            Ok(reply[..reply.len().min(given as usize).min(len)].to_vec())
+            match ConfigHeader::take(&mut reply) {
+                Some(ConfigHeader { size: given, .. }) if reply.len() <= len => {
+                    Ok(reply[..reply.len().min(given as usize)].to_vec())
+                }
+                _ => Err(wrong_size(request, size, ConfigHeader::LEN + len)),
+            }
         })
     }
 
