@@ -142,12 +142,12 @@ const KEYS: &[Key] = &[
     Key {
         name: "mac",
         value: "MAC",
-        wanted: "six bytes as in 52:54:00:12:34:56, the first of them even",
+        wanted: "six bytes as in 52:54:00:12:34:56, the first of them even, and not all of them 0",
         help: "a network device's address, instead of one that the back-end or the driver chooses",
         set: |spec, text| {
             let bytes: Vec<u8> = text.split(':').map(|part| Some(hex(part, 1)?[0])).collect::<Option<_>>()?;
             // An odd first byte is an address of a group.
-            let mac = <[u8; 6]>::try_from(bytes).ok().filter(|mac| mac[0] % 2 == 0);
+            let mac = <[u8; 6]>::try_from(bytes).ok().filter(|mac| mac[0] % 2 == 0 && *mac != [0; 6]);
             mac.map(|mac| spec.mac = Some(mac))
         },
     },
@@ -465,6 +465,7 @@ mod tests {
             ("a.sock,type=blk,mac=52:54:00:12:34:56", "`mac` is for a device with type=net"),
             ("a.sock,type=net,mac=52:54:00:12:34", "is not a good mac"),
             ("a.sock,type=net,mac=53:54:00:12:34:56", "is not a good mac"),
+            ("a.sock,type=net,mac=00:00:00:00:00:00", "is not a good mac"),
             ("a.sock,type=net,mac=5:54:00:12:34:56", "is not a good mac"),
             ("a.sock,type=gpu,shmem=1", "`1` is not a good shmem"),
             ("a.sock,type=gpu,shmem=256:1M", "`256:1M` is not a good shmem"),
