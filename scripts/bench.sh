@@ -9,19 +9,24 @@
 #   --runs N           how often each VMM boots each kernel (default: 5)
 #   --beside NAME=PATH measures another VMM, too, where that makes sense: NAME is firecracker, crosvm, alioth or
 #                      cloud-hypervisor, PATH its program; other NAMEs are for `size` alone. May be given several times
-#   --hotslot NAME=PATH measures another hotslot, too (of an earlier version, say): boot, size, mapping, resident. One is
-#                      always there, `hotslot-small`: the VMM alone, in profile `small`
+#   --hotslot NAME=PATH measures another hotslot, too (of an earlier version, say): boot, size, mapping, resident. Two are
+#                      always there, `hotslot-small` and `hotslot-static`: the VMM alone, in profile `small`, which the
+#                      second has together with the C library
 #   --keep DIR         writes the figures (figures.txt), the table (table.txt) and a picture (picture.svg) into this
 #                      directory. It may have figures of an earlier run: those of other parts stay
 #
-# The parts, in the order of `all`. "By the clock" is by that of an emulated host (lab.sh --icount), which counts
-# instructions: of the guest, its kernel, the VMM, the back-end and the host's kernel together.
+# The parts, in the order of `all`: first the two that take this machine's time. "By the clock" is by that of an emulated
+# host (lab.sh --icount), which counts instructions: of the guest, its kernel, the VMM, the back-end and the host's kernel
+# together. What else this machine does then changes nothing.
 #
+#   neighbour          how long requests to one device take while the back-end of another misbehaves, with small guests on
+#                      this machine's /dev/kvm: beside rounds in which the other back-end does nothing. Use a machine that
+#                      does nothing else
+#   micro              the codec, the ledger and the backend channel alone, by criterion, on this machine; the channel beside
+#                      the bare system calls of the same exchange
 #   boot               how long it takes from the start of hotslot, and of QEMU's microvm and q35, to the first line of PID 1
 #                      of a guest with a stock kernel (vmlinux, bzImage), 256 MiB and one vCPU; by the clock
 #   size               how large the stripped program is, and how many crates are in it
-#   micro              the codec, the ledger and the backend channel alone, by criterion, on this machine; the channel beside
-#                      the bare system calls of the same exchange
 #   mapping            how long a valid MAP, a valid UNMAP and a reset take, by the clock: with this hotslot, in its
 #                      sandbox and without one, beside a server that only makes the system calls
 #   resident           how much memory a VMM has beside its guest's, on the emulated host: with one device of type fs
@@ -39,19 +44,16 @@
 #   programs           how long programs take that work with such files (tar, ls, git, gcc, pages at random), by the clock:
 #                      on the emulated host itself, and in a guest with our back-ends and with virtiofsd (which cargo
 #                      installs) and qemu-storage-daemon
-#   neighbour          how long requests to one device take while the back-end of another misbehaves, with small guests on
-#                      this machine's /dev/kvm: beside rounds in which the other back-end does nothing. Use a machine that
-#                      does nothing else
 #
 # many runs COUNT (200) small machines at once on this machine's /dev/kvm, each with a share of one directory, and prints
 # starts a second, and memory, threads, descriptors and memory areas of each. It needs 4 MiB for a machine.
 #
-# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither, nor `hotslot-small`
+# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither, nor those two
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
 
-ALL=(boot size micro mapping resident exits speed session files programs neighbour)
+ALL=(neighbour micro boot size mapping resident exits speed session files programs)
 
 runs=5 beside=() hotslots=() keep=''
 
@@ -91,8 +93,11 @@ main() {
     hotslot=$BUILT/hotslot backend=$BUILT/hotslot-backend
     need_programs --quiet --locked
     if [[ -z ${HOTSLOT_PROGRAMS-} ]]; then
-        cargo build --quiet --profile small --locked --no-default-features --bin hotslot
-        hotslots+=("hotslot-small=$TARGET/small/hotslot")
+        local small=(cargo build --quiet --profile small --locked --no-default-features --bin hotslot)
+        local triple=x86_64-unknown-linux-gnu
+        "${small[@]}"
+        RUSTFLAGS='-C target-feature=+crt-static' "${small[@]}" --target "$triple"
+        hotslots+=("hotslot-small=$TARGET/small/hotslot" "hotslot-static=$TARGET/$triple/small/hotslot")
     fi
     kernel=$(scripts/kernel.sh)
     cargo build --quiet --locked --package hotslot-figures
@@ -250,7 +255,7 @@ client() {
 }
 
 programs() {
-    local tools virtiofsd daemon work_script=$PROJECT/benches/programs/work.sh
+    local tools virtiofsd daemon cases case status=0 work_script=$PROJECT/benches/programs/work.sh
     need git:git gcc:gcc qemu-storage-daemon:qemu-system-common
     daemon=$(type -P qemu-storage-daemon)
     virtiofsd=$(virtiofsd) || say "there is no virtiofsd, and so no column for it"
@@ -259,10 +264,15 @@ programs() {
     tools=(--exec "$(type -P git)" --exec "$(type -P gcc)" --exec "$(type -P as)" --exec "$(gcc -print-prog-name=cc1)")
     "$PROJECT/scripts/image.sh" -o "$work/guest.cpio" --module virtio_mmio --module virtio_blk "${tools[@]}" \
         --file "$work_script:/bench/work.sh" --file "$work/tree.tar:/bench/tree.tar"
-    measure 1800 "$PROJECT/benches/programs/host.sh" --memory 3G "${tools[@]}" --file "$work_script" \
-        --file "$work/tree.tar" --env "WORK=$work_script" --env "TREE=$work/tree.tar" --exec "$daemon" \
-        --env "DAEMON=$daemon" ${virtiofsd:+--exec "$virtiofsd"} --env "VIRTIOFSD=$virtiofsd"
-    named programs <"$work/figures" | statistics
+    cases=(host cached ${virtiofsd:+virtiofsd} dax diskhost blk daemon)
+    for case in "${cases[@]}"; do
+        measure 900 "$PROJECT/benches/programs/host.sh" --memory 3G "${tools[@]}" --file "$work_script" \
+            --file "$work/tree.tar" --env "WORK=$work_script" --env "TREE=$work/tree.tar" --exec "$daemon" \
+            --env "DAEMON=$daemon" ${virtiofsd:+--exec "$virtiofsd"} --env "VIRTIOFSD=$virtiofsd" --env "CASE=$case" ||
+            status=1
+        named programs <"$work/figures" | statistics
+    done
+    return $status
 }
 
 # measure SECONDS SCRIPT OPTION...: runs a script on an emulated host, with these options of lab.sh; what it prints are

@@ -1,7 +1,7 @@
 # shellcheck shell=sh
-# Runs on the emulated host, for scripts/bench.sh: the same work on the host itself, and in a guest for each way to get
-# at the files of a directory, and at a disk. HOTSLOT, BACKEND, VIRTIOFSD and DAEMON are programs, KERNEL and IMAGE what
-# guests boot; WORK is what is done.
+# Runs on the emulated host, for scripts/bench.sh: the same work on the host itself, or in a guest for a way to get at
+# the files of a directory, or at a disk; CASE is which. HOTSLOT, BACKEND, VIRTIOFSD and DAEMON are programs, KERNEL and
+# IMAGE what the guest boots; WORK is what is done.
 share=$(mktemp -d)
 disk=$(mktemp)
 probe fill "$share/data" 64 >/dev/null
@@ -41,16 +41,19 @@ case_of() {
     report "$name" <"/tmp/$name.out"
 }
 
-on_host host sh "$WORK" "$share"
-case_of cached fs OPTIONS=rw "$BACKEND" fs --socket /tmp/cached.sock --dir "$share" --once --window 0
-if [ -n "$VIRTIOFSD" ]; then
+case $CASE in
+host) on_host host sh "$WORK" "$share" ;;
+cached) case_of cached fs OPTIONS=rw "$BACKEND" fs --socket /tmp/cached.sock --dir "$share" --once --window 0 ;;
+virtiofsd)
     # An initramfs cannot be pivoted out of, which is what its other sandbox does.
     case_of virtiofsd fs OPTIONS=rw "$VIRTIOFSD" --socket-path /tmp/virtiofsd.sock --shared-dir "$share" --tag share \
         --sandbox chroot
-fi
-on_host diskhost "DISK=$disk" sh "$WORK"
-case_of blk blk DISK=/dev/vda "$BACKEND" blk --socket /tmp/blk.sock --file "$disk" --once
-case_of daemon blk DISK=/dev/vda "$DAEMON" --blockdev "driver=file,node-name=disk,filename=$disk" \
-    --export "type=vhost-user-blk,id=disk,node-name=disk,addr.type=unix,addr.path=/tmp/daemon.sock,writable=on"
-# The slowest to emulate.
-case_of dax fs OPTIONS=dax=always "$BACKEND" fs --socket /tmp/dax.sock --dir "$share" --once --window 256M
+    ;;
+dax) case_of dax fs OPTIONS=dax=always "$BACKEND" fs --socket /tmp/dax.sock --dir "$share" --once --window 256M ;;
+diskhost) on_host diskhost "DISK=$disk" sh "$WORK" ;;
+blk) case_of blk blk DISK=/dev/vda "$BACKEND" blk --socket /tmp/blk.sock --file "$disk" --once ;;
+daemon)
+    case_of daemon blk DISK=/dev/vda "$DAEMON" --blockdev "driver=file,node-name=disk,filename=$disk" \
+        --export "type=vhost-user-blk,id=disk,node-name=disk,addr.type=unix,addr.path=/tmp/daemon.sock,writable=on"
+    ;;
+esac
