@@ -14,7 +14,8 @@
 #   --timeout SECONDS  time limit for all of it (default: 300; with --tty none)
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the lab)
 #   --icount           the clock counts instructions: slower, but repeated runs measure the same. For guests with one
-#                      vCPU: no Linux with more vCPUs came up so
+#                      vCPU: no Linux with more vCPUs came up so. An emulated host that stands still is given up
+#                      (exit status 125): src/design.md says why some do
 #   --append WORDS     adds to the emulated host's kernel command line
 #   --log FILE         writes the emulated host's kernel log there
 #   --verbose          prints when the emulated host is up

@@ -72,6 +72,11 @@ static HOUSE: LazyLock<House> = LazyLock::new(|| {
     House { kind, kernel, image, init }
 });
 
+/// Whether guests run on an emulated host.
+pub fn is_emulated() -> bool {
+    HOUSE.kind == Kind::Lab
+}
+
 /// The program of another of the project's tests, built as this one is: what needs no Linux runs on a host
 /// with KVM, too.
 pub fn test_program(name: &str) -> PathBuf {

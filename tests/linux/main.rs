@@ -472,3 +472,21 @@ fn a_guest_whose_disk_is_full_waits_and_loses_nothing() {
     assert_eq!(sums, [host.one("disk sum"), host.one("written sum")], "{host}");
     complains_of_nothing_else(&guest);
 }
+
+#[test]
+fn an_emulated_host_that_stands_still_is_given_up() {
+    if !host::is_emulated() {
+        eprintln!("skipped: this machine's KVM boots Linux, and there is no emulated host");
+        return;
+    }
+    // A kernel that has halted waits with interrupts off, without end.
+    let mut lab = Command::new("scripts/lab.sh");
+    lab.current_dir(host::PROJECT)
+        .args(["--icount", "--timeout", "600", "--", "halt", "-f"])
+        .stdin(Stdio::null());
+    let lab = host::in_turn(|| lab.output().unwrap());
+    let said = String::from_utf8_lossy(&lab.stderr);
+    assert_eq!(lab.status.code(), Some(125), "{said}");
+    assert!(said.contains("lab: the emulated host stands still"), "{said}");
+    assert!(said.contains("reboot: System halted"), "{said}");
+}

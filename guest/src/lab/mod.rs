@@ -22,3 +22,4 @@ pub mod outside;
 mod qemu;
 mod script;
 mod signals;
+mod standstill;

@@ -7,7 +7,8 @@
 //! [`super::script`].)
 //!
 //! Threads: the first one starts the machine, then waits for signals, the time limit and the others'
-//! messages; one reads the link, one the kernel's log, one our standard input, and one writes to the link.
+//! messages; one reads the link, one the kernel's log, one our standard input, one writes to the link, and
+//! with `--icount` one looks whether the emulated host stands still.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -30,6 +31,7 @@ use super::options::{self, Options};
 use super::qemu;
 use super::script;
 use super::signals::{Signals, die_of, wake_first_thread};
+use super::standstill;
 use crate::outcome::{Outcome, failed};
 use crate::sys;
 
@@ -91,10 +93,11 @@ fn run(options: Options) -> Outcome<u8> {
     let began = Instant::now();
     let (link, its_link) = socket_pair()?;
     let (our_log, its_log) = socket_pair()?;
+    let (monitor, its_monitor) = options.icount.then(socket_pair).transpose()?.unzip();
     let log = our_log.try_clone().map_err(|error| format!("cannot duplicate a socket: {error}"))?;
     let log = Log::follow(log, options.log.as_deref(), options.names())?;
     let started = match &options.script {
-        None => qemu::start(&options, its_link, its_log).map(Machine::EmulatedHost),
+        None => qemu::start(&options, its_link, its_log, its_monitor).map(Machine::EmulatedHost),
         Some(path) => script::start(path, its_link, its_log, &our_log, options.verbose).map(Machine::Guest),
     };
     let mut machine = match started {
@@ -110,6 +113,10 @@ fn run(options: Options) -> Outcome<u8> {
         let machine = options.names().machine;
         move || news.tell(pass_on(link, &news, machine))
     });
+    if let Some(monitor) = monitor {
+        let news = news.clone();
+        thread::spawn(move || standstill::watch(monitor).map(|sentence| news.tell(News::Failed(sentence))));
+    }
     thread::spawn({
         let (to_link, terminal) = (to_link.clone(), options.terminal);
         move || read_input(&to_link, &news, terminal)

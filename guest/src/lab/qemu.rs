@@ -31,8 +31,13 @@ pub struct Qemu {
     _backends: Vec<Stopped>,
 }
 
-/// Starts QEMU with its link and its log on these sockets.
-pub fn start(options: &Options, link: UnixStream, log: UnixStream) -> Outcome<Qemu> {
+/// Starts QEMU with its link, its log and perhaps its monitor on these sockets.
+pub fn start(
+    options: &Options,
+    link: UnixStream,
+    log: UnixStream,
+    monitor: Option<UnixStream>,
+) -> Outcome<Qemu> {
     let initramfs = put_together(&options.initramfs)?;
     let (mut backends, mut shares) = (Vec::new(), Vec::new());
     for directory in &options.start.shares {
@@ -41,7 +46,7 @@ pub fn start(options: &Options, link: UnixStream, log: UnixStream) -> Outcome<Qe
         backends.push(backend);
         shares.push(socket);
     }
-    let qemu = start_qemu(options, initramfs, link, log, shares)?;
+    let qemu = start_qemu(options, initramfs, link, log, monitor, shares)?;
     Ok(Qemu { qemu, _backends: backends })
 }
 
@@ -90,6 +95,7 @@ fn start_qemu(
     initramfs: File,
     link: UnixStream,
     log: UnixStream,
+    monitor: Option<UnixStream>,
     shares: Vec<UnixStream>,
 ) -> Outcome<Stopped> {
     let (messages, errors) = (copy(&log)?, copy(&log)?);
@@ -111,6 +117,10 @@ fn start_qemu(
         .args(["-chardev", &format!("socket,id=link,fd={}", inherited.add(link))])
         .args(["-device", "virtio-serial-pci,max_ports=2"])
         .args(["-device", "virtserialport,chardev=link,name=lab"]);
+    if let Some(monitor) = monitor {
+        qemu.args(["-chardev", &format!("socket,id=monitor,fd={}", inherited.add(monitor))])
+            .args(["-mon", "chardev=monitor"]);
+    }
     if options.icount {
         // The clock counts instructions, and nothing of this machine's time reaches the emulated one.
         qemu.args(["-icount", "shift=0,sleep=off", "-seed", "1"])

@@ -1,0 +1,106 @@
+//! Notices that the emulated host stands still: its processor stays at one place, with interrupts off.
+//!
+//! QEMU (7.2 to 10 at least) delivers an interrupt that KVM injects into a guest a second time, whatever the
+//! guest's flags say, if it leaves its loop of execution before the guest's next exit or exception. With
+//! `--icount` each timer ends that loop. Where the first delivery holds a lock, the second one waits for it
+//! without end (src/design.md, "A host with KVM, anywhere").
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+/// How far apart two looks at the processor are, and how many have to see it at the same place.
+const PAUSE: Duration = Duration::from_secs(5);
+const LOOKS: usize = 8;
+
+/// Bytes of code in which a processor that waits for a lock can be seen.
+const LOOP: u64 = 16;
+
+/// What ends the output of a command of QEMU's monitor.
+const PROMPT: &[u8] = b"(qemu) ";
+
+/// Where the processor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    instruction: u64,
+    stack: u64,
+    interrupts: bool,
+}
+
+/// Looks at the processor until it stands still; then says where. `None` when QEMU has ended.
+pub fn watch(mut monitor: UnixStream) -> Option<String> {
+    let mut first = None;
+    let mut looks = 0;
+    read_answer(&mut monitor).ok()?;
+    loop {
+        thread::sleep(PAUSE);
+        monitor.write_all(b"info registers\n").ok()?;
+        let place = place(&read_answer(&mut monitor).ok()?)?;
+        if first.is_some_and(|first| stays(first, place)) {
+            looks += 1;
+        } else {
+            (first, looks) = (Some(place), 1);
+        }
+        if looks == LOOKS {
+            let seconds = PAUSE.as_secs() * (LOOKS as u64 - 1);
+            return Some(format!(
+                "the emulated host stands still: for {seconds} s its processor has been at {:#x}, with interrupts off",
+                place.instruction
+            ));
+        }
+    }
+}
+
+fn stays(first: Place, now: Place) -> bool {
+    !first.interrupts
+        && !now.interrupts
+        && now.stack == first.stack
+        && now.instruction.abs_diff(first.instruction) < LOOP
+}
+
+fn read_answer(monitor: &mut UnixStream) -> io::Result<String> {
+    let mut answer = Vec::new();
+    let mut buffer = [0; 4096];
+    while !answer.ends_with(PROMPT) {
+        match monitor.read(&mut buffer)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            length => answer.extend_from_slice(&buffer[..length]),
+        }
+    }
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+/// Out of the output of `info registers`.
+fn place(registers: &str) -> Option<Place> {
+    const INTERRUPTS: u64 = 1 << 9;
+    let value = |name: &str| {
+        let (_, rest) = registers.split_once(name)?;
+        let digits = rest.split(|other: char| !other.is_ascii_hexdigit()).next()?;
+        u64::from_str_radix(digits, 16).ok()
+    };
+    let (instruction, stack, flags) = (value("RIP=")?, value("RSP=")?, value("RFL=")?);
+    Some(Place { instruction, stack, interrupts: flags & INTERRUPTS != 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REGISTERS: &str = "CPU#0\r\n\
+        RSI=0000000000000001 RDI=ffff8880048cd4a4 RBP=ffff8880048cd4a4 RSP=ffffc90000003e70\r\n\
+        RIP=ffffffff81ca26e8 RFL=00000002 [-------] CPL=0 II=0 A20=1 SMM=0 HLT=0\r\n(qemu) ";
+
+    #[test]
+    fn a_place_is_read_out_of_the_registers() {
+        let here =
+            Place { instruction: 0xffff_ffff_81ca_26e8, stack: 0xffff_c900_0000_3e70, interrupts: false };
+        assert_eq!(place(REGISTERS), Some(here));
+        assert_eq!(place("(qemu) "), None);
+        let on = place(&REGISTERS.replace("RFL=00000002", "RFL=00000246")).unwrap();
+        assert!(on.interrupts && !stays(on, on) && stays(here, here));
+        assert!(stays(here, Place { instruction: here.instruction - 2, ..here }));
+        assert!(!stays(here, Place { instruction: here.instruction + 16, ..here }));
+        assert!(!stays(here, Place { stack: 0, ..here }));
+    }
+}
