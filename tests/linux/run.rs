@@ -77,6 +77,23 @@ fn a_command_has_the_streams_and_the_status() {
 }
 
 #[test]
+fn a_machine_that_hotslot_refuses_ends_with_its_reason() {
+    // Refused at once, before a back-end has a front-end.
+    for (options, reason) in
+        [(["-m", "16M"], "give the guest more memory"), (["--log", "foo=bar"], "foo=bar")]
+    {
+        let temporary = tempfile::tempdir().unwrap();
+        let output = in_turn(|| {
+            run_sh(&temporary).args(options).args(["--", "true"]).stdin(Stdio::null()).output().unwrap()
+        });
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(125), "{said}");
+        assert!(said.contains(reason), "{said}");
+        assert_nothing_is_left(&temporary);
+    }
+}
+
+#[test]
 fn this_machines_root_is_the_guests_and_stays_as_it_was() {
     let (temporary, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     fs::write(here.path().join("given"), "given\n").unwrap();

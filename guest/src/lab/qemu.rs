@@ -19,6 +19,7 @@ use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 
 use super::link::share_tag;
 use super::options::Options;
+use super::signals::unblock_in;
 use crate::outcome::{Outcome, failed};
 
 /// How long a back-end may take until it listens.
@@ -215,6 +216,7 @@ fn spawn(mut command: Command, inherited: Inherited) -> io::Result<Stopped> {
     // SAFETY: between fork and exec, `prepare` makes only system calls on descriptors that it owns, and
     // allocates nothing.
     unsafe { command.pre_exec(prepare) };
+    unblock_in(&mut command);
     // Ctrl-C is for this process to handle: the new one is not in the terminal's process group.
     command.process_group(0).spawn().map(Stopped)
 }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
+use super::signals::unblock_in;
 use crate::outcome::{Outcome, failed};
 
 /// How long the script may take to end everything.
@@ -41,6 +42,7 @@ pub fn start(
         let errors = if errors_shown { Stdio::inherit() } else { OwnedFd::from(its_log.try_clone()?).into() };
         let mut command = Command::new("/bin/sh");
         command.arg(path).stdin(OwnedFd::from(link)).stdout(OwnedFd::from(its_log)).stderr(errors);
+        unblock_in(&mut command);
         Ok(Script { process: command.process_group(0).spawn()?, log: log.try_clone()? })
     };
     spawn().map_err(failed("run", path))

@@ -1,6 +1,8 @@
 //! The signals that end a run of the lab, or tell its first thread to look at its queue.
 
 use std::mem::MaybeUninit;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::ptr;
 use std::time::{Duration, Instant};
 
@@ -41,6 +43,16 @@ impl Signals {
             }
         }
     }
+}
+
+/// Has a new process begin without the blocked signals, which it would inherit.
+pub fn unblock_in(command: &mut Command) {
+    let unblock = || {
+        change_mask(libc::SIG_UNBLOCK, &set_of(&Signals::ALL));
+        Ok(())
+    };
+    // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(unblock) };
 }
 
 /// Ends the first thread's wait, from any thread.

@@ -19,7 +19,7 @@ use std::thread;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::signal::register_signal_handler;
+use vmm_sys_util::signal::{register_signal_handler, unblock_signal};
 
 use hotslot::report::say;
 
@@ -138,8 +138,11 @@ pub fn outlive_file_size_limit() -> Result<(), Error> {
     handle(libc::SIGXFSZ)
 }
 
+/// Also where the process was started with this signal blocked.
 fn handle(signal: libc::c_int) -> Result<(), Error> {
-    register_signal_handler(signal, on_signal).map_err(|e| Error::set_up("the signal handlers")(e.into()))
+    register_signal_handler(signal, on_signal).map_err(|e| Error::set_up("the signal handlers")(e.into()))?;
+    unblock_signal(signal).expect("invariant: it is the number of a signal");
+    Ok(())
 }
 
 extern "C" fn on_signal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
