@@ -628,6 +628,22 @@ fn signals_end_it_with_status_zero_and_no_socket() {
 }
 
 #[test]
+fn signals_end_it_although_it_was_started_with_them_blocked() {
+    let dir = directory();
+    file(&dir, 2 * MIB);
+    for signal in ["INT", "TERM", "HUP"] {
+        let plain = command("pmem", &dir);
+        let mut blocked = Command::new("env");
+        blocked.current_dir(dir.path()).arg(format!("--block-signal={signal}"));
+        blocked.arg(plain.get_program()).args(plain.get_args()).args(["--file", "memory.img"]);
+        let backend = Backend::spawn(blocked, &dir);
+        let kill = format!("kill -{signal} {}", backend.pid());
+        assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+        assert_eq!(backend.wait().code(), Some(0), "SIG{signal}");
+    }
+}
+
+#[test]
 fn bad_command_lines_are_refused() {
     let dir = directory();
     file(&dir, 2 * MIB);
