@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
@@ -172,6 +173,8 @@ struct Placed {
     filled: u64,
     /// The offset in the mapping of a page that the guest waits for.
     unavailable: Option<u64>,
+    /// A new mapping's file is about to take the place of its own (SHM-77).
+    is_exchanged: bool,
 }
 
 impl SharedMemory {
@@ -261,8 +264,11 @@ impl SharedMemory {
         let info = FileInfo::of(fd, self.origins.of(fd)?).map_err(ShmemError::Place)?;
         let replaces = self.make_way(key, span_len, access)?;
         if replaces {
-            span.exchange(fd, info, file_offset, access)
-                .map_err(|error| ShmemError::of_mmap(error, access))?;
+            let exchanged = span.exchange(fd, info, file_offset, access, || self.set_exchanged(key, true));
+            if let Err(error) = exchanged {
+                self.set_exchanged(key, false);
+                return Err(ShmemError::of_mmap(error, access));
+            }
         } else if let Err(error) = span.place(fd, info, file_offset, access) {
             self.clear(span, span)?;
             return Err(ShmemError::of_mmap(error, access));
@@ -319,6 +325,13 @@ impl SharedMemory {
         Ok(false)
     }
 
+    /// Whether the pages of an old mapping are those of the new one's file: then no zeroes go there.
+    fn set_exchanged(&self, key: Key, is_exchanged: bool) {
+        if let Some(mapping) = self.lock().ledger.mappings.get_mut(&key) {
+            mapping.kept.is_exchanged = is_exchanged;
+        }
+    }
+
     /// Lets the guest see a file that was placed.
     fn show(
         &self,
@@ -339,7 +352,7 @@ impl SharedMemory {
         // is left. No Rust reference goes into it; only system calls access it.
         let map = || unsafe { self.mapper.map(guest, span.host(), access) }.map_err(ShmemError::Guest);
         let slot = replaced.as_ref().and_then(|old| old.kept.slot).map_or_else(map, Ok)?;
-        let placed = Placed { slot: Some(slot), file, filled: 0, unavailable: None };
+        let placed = Placed { slot: Some(slot), file, filled: 0, unavailable: None, is_exchanged: false };
         ledger.insert(key, len, file_offset, access, placed);
         self.index().insert(guest.start(), (guest.last(), access));
         self.changes.fetch_add(1, Ordering::Relaxed);
@@ -564,9 +577,14 @@ impl SharedMemory {
             Err(error) => error,
         };
         // EINVAL: it was unmapped meanwhile. EAGAIN: something else is in the way, for a moment.
-        if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EAGAIN)) {
-            return Some(Page::Present);
+        match error.raw_os_error() {
+            Some(libc::EINVAL | libc::EAGAIN) => Some(Page::Present),
+            _ => self.replace_missing(key, offset, &error),
         }
+    }
+
+    /// The page at this offset of a mapping could not be had: puts zeroes there if the file ends before it.
+    fn replace_missing(&self, key: Key, offset: u64, error: &io::Error) -> Option<Page> {
         let (number, file_offset, file) = {
             let state = self.lock();
             let mapping = state.ledger.mappings.get(&key)?;
@@ -581,8 +599,13 @@ impl SharedMemory {
             _ => file.likely_reason(),
         };
         let State { ledger, filled, .. } = &mut *self.lock();
-        // Another mapping may be there meanwhile: the guest's next access shows whether it lacks a page, too.
-        let mapping = ledger.mappings.get_mut(&key).filter(|mapping| mapping.number == number)?;
+        // Another mapping may be there meanwhile, or is being placed: the guest's next access shows whether it lacks
+        // a page, too. One without a slot is being removed, and no page may come back there.
+        let is_still_there = |mapping: &&mut Mapping| mapping.number == number && mapping.kept.slot.is_some();
+        let mapping = ledger.mappings.get_mut(&key).filter(is_still_there)?;
+        if mapping.kept.is_exchanged {
+            return Some(Page::Present);
+        }
         if offset >= mapping.span_len() - mapping.kept.filled {
             // Another vCPU was faster.
             return Some(Page::Present);

@@ -121,19 +121,21 @@ impl Span<'_> {
         Ok(())
     }
 
-    /// The same in place of another file, which stays there where this fails.
+    /// The same in place of another file, which stays there where this fails. Calls `before` the pages change.
     pub fn exchange(
         &self,
         file: BorrowedFd<'_>,
         info: FileInfo,
         file_offset: u64,
         access: Access,
+        before: impl FnOnce(),
     ) -> io::Result<()> {
         self.check(info, file_offset)?;
         // Mapped elsewhere first, then moved: an mmap(MAP_FIXED) that fails may already have removed the
         // other file's pages.
         let mut pages = OwnedPages::of_file(file, file_offset, self.len as usize, access)?;
         let (at, len) = self.pages();
+        before();
         // SAFETY: the source is the value's own; the target lies in the window's own range.
         unsafe { mm::mremap_fixed(pages.address, pages.len, len, MremapFlags::MAYMOVE, at) }?;
         pages.len = 0;

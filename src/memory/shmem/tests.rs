@@ -251,6 +251,39 @@ fn what_goes_missing_under_a_mapping_reads_as_zero_however_often_that_happens() 
 }
 
 #[test]
+fn no_zeroes_come_where_a_mapping_is_removed_or_exchanged_meanwhile() {
+    // SHM-24, SHM-45, SHM-77. A vCPU found its page missing, and only then gets the lock.
+    let bench = bench();
+    bench.map(0, 0, PAGE).unwrap();
+    bench.map(0, 2 * PAGE, PAGE).unwrap();
+    bench.file.set_len(0).unwrap();
+    let error = io::Error::from_raw_os_error(libc::EFAULT);
+    let late = |page: u64| bench.shmem.replace_missing((0, page * PAGE), 0, &error);
+    // As in the middle of an UNMAP.
+    let removed = bench.shmem.span((0, 0), PAGE).unwrap();
+    {
+        let state = &mut *bench.shmem.lock();
+        let mapping = state.ledger.mappings.get_mut(&(0, 0)).unwrap();
+        bench.shmem.hide(removed, &mut mapping.kept, true).unwrap();
+    }
+    removed.clear().unwrap();
+    assert_eq!(late(0), None);
+    assert!(!removed.read(0, &mut [0]), "inaccessible");
+    // As in the middle of a MAP that takes an old mapping's place, whose own file is long enough.
+    let exchanged = bench.shmem.span((0, 2 * PAGE), PAGE).unwrap();
+    let new = tempfile::tempfile().unwrap();
+    new.write_all_at(&[7; PAGE as usize], 0).unwrap();
+    let info = FileInfo::of(new.as_fd(), bench.shmem.origins.of(new.as_fd()).unwrap()).unwrap();
+    let begin = || bench.shmem.set_exchanged((0, 2 * PAGE), true);
+    exchanged.exchange(new.as_fd(), info, 0, Access::ReadOnly, begin).unwrap();
+    assert_eq!(late(2), Some(Page::Present));
+    assert_eq!(bench.reads(0, 2 * PAGE), Some(7));
+    // Where the exchange failed, its own file counts again.
+    bench.shmem.set_exchanged((0, 2 * PAGE), false);
+    assert!(matches!(late(2), Some(Page::Filled(_))));
+}
+
+#[test]
 fn an_access_that_kvm_passed_on_meets_what_is_there_now() {
     // SHM-45
     let bench = bench();
