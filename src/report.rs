@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -54,6 +54,21 @@ pub fn printed(result: io::Result<()>) -> Result<(), NotPrinted> {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(NotPrinted(error)),
         _ => Ok(()),
     }
+}
+
+/// What the arguments of a program say. Ends it where they are wrong, and where they ask for a text that clap
+/// prints; with [`STATUS_ERROR`] if that cannot be written.
+pub fn parsed<T>(arguments: Result<T, clap::Error>) -> T {
+    arguments.unwrap_or_else(|answer| {
+        let written = answer.print();
+        if !answer.use_stderr()
+            && let Err(failure) = printed(written)
+        {
+            say(failure_text(&failure));
+            process::exit(STATUS_ERROR.into());
+        }
+        process::exit(answer.exit_code());
+    })
 }
 
 /// Why the output is not complete.

@@ -273,6 +273,8 @@ fn output_that_is_lost_is_an_error_unless_its_reader_left() {
         (built::hotslot(), &["trace", "trace"][..]),
         (built::hotslot(), &["--print-layout=svg"]),
         (built::hotslot(), &["--print-man"]),
+        (built::hotslot(), &["--help"]),
+        (built::hotslot_backend(), &["fs", "--help"]),
         (built::hotslot_backend(), &["man"]),
         (built::hotslot_backend(), &["completions", "bash"]),
     ] {

@@ -44,7 +44,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use hotslot::report::{fail, print};
+use hotslot::report::{fail, parsed, print};
 use hotslot::sandbox::{Mode, prepare};
 
 use crate::error::Error;
@@ -80,7 +80,7 @@ enum Action {
 }
 
 fn main() -> ExitCode {
-    let Cli { sandbox, action } = Cli::parse();
+    let Cli { sandbox, action } = parsed(Cli::try_parse());
     let prepared =
         prepare(sandbox).map_err(Error::NoSandbox).and_then(|()| server::outlive_file_size_limit());
     let served = prepared.and_then(|()| match action {
