@@ -291,12 +291,12 @@ measure() {
 by_the_clock() {
     local limit=$1 try status
     shift
-    for try in 1 2 3 4 5; do
+    for try in {1..8}; do
         status=0
         (ulimit -t "$limit" && exec scripts/lab.sh --icount --timeout $((10 * limit)) "$@") >"$work/printed" || status=$?
         case $status in
         0) cat "$work/printed" && return ;;
-        124 | 125) say "run $try of 5 did not come to its end" ;;
+        124 | 125) say "run $try of 8 did not come to its end" ;;
         *) say "what ran on the emulated host ended with status $status" && return 1 ;;
         esac
     done
