@@ -99,19 +99,20 @@ fn no_back_end_listens() {
     let socket = socket.to_str().unwrap();
     let device = format!("{socket},type=rng,name=gizmo");
     let ended = refused(
-        &["--vhost-user", &device, "--connect-timeout", "2500ms"],
+        &["--vhost-user", &device, "--connect-timeout", "4500ms"],
         &[
             "gizmo: waiting for a back-end on",
             "(1 s)",
             "(2 s)",
+            "(4 s)",
             "error: device gizmo",
             socket,
-            "within 2.5 s",
+            "within 4.5 s",
             "hint: start the back-end on",
             "--connect-timeout",
         ],
     );
-    assert_eq!(ended.stderr.matches("waiting").count(), 2, "{}", ended.stderr);
+    assert_eq!(ended.stderr.matches("waiting").count(), 3, "{}", ended.stderr);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
