@@ -599,8 +599,8 @@ impl SharedMemory {
             _ => file.likely_reason(),
         };
         let State { ledger, filled, .. } = &mut *self.lock();
-        // Another mapping may be there meanwhile, or is being placed: the guest's next access shows whether it lacks
-        // a page, too. One without a slot is being removed, and no page may come back there.
+        // Another mapping may be there meanwhile, or is being placed: the guest's next access shows whether
+        // it lacks a page, too. One without a slot is being removed, and no page may come back there.
         let is_still_there = |mapping: &&mut Mapping| mapping.number == number && mapping.kept.slot.is_some();
         let mapping = ledger.mappings.get_mut(&key).filter(is_still_there)?;
         if mapping.kept.is_exchanged {

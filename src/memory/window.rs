@@ -121,7 +121,8 @@ impl Span<'_> {
         Ok(())
     }
 
-    /// The same in place of another file, which stays there where this fails. Calls `before` the pages change.
+    /// The same in place of another file, which stays there where this fails. Calls `before` when the pages
+    /// are about to change.
     pub fn exchange(
         &self,
         file: BorrowedFd<'_>,

@@ -70,8 +70,8 @@ fn read_answer(monitor: &mut UnixStream) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
-/// Out of the output of `info registers`. `None` in the 16 and 32 bit modes, whose registers have other names:
-/// a guest's firmware is there, for a moment.
+/// Out of the output of `info registers`. `None` in the 16 and 32 bit modes, whose registers have other
+/// names: a guest's firmware is there, for a moment.
 fn place(registers: &str) -> Option<Place> {
     const INTERRUPTS: u64 = 1 << 9;
     let value = |name: &str| {
