@@ -49,7 +49,9 @@ const PAIRS: u64 = 1_000;
 const WARM_UP: u64 = 20;
 /// The same where each range is new: more than the ranges that hotslot keeps slots for.
 const WARM_UP_NEW: u64 = 1_200;
-/// The other mappings: a page each, at every second page from the start of the region.
+/// The other mappings: a page each, at every second page from the start of the region, of a file of their
+/// own. A second descriptor of a file that is mapped already would be closed before the answer to the MAP,
+/// and not with the UNMAP.
 const LIVE: u64 = 16_000;
 
 /// The region, and where in it the pairs are: behind the other mappings.
@@ -156,9 +158,9 @@ fn bare_server() -> (Child, UnixStream) {
 
 /// Maps and unmaps; sends each figure's times.
 fn pairs(client: &Client<'_>, live: u64, results: &mpsc::Sender<(String, Duration)>) {
-    let file = memfd(2 * MIB);
+    let (others, file) = (memfd(PAGE), memfd(2 * MIB));
     for place in 0..live {
-        client.map(2 * PAGE * place, PAGE, &file);
+        client.map(2 * PAGE * place, PAGE, &others);
     }
     let on_disk: File = tempfile::tempfile().unwrap();
     on_disk.set_len(PAGE).unwrap();

@@ -81,8 +81,8 @@ unsafe impl Send for Slot {}
 struct Idle {
     /// Age and number, by first guest address. KVM has no two slots at one address.
     by_address: BTreeMap<u64, (u64, u32)>,
-    /// First guest address by age: the oldest is first.
-    by_age: BTreeMap<u64, u64>,
+    /// Number by age: the oldest is first.
+    by_age: BTreeMap<u64, u32>,
     /// The length of all ranges.
     bytes: u64,
     /// Slots that ever were idle: the next one's age.
@@ -92,7 +92,7 @@ struct Idle {
 impl Idle {
     fn insert(&mut self, number: u32, guest: GuestRange) {
         self.by_address.insert(guest.start(), (self.count, number));
-        self.by_age.insert(self.count, guest.start());
+        self.by_age.insert(self.count, number);
         self.bytes += guest.len();
         self.count += 1;
     }
@@ -109,12 +109,13 @@ impl Idle {
     }
 
     fn oldest(&self) -> Option<u32> {
-        let (_, start) = self.by_age.first_key_value()?;
-        Some(self.by_address.get(start)?.1)
+        self.by_age.first_key_value().map(|(_, &number)| number)
     }
 
-    fn are_too_many(&self) -> bool {
-        self.by_address.len() > MOST_IDLE || self.bytes > MOST_IDLE_BYTES
+    /// The oldest where there are too many.
+    fn surplus(&self) -> Option<u32> {
+        let are_too_many = self.by_age.len() > MOST_IDLE || self.bytes > MOST_IDLE_BYTES;
+        self.oldest().filter(|_| are_too_many)
     }
 }
 
@@ -187,7 +188,7 @@ impl Slots {
     /// Deletes the oldest idle slot where there are too many. Whether it did.
     fn delete_surplus(&self) -> io::Result<bool> {
         let state = &mut *self.lock();
-        match state.idle.oldest().filter(|_| state.idle.are_too_many()) {
+        match state.idle.surplus() {
             Some(oldest) => self.delete(state, oldest).map(|()| true),
             None => Ok(false),
         }

@@ -32,10 +32,19 @@ pub struct Ledger<T> {
     pub(super) gate_open: bool,
 }
 
+/// A mapping that may be made.
+#[derive(Debug)]
+pub struct Admitted {
+    /// The length of the whole pages that back it.
+    pub span_len: u64,
+    /// The mappings that make way for it (SHM-77).
+    pub in_the_way: Vec<Key>,
+}
+
 /// The record of a live mapping.
 pub struct Mapping<T> {
     /// As the back-end gave it: not always whole pages (SHM-34).
-    len: u64,
+    pub(super) len: u64,
     /// Where in its file it begins, in bytes.
     pub(super) file_offset: u64,
     /// What the guest may do there.
@@ -64,9 +73,8 @@ impl<T> Ledger<T> {
         Ledger { sizes, mappings, quota, limit, mapped: 0, mapped_ever: 0, made: 0, gate_open: true }
     }
 
-    /// Whether `len` bytes of a file, from `file_offset` on, may be mapped at `key`. Gives the length of the
-    /// whole pages that back them.
-    pub fn admit(&self, key: Key, len: u64, file_offset: u64) -> Result<u64, ShmemError> {
+    /// Whether `len` bytes of a file, from `file_offset` on, may be mapped at `key`.
+    pub fn admit(&self, key: Key, len: u64, file_offset: u64) -> Result<Admitted, ShmemError> {
         let (shmid, shm_offset) = key;
         if !self.gate_open {
             return Err(ShmemError::GateClosed);
@@ -87,32 +95,23 @@ impl<T> Ledger<T> {
         if file_offset.checked_add(span_len).is_none_or(|end| i64::try_from(end).is_err()) {
             return Err(ShmemError::FileRange { file_offset, len });
         }
-        let (mut count, mut mapped, limit) = (self.mappings.len(), self.mapped, self.limit);
-        for (&(_, other), mapping) in self.overlapping(key, end) {
+        let (mut in_the_way, mut mapped, limit) = (Vec::new(), self.mapped, self.limit);
+        let before = self.mappings.range((shmid, 0)..(shmid, end)).rev();
+        for (&other, mapping) in before.take_while(|((_, at), mapping)| at + mapping.span_len() > shm_offset)
+        {
             if !mapping.is_old {
-                return Err(ShmemError::Overlap { shmid, shm_offset, len, other });
+                return Err(ShmemError::Overlap { shmid, shm_offset, len, other: other.1 });
             }
-            // It makes way.
-            (count, mapped) = (count - 1, mapped - mapping.span_len());
+            in_the_way.push(other);
+            mapped -= mapping.span_len();
         }
-        if count >= self.quota {
+        if self.mappings.len() - in_the_way.len() >= self.quota {
             return Err(ShmemError::Quota(self.quota));
         }
         if span_len > limit.saturating_sub(mapped) {
             return Err(ShmemError::Bytes { len: span_len, mapped, limit });
         }
-        Ok(span_len)
-    }
-
-    /// The mappings that overlap a region's bytes from `key` on, up to the offset `end`.
-    fn overlapping(&self, (shmid, start): Key, end: u64) -> impl Iterator<Item = (&Key, &Mapping<T>)> {
-        let before = self.mappings.range((shmid, 0)..(shmid, end)).rev();
-        before.take_while(move |((_, at), mapping)| at + mapping.span_len() > start)
-    }
-
-    /// The mappings that make way for one that [`Self::admit`] has allowed.
-    pub fn in_the_way(&self, key: Key, span_len: u64) -> Vec<Key> {
-        self.overlapping(key, key.1 + span_len).map(|(&key, _)| key).collect()
+        Ok(Admitted { span_len, in_the_way })
     }
 
     /// Whether the mapping at `key` has this place in the guest, and is of a back-end that is gone: one that
@@ -138,14 +137,12 @@ impl<T> Ledger<T> {
         Some(mapping)
     }
 
-    /// The mapping that an UNMAP names: all of it, by the length that it was made with.
-    pub fn named(&self, key: Key, len: u64) -> Result<&Mapping<T>, ShmemError> {
-        let (shmid, shm_offset) = key;
-        if !self.sizes.contains_key(&shmid) {
-            return Err(ShmemError::NoRegion(shmid));
+    /// Why an UNMAP is refused that names no mapping: all of it, by the length that it was made with.
+    pub fn not_found(&self, (shmid, shm_offset): Key, len: u64) -> ShmemError {
+        match self.sizes.contains_key(&shmid) {
+            true => ShmemError::NoMapping { shmid, shm_offset, len },
+            false => ShmemError::NoRegion(shmid),
         }
-        let mapping = self.mappings.get(&key).filter(|mapping| mapping.len == len);
-        mapping.ok_or(ShmemError::NoMapping { shmid, shm_offset, len })
     }
 
     /// What is free around a place: where that starts, and its length in bytes. It is 0 for a place at the
@@ -180,7 +177,7 @@ mod tests {
     fn ledger() -> Ledger<()> {
         let mut ledger = Ledger::new([(0, 16 * PAGE), (7, PAGE)], 3, u64::MAX);
         for (offset, len) in [(2 * PAGE, PAGE + 1), (9 * PAGE, PAGE)] {
-            assert_eq!(ledger.admit((0, offset), len, 0).unwrap(), len.next_multiple_of(PAGE));
+            assert_eq!(ledger.admit((0, offset), len, 0).unwrap().span_len, len.next_multiple_of(PAGE));
             ledger.insert((0, offset), len, 0, Access::ReadOnly, ());
         }
         ledger
@@ -202,7 +199,6 @@ mod tests {
         let mut ledger = ledger();
         ledger.admit((0, 3 * PAGE), PAGE, 0).unwrap_err();
         ledger.admit((7, PAGE), PAGE, 0).unwrap_err();
-        assert!(ledger.named((0, 2 * PAGE), 2 * PAGE).is_err());
         assert_eq!((ledger.mappings.len(), ledger.mappings[&(0, 9 * PAGE)].number), (2, 1));
         ledger.remove((0, 9 * PAGE)).unwrap();
         ledger.insert((0, 9 * PAGE), PAGE, 0, Access::ReadOnly, ());
@@ -217,7 +213,7 @@ mod tests {
         ledger.insert((0, 0), 1, 0, Access::ReadOnly, ());
         ledger.insert((0, PAGE), 4 * PAGE, 0, Access::ReadOnly, ());
         let next = (0, 16 * PAGE);
-        assert_eq!(ledger.admit(next, 3 * PAGE, 0).unwrap(), 3 * PAGE);
+        assert_eq!(ledger.admit(next, 3 * PAGE, 0).unwrap().span_len, 3 * PAGE);
         for len in [3 * PAGE + 1, 4 * PAGE, 1 << 60] {
             let refused = ledger.admit(next, len, 0);
             assert!(

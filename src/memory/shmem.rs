@@ -16,7 +16,7 @@ use std::time::Instant;
 use super::alloc::WindowAllocator;
 use super::backing::{BackingFile, BackingFiles, FileInfo};
 pub use super::error::{LayoutError, ShmemError};
-use super::ledger::{self, Key, Ledger};
+use super::ledger::{self, Admitted, Key, Ledger};
 use super::origin::Origins;
 use super::window::{ReserveVma, Span, Window};
 use super::{Access, GuestMapper, GuestRange, PAGE_SIZE, SlotId};
@@ -258,11 +258,11 @@ impl SharedMemory {
     pub fn map(&self, request: &MapRequest<'_>) -> Result<(MappingInfo, u64), ShmemError> {
         let &MapRequest { shmid, shm_offset, len, file, file_offset, access } = request;
         let key = (shmid, shm_offset);
-        let span_len = self.lock().ledger.admit(key, len, file_offset)?;
+        let Admitted { span_len, in_the_way } = self.lock().ledger.admit(key, len, file_offset)?;
         let span = self.span(key, span_len).ok_or(ShmemError::NoRegion(shmid))?;
         let fd = file.as_fd();
         let info = FileInfo::of(fd, self.origins.of(fd)?).map_err(ShmemError::Place)?;
-        let replaces = self.make_way(key, span_len, access)?;
+        let replaces = self.make_way(in_the_way, key, span_len, access)?;
         if replaces {
             let exchanged = span.exchange(fd, info, file_offset, access, || self.set_exchanged(key, true));
             if let Err(error) = exchanged {
@@ -274,7 +274,7 @@ impl SharedMemory {
             return Err(ShmemError::of_mmap(error, access));
         }
         let kept = self.lock().files.keep(file, info);
-        let shown = self.show(request, span, kept);
+        let shown = self.show(request, span, kept, replaces);
         // An old mapping that was to be replaced still has its slot: its pages must not become a reservation.
         if shown.is_err() && !replaces {
             self.clear(span, span)?;
@@ -313,15 +313,19 @@ impl SharedMemory {
 
     /// Takes away the old mappings in the place of a mapping that is to be made (SHM-77). Whether one of them
     /// stays there, whose slot the new mapping takes over.
-    fn make_way(&self, key: Key, span_len: u64, access: Access) -> Result<bool, ShmemError> {
-        let in_the_way = {
-            let ledger = &self.lock().ledger;
-            if ledger.is_replaced(key, span_len, access) {
-                return Ok(true);
-            }
-            ledger.in_the_way(key, span_len)
-        };
-        in_the_way.into_iter().try_for_each(|old| self.take_away(old, |mapping| mapping.is_old))?;
+    fn make_way(
+        &self,
+        in_the_way: Vec<Key>,
+        key: Key,
+        span_len: u64,
+        access: Access,
+    ) -> Result<bool, ShmemError> {
+        if !in_the_way.is_empty() && self.lock().ledger.is_replaced(key, span_len, access) {
+            return Ok(true);
+        }
+        for old in in_the_way {
+            self.take_away(old, |mapping| mapping.is_old)?;
+        }
         Ok(false)
     }
 
@@ -332,20 +336,23 @@ impl SharedMemory {
         }
     }
 
-    /// Lets the guest see a file that was placed.
+    /// Lets the guest see a file that was placed, or `replaces` the pages of an old mapping.
     fn show(
         &self,
         request: &MapRequest<'_>,
         span: Span<'_>,
         file: Arc<BackingFile>,
+        replaces: bool,
     ) -> Result<MappingInfo, ShmemError> {
         let &MapRequest { shmid, shm_offset, len, file_offset, access, .. } = request;
         let (key, guest) = ((shmid, shm_offset), span.guest());
         let mut state = self.lock();
         let ledger = &mut state.ledger;
-        // Again: a reset may have closed the gate meanwhile, and may not have waited for this thread.
-        ledger.admit(key, len, file_offset)?;
-        let replaces = ledger.is_replaced(key, guest.len(), access);
+        // Again: a reset may have closed it meanwhile, and may not have waited for this thread. What else was
+        // admitted still is: no other thread adds a mapping.
+        if !ledger.gate_open {
+            return Err(ShmemError::GateClosed);
+        }
         let replaced = if replaces { ledger.remove(key) } else { None };
         // SAFETY: the span stays the window's, mapped or reserved, for as long as the slot exists, live or
         // idle: other pages take the place of its own in one call, and `drop` keeps the window where a slot
@@ -365,28 +372,31 @@ impl SharedMemory {
     /// Takes one whole mapping away; no vCPU can reach the file when this returns (SHM-56).
     pub fn unmap(&self, shmid: u8, shm_offset: u64, len: u64) -> Result<(), ShmemError> {
         let key = (shmid, shm_offset);
-        self.lock().ledger.named(key, len)?;
-        self.take_away(key, |_| true)
+        match self.take_away(key, |mapping| mapping.len == len)? {
+            true => Ok(()),
+            false => Err(self.lock().ledger.not_found(key, len)),
+        }
     }
 
-    /// Takes a mapping away, if it is one of `which`. Its slot stays, idle, where it may.
-    fn take_away(&self, key: Key, which: impl Fn(&Mapping) -> bool) -> Result<(), ShmemError> {
+    /// Takes a mapping away, if it is one of `which`. Its slot stays, idle, where it may. Whether there was
+    /// one.
+    fn take_away(&self, key: Key, which: impl Fn(&Mapping) -> bool) -> Result<bool, ShmemError> {
         let (span, hole) = {
             let State { ledger, is_unreserved, .. } = &mut *self.lock();
-            let ((shmid, start), len) = ledger.hole_without(key);
             let Some(mapping) = ledger.mappings.get_mut(&key).filter(|mapping| which(mapping)) else {
-                return Ok(());
+                return Ok(false);
             };
-            let span = self.span(key, mapping.span_len()).ok_or(ShmemError::NoRegion(shmid))?;
+            let span = self.span(key, mapping.span_len()).ok_or(ShmemError::NoRegion(key.0))?;
             // Release the slot before the pages are replaced: a vCPU that gets EFAULT looks for an idle one.
             self.hide(span, &mut mapping.kept, self.keeps_slots)?;
-            (span, self.span((shmid, start), len).filter(|_| *is_unreserved).unwrap_or(span))
+            let hole = is_unreserved.then(|| ledger.hole_without(key));
+            (span, hole.and_then(|(key, len)| self.span(key, len)).unwrap_or(span))
         };
         self.clear(span, hole)?;
         // What is removed is dropped after the lock: closing a file can wait.
         let removed = self.lock().ledger.remove(key);
         drop(removed);
-        Ok(())
+        Ok(true)
     }
 
     /// Takes away up to `most` slots that unmapped ranges have kept, and gives their number.
