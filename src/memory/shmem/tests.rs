@@ -284,6 +284,20 @@ fn no_zeroes_come_where_a_mapping_is_removed_or_exchanged_meanwhile() {
 }
 
 #[test]
+fn a_file_that_was_placed_before_a_reset_is_not_shown_after_it() {
+    // SHM-71: the reset did not wait for the thread that maps.
+    let bench = bench();
+    let request = bench.request(0, 0, PAGE, 0);
+    let (fd, span) = (request.file.as_fd(), bench.shmem.span((0, 0), PAGE).unwrap());
+    let info = FileInfo::of(fd, bench.shmem.origins.of(fd).unwrap()).unwrap();
+    span.place(fd, info, 0, Access::ReadOnly).unwrap();
+    bench.shmem.close_gate();
+    let kept = bench.shmem.lock().files.keep(request.file, info);
+    assert!(matches!(bench.shmem.show(&request, span, kept, false), Err(ShmemError::GateClosed)));
+    assert_eq!((bench.sees(0), bench.shmem.mappings().len()), (vec![], 0));
+}
+
+#[test]
 fn an_access_that_kvm_passed_on_meets_what_is_there_now() {
     // SHM-45
     let bench = bench();
