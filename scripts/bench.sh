@@ -68,19 +68,19 @@ main() {
             shift
             ;;
         --beside | --hotslot)
-            [[ ${2-} == ?*=?* && -f ${2#*=} && -x ${2#*=} ]] || die "$1 ${2-}: this is not NAME=PATH with the path of a program"
+            [[ ${2-} == ?*=?* && -f ${2#*=} && -x ${2#*=} ]] || wrong "$1 ${2-}: this is not NAME=PATH with the path of a program"
             if [[ $1 == --beside ]]; then beside+=("${2%%=*}=$(realpath "${2#*=}")"); else hotslots+=("${2%%=*}=$(realpath "${2#*=}")"); fi
             shift
             ;;
         --keep)
-            (($# > 1)) || die "--keep needs a directory"
-            mkdir -p "$2" 2>/dev/null || die "--keep $2: this is no directory, and cannot be made one"
+            (($# > 1)) || wrong "--keep needs a directory"
+            mkdir -p "$2" 2>/dev/null || wrong "--keep $2: this is no directory, and cannot be made one"
             keep=$(realpath "$2")
             shift
             ;;
         all) parts+=("${ALL[@]}") ;;
         *)
-            [[ " ${ALL[*]} " == *" $1 "* ]] || die "$1: not understood (--help lists what is)"
+            [[ " ${ALL[*]} " == *" $1 "* ]] || wrong "$1: not understood (--help lists what is)"
             parts+=("$1")
             ;;
         esac
@@ -176,7 +176,7 @@ neighbour() {
 
 many() {
     local count=${1-200}
-    [[ $count =~ ^[1-9][0-9]*$ && $# -le 1 ]] || die "many $*: how many machines, as a whole number"
+    [[ $count =~ ^[1-9][0-9]*$ && $# -le 1 ]] || wrong "many $*: how many machines, as a whole number"
     cd "$PROJECT"
     cargo bench --quiet --locked --bench many -- "$count"
 }

@@ -44,18 +44,18 @@ main() {
         --list) printf '%s\n' "configurations: ${CONFIGURATIONS[*]}" "programs: ${PROGRAMS[*]}" && return ;;
         --keep) keep=1 ;;
         --programs)
-            (($# > 1)) || die "--programs needs a list (--list names what there is)"
+            (($# > 1)) || wrong "--programs needs a list (--list names what there is)"
             IFS=, read -ra programs <<<"$2"
             shift
             ;;
-        -*) die "$1: unknown option (--help lists them)" ;;
+        -*) wrong "$1: unknown option (--help lists them)" ;;
         *) configurations+=("$1") ;;
         esac
         shift
     done
     ((${#configurations[@]})) || configurations=("${CONFIGURATIONS[@]}")
-    for each in "${configurations[@]}"; do one_of "$each" "${CONFIGURATIONS[@]}" || die "$each: no such configuration (--list)"; done
-    for each in "${programs[@]}"; do one_of "$each" "${PROGRAMS[@]}" || die "$each: no such program (--list)"; done
+    for each in "${configurations[@]}"; do one_of "$each" "${CONFIGURATIONS[@]}" || wrong "$each: no such configuration (--list)"; done
+    for each in "${programs[@]}"; do one_of "$each" "${PROGRAMS[@]}" || wrong "$each: no such program (--list)"; done
     ((EUID == 0)) || die "this needs root, for mmdebstrap and a loop mount"
 
     need mmdebstrap:mmdebstrap mkfs.ext4:e2fsprogs busybox:busybox-static cpio:cpio

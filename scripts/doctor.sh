@@ -35,10 +35,11 @@ lack() {
 }
 
 main() {
+    (($# <= 1)) || wrong "$2: not understood (there is only --help)"
     case ${1-} in
     '') ;;
     -h | --help) usage && return ;;
-    *) die "$1: unknown option (there is only --help)" ;;
+    *) wrong "$1: unknown option (there is only --help)" ;;
     esac
     echo 'Where guests run:'
     virtualisation

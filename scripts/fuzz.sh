@@ -41,13 +41,13 @@ main() {
             ;;
         --build) only_build=1 ;;
         --sanitizer)
-            [[ ${2-} == address || ${2-} == none ]] || die "--sanitizer takes address or none"
+            [[ ${2-} == address || ${2-} == none ]] || wrong "--sanitizer takes address or none"
             sanitizer=$2
             shift
             ;;
-        -*) die "$1: unknown option (--help lists them)" ;;
+        -*) wrong "$1: unknown option (--help lists them)" ;;
         *)
-            [[ -e $FUZZ/fuzz_targets/$1.rs ]] || die "$1: there is no such target (--help lists them)"
+            [[ -e $FUZZ/fuzz_targets/$1.rs ]] || wrong "$1: there is no such target (--help lists them)"
             targets+=("$1")
             ;;
         esac

@@ -26,8 +26,8 @@ main() {
         -h | --help) usage && return ;;
         --bare) bare=1 && shift && continue ;;
         --) shift && command=("$@") && break ;;
-        -o | --module | --file | --exec | --command) (($# > 1)) || die "$1 needs a value (--help describes it)" ;;
-        *) die "$1: unknown option (--help lists them)" ;;
+        -o | --module | --file | --exec | --command) (($# > 1)) || wrong "$1 needs a value (--help describes it)" ;;
+        *) wrong "$1: unknown option (--help lists them)" ;;
         esac
         case $1 in
         -o) out=$2 ;;
@@ -38,7 +38,7 @@ main() {
         esac
         shift 2
     done
-    [[ -n $out ]] || die "no -o FILE: where should the image go?"
+    [[ -n $out ]] || wrong "no -o FILE: where should the image go?"
     need cpio:cpio
 
     stage=$(mktemp -d)

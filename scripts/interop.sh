@@ -77,13 +77,13 @@ main() {
         --icount) CLOCK=(--icount) ;;
         many | debian | frontends) mode=$1 ;;
         *)
-            [[ -e $INTEROP/backends/$1.sh ]] || die "$1: no such back-end (--list)"
+            [[ -e $INTEROP/backends/$1.sh ]] || wrong "$1: no such back-end (--list)"
             names+=("$1")
             ;;
         esac
         shift
     done
-    [[ -n $reconnect || $kills == 1 ]] || die "--kills needs --reconnect SECONDS"
+    [[ -n $reconnect || $kills == 1 ]] || wrong "--kills needs --reconnect SECONDS"
     # No Linux with more processors comes up by that clock.
     ((${#CLOCK[@]} == 0)) || cpus=1
     [[ -z $list ]] || { list && return; }

@@ -23,10 +23,11 @@ OLDEST=6.12
 RECENT_DAYS=7
 
 main() {
+    (($# <= 1)) || wrong "$2: not understood (--help lists what is)"
     case ${1-} in
     '') ;;
     -h | --help) usage && return ;;
-    *) die "$1: unknown option (--help lists them)" ;;
+    *) wrong "$1: unknown option (--help lists them)" ;;
     esac
     mkdir -p "$CACHE"
     # One at a time; the others then find it there.

@@ -45,7 +45,7 @@ main() {
             seconds=$(whole_number "$@")
             shift
             ;;
-        *) die "$1: unknown option (--help lists them)" ;;
+        *) wrong "$1: unknown option (--help lists them)" ;;
         esac
         shift
     done

@@ -53,8 +53,8 @@ main() {
         --) shift && break ;;
         --tty) terminal=1 options+=(--tty) && shift && continue ;;
         --icount | --verbose) options+=("$1") && shift && continue ;;
-        --file | --exec | --module | --out | --share | --memory | --env | --timeout | --append | --log) (($# > 1)) || die "$1 needs a value (--help describes it)" ;;
-        *) die "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
+        --file | --exec | --module | --out | --share | --memory | --env | --timeout | --append | --log) (($# > 1)) || wrong "$1 needs a value (--help describes it)" ;;
+        *) wrong "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
         esac
         case $1 in
         --file) packed+=(--file "$(realpath -s "$2")") ;;
@@ -62,7 +62,7 @@ main() {
         --module) modules+=("$2") ;;
         --out) options+=(--out "$(realpath -ms "$2")") ;;
         --share)
-            [[ -d $2 ]] || die "--share $2: this is not a directory"
+            [[ -d $2 ]] || wrong "--share $2: this is not a directory"
             shares+=("$(realpath "$2")")
             ;;
         --timeout) limit=$2 ;;
@@ -70,7 +70,7 @@ main() {
         esac
         shift 2
     done
-    (($#)) || die "there is no COMMAND to run (--help describes it)"
+    (($#)) || wrong "there is no COMMAND to run (--help describes it)"
     need qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio
     [[ -n $limit || -n $terminal ]] || limit=300
     [[ -z $limit ]] || options+=(--timeout "$limit")

@@ -17,6 +17,8 @@ die() {
     say "$*"
     exit "${DIE_STATUS:-1}"
 }
+# For a wrong command line: a status of its own, as hotslot and hotslot-backend have it.
+wrong() { DIE_STATUS=${DIE_STATUS:-2} die "$*"; }
 
 # Where hotslot and hotslot-backend are.
 BUILT=${HOTSLOT_PROGRAMS:-$TARGET/release}
@@ -35,7 +37,7 @@ need_programs() {
 
 # whole_number OPTION VALUE...: the value of an option, of the arguments that are left.
 whole_number() {
-    [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "$1 needs a whole number (--help describes it)"
+    [[ ${2-} =~ ^[1-9][0-9]*$ ]] || wrong "$1 needs a whole number (--help describes it)"
     echo "$2"
 }
 

@@ -95,8 +95,6 @@ main() {
     fi
 }
 
-wrong() { DIE_STATUS=2 die "$* (--help describes the options)"; }
-
 parse() {
     local option
     while (($#)); do
@@ -115,9 +113,9 @@ parse() {
         --tty) tty=1 && shift && continue ;;
         --verbose | -v | -vv) verbose=1 hotslot_options+=("$1") && shift && continue ;;
         --kernel | --modules | --share | --disk | --backend | --type | --module | --memory-picture | --cpus | -m | --memory | -i | --initramfs | -c | --cmdline | --log | --log-file | --unavailable-page | --backend-loss | --trace-vhost-user | --connect-timeout | --sandbox | --gdb | --dump | --vhost-user)
-            (($# > 1)) || wrong "$1 needs a value"
+            (($# > 1)) || wrong "$1 needs a value (--help describes it)"
             ;;
-        -*) wrong "$1: there is no such option" ;;
+        -*) wrong "$1: there is no such option (--help lists them)" ;;
         *) break ;;
         esac
         case $1 in

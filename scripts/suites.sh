@@ -56,13 +56,13 @@ main() {
             shift
             ;;
         --config)
-            (($# > 1)) || die "--config needs a value (--help describes it)"
+            (($# > 1)) || wrong "--config needs a value (--help describes it)"
             configs+=("$2")
             shift
             ;;
-        -*) die "$1: unknown option (--help lists them)" ;;
+        -*) wrong "$1: unknown option (--help lists them)" ;;
         pjdfstest | fsx | stress-ng) suites+=("$1") ;;
-        *) die "$1: there is no such suite (--help lists them)" ;;
+        *) wrong "$1: there is no such suite (--help lists them)" ;;
         esac
         shift
     done
@@ -89,7 +89,7 @@ chosen() {
     [[ $suite != pjdfstest ]] || all+=(ext4-user dax-user nodax-user dax-rootless nodax-rootless)
     if (($#)); then
         for config in "$@"; do
-            [[ " ${all[*]} " == *" $config "* ]] || die "$config: $suite has no such configuration (it has ${all[*]})"
+            [[ " ${all[*]} " == *" $config "* ]] || wrong "$config: $suite has no such configuration (it has ${all[*]})"
         done
         mapfile -t all < <(for config in "$@"; do native "$config" && echo "$config"; done | awk '!seen[$0]++')
     fi

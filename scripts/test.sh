@@ -33,6 +33,7 @@ main() {
     local quick='' long=''
     # Without the sanitizer, which takes longer to build and finds little in some seconds.
     local fuzz=(--seconds 5 --sanitizer none)
+    (($# <= 1)) || wrong "$2: not understood behind $1 (--help lists what is)"
     case ${1-} in
     -h | --help) usage && return ;;
     quick) quick=1 ;;
@@ -43,7 +44,7 @@ main() {
         fuzz=(--seconds 900)
         ;;
     '') ;;
-    *) die "$1: not understood (--help lists what is)" ;;
+    *) wrong "$1: not understood (--help lists what is)" ;;
     esac
     cd "$PROJECT"
     # `need` reports what is missing and cannot be installed; the steps that need it fail then.

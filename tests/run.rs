@@ -74,22 +74,48 @@ fn the_other_scripts_refuse_in_one_line_too() {
         ("bench.sh", &["--hotslot", "other=/", "size"], "--hotslot other=/: this is not NAME=PATH"),
         ("bench.sh", &["--beside", "/bin/sh"], "--beside /bin/sh: this is not NAME=PATH"),
         ("bench.sh", &["many", "5", "6"], "many 5 6: how many machines"),
-        ("bench.sh", &["size"], "HOTSLOT_PROGRAMS=/nonexistent: there is no program hotslot"),
+        ("bench.sh", &["--nothing"], "--nothing: not understood"),
+        ("debian.sh", &["--programs"], "--programs needs a list"),
+        ("debian.sh", &["ext2"], "ext2: no such configuration"),
+        ("doctor.sh", &["--nothing"], "--nothing: unknown option"),
+        ("doctor.sh", &["", "more"], "more: not understood"),
         ("fuzz.sh", &["--seconds", "0"], not_whole),
         ("fuzz.sh", &["--sanitizer", "thread"], "--sanitizer takes address or none"),
         ("fuzz.sh", &["nothing"], "nothing: there is no such target"),
+        ("image.sh", &["--nothing"], "--nothing: unknown option"),
+        ("image.sh", &["-o"], "-o needs a value"),
+        ("image.sh", &["--bare"], "no -o FILE"),
         ("interop.sh", &["--kills", "x"], not_whole),
         ("interop.sh", &["--cpus"], not_whole),
         ("interop.sh", &["--kills", "2", "rng"], "--kills needs --reconnect SECONDS"),
         ("interop.sh", &["nothing"], "nothing: no such back-end"),
+        ("kernel.sh", &["--nothing"], "--nothing: unknown option"),
         ("kills.sh", &["--count", "-1"], not_whole),
         ("suites.sh", &["--seconds", ""], not_whole),
+        ("suites.sh", &["nothing"], "nothing: there is no such suite"),
         ("test.sh", &["slow"], "slow: not understood"),
+        ("test.sh", &["quick", "long"], "long: not understood behind quick"),
     ] {
         let (status, said) = run(name, arguments);
-        assert_eq!(status, Some(1), "{name} {arguments:?}: {said}");
+        assert_eq!(status, Some(2), "{name} {arguments:?}: {said}");
         assert!(said.starts_with(name) && said.contains(sentence), "{name} {arguments:?}: {said}");
         assert_eq!(said.lines().count(), 1, "{name} {arguments:?}: {said}");
+    }
+    // That is no wrong command line.
+    let (status, said) = run("bench.sh", &["size"]);
+    assert_eq!(status, Some(1), "{said}");
+    assert!(said.contains("HOTSLOT_PROGRAMS=/nonexistent: there is no program hotslot"), "{said}");
+    // Its own failures must differ from the command's exit statuses.
+    for (arguments, sentence) in [
+        (&["--nothing"][..], "--nothing: unknown option"),
+        (&["--memory"], "--memory needs a value"),
+        (&["--share", "/nonexistent", "--", "true"], "--share /nonexistent: this is not a directory"),
+        (&["--tty"], "there is no COMMAND"),
+    ] {
+        let (status, said) = run("lab.sh", arguments);
+        assert_eq!(status, Some(125), "{arguments:?}: {said}");
+        assert!(said.starts_with("lab.sh: ") && said.contains(sentence), "{arguments:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{arguments:?}: {said}");
     }
 }
 

@@ -26,14 +26,20 @@ const CONTRACT: &str = "src/contract.md";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    match parse(&words).and_then(|options| run(&options)) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(sentence) => {
-            say(&sentence);
-            ExitCode::FAILURE
-        }
-    }
+    let options = match parse(&words) {
+        Ok(options) => options,
+        Err(sentence) => return wrong(&sentence),
+    };
+    run(&options).unwrap_or_else(|sentence| {
+        say(&sentence);
+        ExitCode::FAILURE
+    })
+}
+
+/// A wrong command line has the exit status that it has in the scripts.
+fn wrong(sentence: &str) -> ExitCode {
+    say(sentence);
+    ExitCode::from(2)
 }
 
 #[derive(Debug, Default, PartialEq)]
@@ -62,12 +68,15 @@ fn parse(words: &[String]) -> Result<Options> {
     Ok(options)
 }
 
-/// Runs in the project's directory. Whether every assertion that was asked for holds.
-fn run(options: &Options) -> Result<bool> {
+/// Runs in the project's directory. Succeeds when every assertion that was asked for holds.
+fn run(options: &Options) -> Result<ExitCode> {
     let text = fs::read_to_string(CONTRACT).map_err(|error| format!("cannot read {CONTRACT}: {error}"))?;
     let mut assertions = assertions::parse(&text);
     let mut citations = citations::find(&Sources::new(Path::new(".")))?;
-    check_numbers(&assertions, &citations, &options.numbers)?;
+    check_cited(&assertions, &citations)?;
+    if let Some(number) = options.numbers.iter().find(|number| !exists(&assertions, **number)) {
+        return Ok(wrong(&format!("there is no SHM-{number} in {CONTRACT}")));
+    }
     if !options.numbers.is_empty() {
         assertions.retain(|assertion| options.numbers.contains(&assertion.number));
         citations.retain(|citation| options.numbers.contains(&citation.number));
@@ -91,21 +100,21 @@ fn run(options: &Options) -> Result<bool> {
     };
     let table = table::Table::new(&assertions, &citations, results.as_ref(), details);
     print!("{table}");
-    Ok(table.failed() == 0)
+    Ok(if table.failed() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Every number that is cited or asked for exists.
-fn check_numbers(assertions: &[Assertion], citations: &BTreeSet<Citation>, wanted: &[u32]) -> Result<()> {
-    let exists = |number: u32| assertions.iter().any(|assertion| assertion.number == number);
-    let unknown: Vec<String> =
-        citations.iter().filter(|citation| !exists(citation.number)).map(Citation::to_string).collect();
-    if !unknown.is_empty() {
-        return Err(format!("cited, but not in {CONTRACT}:\n{}", unknown.join("\n")));
+fn exists(assertions: &[Assertion], number: u32) -> bool {
+    assertions.iter().any(|assertion| assertion.number == number)
+}
+
+/// Every number that is cited exists.
+fn check_cited(assertions: &[Assertion], citations: &BTreeSet<Citation>) -> Result<()> {
+    let unknown = citations.iter().filter(|citation| !exists(assertions, citation.number));
+    let unknown: Vec<String> = unknown.map(Citation::to_string).collect();
+    if unknown.is_empty() {
+        return Ok(());
     }
-    match wanted.iter().find(|number| !exists(**number)) {
-        Some(number) => Err(format!("there is no SHM-{number} in {CONTRACT}")),
-        None => Ok(()),
-    }
+    Err(format!("cited, but not in {CONTRACT}:\n{}", unknown.join("\n")))
 }
 
 /// Runs each cited test once, one test program after the other.
@@ -157,9 +166,8 @@ mod tests {
             test: "tests::one".to_owned(),
             place: "src/lib.rs:7".to_owned(),
         };
-        assert_eq!(check_numbers(&assertions, &[citation(1)].into(), &[1]), Ok(()));
-        assert!(check_numbers(&assertions, &[citation(1)].into(), &[2]).is_err());
-        let error = check_numbers(&assertions, &[citation(1), citation(3)].into(), &[]).unwrap_err();
+        assert_eq!(check_cited(&assertions, &[citation(1)].into()), Ok(()));
+        let error = check_cited(&assertions, &[citation(1), citation(3)].into()).unwrap_err();
         assert!(error.ends_with("SHM-3: lib: tests::one (src/lib.rs:7)"), "{error}");
     }
 }
