@@ -17,7 +17,8 @@
 #                      leads no further than there
 #   --backend LINE --type TYPE[,KEY=VALUE]...
 #                      a device of a back-end of yours: LINE is for the shell, with {socket} where the back-end is to
-#                      listen; TYPE and the keys are those of `hotslot --vhost-user`. May be given several times
+#                      listen; TYPE and the keys are those of `hotslot --vhost-user`. May be given several times. When one
+#                      ends before it listens, no guest is started
 #   --module NAME      loads this module of the kernel as well
 #   --shell            a file of this machine, target/run/pmem.img, as persistent memory, mounted at /mnt with DAX
 #   --cpus N, --memory SIZE, -m SIZE

@@ -1,16 +1,18 @@
 //! `scripts/run.sh`: what it refuses, and that it does so before anything is built; what its help describes.
-//! What the other scripts refuse.
+//! What the other scripts refuse. What becomes of its back-ends that end too early.
 
 #![allow(clippy::unwrap_used)] // All of it is tests.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 
 use hotslot_test_support::child;
 
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
+const BACKEND: &str = env!("CARGO_BIN_EXE_hotslot-backend");
 
 /// Runs a script with a cargo that builds nothing, which it needs for everything that it does not refuse.
 fn run(name: &str, arguments: &[&str]) -> (Option<i32>, String) {
@@ -158,4 +160,54 @@ fn what_is_right_comes_to_the_build() {
         let (status, said) = run("run.sh", arguments);
         assert_eq!((status, said.contains("no cargo")), (Some(1), true), "{arguments:?}: {said}");
     }
+}
+
+/// A hotslot that says which sockets are there.
+const HOTSLOT: &str = r#"#!/bin/sh
+for word; do
+    case $word in *,type=*) [ -S "${word%%,*}" ] && echo "has ${word#*,}" ;; esac
+done
+"#;
+
+/// `run/host.sh` with these lines of back-ends.
+fn host(devices: &str) -> (Option<i32>, String) {
+    let programs = tempfile::tempdir().unwrap();
+    let hotslot = programs.path().join("hotslot");
+    fs::write(&hotslot, HOTSLOT).unwrap();
+    fs::set_permissions(&hotslot, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new("/bin/sh");
+    command.arg(format!("{PROJECT}/scripts/run/host.sh")).env("TMPDIR", programs.path());
+    command.env("HOTSLOT", hotslot).env("JOB", "console").env("DEVICES", devices);
+    for name in ["BACKEND", "KERNEL", "GUEST", "SETUP"] {
+        command.env(name, "none");
+    }
+    let output = child::run(&mut command);
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(said).unwrap())
+}
+
+#[test]
+fn a_back_end_that_ends_before_it_listens_ends_all() {
+    let files = tempfile::tempdir().unwrap();
+    let (empty, full) = (files.path().join("empty"), files.path().join("full"));
+    fs::write(&empty, "").unwrap();
+    fs::write(&full, [0; 512]).unwrap();
+    let disk = |path: &Path| format!("'{BACKEND}' blk --once --socket {{socket}} --file {}", path.display());
+    let first = format!("type=blk,name=first {}\n", disk(&full));
+    for (line, reason) in [
+        (disk(&empty), "has 0 bytes"),
+        ("nothing {socket}".to_owned(), "not found"),
+        ("true {socket}".to_owned(), "true {socket}"),
+    ] {
+        let (ended, said) = host(&format!("{first}type=blk,name=second {line}"));
+        assert_eq!(ended, Some(1), "{said}");
+        assert!(said.contains(reason) && !said.contains("has type"), "{said}");
+        let last = format!("run.sh: a back-end ended before it listened: {line}\n");
+        assert!(said.contains(&last), "{said}");
+    }
+
+    // One that takes its time is waited for.
+    let (ended, said) = host(&format!("type=blk,name=slow sh -c \"sleep 0.2; exec {}\"", disk(&full)));
+    assert_eq!(ended, Some(0), "{said}");
+    assert!(said.contains("has type=blk,name=slow\n"), "{said}");
 }

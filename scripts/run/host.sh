@@ -23,9 +23,34 @@ backend() {
     socket=$dir/$number
     number=$((number + 1))
     line=$(printf '%s\n' "$2" | sed "s|{socket}|$socket|g")
+    printf '%s\n' "$2" >"$socket.line"
     sh -c "exec $line" <&3 3<&- &
     backends="$backends $!"
     devices="$devices --vhost-user $socket,$1"
+}
+
+# Waits until each back-end listens, for 30 seconds at most: then hotslot waits, by its own limit, and says for which device.
+# Fails when one has ended before.
+all_listen() {
+    number=0 tries=0
+    for pid in $backends; do
+        while [ ! -S "$dir/$number" ] && [ $tries -lt 1500 ]; do
+            if ended "$pid"; then
+                echo "run.sh: a back-end ended before it listened: $(cat "$dir/$number.line")" >&2
+                return 1
+            fi
+            sleep 0.02
+            tries=$((tries + 1))
+        done
+        number=$((number + 1))
+    done
+}
+
+# ended PID: whether it has; until it is waited for it is a zombie.
+ended() {
+    { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 0
+    case $stat in *') Z '*) return 0 ;; esac
+    return 1
 }
 
 if [ "$JOB" = command ]; then
@@ -45,12 +70,12 @@ done <<END
 $DEVICES
 END
 # shellcheck disable=SC2086 # its paths are of mktemp
-set -- "$HOTSLOT" -k "$KERNEL" -i "$GUEST" --debug-exit --connect-timeout 30s -c "$cmdline" $devices "$@"
+set -- "$HOTSLOT" -k "$KERNEL" -i "$GUEST" --debug-exit -c "$cmdline" $devices "$@"
 
 case $JOB in
-console) "$@" ;;
+console) all_listen && "$@" ;;
 command)
-    "$@" &
+    { all_listen && exec "$@"; } &
     hotslot_pid=$!
     # Either may end first: `init lab`, or the guest. What does not end within three seconds is made to.
     {
@@ -68,7 +93,7 @@ command)
 demo)
     # When guest.sh has written its file, hotslot is asked for its memory map.
     mkfifo "$dir/console"
-    "$@" </dev/null >"$dir/console" &
+    { all_listen && exec "$@"; } </dev/null >"$dir/console" &
     hotslot_pid=$!
     while IFS= read -r line; do
         printf '%s\n' "$line"
