@@ -111,7 +111,7 @@ main() {
         (set -e && "$part" >"$work/part")
         status=$?
         set -e
-        ((status == 0)) || failed+=("$part")
+        [[ $status == 0 && -s $work/part ]] || failed+=("$part")
         cat "$work/part" >>"$figures"
     done
     target/debug/hotslot-figures table "$figures" | tee "$work/table"

@@ -44,7 +44,7 @@ main() {
         --list) printf '%s\n' "configurations: ${CONFIGURATIONS[*]}" "programs: ${PROGRAMS[*]}" && return ;;
         --keep) keep=1 ;;
         --programs)
-            (($# > 1)) || wrong "--programs needs a list (--list names what there is)"
+            [[ -n ${2-} ]] || wrong "--programs needs a list (--list names what there is)"
             IFS=, read -ra programs <<<"$2"
             shift
             ;;

@@ -97,7 +97,7 @@ run() {
         -artifact_prefix="$artifacts/" "$corpus" "$FUZZ/seeds/$target" </dev/null >"$log" 2>&1 || status=$?
     counts=$(awk '/^stat::number_of_executed_units/ { runs = $2 } /^stat::new_units_added/ { new = $2 }
         END { printf "%d executions, %d new inputs", runs, new }' "$log")
-    if ((status == 0)); then
+    if [[ $status == 0 && $counts != "0 executions"* ]]; then
         echo "$target: $counts, no finding"
         return
     fi

@@ -187,6 +187,27 @@ fn a_front_end_that_knows_the_rules_does_as_specified() {
 }
 
 #[test]
+fn where_nothing_was_tried_is_no_success() {
+    // A front-end whose driver starts no device.
+    for step in ["everything", "mute@kick"] {
+        let torture = Torture::start(&["--once", "--do", step]);
+        let frontend = Frontend::connect(torture.socket(), 1).unwrap();
+        frontend.set_owner().unwrap();
+        frontend.get_features().unwrap();
+        drop(frontend);
+        let (status, output) = torture.wait();
+        assert_eq!(status.code(), Some(1), "{step}: {output}");
+        assert!(output.contains("error: nothing of --do could be tried"), "{step}: {output}");
+    }
+    // Tried, but without a verdict: SHMEM was negotiated.
+    let (status, output) = run(&["not-negotiated"], Breaks::Nothing, "no verdict");
+    assert_eq!(status, Some(1), "{output}");
+    // Without --do nothing is to be tried.
+    let (status, output) = run(&[], Breaks::Nothing, "MAP");
+    assert_eq!(status, Some(0), "{output}");
+}
+
+#[test]
 fn a_front_end_that_breaks_a_rule_is_found_out() {
     for (breaks, case) in [
         (Breaks::Overlaps, "overlap"),

@@ -95,8 +95,8 @@ fn without_reply_ack_requests_are_carried_out_and_not_answered() {
         return;
     }
     // BACKEND_REQ and SHMEM, and nothing else.
-    let options = ["--protocol-features", "0x400020", "--do", "map"];
-    let (word, output) = first_word(&options, "", "map: no verdict");
+    let options = ["--protocol-features", "0x400020"];
+    let (word, output) = first_word(&options, "", "no answer, since REPLY_ACK was not negotiated");
     assert_eq!(word, pattern(0), "{output}");
 }
 

@@ -65,6 +65,8 @@ pub enum Error {
     Session(String),
     #[error("the front-end did not do as specified, {0} times")]
     NotAsSpecified(u32),
+    #[error("nothing of --do could be tried")]
+    NothingTried,
     #[error(transparent)]
     NotPrinted(#[from] NotPrinted),
 }
@@ -76,9 +78,11 @@ impl Failure for Error {
     /// [`STATUS_USAGE`] if another command line helps.
     fn status(&self) -> u8 {
         match self {
-            Error::SetUp { .. } | Error::Session(_) | Error::NotAsSpecified(_) | Error::NotPrinted(_) => {
-                STATUS_ERROR
-            }
+            Error::SetUp { .. }
+            | Error::Session(_)
+            | Error::NotAsSpecified(_)
+            | Error::NothingTried
+            | Error::NotPrinted(_) => STATUS_ERROR,
             _ => STATUS_USAGE,
         }
     }
@@ -99,6 +103,9 @@ impl Failure for Error {
                 Some("a guest that starts anew needs no state: remove the file, or name another")
             }
             Error::NotAsSpecified(_) => Some("each is a line with NOT in it, on stdout"),
+            Error::NothingTried => Some(
+                "without @WHEN an action is done when the guest's driver starts the device; `no verdict` on stdout has a reason",
+            ),
             _ => None,
         };
         hint.map(str::to_owned)

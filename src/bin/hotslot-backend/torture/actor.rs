@@ -71,8 +71,14 @@ fn act(action: Action, channel: &mut Channel) -> Result<(), ChannelError> {
             result
         }
         Action::Case(case) => try_case(case, channel),
-        Action::Stream(stream) => streams::run(stream, channel),
-        Action::Truncate(how) => streams::truncate(how, channel),
+        Action::Stream(stream) => {
+            channel.shared.report.tried();
+            streams::run(stream, channel)
+        }
+        Action::Truncate(how) => {
+            channel.shared.report.tried();
+            streams::truncate(how, channel)
+        }
         // The session carries these out.
         Action::End(_)
         | Action::Silence

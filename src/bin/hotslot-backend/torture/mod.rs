@@ -115,7 +115,8 @@ Examples:
   --do answer=short@GET_SHMEM_CONFIG
   --do die@MAP#2:half --do truncate=half@kick
 
-The exit status is 1 if a verdict was `NOT as specified`, 2 for a wrong command line; --once ends with the first front-end.";
+The exit status is 1 if a verdict was `NOT as specified`, or if nothing of --do could be tried; 2 for a wrong command line.
+--once ends with the first front-end.";
 
 fn parse_region(text: &str) -> Result<(u8, u64), String> {
     let (id, bytes) = text.split_once('=').ok_or("expected ID=SIZE, as in 0=4M".to_owned())?;
@@ -180,6 +181,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     })?;
     report.line(&report);
     match report.wrong() {
+        0 if !args.steps.is_empty() && !report.has_tried() => Err(Error::NothingTried),
         0 => Ok(()),
         wrong => Err(Error::NotAsSpecified(wrong)),
     }

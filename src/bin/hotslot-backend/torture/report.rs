@@ -2,11 +2,12 @@
 
 use std::fmt::{self, Display};
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-/// The verdicts so far, of all front-ends.
+/// What was tried so far, and the verdicts, of all front-ends.
 #[derive(Default)]
 pub struct Report {
+    tried: AtomicBool,
     as_specified: AtomicU32,
     left_open: AtomicU32,
     wrong: AtomicU32,
@@ -30,9 +31,22 @@ impl Report {
         let _closed = writeln!(io::stdout(), "{line}");
     }
 
+    /// A `--do` was done.
+    pub fn tried(&self) {
+        self.tried.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether any `--do` was done.
+    pub fn has_tried(&self) -> bool {
+        self.tried.load(Ordering::Relaxed)
+    }
+
     /// Prints a verdict, and counts it. `duty` is what the specification says.
     pub fn verdict(&self, case: &str, verdict: &Verdict, duty: &str) {
-        let count = |counter: &AtomicU32| counter.fetch_add(1, Ordering::Relaxed);
+        let count = |counter: &AtomicU32| {
+            counter.fetch_add(1, Ordering::Relaxed);
+            self.tried();
+        };
         match verdict {
             Verdict::AsSpecified => {
                 count(&self.as_specified);

@@ -339,6 +339,7 @@ impl Session<'_> {
             match step.action {
                 Action::Mute => {
                     self.say(format_args!("mute: from now on answers nothing ({})", step.when));
+                    self.shared.report.tried();
                     self.muted = true;
                 }
                 Action::Everything | Action::Case(_) | Action::Stream(_) | Action::Truncate(_) => {
@@ -389,6 +390,7 @@ impl Session<'_> {
     }
 
     fn did_wrong(&mut self, what: String) {
+        self.shared.report.tried();
         self.say(&what);
         self.done_wrong = Some(what);
     }

@@ -135,6 +135,7 @@ impl Shared {
     /// Ends what is to end at this moment. True if anything did.
     pub fn end(&self, event: Event, nth: u32, moment: Moment) -> bool {
         for (when, end) in self.ends(event, nth, moment) {
+            self.report.tried();
             match end {
                 End::Die => {
                     self.report.line(format_args!("die: SIGKILL {when}"));
