@@ -13,7 +13,7 @@ use crate::config::{
     BackendLoss, Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, GdbAddress, HugePages, SerialLine,
     UnavailablePage, parse_duration,
 };
-use crate::report::{Failure, STATUS_USAGE, parsed};
+use crate::report::{Failure, STATUS_USAGE, advised, parsed};
 use crate::sandbox::Mode;
 use crate::size;
 use crate::trace::show::{Form, Sequence, parse_seconds};
@@ -252,7 +252,10 @@ impl Cli {
     /// Parses the program's arguments. On a narrow terminal the help has its texts below the options.
     pub fn from_arguments(is_narrow: bool) -> Cli {
         let command = Cli::command().next_line_help(is_narrow);
-        parsed(command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)))
+        let matches = command.try_get_matches().map_err(|error| {
+            advised(error, "-k FILE names the kernel, -i FILE an initramfs; the one subcommand is `trace`")
+        });
+        parsed(matches.and_then(|matches| Cli::from_arg_matches(&matches)))
     }
 
     /// What one of the options asks for that only print something that this module knows.

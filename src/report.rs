@@ -13,6 +13,7 @@ use std::process::{self, ExitCode};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use clap::error::{ContextKind, ContextValue};
 use log::{Level, log, log_enabled};
 use rustix::fs::{OFlags, fcntl_setfl};
 
@@ -69,6 +70,15 @@ pub fn parsed<T>(arguments: Result<T, clap::Error>) -> T {
         }
         process::exit(answer.exit_code());
     })
+}
+
+/// Adds advice to the error about a word that clap takes for a subcommand: it says no more than that there is
+/// none of that name, where most often an option is missing before a file's name.
+pub fn advised(mut error: clap::Error, advice: &str) -> clap::Error {
+    if error.get(ContextKind::InvalidSubcommand).is_some() {
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![advice.to_owned().into()]));
+    }
+    error
 }
 
 /// Why the output is not complete.

@@ -213,6 +213,14 @@ fn wrong_usage() {
     refused(&["trace"], here, &["<FILE>"], None);
     refused(&["trace", "good", "--sequence", "dance"], here, &["--sequence", "mermaid"], None);
     refused(&["-k", "good", "trace", "good"], here, &["trace", "cannot be used with"], None);
+    for arguments in [&["good"][..], &["good", "-m", "1G"], &["-m", "1G", "good"], &["-k", "good", "good"]] {
+        refused(arguments, here, &["'good'", "tip: -k FILE names the kernel, -i FILE an initramfs"], None);
+    }
+    for arguments in [&["good"][..], &["--sandbox", "off", "good"]] {
+        let answer = run(Command::new(built::hotslot_backend()).args(arguments));
+        assert_eq!(answer.status, Some(2), "{arguments:?}: {}", answer.stderr);
+        assert!(answer.stderr.contains("tip: the devices are blk, pmem, fs,"), "{}", answer.stderr);
+    }
     rustix::fs::mkfifoat(rustix::fs::CWD, here.join("pipe"), 0o600.into()).unwrap();
     refused(&["-k", "good", "--log-file", "pipe"], here, &["pipe", "no process reads this pipe"], None);
     for (file, part) in [
