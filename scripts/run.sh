@@ -69,8 +69,11 @@ HOTSLOT=$BUILT/hotslot
 BACKEND=$HOTSLOT-backend
 
 # What the options ask for.
+# What a vmlinux takes: Linux's COMMAND_LINE_SIZE for x86 is 2048, of which the last byte is a zero.
+CMDLINE_MOST=2047
+
 job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' written=() command=() memory=512M
-lines=() types=() modules=(virtio_mmio) hotslot_options=()
+lines=() types=() modules=(virtio_mmio) hotslot_options=() cmdline=''
 
 main() {
     (($#)) || job=demo shell=1
@@ -85,7 +88,7 @@ main() {
     find_kernel
     pack_guest
     local variables=(HOTSLOT="$HOTSLOT" BACKEND="$BACKEND" KERNEL="$kernel" GUEST="$guest" JOB="$job" SETUP="$setup"
-        DEVICES="$devices" PATH="$PATH")
+        DEVICES="$devices" CMDLINE="$cmdline" PATH="$PATH")
     local script=$PROJECT/scripts/run/host.sh status=0
     if [[ $job == command ]]; then
         run_command "$host"
@@ -145,6 +148,11 @@ parse() {
             ;;
         --module) modules+=("$2") ;;
         --cpus)
+        -c | --cmdline)
+            (($(printf %s "$2" | wc -c) <= CMDLINE_MOST)) ||
+                wrong "$1: $(printf %s "$2" | wc -c) bytes, and the kernel takes $CMDLINE_MOST, with the words that are always there"
+            cmdline+=${cmdline:+ }$2
+            ;;
             [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] || wrong "--cpus $2: this is not a number of processors"
             hotslot_options+=("$1" "$2")
             ;;

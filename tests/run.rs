@@ -53,6 +53,7 @@ fn wrong_options_are_refused_by_their_names() {
         (&["--memory-picture"], "--memory-picture needs a value"),
         (&["--memory-picture", "/dev/null"], "--memory-picture /dev/null: this is not a regular file"),
         (&["--memory-picture", "/no/where/a.svg"], "a.svg: this file cannot be written"),
+        (&["-c", &"y".repeat(70_000), "true"], "-c: 70000 bytes, and the kernel takes 2047"),
         (&["--tty"], "--tty: there is no COMMAND"),
         (&["--tty", "true"], "--tty: standard input is no terminal"),
     ] {
@@ -165,8 +166,9 @@ fn what_is_right_comes_to_the_build() {
     }
 }
 
-/// A hotslot that says which sockets are there.
+/// A hotslot that says how it was started, and which sockets are there.
 const HOTSLOT: &str = r#"#!/bin/sh
+echo "ran $*"
 for word; do
     case $word in *,type=*) [ -S "${word%%,*}" ] && echo "has ${word#*,}" ;; esac
 done
@@ -180,7 +182,11 @@ fn host(devices: &str) -> (Option<i32>, String) {
     fs::set_permissions(&hotslot, fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new("/bin/sh");
     command.arg(format!("{PROJECT}/scripts/run/host.sh")).env("TMPDIR", programs.path());
-    command.env("HOTSLOT", hotslot).env("JOB", "console").env("DEVICES", devices);
+    command
+        .env("HOTSLOT", hotslot)
+        .env("JOB", "console")
+        .env("DEVICES", devices)
+        .env("CMDLINE", "of the user");
     for name in ["BACKEND", "KERNEL", "GUEST", "SETUP"] {
         command.env(name, "none");
     }
@@ -204,7 +210,7 @@ fn a_back_end_that_ends_before_it_listens_ends_all() {
     ] {
         let (ended, said) = host(&format!("{first}type=blk,name=second {line}"));
         assert_eq!(ended, Some(1), "{said}");
-        assert!(said.contains(reason) && !said.contains("has type"), "{said}");
+        assert!(said.contains(reason) && !said.contains("ran "), "{said}");
         let last = format!("run.sh: a back-end ended before it listened: {line}\n");
         assert!(said.contains(&last), "{said}");
     }
@@ -213,4 +219,7 @@ fn a_back_end_that_ends_before_it_listens_ends_all() {
     let (ended, said) = host(&format!("type=blk,name=slow sh -c \"sleep 0.2; exec {}\"", disk(&full)));
     assert_eq!(ended, Some(0), "{said}");
     assert!(said.contains("has type=blk,name=slow\n"), "{said}");
+    // hotslot takes these options once, and the user may have given them.
+    assert!(said.contains("-c quiet of the user -- sh /etc/hotslot/run/guest.sh"), "{said}");
+    assert!(!said.contains("--connect-timeout"), "{said}");
 }

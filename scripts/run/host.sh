@@ -3,7 +3,8 @@
 # guest. The arguments are options for hotslot.
 #
 # From run.sh, in the environment: HOTSLOT and BACKEND (programs), KERNEL, GUEST (initramfs), JOB (demo, console or
-# command), DEVICES (a line for each back-end: type and keys, then its command line), SETUP (words for guest.sh).
+# command), DEVICES (a line for each back-end: type and keys, then its command line), SETUP (words for guest.sh), CMDLINE
+# (the user's words for the kernel's command line, which hotslot takes once).
 #
 # A command's job is started by `init lab` (guest/src/lab/script.rs): standard input is the socket of the link, standard
 # output a log whose end says that all is to end; HOTSLOT_OPTIONS, for the shell, are the options for hotslot. Otherwise
@@ -56,10 +57,10 @@ ended() {
 if [ "$JOB" = command ]; then
     exec 3<&0 </dev/null
     backend type=console,name=link "'$BACKEND' console --once --socket {socket} --port run=-"
-    cmdline='quiet hotslot.link=run'
+    cmdline="quiet hotslot.link=run${CMDLINE:+ $CMDLINE}"
     eval "set -- $HOTSLOT_OPTIONS"
 else
-    cmdline="quiet -- sh /etc/hotslot/run/guest.sh \"$SETUP\""
+    cmdline="quiet${CMDLINE:+ $CMDLINE} -- sh /etc/hotslot/run/guest.sh \"$SETUP\""
 fi
 # Only that one has the link's socket: it must close when that one ends.
 exec 3</dev/null
