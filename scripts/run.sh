@@ -32,10 +32,11 @@
 #                      --vhost-user
 #   --help, -h         prints this text
 #
-# Options may stand in any order before COMMAND, and are refused before anything is built. What is missing is installed
-# and built first, which is told on standard error. Where this machine's KVM cannot boot Linux, everything runs on the
-# emulated host of lab.sh; on a terminal the script says so. Only the time differs: there a guest is up after half a
-# minute, or later where other programs use the processors.
+# Options may stand in any order before COMMAND. Unknown ones, and missing files and directories, are refused before
+# anything is built; an unknown TYPE or module, too many vCPUs, too much memory, and -v with --log, only after that. What
+# is missing is installed and built first, which is told on standard error. Where this machine's KVM cannot boot Linux,
+# everything runs on the emulated host of lab.sh; on a terminal the script says so. Only the time differs: there a guest is
+# up after half a minute, or later where other programs use the processors.
 #
 # COMMAND is looked for in the guest: busybox, or with --root what this machine has. It runs as root, alone, with no
 # environment but PATH, HOME and, with --tty, TERM. Without --share or --root it starts in /. It gets all of the input,
