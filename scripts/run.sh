@@ -343,7 +343,7 @@ run_console() {
 }
 
 show_greeting() {
-    say "$GREETING in $IMAGE, as this machine reads it:"
+    say "$GREETING in ${IMAGE#"$(pwd -P)/"}, as this machine reads it:"
     # The guest's file is a whole page: text, then zeroes.
     debugfs -R "cat $GREETING" "$IMAGE" 2>/dev/null | tr -d '\0'
     echo
