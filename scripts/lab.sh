@@ -9,7 +9,7 @@
 #   --out PATH         copies this file or directory back at the end, from the same absolute path
 #   --module NAME      loads this module of the stock kernel there
 #   --share DIR        mounts this directory there, at the same absolute path (/ at /host), by virtio-fs: see below
-#   --memory SIZE      memory of the emulated host, in MiB or with a suffix (default: 2G)
+#   --memory SIZE      memory of the emulated host, in MiB or with K, M, G or T (default: 2G)
 #   --env NAME=VALUE   adds to COMMAND's environment
 #   --timeout SECONDS  time limit for all of it (default: 300; with --tty none)
 #   --tty              gives COMMAND a terminal, and passes on this one (Ctrl-] three times ends the lab)
@@ -57,15 +57,29 @@ main() {
         *) wrong "$1: unknown option (--help lists them; COMMAND goes behind --)" ;;
         esac
         case $1 in
-        --file) packed+=(--file "$(realpath -s "$2")") ;;
-        --exec) packed+=(--exec "$(realpath -s "$2")") ;;
+        --file | --exec)
+            [[ -e $2 ]] || wrong "$1 $2: there is no such file"
+            packed+=("$1" "$(realpath -s "$2")")
+            ;;
         --module) modules+=("$2") ;;
         --out) options+=(--out "$(realpath -ms "$2")") ;;
         --share)
             [[ -d $2 ]] || wrong "--share $2: this is not a directory"
             shares+=("$(realpath "$2")")
             ;;
-        --timeout) limit=$2 ;;
+        --timeout) limit=$(whole_number "$@") ;;
+        --memory)
+            [[ $2 =~ ^[1-9][0-9]*[KMGTkmgt]?$ ]] || wrong "--memory $2: this is not a size: MiB, or a number with K, M, G or T"
+            options+=("$1" "$2")
+            ;;
+        --env)
+            [[ $2 == ?*=* ]] || wrong "--env $2: this is not NAME=VALUE"
+            options+=("$1" "$2")
+            ;;
+        --append)
+            [[ $2 != *$'\n'* ]] || wrong "--append: the kernel's command line is one line"
+            options+=("$1" "$2")
+            ;;
         *) options+=("$1" "$2") ;;
         esac
         shift 2

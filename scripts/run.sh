@@ -69,10 +69,10 @@ GREETING=/hello.txt
 HOTSLOT=$BUILT/hotslot
 BACKEND=$HOTSLOT-backend
 
-# What the options ask for.
 # What a vmlinux takes: Linux's COMMAND_LINE_SIZE for x86 is 2048, of which the last byte is a zero.
 CMDLINE_MOST=2047
 
+# What the options ask for.
 job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' written=() command=() memory=512M
 lines=() types=() modules=(virtio_mmio) hotslot_options=() cmdline=''
 
@@ -148,18 +148,18 @@ parse() {
             types+=("$2")
             ;;
         --module) modules+=("$2") ;;
-        --cpus)
         -c | --cmdline)
             (($(printf %s "$2" | wc -c) <= CMDLINE_MOST)) ||
                 wrong "$1: $(printf %s "$2" | wc -c) bytes, and the kernel takes $CMDLINE_MOST, with the words that are always there"
             cmdline+=${cmdline:+ }$2
             ;;
+        --cpus)
             [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] || wrong "--cpus $2: this is not a number of processors"
             hotslot_options+=("$1" "$2")
             ;;
         -m | --memory)
-            [[ $2 =~ ^[1-9][0-9]*[KMGT]?$ ]] || wrong "$1 $2: this is not a size, such as 512M or 1G"
-            memory=$2
+            [[ $2 =~ ^[1-9][0-9]*[KMGTkmgt]?$ ]] || wrong "$1 $2: this is not a size, such as 512M or 1G"
+            memory=${2^^}
             hotslot_options+=("$1" "$2")
             ;;
         --trace-vhost-user | --memory-picture)

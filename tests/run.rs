@@ -117,6 +117,15 @@ fn the_other_scripts_refuse_in_one_line_too() {
         (&["--memory"], "--memory needs a value"),
         (&["--share", "/nonexistent", "--", "true"], "--share /nonexistent: this is not a directory"),
         (&["--tty"], "there is no COMMAND"),
+        (&["--memory", "1q"], "--memory 1q: this is not a size"),
+        (&["--memory", "1.5G"], "--memory 1.5G: this is not a size"),
+        (&["--memory", "0"], "--memory 0: this is not a size"),
+        (&["--timeout", "abc"], not_whole),
+        (&["--env", "NAME"], "--env NAME: this is not NAME=VALUE"),
+        (&["--env", "=value"], "--env =value: this is not NAME=VALUE"),
+        (&["--append", "one\ntwo"], "--append: the kernel's command line is one line"),
+        (&["--file", "/no/where"], "--file /no/where: there is no such file"),
+        (&["--exec", "/no/where"], "--exec /no/where: there is no such file"),
     ] {
         let (status, said) = run("lab.sh", arguments);
         assert_eq!(status, Some(125), "{arguments:?}: {said}");
@@ -157,7 +166,7 @@ fn what_is_right_comes_to_the_build() {
         &[][..],
         &["--shell", "--cpus", "2", "-m", "1G", "-v"],
         &["--share", "/", "--no-dax"],
-        &["-m1G", "--cpus=2", "-vv", "--", "--help"],
+        &["-m1g", "--cpus=2", "-vv", "--", "--help"],
         &["true", "--shel"],
         &["--backend", "program {socket}", "--type", "blk,name=disk", "true"],
     ] {

@@ -113,7 +113,7 @@ fn start_qemu(
         .arg(&options.kernel)
         .args(["-initrd", &format!("/proc/self/fd/{}", inherited.add(initramfs))])
         .arg("-append")
-        .arg(kernel_command_line(&options.append))
+        .arg(kernel_command_line(&options.append)?)
         .args(["-chardev", &format!("socket,id=log,fd={}", inherited.add(log)), "-serial", "chardev:log"])
         .args(["-chardev", &format!("socket,id=link,fd={}", inherited.add(link))])
         .args(["-device", "virtio-serial-pci,max_ports=2"])
@@ -148,15 +148,24 @@ fn with_suffix(memory: &str) -> String {
     format!("{memory}{unit}")
 }
 
+/// Linux's COMMAND_LINE_SIZE for x86 without its last byte, a zero. It would cut the line off there.
+const CMDLINE_MOST: usize = 2048 - 1;
+
 /// The emulated host's kernel command line; `append` is the user's.
-fn kernel_command_line(append: &OsStr) -> OsString {
+fn kernel_command_line(append: &OsStr) -> Outcome<OsString> {
     // no_timer_check: the check counts ticks in a time that the emulator cannot promise while others use the
     // processor, and a failed check is a panic.
     let mut line = OsString::from(
         "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check hotslot.link=lab hotslot.hold_vm ",
     );
     line.push(append);
-    line
+    if line.len() > CMDLINE_MOST {
+        let (len, own) = (append.len(), line.len() - append.len());
+        return Err(format!(
+            "--append: {len} bytes, and the kernel takes {CMDLINE_MOST}, of which {own} are the lab's"
+        ));
+    }
+    Ok(line)
 }
 
 /// Serves one directory by virtio-fs: the back-end, and QEMU's connection to it.
@@ -235,5 +244,19 @@ impl Stopped {
 impl Drop for Stopped {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_would_cut_off_is_refused() {
+        let own = kernel_command_line(OsStr::new("")).unwrap().len();
+        for (len, is_fine) in [(CMDLINE_MOST - own, true), (CMDLINE_MOST - own + 1, false), (70_000, false)] {
+            let line = kernel_command_line(OsStr::new(&"y".repeat(len)));
+            assert_eq!(line.is_ok(), is_fine, "{line:?}");
+        }
     }
 }
