@@ -235,6 +235,7 @@ Signals:
   written has up to 60 s more
   SIGUSR1 prints the memory map with all live mappings, and statistics; draws the map with --memory-picture
   SIGUSR2 with --dump writes a dump; else it ends the machine
+  Each of these ends hotslot without a last line while there is no machine yet: it may wait for a back-end
 
 Exit status:
   0      the guest switched itself off
