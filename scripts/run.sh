@@ -28,8 +28,8 @@
 #                      draws the guest's memory into FILE, as SVG, at each SIGUSR1 of hotslot and at the end
 #   --verbose, -v      hotslot's messages on standard error; -vv more of them
 #   HOTSLOT OPTION...  others of `hotslot --help` go to hotslot: -i, --initramfs, -c, --cmdline, --log, --log-file,
-#                      --unavailable-page, --backend-loss, --trace-vhost-user, --connect-timeout, --sandbox, --gdb, --dump,
-#                      --vhost-user
+#                      --unavailable-page, --backend-loss, --trace-vhost-user, --connect-timeout, --sandbox, --dump; and
+#                      --gdb, --vhost-user, but not on the emulated host
 #   --help, -h         prints this text
 #
 # Options may stand in any order before COMMAND. Unknown ones, and missing files and directories, are refused before
@@ -74,15 +74,17 @@ CMDLINE_MOST=2047
 
 # What the options ask for.
 job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' written=() command=() memory=512M
-lines=() types=() modules=(virtio_mmio) hotslot_options=() cmdline=''
+lines=() types=() modules=(virtio_mmio) hotslot_options=() cmdline='' read=() near=()
 
 main() {
     (($#)) || job=demo shell=1
     parse "$@"
     ((${#command[@]} == 0)) || job='command'
-    build
     local host
     host=$(host_kind)
+    [[ $host == kvm || ${#near[@]} == 0 ]] ||
+        wrong "${near[0]}: its sockets are this machine's, and without KVM for Linux hotslot runs on an emulated host"
+    build
     # Without a terminal, a COMMAND's standard error is its own.
     [[ $host == kvm || ($job == command && ! -t 2) ]] || say "this machine's KVM cannot boot Linux: running on an emulated host (scripts/lab.sh)"
     devices "$host"
@@ -162,10 +164,16 @@ parse() {
             memory=${2^^}
             hotslot_options+=("$1" "$2")
             ;;
-        --trace-vhost-user | --memory-picture)
+        -i | --initramfs)
+            [[ -f $2 && -r $2 ]] || wrong "$1 $2: there is no such file, or it cannot be read"
+            read+=("$(realpath "$2")")
+            hotslot_options+=("$1" "${read[-1]}")
+            ;;
+        --gdb | --vhost-user) near+=("$1") hotslot_options+=("$1" "$2") ;;
+        --trace-vhost-user | --memory-picture | --log-file | --dump)
             [[ ! -e $2 || -f $2 ]] || wrong "$1 $2: this is not a regular file"
-            # The emulated host gets it empty and gives it back.
-            { : >"$2"; } 2>/dev/null || wrong "$1 $2: this file cannot be written"
+            # The emulated host gets it and gives it back.
+            { : >>"$2"; } 2>/dev/null || wrong "$1 $2: this file cannot be written"
             written+=("$(realpath "$2")")
             hotslot_options+=("$1" "${written[-1]}")
             ;;
@@ -232,6 +240,7 @@ devices() {
         device "type=fs,name=share$here" "$fs --tag share --dir $(quote "$place")"
         setup+=" share${dax:+:dax}" lab+=(--share "$share")
     fi
+    for file in "${read[@]}"; do lab+=(--file "$file"); done
     for file in "${written[@]}"; do lab+=(--file "$file" --out "$file"); done
     if [[ -n $shell ]]; then
         device type=pmem,name=pmem0 "$(quote "$BACKEND") pmem --once --socket {socket} --file $(quote "$IMAGE")"

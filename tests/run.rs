@@ -53,6 +53,9 @@ fn wrong_options_are_refused_by_their_names() {
         (&["--memory-picture"], "--memory-picture needs a value"),
         (&["--memory-picture", "/dev/null"], "--memory-picture /dev/null: this is not a regular file"),
         (&["--memory-picture", "/no/where/a.svg"], "a.svg: this file cannot be written"),
+        (&["--dump", "/no/where/core"], "--dump /no/where/core: this file cannot be written"),
+        (&["--log-file", "/dev/null"], "--log-file /dev/null: this is not a regular file"),
+        (&["-i", "/nonexistent", "true"], "-i /nonexistent: there is no such file"),
         (&["-c", &"y".repeat(70_000), "true"], "-c: 70000 bytes, and the kernel takes 2047"),
         (&["--tty"], "--tty: there is no COMMAND"),
         (&["--tty", "true"], "--tty: standard input is no terminal"),
@@ -172,6 +175,19 @@ fn what_is_right_comes_to_the_build() {
     ] {
         let (status, said) = run("run.sh", arguments);
         assert_eq!((status, said.contains("no cargo")), (Some(1), true), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn what_the_emulated_host_cannot_reach_is_refused_there() {
+    let processor = fs::read_to_string("/proc/cpuinfo").unwrap();
+    let virtualises = processor.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag));
+    let opens = fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    for option in ["--gdb", "--vhost-user"] {
+        let (status, said) = run("run.sh", &[option, "unix:socket", "true"]);
+        let expected =
+            if virtualises && opens { (1, "no cargo") } else { (2, "its sockets are this machine's") };
+        assert_eq!((status, said.contains(expected.1)), (Some(expected.0), true), "{option}: {said}");
     }
 }
 

@@ -52,14 +52,22 @@ fn assert_nothing_is_left(temporary: &TempDir) {
 
 #[test]
 fn a_command_has_the_streams_and_the_status() {
-    let (temporary, share) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let [temporary, share, files] = [(); 3].map(|()| tempfile::tempdir().unwrap());
     let input = share.path().join("input");
     fs::write(&input, crate::input()).unwrap();
+    let [image, log] = ["image", "log"].map(|name| files.path().join(name));
+    let mut packed = Command::new(format!("{PROJECT}/scripts/image.sh"));
+    packed.args(["--bare", "--file", &format!("{}:/input", input.display()), "-o"]).arg(&image);
+    assert!(packed.status().unwrap().success());
     let output = in_turn(|| {
         run_sh(&temporary)
-            .args(["--cpus=1", "--share"])
+            .args(["--cpus=1", "-c", "some=word", "--log", "info", "--log-file"])
+            .arg(&log)
+            .arg("-i")
+            .arg(&image)
+            .arg("--share")
             .arg(share.path())
-            .args(["sh", "-c", "cat; echo err >&2; sha256sum input >sum; exit 7"])
+            .args(["sh", "-c", "cat; echo err >&2; sha256sum /input >sum; cat /proc/cmdline >words; exit 7"])
             .stdin(fs::File::open(&input).unwrap())
             .output()
             .unwrap()
@@ -73,6 +81,9 @@ fn a_command_has_the_streams_and_the_status() {
         sum.split(' ').next(),
         crate::host::stdout("sha256sum", &[input.to_str().unwrap()]).split(' ').next()
     );
+    let words = fs::read_to_string(share.path().join("words")).unwrap();
+    assert!(words.split_whitespace().any(|word| word == "some=word"), "{words}");
+    assert!(fs::read_to_string(&log).unwrap().contains("hotslot"), "it is brought back");
     assert_nothing_is_left(&temporary);
 }
 
