@@ -3,9 +3,10 @@
 #
 # Runs all tests: format, lints (of the VMM without its back-ends, too), documentation, shell scripts, dependencies
 # (deny.toml), whether each assertion of the contract has a test; then the tests without a Linux guest (unit, protocol, and
-# small guests on this machine's /dev/kvm), some seconds of each fuzz target, and the tests that boot a stock kernel, on
-# this machine's KVM or on the emulated host of lab.sh. Installs and builds what is missing; the first run builds cargo-deny
-# and cargo-fuzz into target/tools, which takes some minutes.
+# small guests on this machine's /dev/kvm), the tests that boot a stock kernel, on this machine's KVM or on the emulated host
+# of lab.sh, and some seconds of each fuzz target. All programs are those of the debug build, whose assertions and checks for
+# overflows are tested, too. Installs and builds what is missing; the first run builds cargo-deny and cargo-fuzz into
+# target/tools, which takes some minutes.
 #
 #   quick              only what needs no Linux guest and no fuzzing
 #   long               with what takes hours: a million random operations against the model, ten minutes of endurance for
@@ -30,7 +31,7 @@ failures=()
 ahead=''
 
 main() {
-    local quick='' long=''
+    local quick='' long='' linux=()
     # Without the sanitizer, which takes longer to build and finds little in some seconds.
     local fuzz=(--seconds 5 --sanitizer none)
     (($# <= 1)) || wrong "$2: not understood behind $1 (--help lists what is)"
@@ -42,6 +43,8 @@ main() {
         export HOTSLOT_MODEL_OPERATIONS=1000000 HOTSLOT_ENDURANCE_SECONDS=600 HOTSLOT_FS_FILE_MIB=3072
         export HOTSLOT_ENDURANCE_MACHINES=10000 HOTSLOT_ENDURANCE_STARTS=100000 HOTSLOT_ENDURANCE_BOOTS=100
         fuzz=(--seconds 900)
+        # Worth a build of its own only where the tests take hours.
+        linux=(--release)
         ;;
     '') ;;
     *) wrong "$1: not understood (--help lists what is)" ;;
@@ -76,13 +79,13 @@ main() {
     tests "tests without Linux" cargo test --workspace --locked --no-fail-fast --lib --bins "${targets[@]}"
     [[ -z $long ]] || tests "tests that take long" cargo test --release --locked --test small_guest -- --ignored
     if [[ -z $quick ]]; then
-        wait "$ahead" || true
-        check "fuzzing" scripts/fuzz.sh "${fuzz[@]}"
-        check "examples for Linux" cargo build --release --locked --examples
+        [[ -z $long ]] || check "examples for Linux" cargo build --release --locked --examples
         say "Linux guests: $(linux_guests)"
         linux_tools
         # More at a time than processors: most of them only wait for a session.
-        tests "tests with Linux" cargo test --release --locked --test linux -- --test-threads=16
+        tests "tests with Linux" cargo test "${linux[@]}" --locked --test linux -- --test-threads=16
+        wait "$ahead" || true
+        check "fuzzing" scripts/fuzz.sh "${fuzz[@]}"
     fi
 
     ((failed == 0)) || say "failed: ${failures[*]}"
@@ -90,13 +93,10 @@ main() {
     ((failed == 0))
 }
 
-# Builds the programs of later steps while the tests run: more than half of the tests' time is waiting. A build that
-# fails is reported by the step that needs it.
+# Builds the fuzz targets while the tests run, which often wait. A build that fails is reported by the step that needs it.
 build_ahead() {
     renice -n 10 "$BASHPID"
     scripts/fuzz.sh "${fuzz[@]}" --build || true
-    cargo build --release --locked --examples || true
-    cargo test --release --locked --no-run --test linux --test endurance --test small_guest || true
 } </dev/null &>/dev/null
 
 # Licences, duplicates, sources, and known faults.

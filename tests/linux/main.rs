@@ -1,7 +1,7 @@
 //! A stock Debian kernel boots under `hotslot`: what the guest finds, and what the user sees at the end.
 //!
 //! It takes minutes on an emulated host, and less with more tests at a time than processors, because most of
-//! them only wait for a session: `cargo test --release --test linux -- --test-threads=16`.
+//! them only wait for a session: `cargo test --test linux -- --test-threads=16`.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // All of it is tests.
 

@@ -55,7 +55,6 @@ fn cargo(program: &str, arguments: &[&str]) -> Command {
     command.args(["test", "--quiet", "--locked"]);
     match program {
         "lib" => command.arg("--lib"),
-        LINUX => command.args(["--release", "--test", program]),
         _ => command.args(["--test", program]),
     };
     command.args(arguments).stdin(Stdio::null());
