@@ -37,6 +37,9 @@ const MODULES: [&str; 7] =
 /// Each emulated host keeps one processor busy, and takes gigabytes.
 const SESSIONS_AT_A_TIME: u32 = 2;
 
+/// A time limit ends what hangs. Each is a few times what an idle machine needs, times this for a busy one.
+const BUSY: u32 = 4;
+
 /// Where guests run.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -182,7 +185,7 @@ pub struct Session {
 
 impl Session {
     /// Runs `tests/linux/host/NAME.sh`, with these files in its directory `OUT`. `memory` is what the guests
-    /// and the files need on an emulated host.
+    /// and the files need on an emulated host, `seconds` what ends it on an idle machine.
     pub fn run(name: &str, memory: &str, seconds: u32, files: &[(&str, Vec<u8>)]) -> Session {
         Session::with_programs(name, memory, seconds, files, &[])
     }
@@ -243,6 +246,7 @@ impl House {
         out: &Path,
         programs: &[(&'static str, PathBuf)],
     ) -> Output {
+        let seconds = (seconds * BUSY).to_string();
         // Past the test harness, which keeps what a test prints: the user sees it at once.
         let place = match self.kind {
             Kind::Kvm => "this machine's KVM",
@@ -260,6 +264,7 @@ impl House {
             ("IMAGE", self.image.clone()),
             ("OUT", out.to_owned()),
             ("INPUT", out.join("input")),
+            ("BUSY", BUSY.to_string().into()),
         ];
         let own = [("HOTSLOT", HOTSLOT.into()), ("BACKEND", BACKEND.into()), ("INIT", self.init.clone())];
         let programs = [&own, programs].concat();
@@ -270,13 +275,13 @@ impl House {
         let mut command = match self.kind {
             Kind::Kvm => {
                 let mut command = Command::new("timeout");
-                command.args(["-k", "5", &seconds.to_string()]);
+                command.args(["-k", "5", &seconds]);
                 command
             }
             Kind::Lab => {
                 variables.push(("LAB", "1".into()));
                 let mut command = Command::new(format!("{PROJECT}/scripts/lab.sh"));
-                command.args(["--memory", memory, "--timeout", &seconds.to_string()]);
+                command.args(["--memory", memory, "--timeout", &seconds]);
                 for (_, program) in &programs {
                     command.arg("--exec").arg(program);
                 }

@@ -2,8 +2,8 @@
 # What the sessions share. They run on the host, a real one or the emulated one, whose shell is busybox.
 #
 # From the test, in the environment: HOTSLOT, BACKEND and INIT (programs; the last has the probes), BZIMAGE and VMLINUX (kernels), IMAGE (initramfs),
-# OUT (a directory for what the test will look at), INPUT (a file in it, where a test made one). Of each guest:
-# OUT/NAME.out, .err and .status.
+# OUT (a directory for what the test will look at), INPUT (a file in it, where a test made one), BUSY (a factor for time limits).
+# Of each guest: OUT/NAME.out, .err and .status.
 
 
 # guest NAME OPTION...: runs one to its end. A guest that hangs must not take the others with it.
@@ -11,7 +11,7 @@ guest() {
     name=$1
     shift
     # shellcheck disable=SC2016 # for the inner shell
-    timeout -s KILL "${LIMIT:-120}" sh -c 'echo $$ >"$0"; exec "$@"' "$OUT/$name.pid" \
+    timeout -s KILL $((${LIMIT:-120} * BUSY)) sh -c 'echo $$ >"$0"; exec "$@"' "$OUT/$name.pid" \
         "$HOTSLOT" -i "$IMAGE" --connect-timeout 30s "$@" >"$OUT/$name.out" 2>"$OUT/$name.err"
     echo $? >"$OUT/$name.status"
 }
@@ -54,8 +54,8 @@ wait_for() {
     touch "$1"
     while [ "$(grep -ac -- "$2" "$1")" -lt "${3:-1}" ]; do
         tries=$((tries + 1))
-        [ ! -e "${1%.*}.status" ] || tries=500
-        [ $tries -lt 500 ] || {
+        [ ! -e "${1%.*}.status" ] || tries=$((500 * BUSY))
+        [ $tries -lt $((500 * BUSY)) ] || {
             echo "no '$2' in $1" >&2
             return 1
         }
