@@ -33,6 +33,7 @@ while [ ! -e /tmp/stop ]; do
     dd if=/dev/vda bs=64k skip=$((round % 16)) count=1 2>/dev/null | cmp - /tmp/block
     cmp /tmp/block $dir/moved
     rm -r $dir
+    echo "done with round $round"
 done
 # It has ended by itself if it found a mistake.
 kill $keep

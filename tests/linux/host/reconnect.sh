@@ -46,6 +46,8 @@ wait_for "$OUT/reconnect.err" 'blk: SET_CONFIG failed'
 kill -CONT "$pmem" "$blk" "$fs"
 wait_for "$OUT/reconnect.err" 'blk: the back-end is back' 4
 sleep 1
+# However slow this host is.
+wait_for "$OUT/reconnect.out" '^done with round' 4
 echo stop >&3
 wait_for "$OUT/reconnect.out" '^sectors'
 truncate -s 2M "$OUT/blk.img"
