@@ -3,8 +3,8 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long any wait may take: longer than anything needs, on the slowest machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long any wait may take: longer than anything needs, on the slowest machine when it is busy.
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Waits until something is so.
 pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
