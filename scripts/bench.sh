@@ -48,7 +48,8 @@
 # many runs COUNT (200) small machines at once on this machine's /dev/kvm, each with a share of one directory, and prints
 # starts a second, and memory, threads, descriptors and memory areas of each. It needs 4 MiB for a machine.
 #
-# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither, nor those two
+# HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither, nor hotslot-small and
+#                        hotslot-static
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -165,7 +166,7 @@ crates() {
 
 micro() {
     rm -rf "$TARGET/criterion"
-    cargo bench --quiet --locked --bench micro >&2
+    cargo bench --quiet --locked --package hotslot-micro >&2
     target/debug/hotslot-figures criterion "$TARGET/criterion" | statistics
 }
 
@@ -296,7 +297,7 @@ by_the_clock() {
         (ulimit -t "$limit" && exec scripts/lab.sh --icount --timeout $((10 * limit)) "$@") >"$work/printed" || status=$?
         case $status in
         0) cat "$work/printed" && return ;;
-        124 | 125) say "run $try of $tries did not come to its end" ;;
+        124 | 125) say "run $try of $tries ended with status $status (124: the time limit; 125: it stood still, took more than $limit s of the processor, or the lab failed)" ;;
         *) say "what ran on the emulated host ended with status $status" && return 1 ;;
         esac
     done
