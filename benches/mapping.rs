@@ -50,8 +50,8 @@ const WARM_UP: u64 = 20;
 /// The same where each range is new: more than the ranges that hotslot keeps slots for.
 const WARM_UP_NEW: u64 = 1_200;
 /// The other mappings: a page each, at every second page from the start of the region, of a file of their
-/// own. A second descriptor of a file that is mapped already would be closed before the answer to the MAP,
-/// and not with the UNMAP.
+/// own, so that the descriptor of each pair is kept from MAP to UNMAP: of a file that is mapped already
+/// hotslot closes a second descriptor before it answers the MAP.
 const LIVE: u64 = 16_000;
 
 /// The region, and where in it the pairs are: behind the other mappings.
