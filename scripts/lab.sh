@@ -30,8 +30,9 @@
 #
 # HOTSLOT_PROGRAMS=DIR   for --share: takes hotslot-backend from there, and does not build it
 #
-# Exit status: COMMAND's (128+n for signal n); 124 at the time limit; 125 when the lab itself failed, with the last
-# lines of the kernel's log on standard error; 126 or 127 when COMMAND cannot be run.
+# Exit status: COMMAND's (128+n for signal n); 124 at the time limit; 125 for a wrong command line, a COMMAND
+# that is found nowhere, and where the lab itself failed, with the last lines of the kernel's log on standard error; 126 or
+# 127 when COMMAND cannot be run there.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"

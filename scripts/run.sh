@@ -33,9 +33,9 @@
 #   --help, -h         prints this text
 #
 # Options may stand in any order before COMMAND. Unknown ones, and missing files and directories, are refused before
-# anything is built; an unknown TYPE or module, too many vCPUs, too much memory, and -v with --log, only after that. What
+# anything is built; what hotslot or the kernel judges (TYPE, modules, values of HOTSLOT OPTIONs), only after that. What
 # is missing is installed and built first, which is told on standard error. Where this machine's KVM cannot boot Linux,
-# everything runs on the emulated host of lab.sh; on a terminal the script says so. Only the time differs: there a guest is
+# everything runs on the emulated host of lab.sh, which the script says on a terminal and where there is no COMMAND. Only the time differs: there a guest is
 # up after half a minute, or later where other programs use the processors.
 #
 # COMMAND is looked for in the guest: busybox, or with --root what this machine has. It runs as root, alone, with no
@@ -48,7 +48,8 @@
 # DIR itself is shared, not a copy: the guest may do there what you may. Each side sees at once what the other does. On
 # the emulated host that is so for what the guest does, but for stores through a shared mapping, which take up to half a
 # second; the guest sees what you change a second or two later, and in a file that it has mapped only after it has looked
-# at that file's attributes or opened it again (lab.sh --share). There an IMAGE is copied in, and copied back at the end.
+# at that file's attributes or opened it again (lab.sh --share). There an IMAGE is copied in, and copied back at the end; so
+# are the files of -i, --log-file, --dump, --memory-picture and --trace-vhost-user.
 #
 # Without any argument: a file of this machine, target/run/pmem.img, is the persistent memory of the guest (/dev/pmem0),
 # mapped into it by a vhost-user back-end while it runs. The guest mounts it with DAX, writes a file through mmap and
@@ -57,7 +58,7 @@
 # HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither
 #
 # Exit status: COMMAND's (128+n for signal n), or the shell's; 126 or 127 when COMMAND cannot be run; 125 when the guest
-# ended before COMMAND did, with the last lines of its console. 2 for a wrong option, 1 when something around it failed.
+# was not started, or ended before COMMAND did, with the last lines of its console. 2 for a wrong option, 1 when something around it failed.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -69,12 +70,12 @@ GREETING=/hello.txt
 HOTSLOT=$BUILT/hotslot
 BACKEND=$HOTSLOT-backend
 
-# What a vmlinux takes: Linux's COMMAND_LINE_SIZE for x86 is 2048, of which the last byte is a zero.
+# As CMDLINE_MOST of src/arch/x86_64/kernel.rs.
 CMDLINE_MOST=2047
 
 # What the options ask for.
 job=console kernel='' modules_of='' root='' share='' dax=1 disks=() net='' shell='' tty='' verbose='' written=() command=() memory=512M
-lines=() types=() modules=(virtio_mmio) hotslot_options=() cmdline='' read=() near=()
+lines=() types=() modules=(virtio_mmio) hotslot_options=() cmdline='' read=() local_sockets=()
 
 main() {
     (($#)) || job=demo shell=1
@@ -82,8 +83,8 @@ main() {
     ((${#command[@]} == 0)) || job='command'
     local host
     host=$(host_kind)
-    [[ $host == kvm || ${#near[@]} == 0 ]] ||
-        wrong "${near[0]}: its sockets are this machine's, and without KVM for Linux hotslot runs on an emulated host"
+    [[ $host == kvm || ${#local_sockets[@]} == 0 ]] ||
+        wrong "${local_sockets[0]}: its sockets are this machine's, and hotslot runs on an emulated host (for a back-end: --backend)"
     build
     # Without a terminal, a COMMAND's standard error is its own.
     [[ $host == kvm || ($job == command && ! -t 2) ]] || say "this machine's KVM cannot boot Linux: running on an emulated host (scripts/lab.sh)"
@@ -169,7 +170,7 @@ parse() {
             read+=("$(realpath "$2")")
             hotslot_options+=("$1" "${read[-1]}")
             ;;
-        --gdb | --vhost-user) near+=("$1") hotslot_options+=("$1" "$2") ;;
+        --gdb | --vhost-user) local_sockets+=("$1 $2") hotslot_options+=("$1" "$2") ;;
         --trace-vhost-user | --memory-picture | --log-file | --dump)
             [[ ! -e $2 || -f $2 ]] || wrong "$1 $2: this is not a regular file"
             # The emulated host gets it and gives it back.
@@ -314,9 +315,12 @@ pack_guest() {
 
 # The command line of lab.sh, up to the command there, in `lab`.
 lab_line() {
-    local variable mib image
+    local variable mib image guest_mib
+    guest_mib=$(($(numfmt --from=iec "$memory") / 1048576))
+    mib=$((1536 + guest_mib))
+    # A dump has all of the guest's memory.
+    [[ " ${hotslot_options[*]} " != *" --dump "* ]] || mib=$((mib + guest_mib))
     # An image is there twice for a moment: as it was copied in, and unpacked.
-    mib=$((1536 + $(numfmt --from=iec "$memory") / 1048576))
     for image in ${shell:+"$IMAGE"} "${disks[@]}"; do mib=$((mib + $(stat -c %s "$image") / 524288)); done
     lab=("$PROJECT/scripts/lab.sh" --file "$guest" --file "$PROJECT/scripts/run" --file "$kernel" --exec "$HOTSLOT"
         --exec "$BACKEND" --memory "${mib}M" "${lab[@]}")

@@ -69,7 +69,7 @@ main() {
     done
     ((${#suites[@]})) || suites=(pjdfstest fsx stress-ng)
 
-    # In the loops below its refusal would only leave out the suite.
+    # Here, because in the loops below a refusal by `chosen` would end only its subshell.
     for suite in "${suites[@]}"; do chosen "$suite" ${configs[@]+"${configs[@]}"} >/dev/null; done
 
     mkdir -p "$LOGS"
@@ -162,7 +162,7 @@ compare() {
         if [[ $config != ext4-* ]]; then
             differences "$suite" "$config"
         elif ! grep -q '^case: ' "$LOGS/$suite.$config"; then
-            # Where nothing was run here and there, nothing differs.
+            # Without a case on the host, `differences` has nothing to compare.
             surprises=$((surprises + 1))
             echo "$config: NOTHING WAS RUN. The last lines:"
             tail -n 30 "$LOGS/$suite.$config" | sed 's/^/    /'

@@ -13,7 +13,7 @@ use crate::config::{
     BackendLoss, Config, DEBUG_EXIT_CMDLINE, DEFAULT_CMDLINE, GdbAddress, HugePages, SerialLine,
     UnavailablePage, parse_duration,
 };
-use crate::report::{Failure, STATUS_USAGE, advised, parsed};
+use crate::report::{Failure, STATUS_USAGE, parsed, with_advice};
 use crate::sandbox::Mode;
 use crate::size;
 use crate::trace::show::{Form, Sequence, parse_seconds};
@@ -235,7 +235,7 @@ Signals:
   written has up to 60 s more
   SIGUSR1 prints the memory map with all live mappings, and statistics; draws the map with --memory-picture
   SIGUSR2 with --dump writes a dump; else it ends the machine
-  Each of these ends hotslot without a last line while there is no machine yet: it may wait for a back-end
+  Before there is a machine (while hotslot waits for a back-end) each of these ends it at once, without a message
 
 Exit status:
   0      the guest switched itself off
@@ -254,7 +254,10 @@ impl Cli {
     pub fn from_arguments(is_narrow: bool) -> Cli {
         let command = Cli::command().next_line_help(is_narrow);
         let matches = command.try_get_matches().map_err(|error| {
-            advised(error, "-k FILE names the kernel, -i FILE an initramfs; the one subcommand is `trace`")
+            with_advice(
+                error,
+                "-k FILE names the kernel, -i FILE an initramfs; the one subcommand is `trace`",
+            )
         });
         parsed(matches.and_then(|matches| Cli::from_arg_matches(&matches)))
     }

@@ -74,7 +74,7 @@ pub fn parsed<T>(arguments: Result<T, clap::Error>) -> T {
 
 /// Adds advice to the error about a word that clap takes for a subcommand: it says no more than that there is
 /// none of that name, where most often an option is missing before a file's name.
-pub fn advised(mut error: clap::Error, advice: &str) -> clap::Error {
+pub fn with_advice(mut error: clap::Error, advice: &str) -> clap::Error {
     if error.get(ContextKind::InvalidSubcommand).is_some() {
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![advice.to_owned().into()]));
     }

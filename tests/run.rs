@@ -1,5 +1,5 @@
 //! `scripts/run.sh`: what it refuses, and that it does so before anything is built; what its help describes.
-//! What the other scripts refuse. What becomes of its back-ends that end too early.
+//! What the other scripts refuse. What becomes of run.sh's back-ends that end too early.
 
 #![allow(clippy::unwrap_used)] // All of it is tests.
 

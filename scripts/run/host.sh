@@ -19,7 +19,7 @@ finish() {
 }
 trap finish EXIT
 
-# backend TYPE LINE: starts one, and adds its device to hotslot's arguments. Its standard input is this one's third.
+# backend TYPE LINE: starts one, and adds its device to hotslot's arguments. Its standard input is descriptor 3 of this shell.
 backend() {
     socket=$dir/$number
     number=$((number + 1))
@@ -30,8 +30,8 @@ backend() {
     devices="$devices --vhost-user $socket,$1"
 }
 
-# Waits until each back-end listens, for 30 seconds at most: then hotslot waits, by its own limit, and says for which device.
-# Fails when one has ended before.
+# Waits until each back-end listens, 30 seconds for all together: after that hotslot waits, by its own limit, and names the
+# device. Fails when one has ended before.
 all_listen() {
     number=0 tries=0
     for pid in $backends; do
@@ -62,7 +62,7 @@ if [ "$JOB" = command ]; then
 else
     cmdline="quiet${CMDLINE:+ $CMDLINE} -- sh /etc/hotslot/run/guest.sh \"$SETUP\""
 fi
-# Only that one has the link's socket: it must close when that one ends.
+# Only the console's back-end may hold the link's socket, which must close when that back-end ends.
 exec 3</dev/null
 # shellcheck disable=SC2153 # it is run.sh's
 while read -r type line; do

@@ -137,7 +137,7 @@ impl<T> Ledger<T> {
         Some(mapping)
     }
 
-    /// Why an UNMAP is refused that names no mapping: all of it, by the length that it was made with.
+    /// Why an UNMAP is refused that does not name a whole mapping by the offset and the length of its MAP.
     pub fn not_found(&self, (shmid, shm_offset): Key, len: u64) -> ShmemError {
         match self.sizes.contains_key(&shmid) {
             true => ShmemError::NoMapping { shmid, shm_offset, len },

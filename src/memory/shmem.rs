@@ -2,7 +2,7 @@
 //! not depend on the wire format). Carries out the requests that the ledger allows, and undoes them if a step
 //! fails.
 //!
-//! `provide` is about pages that the guest could not access.
+//! `provide` has the part that vCPU threads call, for pages that the guest could not access.
 //!
 //! `vhost_user` maps and unmaps; its device closes the gate and unmaps everything at a reset; the set-up and
 //! the transport ask where regions are; `memory::missing` asks for pages that the guest could not access.
@@ -121,7 +121,7 @@ struct Placed {
     filled: u64,
     /// The offset in the mapping of a page that the guest waits for.
     unavailable: Option<u64>,
-    /// A new mapping's file is about to take the place of its own (SHM-77).
+    /// A new mapping's file is taking the place of its own (SHM-77): no zeroes go there.
     is_exchanged: bool,
 }
 
@@ -277,7 +277,8 @@ impl SharedMemory {
         Ok(false)
     }
 
-    /// Whether the pages of an old mapping are those of the new one's file: then no zeroes go there.
+    /// Records whether a new mapping's file is taking the place of this old mapping's pages: then no zeroes
+    /// go there.
     fn set_exchanged(&self, key: Key, is_exchanged: bool) {
         if let Some(mapping) = self.lock().ledger.mappings.get_mut(&key) {
             mapping.kept.is_exchanged = is_exchanged;
@@ -296,8 +297,8 @@ impl SharedMemory {
         let (key, guest) = ((shmid, shm_offset), span.guest());
         let mut state = self.lock();
         let ledger = &mut state.ledger;
-        // Again: a reset may have closed it meanwhile, and may not have waited for this thread. What else was
-        // admitted still is: no other thread adds a mapping.
+        // A reset may have closed it since `admit`, without waiting for this thread. What else `admit`
+        // checked still holds: only this thread adds mappings.
         if !ledger.gate_open {
             return Err(ShmemError::GateClosed);
         }

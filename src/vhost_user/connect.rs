@@ -203,15 +203,15 @@ fn again(attempt: impl Fn(Duration) -> Result<Handshake, ConnectError>) -> Resul
 /// unix(7): sun_path has 108 bytes, of which the last is a zero.
 const MAX_PATH: usize = 107;
 
-/// Connects, trying again while nobody listens; says so now and then.
+/// Connects, trying again while nobody listens. Says that it waits after 1, 2, 4, 8 seconds and so on.
 fn connect_socket(name: &str, path: &Path, timeout: Duration) -> Result<UnixStream, ConnectError> {
     let len = path.as_os_str().len();
     if len > MAX_PATH {
         return Err(ConnectError::PathTooLong(len));
     }
     let start = Instant::now();
-    // At 1, 2, 4, 8 seconds and so on: what others say beside it stays to be seen.
-    let mut next = 1;
+    // In seconds. Seldom, so that the messages of other programs are not pushed out of sight.
+    let mut next_message = 1;
     loop {
         let source = match try_connect(path) {
             Ok(socket) => return Ok(socket),
@@ -231,8 +231,8 @@ fn connect_socket(name: &str, path: &Path, timeout: Duration) -> Result<UnixStre
             return Err(ConnectError::NobodyListens { waited: timeout, source });
         }
         let seconds = waited.as_secs();
-        if seconds >= next {
-            next = 2 * seconds;
+        if seconds >= next_message {
+            next_message = 2 * seconds;
             let path = path.display();
             report::say(format_args!("hotslot: {name}: waiting for a back-end on {path} ({seconds} s)"));
         }

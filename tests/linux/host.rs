@@ -185,7 +185,7 @@ pub struct Session {
 
 impl Session {
     /// Runs `tests/linux/host/NAME.sh`, with these files in its directory `OUT`. `memory` is what the guests
-    /// and the files need on an emulated host, `seconds` what ends it on an idle machine.
+    /// and the files need on an emulated host, `seconds` its time limit on an idle machine.
     pub fn run(name: &str, memory: &str, seconds: u32, files: &[(&str, Vec<u8>)]) -> Session {
         Session::with_programs(name, memory, seconds, files, &[])
     }

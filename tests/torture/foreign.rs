@@ -199,7 +199,7 @@ fn where_nothing_was_tried_is_no_success() {
         assert_eq!(status.code(), Some(1), "{step}: {output}");
         assert!(output.contains("error: nothing of --do could be tried"), "{step}: {output}");
     }
-    // Tried, but without a verdict: SHMEM was negotiated.
+    // A case without a verdict counts as not tried: SHMEM was negotiated.
     let (status, output) = run(&["not-negotiated"], Breaks::Nothing, "no verdict");
     assert_eq!(status, Some(1), "{output}");
     // Without --do nothing is to be tried.

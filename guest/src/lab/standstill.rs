@@ -1,16 +1,13 @@
 //! Notices that the emulated host stands still: its processor stays at one place, with interrupts off.
 //!
-//! QEMU (7.2, and its development tree of 2025) delivers an interrupt that KVM injects into a guest a second
-//! time, whatever the guest's flags say, if it leaves its loop of execution before the guest's next exit or
-//! exception. With `--icount` each timer ends that loop. Where the first delivery holds a lock, the second
-//! one waits for it without end (src/design.md, "A host with KVM, anywhere").
+//! A fault of QEMU's emulated SVM makes it do so (src/design.md, "A host with KVM, anywhere").
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
-/// How far apart two looks at the processor are, and how many have to see it at the same place.
+/// The time between two looks at the processor, and how many looks in a row have to find it at one place.
 const PAUSE: Duration = Duration::from_secs(5);
 const LOOKS: usize = 8;
 

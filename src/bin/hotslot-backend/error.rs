@@ -104,7 +104,7 @@ impl Failure for Error {
             }
             Error::NotAsSpecified(_) => Some("each is a line with NOT in it, on stdout"),
             Error::NothingTried => Some(
-                "without @WHEN an action is done when the guest's driver starts the device; `no verdict` on stdout has a reason",
+                "an action without @WHEN is done when the guest's driver starts the device; a line `no verdict` on stdout says why a case was not tried",
             ),
             _ => None,
         };

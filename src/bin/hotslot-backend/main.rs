@@ -44,7 +44,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use hotslot::report::{advised, fail, parsed, print};
+use hotslot::report::{fail, parsed, print, with_advice};
 use hotslot::sandbox::{Mode, prepare};
 
 use crate::error::Error;
@@ -79,11 +79,11 @@ enum Action {
     },
 }
 
-const DEVICES: &str =
-    "the devices are blk, pmem, fs, console and torture; a file is given by an option of one";
+/// For a word that is no device.
+const ADVICE: &str = "the devices are blk, pmem, fs, console and torture; each takes its file or directory by an option (`hotslot-backend DEVICE --help`)";
 
 fn main() -> ExitCode {
-    let Cli { sandbox, action } = parsed(Cli::try_parse().map_err(|error| advised(error, DEVICES)));
+    let Cli { sandbox, action } = parsed(Cli::try_parse().map_err(|error| with_advice(error, ADVICE)));
     let prepared =
         prepare(sandbox).map_err(Error::NoSandbox).and_then(|()| server::outlive_file_size_limit());
     let served = prepared.and_then(|()| match action {

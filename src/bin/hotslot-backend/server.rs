@@ -138,7 +138,7 @@ pub fn outlive_file_size_limit() -> Result<(), Error> {
     handle(libc::SIGXFSZ)
 }
 
-/// Also where the process was started with this signal blocked.
+/// Installs the handler, and unblocks the signal: the parent may have started this process with it blocked.
 fn handle(signal: libc::c_int) -> Result<(), Error> {
     register_signal_handler(signal, on_signal).map_err(|e| Error::set_up("the signal handlers")(e.into()))?;
     unblock_signal(signal).expect("invariant: it is the number of a signal");

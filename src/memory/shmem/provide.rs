@@ -1,5 +1,5 @@
 //! The pages that a vCPU could not access: there after all, replaced by zeroes because the file ends before
-//! them (SHM-45), or unavailable for now (SHM-87).
+//! them (SHM-45), or unavailable at the moment (SHM-87).
 //!
 //! Called by [`crate::memory::missing`]. Other threads may map and unmap at the same place meanwhile.
 
@@ -96,7 +96,8 @@ impl SharedMemory {
         }
     }
 
-    /// The page at this offset of a mapping could not be had: puts zeroes there if the file ends before it.
+    /// The page at this offset of a mapping could not be had: puts zeroes there if the file ends before it,
+    /// else records it as unavailable.
     pub(super) fn replace_missing(&self, key: Key, offset: u64, error: &io::Error) -> Option<Page> {
         let (number, file_offset, file) = {
             let state = self.lock();
