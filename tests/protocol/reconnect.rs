@@ -141,6 +141,8 @@ fn mappings_stay_and_those_made_anew_replace_them_without_a_hole() {
             assert_eq!(peer.map(over, &file_of(2, 12)), 0);
             assert_eq!(peer.map(writable(page_at(5)), &file_of(1, 15)), 0);
             assert_eq!(peer.map(page_at(1), &file_of(1, 99)), -i64::from(libc::EEXIST));
+            // What it does not make anew it may take away itself.
+            assert_eq!([0; 2].map(|_| peer.unmap(page_at(9))), [0, -i64::from(libc::ENOENT)]);
         }
         Answer::Usual
     });
