@@ -166,6 +166,7 @@ mod tests {
             test: "tests::one".to_owned(),
             place: "src/lib.rs:7".to_owned(),
         };
+        assert!(exists(&assertions, 1) && !exists(&assertions, 2));
         assert_eq!(check_cited(&assertions, &[citation(1)].into()), Ok(()));
         let error = check_cited(&assertions, &[citation(1), citation(3)].into()).unwrap_err();
         assert!(error.ends_with("SHM-3: lib: tests::one (src/lib.rs:7)"), "{error}");
