@@ -69,18 +69,10 @@ main() {
             shares+=("$(realpath "$2")")
             ;;
         --timeout) limit=$(whole_number "$@") ;;
-        --memory)
-            [[ $2 =~ ^[1-9][0-9]*[KMGTkmgt]?$ ]] || wrong "--memory $2: this is not a size: MiB, or a number with K, M, G or T"
-            options+=("$1" "$2")
-            ;;
-        --env)
-            [[ $2 == ?*=* ]] || wrong "--env $2: this is not NAME=VALUE"
-            options+=("$1" "$2")
-            ;;
-        --append)
-            [[ $2 != *$'\n'* ]] || wrong "--append: the kernel's command line is one line"
-            options+=("$1" "$2")
-            ;;
+        # What is right goes on as the others do.
+        --memory) [[ $2 =~ ^[1-9][0-9]*[KMGTkmgt]?$ ]] || wrong "--memory $2: this is not a size: MiB, or a number with K, M, G or T" ;;&
+        --env) [[ $2 == ?*=* ]] || wrong "--env $2: this is not NAME=VALUE" ;;&
+        --append) [[ $2 != *$'\n'* ]] || wrong "--append: the kernel's command line is one line" ;;&
         *) options+=("$1" "$2") ;;
         esac
         shift 2

@@ -35,8 +35,8 @@
 # Options may stand in any order before COMMAND. Unknown ones, and missing files and directories, are refused before
 # anything is built; what hotslot or the kernel judges (TYPE, modules, values of HOTSLOT OPTIONs), only after that. What
 # is missing is installed and built first, which is told on standard error. Where this machine's KVM cannot boot Linux,
-# everything runs on the emulated host of lab.sh, which the script says on a terminal and where there is no COMMAND. Only the time differs: there a guest is
-# up after half a minute, or later where other programs use the processors.
+# everything runs on the emulated host of lab.sh, which the script says on a terminal and where there is no COMMAND. Only
+# the time differs: there a guest is up after half a minute, or later where other programs use the processors.
 #
 # COMMAND is looked for in the guest: busybox, or with --root what this machine has. It runs as root, alone, with no
 # environment but PATH, HOME and, with --tty, TERM. Without --share or --root it starts in /. It gets all of the input,
@@ -58,7 +58,8 @@
 # HOTSLOT_PROGRAMS=DIR   takes hotslot and hotslot-backend from there, and builds neither
 #
 # Exit status: COMMAND's (128+n for signal n), or the shell's; 126 or 127 when COMMAND cannot be run; 125 when the guest
-# was not started, or ended before COMMAND did, with the last lines of its console. 2 for a wrong option, 1 when something around it failed.
+# was not started, or ended before COMMAND did, with the last lines of its console. 2 for a wrong option, 1 when
+# something around it failed.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "$0")/lib.sh"

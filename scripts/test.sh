@@ -5,8 +5,8 @@
 # (deny.toml), whether each assertion of the contract has a test; then the tests without a Linux guest (unit, protocol, and
 # small guests on this machine's /dev/kvm), the tests that boot a stock kernel, on this machine's KVM or on the emulated host
 # of lab.sh, and some seconds of each fuzz target. All programs are those of the debug build, whose assertions and checks for
-# overflows are tested, too (with long, Linux runs those of the release build). Installs and builds what is missing; the first run builds cargo-deny and cargo-fuzz into
-# target/tools, which takes some minutes.
+# overflows are tested, too (with long, Linux runs those of the release build). Installs and builds what is missing; the
+# first run builds cargo-deny and cargo-fuzz into target/tools, which takes some minutes.
 #
 #   quick              only what needs no Linux guest and no fuzzing
 #   long               with what takes hours: a million random operations against the model, ten minutes of endurance for
